@@ -1,0 +1,15 @@
+// Runs independent chunks of one kernel on a few threads. Chunks are handed out in order to whoever is free,
+// the caller included, so a core that another process keeps busy delays one chunk, never the whole kernel.
+// Results must depend on the chunk alone, not on the thread: that makes them the same for any thread count.
+#pragma once
+
+#include <cstdint>
+
+namespace svag {
+
+using ChunkFunction = void (*)(void* context, int64_t chunk);
+
+// Call function(context, i) for each i in [0, chunks), on at most `threads` threads. Safe after fork().
+void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context);
+
+}  // namespace svag
