@@ -8,7 +8,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it, imported when the name is first used.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "RunningMean": "svag_fast.noise",
+    "mean_standard_error": "svag_fast.noise",
+}
 
 __all__ = ["__version__", *_LAZY]
 

@@ -1,0 +1,387 @@
+"""Unbiased estimators of the gradient noise Tr Σ and of |∇L|², and means of autocorrelated series.
+
+Throughout: B samples a batch, g_i one sample's gradient, ḡ the batch's mean gradient, Σ₁ the covariance of one
+sample's gradient over the data, N_B = Tr Cov(ḡ) the noise of a batch, G = |∇L|². A finite data set of n samples enters
+as `population=n` where batches are drawn without replacement: then N_B = (Tr Σ₁ / B)(n − B)/(n − 1), with
+Tr Σ₁ = (1/n) Σ |g_i − ∇L|².
+
+Every estimate is unbiased, so a single one may well be negative: nothing here clamps. Average over steps first, with
+`RunningMean`, and form ratios such as N/G of the averages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Scalar: TypeAlias = float | Tensor
+
+
+class NoiseEstimate(NamedTuple):
+    """Estimates at one point, each a 0-d float64 tensor on the device of what they were made from.
+
+    grad_sq_norm: G = |∇L|². noise_trace: N_B, the trace of the batch gradient's covariance. sample_noise_trace: Tr Σ₁,
+    or None where the batch size was not given.
+    """
+
+    grad_sq_norm: Tensor
+    noise_trace: Tensor
+    sample_noise_trace: Tensor | None
+
+    @property
+    def nsr(self) -> Tensor:
+        """N_B / G of this one estimate: a ratio of unbiased numbers is biased, prefer the ratio of averages."""
+        return self.noise_trace / self.grad_sq_norm
+
+
+def from_sample_norms(sq_norms: Tensor, batch_grad_sq_norm: Scalar, *, population: int | None = None) -> NoiseEstimate:
+    """G, N_B and Tr Σ₁ from one batch's per-sample squared norms |g_i|² [B] and |ḡ|².
+
+    With replacement s² = (B/(B−1)) (mean|g_i|² − |ḡ|²) estimates Tr Σ₁ and N_B = s²/B. Without replacement from n
+    samples, s² estimates Tr Σ₁ · n/(n−1), so Tr Σ₁ = s² (n−1)/n and N_B = s² (n−B)/(nB). G = |ḡ|² − N_B.
+
+    Args:
+        sq_norms: [B], any floating dtype, B >= 2; of each sample's own gradient (not divided by B).
+        batch_grad_sq_norm: squared norm of the mean of the same B gradients.
+        population: n, where the B samples are distinct and drawn from n; None for sampling with replacement.
+
+    Raises:
+        ValueError: fewer than two samples, sq_norms not 1-D, or B > n.
+    """
+    if sq_norms.dim() != 1 or sq_norms.numel() < 2:
+        raise ValueError(f"sq_norms must have shape [B] with B >= 2, got {list(sq_norms.shape)}")
+    B = sq_norms.numel()
+    _check_population(B, population)
+    batch = _float64(batch_grad_sq_norm, "batch_grad_sq_norm", sq_norms.device)
+    # Shifted: the mean of the differences, not the difference of two means.
+    s2 = (sq_norms.detach().double() - batch).mean() * (B / (B - 1))
+    noise = s2 / B * _fraction_left(B, population)
+    sample = s2 if population is None else s2 * ((population - 1) / population)
+    return NoiseEstimate(batch - noise, noise, sample)
+
+
+def from_two_batches(
+    sq_norm1: Scalar,
+    sq_norm2: Scalar,
+    inner: Scalar,
+    *,
+    batch_size: int | None = None,
+    population: int | None = None,
+    disjoint: bool = False,
+) -> NoiseEstimate:
+    """G = ⟨g1, g2⟩ and N_B = |g1 − g2|²/2 from |g1|², |g2|² and ⟨g1, g2⟩ of two batches of the same size.
+
+    These are unbiased for two batches drawn independently of each other, however each was drawn. Two halves of one draw
+    of 2B distinct samples from n (`disjoint=True`) are negatively correlated: E⟨g1, g2⟩ = G − Tr Σ₁/(n−1), which is
+    put right here: N_B = (|g1 − g2|²/2)(n−B)/n, G = ⟨g1, g2⟩ + |g1 − g2|² B/(2n).
+
+    Args:
+        sq_norm1, sq_norm2, inner: as in StepStats, or a row and column of a segment Gram matrix.
+        batch_size: B of each of the two; only needed for Tr Σ₁ and for `disjoint`.
+        population: n, where each batch is made of distinct samples from n; None for sampling with replacement.
+        disjoint: the two batches have no sample in common, being one draw of 2B; needs batch_size and population.
+
+    Raises:
+        ValueError: sizes missing or impossible.
+    """
+    if disjoint and (batch_size is None or population is None):
+        raise ValueError("disjoint=True needs batch_size and population")
+    if batch_size is not None:
+        _check_population(2 * batch_size if disjoint else batch_size, population)
+    device = next((x.device for x in (sq_norm1, sq_norm2, inner) if isinstance(x, Tensor)), torch.device("cpu"))
+    g11, g22, g12 = (
+        _float64(x, name, device) for x, name in ((sq_norm1, "sq_norm1"), (sq_norm2, "sq_norm2"), (inner, "inner"))
+    )
+    # Each difference is formed by itself: exact where the norms are close, when |g1 − g2| is small.
+    noise = ((g11 - g12) + (g22 - g12)) / 2
+    grad = g12
+    if disjoint and batch_size is not None and population is not None:
+        grad = g12 + noise * (batch_size / population)
+        noise = noise * ((population - batch_size) / population)
+    return NoiseEstimate(grad, noise, _one_sample(noise, batch_size, population))
+
+
+def from_batches(
+    sq_norms: Tensor, mean_sq_norm: Scalar, *, batch_size: int | None = None, population: int | None = None
+) -> NoiseEstimate:
+    """G and N_B from M >= 2 independent batches: m = mean|g_j|² and s = |mean g|² (the authors' form).
+
+    N_B = (M/(M−1)) (m − s), G = (M s − m)/(M − 1). Takes the M squared norms [M] and s; `BatchMoments` gathers the same
+    from the gradients themselves.
+
+    Raises:
+        ValueError: fewer than two batches, sq_norms not 1-D, or an impossible population.
+    """
+    if sq_norms.dim() != 1 or sq_norms.numel() < 2:
+        raise ValueError(f"sq_norms must have shape [M] with M >= 2, got {list(sq_norms.shape)}")
+    if batch_size is not None:
+        _check_population(batch_size, population)
+    M = sq_norms.numel()
+    s = _float64(mean_sq_norm, "mean_sq_norm", sq_norms.device)
+    noise = (sq_norms.detach().double() - s).mean() * (M / (M - 1))
+    return NoiseEstimate(s - noise / M, noise, _one_sample(noise, batch_size, population))
+
+
+class BatchMoments:
+    """Streams the gradients of M independent batches into `from_batches`' estimates, by Welford's recurrence.
+
+    Keeps one float64 copy of the mean gradient (8 bytes a parameter) and never subtracts large sums.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._mean: list[Tensor] = []
+        self._scatter = torch.zeros((), dtype=torch.float64)
+
+    def add(self, grads: Iterable[Tensor]) -> None:
+        """Take one batch's gradients, a list of tensors in the same order and shapes each time."""
+        new = [g.detach().double() for g in grads]
+        if self._mean and [g.shape for g in new] != [m.shape for m in self._mean]:
+            raise ValueError("the gradients' shapes differ from those of the batches before")
+        if not new:
+            raise ValueError("a batch needs at least one gradient")
+        if not self._mean:
+            self._mean = [torch.zeros_like(g) for g in new]
+            self._scatter = torch.zeros((), dtype=torch.float64, device=new[0].device)
+        self.batches += 1
+        for mean, g in zip(self._mean, new, strict=True):
+            before = g - mean
+            mean += before / self.batches
+            self._scatter += (before * (g - mean)).sum()
+
+    def estimate(self, *, batch_size: int | None = None, population: int | None = None) -> NoiseEstimate:
+        """The estimates from the batches so far; needs two."""
+        if self.batches < 2:
+            raise ValueError(f"the noise needs at least 2 batches, got {self.batches}")
+        if batch_size is not None:
+            _check_population(batch_size, population)
+        noise = self._scatter / (self.batches - 1)
+        mean_sq_norm = torch.stack([m.square().sum() for m in self._mean]).sum()
+        return NoiseEstimate(mean_sq_norm - noise / self.batches, noise, _one_sample(noise, batch_size, population))
+
+
+class MeanError(NamedTuple):
+    """A mean with its standard error, and how many independent values would have given the same."""
+
+    mean: float
+    standard_error: float
+    effective_samples: float
+
+
+def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> MeanError:
+    """Mean of a stationary, possibly autocorrelated series, with its standard error and effective sample size.
+
+    The variance of the mean is c₀ τ/n, τ = 1 + 2 Σ ρ_k the integrated autocorrelation time, summed over Geyer's initial
+    monotone sequence (C. Geyer, "Practical Markov Chain Monte Carlo", Stat. Sci. 7, 1992: pairs ρ_2k + ρ_2k+1 while
+    they are positive, made non-increasing), which also serves negative correlation. As the mean is estimated too, every
+    autocovariance is low by about c₀ τ/n: the sum over W lags (both signs) is put right by 1/(1 − W/n), at most 2.
+
+    effective_samples is n/τ. One value: the error is NaN. A constant series: the error is 0.
+
+    Raises:
+        ValueError: an empty series, or one that is not 1-D.
+    """
+    values = series.detach().cpu().double().numpy() if isinstance(series, Tensor) else series
+    x: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"series must be 1-D and not empty, got shape {list(x.shape)}")
+    n = x.size
+    mean = float(x[0] + (x - x[0]).mean())
+    if n == 1:
+        return MeanError(mean, math.nan, 1.0)
+    tau, variance = _autocorrelation_time(x - mean)
+    return MeanError(mean, math.sqrt(variance * tau / n), n / tau)
+
+
+class RunningMean:
+    """Mean of a stream with its autocorrelation-aware error, in constant memory; `add` never synchronises a device.
+
+    Keeps at most 512 averages of 2^j consecutive values, j growing with the stream, and gives them to
+    `mean_standard_error`: batch means whose remaining autocorrelation is measured rather than assumed away. Mean and
+    variance of the values themselves are float64 Welford sums. Tensors are folded in 256 at a time, or when something
+    is read. A NaN stays: the mean is NaN from there on.
+    """
+
+    _MAX_BLOCKS = 512
+    _MAX_PENDING = 256
+
+    def __init__(self) -> None:
+        self._pending: list[Scalar] = []
+        self._count = 0
+        self._mean = 0.0
+        self._scatter = 0.0
+        self._block_size = 1
+        self._blocks: list[float] = []
+        self._open_mean = 0.0
+        self._open_count = 0
+
+    def add(self, value: Scalar) -> None:
+        """Take the next value: a number, or a tensor of one element on any device."""
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"value must have one element, got shape {list(value.shape)}")
+            value = value.detach().to(torch.float64, copy=True).reshape(())
+        else:
+            value = float(value)
+        self._pending.append(value)
+        if len(self._pending) >= self._MAX_PENDING:
+            self._fold()
+
+    @property
+    def count(self) -> int:
+        """How many values were added."""
+        return self._count + len(self._pending)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the values so far; NaN before the first."""
+        self._fold()
+        return self._mean if self._count else math.nan
+
+    @property
+    def variance(self) -> float:
+        """Unbiased variance of the values themselves (as if independent); NaN before the second."""
+        self._fold()
+        return self._scatter / (self._count - 1) if self._count > 1 else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `mean`; NaN before the second value."""
+        return self.estimate().standard_error
+
+    @property
+    def effective_samples(self) -> float:
+        """How many independent values would have given the same standard error."""
+        return self.estimate().effective_samples
+
+    def estimate(self) -> MeanError:
+        """Mean, standard error and effective samples together."""
+        self._fold()
+        if self._count < 2:
+            return MeanError(self.mean, math.nan, float(self._count))
+        covered = len(self._blocks) * self._block_size
+        error = mean_standard_error(self._blocks).standard_error * math.sqrt(covered / self._count)
+        if error == 0.0:
+            return MeanError(self._mean, 0.0, float(self._count))
+        return MeanError(self._mean, error, self.variance / error**2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state in plain Python numbers and lists."""
+        self._fold()
+        return {name: _copy(getattr(self, "_" + name)) for name in _STATE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        if set(state) != set(_STATE):
+            wrong = sorted(set(state) ^ set(_STATE))
+            raise ValueError(f"the state of a RunningMean has the entries {list(_STATE)}; missing or unknown: {wrong}")
+        for name, kind in _STATE.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
+        self._pending = []
+        for name in _STATE:
+            setattr(self, "_" + name, _copy(state[name]))
+
+    def _fold(self) -> None:
+        for value in _to_floats(self._pending):
+            self._count += 1
+            before = value - self._mean
+            self._mean += before / self._count
+            self._scatter += before * (value - self._mean)
+            self._open_count += 1
+            self._open_mean += (value - self._open_mean) / self._open_count
+            if self._open_count == self._block_size:
+                self._blocks.append(self._open_mean)
+                self._open_mean, self._open_count = 0.0, 0
+                if len(self._blocks) == self._MAX_BLOCKS:
+                    pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
+                    self._blocks = [(a + b) / 2 for a, b in pairs]
+                    self._block_size *= 2
+        self._pending = []
+
+    def __repr__(self) -> str:
+        mean, error, effective = self.estimate()
+        return f"RunningMean({mean:.6g} ± {error:.2g}, {self.count} values, {effective:.3g} effective)"
+
+
+_STATE: dict[str, type] = {
+    "count": int,
+    "mean": float,
+    "scatter": float,
+    "block_size": int,
+    "blocks": list,
+    "open_mean": float,
+    "open_count": int,
+}
+
+
+def _copy(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
+
+
+def _to_floats(values: list[Scalar]) -> list[float]:
+    """One transfer a device for the tensors among the values, order kept."""
+    out = [0.0 if isinstance(v, Tensor) else v for v in values]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, v in enumerate(values):
+        if isinstance(v, Tensor):
+            by_device.setdefault(v.device, []).append(i)
+    for indices in by_device.values():
+        stacked = torch.stack([v for i in indices if isinstance(v := values[i], Tensor)])
+        for i, number in zip(indices, stacked.tolist(), strict=True):
+            out[i] = number
+    return out
+
+
+def _autocorrelation_time(centred: NDArray[np.float64]) -> tuple[float, float]:
+    """Integrated autocorrelation time by Geyer's initial monotone sequence, and the unbiased variance."""
+    n = centred.size
+    variance = float(centred @ centred) / (n - 1)
+    if variance == 0.0 or not math.isfinite(variance):
+        return 1.0, variance
+    size = 1 << (2 * n - 1).bit_length()
+    spectrum = np.fft.rfft(centred / math.sqrt(variance), size)
+    rho = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, size)[:n] / n
+    rho /= rho[0]
+    pairs = rho[: n - n % 2].reshape(-1, 2).sum(axis=1)
+    negative = np.flatnonzero(pairs <= 0)
+    length = int(negative[0]) if negative.size else pairs.size
+    tau = 2.0 * float(np.minimum.accumulate(pairs[:length]).sum()) - 1.0
+    tau = max(tau, 1.0 / n)  # an alternating series can come out at or below 0
+    lags = 4 * length - 1  # both signs of lag
+    return tau / max(1.0 - lags / n, 0.5), variance
+
+
+def _check_population(drawn: int, population: int | None) -> None:
+    if drawn < 1:
+        raise ValueError(f"the batch size must be at least 1, got {drawn}")
+    if population is not None and not (2 <= population >= drawn):
+        raise ValueError(f"population must be at least 2 and at least the {drawn} samples drawn, got {population}")
+
+
+def _fraction_left(B: int, population: int | None) -> float:
+    return 1.0 if population is None else (population - B) / population
+
+
+def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -> Tensor | None:
+    """Tr Σ₁ from N_B."""
+    if batch_size is None:
+        return None
+    if population is None:
+        return noise * batch_size
+    if population == batch_size:
+        raise ValueError("a batch of the whole population has no noise: Tr Σ₁ can't be had from it")
+    return noise * (batch_size * (population - 1) / (population - batch_size))
+
+
+def _float64(value: Scalar, name: str, device: torch.device) -> Tensor:
+    out = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+    if out.numel() != 1:
+        raise ValueError(f"{name} must be one number, got shape {list(out.shape)}")
+    return out.reshape(())
