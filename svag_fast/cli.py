@@ -17,7 +17,7 @@ class LazyCommand(click.RichCommand):
     """Stands in the group's table for a command whose module is imported when the command is used."""
 
     def __init__(self, name: str, target: str, short_help: str) -> None:
-        super().__init__(name, short_help=short_help)
+        super().__init__(name=name, short_help=short_help)
         self.target = target
 
     def make_context(
