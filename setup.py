@@ -21,6 +21,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+# Elementwise kernels round as PyTorch does, the same at every level; products may fuse multiply and add.
+FUSED_MULTIPLY_ADD = "weight_"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
     *AVX2_FLAGS,
@@ -87,11 +89,12 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
     def _compile_kernel(self, source: str, level: str, flags: list[str]) -> str:
+        contract = "fast" if Path(source).name.startswith(FUSED_MULTIPLY_ADD) else "off"
         objects = self.compiler.compile(
             [source],
             output_dir=str(Path(self.build_temp) / level),
             include_dirs=["csrc"],
-            extra_postargs=[*CXX_FLAGS, *flags, f"-DSVAG_SIMD={level}"],
+            extra_postargs=[*CXX_FLAGS, *flags, f"-ffp-contract={contract}", f"-DSVAG_SIMD={level}"],
         )
         return str(objects[0])
 

@@ -1,3 +1,19 @@
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def select_simd_level(name: str) -> bool: ...
+def step(
+    params: list[int],
+    grads1: list[int],
+    grads2: list[int],
+    compensation: list[int],
+    sizes: list[int],
+    param_dtypes: list[int],
+    grad_dtypes: list[int],
+    rate: float,
+    c1: float,
+    c2: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+    threads: int,
+    stats: int,
+) -> None: ...

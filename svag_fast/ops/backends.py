@@ -1,0 +1,165 @@
+"""One table of backends: what is available here, what may serve a call, and if not, why.
+
+| name        | runs on                                   |
+| ----------- | ----------------------------------------- |
+| `cuda`      | CUDA tensors, if built with nvcc          |
+| `triton`    | CUDA tensors                              |
+| `cpu`       | CPU tensors                               |
+| `reference` | any tensor: plain PyTorch, as the formula |
+
+``backend="auto"`` takes the first row that can serve the call. ``with svag_fast.backend(name)`` and the variable
+``SVAG_FAST_BACKEND`` replace "auto"; a backend that is named and can't serve is an error that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("svag_fast")
+
+WhyNot = Callable[[Sequence[Tensor]], str | None]
+
+
+class BackendError(RuntimeError):
+    """The backend asked for is unknown, or can't serve the call; the message names why and what could."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table: ``why_unavailable()`` is None where the backend can be used at all."""
+
+    name: str
+    device_types: tuple[str, ...]
+    why_unavailable: Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    function: Callable[..., Any]
+    why_not: WhyNot
+
+
+@functools.cache
+def _cpu_unavailable() -> str | None:
+    try:
+        import svag_fast._C  # noqa: F401
+    except ImportError as error:
+        return f"the compiled module svag_fast._C can't be loaded ({error}); reinstall svag_fast with a C++17 compiler"
+    return None
+
+
+@functools.cache
+def _cuda_unavailable() -> str | None:
+    if reason := _cpu_unavailable():
+        return reason
+    from svag_fast import _C
+
+    if not hasattr(_C, "cuda_step"):
+        return "svag_fast was built without CUDA; reinstall it where nvcc is on the PATH (SVAG_CUDA=1 insists)"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@functools.cache
+def _triton_unavailable() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton can't be imported ({error})"
+    if triton.knobs.runtime.interpret:
+        return None
+    return None if torch.cuda.is_available() else "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU)"
+
+
+# In the order of preference.
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend("cuda", ("cuda",), _cuda_unavailable),
+        Backend("triton", ("cuda", "cpu"), _triton_unavailable),
+        Backend("cpu", ("cpu",), _cpu_unavailable),
+        Backend("reference", ("*",), lambda: None),
+    )
+}
+
+_implementations: dict[str, dict[str, _Implementation]] = {}
+_override: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
+
+
+def implements(op: str, name: str, why_not: WhyNot = lambda tensors: None) -> Callable[[Any], Any]:
+    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)`` says what it can't serve."""
+
+    def decorate(function: Any) -> Any:
+        _implementations.setdefault(op, {})[name] = _Implementation(function, why_not)
+        return function
+
+    return decorate
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`BackendError` where ``name`` is neither "auto" nor a row of the table."""
+    if name != "auto" and name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use backend ``name`` for every call with ``backend="auto"`` inside the ``with`` block."""
+    check_name(name)
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
+    row = BACKENDS[name]
+    device_type = tensors[0].device.type if tensors else "cpu"
+    if "*" not in row.device_types and device_type not in row.device_types:
+        return f"it serves {' and '.join(row.device_types)} tensors, not {device_type}"
+    if reason := row.why_unavailable():
+        return reason
+    implementation = _implementations[op].get(name)
+    return f"it has no {op}" if implementation is None else implementation.why_not(tensors)
+
+
+@functools.cache
+def _say_once(op: str, device_type: str, name: str) -> None:
+    _log.info("%s on %s tensors: backend %r", op, device_type, name)
+
+
+def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """Return the function of the backend that serves ``op`` on ``tensors``.
+
+    Args:
+        op: the op's name.
+        name: "auto" or a row of the table.
+        tensors: what the backend will read and write, all on one device.
+
+    Raises:
+        BackendError: ``name`` is unknown or can't serve the call.
+    """
+    if name == "auto":
+        name = _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+    check_name(name)
+    if name == "auto":
+        # The interpreter is for tests: it must be asked for.
+        on_cpu = not tensors or tensors[0].device.type == "cpu"
+        order = [n for n in BACKENDS if not (n == "triton" and on_cpu)]
+        name = next(n for n in order if why_not(op, n, tensors) is None)
+        _say_once(op, tensors[0].device.type if tensors else "cpu", name)
+    elif reason := why_not(op, name, tensors):
+        could = [n for n in BACKENDS if why_not(op, n, tensors) is None]
+        raise BackendError(f"backend {name!r} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
+    return _implementations[op][name].function

@@ -1,0 +1,316 @@
+"""The fused SVAG step over lists of tensors, with the noise statistics of the same pass (paper, equation 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svag_fast.ops.backends import implements, select
+from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
+from svag_fast.ops.library import register_op
+
+# The order of the raw statistics: csrc/tensor_list.h, StatIndex.
+_SQ_NORM1, _SQ_NORM2, _INNER, _WEIGHT_SQ_NORM, _FINITE = range(5)
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def svag_coefficients(l: float) -> tuple[float, float]:
+    """Return SVAG's ``(c1, c2) = (1 ± sqrt(2l - 1)) / 2``: they sum to 1, and their squares to ``l``.
+
+    Source: Li, Malladi, Arora (NeurIPS 2021), equation 5.
+
+    Raises:
+        ValueError: ``l`` is not a finite number >= 1.
+
+    >>> svag_coefficients(1)
+    (1.0, 0.0)
+    >>> svag_coefficients(5)
+    (2.0, -1.0)
+    """
+    check_l(l)
+    root = math.sqrt(2 * l - 1)
+    return (1 + root) / 2, (1 - root) / 2
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Statistics of a step's two gradients and of the parameters before it, on the params' device.
+
+    Reading a value (``float(stats.nsr)``) synchronises with the device; nothing before does. Every statistic is a
+    0-d float64 tensor. Without a second gradient those that need it are None. Float32 sums of 4096 elements are
+    added in float64.
+    """
+
+    raw: Tensor
+    """[5], float64: sq_norm1, sq_norm2, inner, weight_sq_norm, finite."""
+    has_second: bool
+
+    @property
+    def sq_norm1(self) -> Tensor:
+        """The first gradient's squared norm."""
+        return self.raw[_SQ_NORM1]
+
+    @property
+    def sq_norm2(self) -> Tensor | None:
+        """The second gradient's squared norm."""
+        return self.raw[_SQ_NORM2] if self.has_second else None
+
+    @property
+    def inner(self) -> Tensor | None:
+        """The two gradients' inner product."""
+        return self.raw[_INNER] if self.has_second else None
+
+    @property
+    def weight_sq_norm(self) -> Tensor:
+        """R, the parameters' squared norm before the step."""
+        return self.raw[_WEIGHT_SQ_NORM]
+
+    @property
+    def finite(self) -> Tensor:
+        """0-d bool: False where any entry of a gradient was inf or nan."""
+        return self.raw[_FINITE] != 0
+
+    @property
+    def grad_sq_norm(self) -> Tensor | None:
+        """G, unbiased: for independent batches E <g1, g2> = |E g|². May be negative."""
+        return self.inner
+
+    @property
+    def noise_trace(self) -> Tensor | None:
+        """N, unbiased: E |g1 - g2|² / 2 is the trace of one batch gradient's covariance."""
+        if not self.has_second:
+            return None
+        return (self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2] - 2 * self.raw[_INNER]) / 2
+
+    @property
+    def nsr(self) -> Tensor | None:
+        """N / G, the noise-to-signal ratio of this one step: average N and G over steps before you trust it."""
+        noise_trace = self.noise_trace
+        return None if noise_trace is None else noise_trace / self.raw[_INNER]
+
+    @staticmethod
+    def total(parts: Sequence[StepStats]) -> StepStats:
+        """Return the statistics of several lists (param groups on one device) as of one."""
+        if len(parts) == 1:
+            return parts[0]
+        raw = torch.stack([part.raw for part in parts])
+        return StepStats(
+            torch.cat([raw[:, :_FINITE].sum(0), raw[:, _FINITE:].amin(0)]), all(part.has_second for part in parts)
+        )
+
+
+def svag_step_(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    l: float,
+    weight_decay: float = 0.0,
+    compensation: Sequence[Tensor] | None = None,
+    skip_nonfinite: bool = False,
+    backend: str = "auto",
+) -> StepStats:
+    """Take one SVAG step in place, ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)``, and measure the noise.
+
+    With ``c1, c2 = svag_coefficients(l)`` (paper, equation 5, with the weight decay of equation 7). At ``l = 1`` it is
+    SGD on ``grads1``: ``grads2`` only serves the statistics, and an inf in it never reaches the params.
+    The same bits come out for any number of threads. Autograd does not record the step.
+
+    Args:
+        params: float32, float64, bfloat16 or float16 tensors on one device, dense in memory (any order of
+            dimensions, so channels_last too), not overlapping. Updated in place, each rounded to its dtype from
+            float32 arithmetic (float64 for float64).
+        grads1: gradients on the first batch, shaped as the params, of the param's dtype or float32. One whose memory
+            order is not its param's is copied first.
+        grads2: gradients on the second, independent batch, at the same params; None only at ``l = 1``.
+        lr: the paper's eta; the step taken is ``lr / l``.
+        l: SVAG's hyperparameter, >= 1; integers are the paper's, fractions are meaningful.
+        weight_decay: the paper's lambda.
+        compensation: float32 tensors shaped as the params, zero at first, that keep what rounding the params loses
+            (Kahan). Without them drift and decay vanish below one ulp of the params when ``lr / l`` is small: at
+            ``l = 65536`` a float32 parameter hardly decays. Not for float64 params.
+        skip_nonfinite: leave all params (and compensation) as they are when any gradient entry is inf or nan; decided
+            on the device, without synchronising. Costs a second pass over the gradients.
+        backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
+
+    Returns:
+        The statistics, from the same pass.
+
+    Raises:
+        ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
+        BackendError: the backend can't serve the call.
+    """
+    check_nonnegative("learning rate", lr)
+    check_l(l)
+    check_nonnegative("weight_decay", weight_decay)
+    if grads2 is None and l != 1:
+        raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
+    if not params:
+        _check_lists(params, grads1, grads2, compensation)
+        return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64), grads2 is not None)
+    with torch.no_grad():
+        raw = _op(
+            list(params),
+            list(grads1),
+            None if grads2 is None else list(grads2),
+            [] if compensation is None else list(compensation),
+            lr,
+            l,
+            weight_decay,
+            skip_nonfinite,
+            backend,
+        )
+    return StepStats(raw, grads2 is not None)
+
+
+def _check_lists(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    compensation: Sequence[Tensor] | None,
+) -> None:
+    check_params(params)
+    check_like("grads1", grads1, params)
+    if grads2 is not None:
+        check_like("grads2", grads2, params)
+        for i, (g1, g2) in enumerate(zip(grads1, grads2, strict=True)):
+            if g1.dtype != g2.dtype:
+                raise TypeError(f"grads2[{i}] is {g2.dtype}, but grads1[{i}] is {g1.dtype}: expected the same dtype")
+    if compensation:
+        check_like("compensation", compensation, params, dtypes="float32")
+        for i, (e, p) in enumerate(zip(compensation, params, strict=True)):
+            if p.dtype == torch.float64:
+                raise TypeError(f"params[{i}] is torch.float64: compensation serves float32, bfloat16 and float16")
+            if e.stride() != p.stride():
+                raise ValueError(
+                    f"compensation[{i}] has strides {list(e.stride())}, but params[{i}] has {list(p.stride())}"
+                )
+
+
+def _run(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    lr: float,
+    l: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+    backend: str,
+) -> Tensor:
+    _check_lists(params, grads1, grads2, compensation)
+    step = select("svag_step_", backend, params)
+    grads1 = laid_out_like(grads1, params)
+    grads2 = None if grads2 is None else laid_out_like(grads2, params)
+    raw: Tensor = step(params, grads1, grads2, compensation, lr, l, weight_decay, skip_nonfinite)
+    torch.autograd.graph.increment_version(params)
+    return raw
+
+
+def _fake(params: list[Tensor], *rest: object) -> Tensor:
+    return params[0].new_empty(5, dtype=torch.float64)
+
+
+_op = register_op(
+    "svag_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[] compensation, float lr, float l, "
+    "float weight_decay, bool skip_nonfinite, str backend) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+@implements("svag_step_", "reference")
+def _reference(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    lr: float,
+    l: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+) -> Tensor:
+    def sum64(terms: list[Tensor]) -> Tensor:
+        return torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
+
+    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        return sum64([s.double() * t.double() for s, t in zip(a, b, strict=True)])
+
+    nothing = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    finite = torch.stack([g.isfinite().all() for g in [*grads1, *(grads2 or [])]]).all()
+    raw = torch.stack(
+        [
+            product(grads1, grads1),
+            nothing if grads2 is None else product(grads2, grads2),
+            nothing if grads2 is None else product(grads1, grads2),
+            product(params, params),
+            finite.double(),
+        ]
+    )
+    c1, c2 = svag_coefficients(l)
+    for i, x in enumerate(params):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        combined = c1 * grads1[i].to(dtype)
+        if c2 != 0 and grads2 is not None:
+            combined = combined + c2 * grads2[i].to(dtype)
+        if compensation:
+            e = compensation[i]
+            step = e - (lr / l) * (combined + weight_decay * (x.to(dtype) + e))
+            value, error = two_sum(x.to(dtype), step)
+            rounded = value.to(x.dtype)
+            lost = (value - rounded.to(dtype)) + error
+            e.copy_(torch.where(finite, lost, e) if skip_nonfinite else lost)
+        else:
+            rounded = (x.to(dtype) - (lr / l) * (combined + weight_decay * x.to(dtype))).to(x.dtype)
+        x.copy_(torch.where(finite, rounded, x) if skip_nonfinite else rounded)
+    return raw
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(sum, error)`` with ``sum + error == a + b`` exactly (Knuth, TAOCP 2, 4.2.2)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def _addresses(tensors: list[Tensor] | None) -> list[int]:
+    return [t.data_ptr() for t in tensors or []]
+
+
+@implements("svag_step_", "cpu")
+def _cpu(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    lr: float,
+    l: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+) -> Tensor:
+    from svag_fast import _C
+
+    raw = torch.empty(5, dtype=torch.float64)
+    c1, c2 = svag_coefficients(l)
+    _C.step(
+        _addresses(params),
+        _addresses(grads1),
+        _addresses(grads2),
+        _addresses(compensation),
+        [p.numel() for p in params],
+        [_DTYPE_CODES[p.dtype] for p in params],
+        [_DTYPE_CODES[g.dtype] for g in grads1],
+        lr / l,
+        c1,
+        c2,
+        weight_decay,
+        skip_nonfinite,
+        torch.get_num_threads(),
+        raw.data_ptr(),
+    )
+    return raw

@@ -1,0 +1,444 @@
+"""The fused step: every backend and SIMD level against the formula in float64, and everything it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import svag_fast
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from svag_fast import _C, svag_coefficients
+from svag_fast.ops import StepStats, svag_step_
+from svag_fast.ops.backends import BackendError
+from torch import Tensor
+
+LEVELS = ["portable", "avx2", "avx512"]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+]
+# Around the vector widths, the block of 4096 and the chunk of 65536; empty and one-element tensors.
+SHAPES = [(0,), (1,), (), (3,), (17, 5), (4095,), (4097,), (31, 0, 2), (65537,), (8, 3, 3, 3)]
+
+
+@pytest.fixture(params=["reference", *LEVELS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "reference":
+        yield "reference"
+        return
+    before = _C.simd_level()
+    if not _C.select_simd_level(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield "cpu"
+    _C.select_simd_level(before)
+
+
+def draw(dtype: torch.dtype, seed: int, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(s, generator=generator) * scale).to(dtype) for s in SHAPES]
+
+
+def exact(
+    params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, lr: float, l: float, weight_decay: float
+) -> list[Tensor]:
+    c1, c2 = svag_coefficients(l)
+    second = [torch.zeros_like(g) for g in grads1] if grads2 is None or l == 1 else grads2
+    return [
+        x.double() - lr / l * (c1 * a.double() + c2 * b.double() + weight_decay * x.double())
+        for x, a, b in zip(params, grads1, second, strict=True)
+    ]
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((s.double() * t.double()).sum()) for s, t in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("l", [1, 1.5, 2, 64, 65536, 1e12])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_step_equals_the_formula_within_one_rounding(
+    backend: str, dtypes: tuple[torch.dtype, torch.dtype], l: float
+) -> None:
+    params, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+    expected = exact(params, grads1, grads2, 0.3, l, 0.02)
+    svag_step_(params, grads1, grads2, lr=0.3, l=l, weight_decay=0.02, backend=backend)
+    for x, e in zip(params, expected, strict=True):
+        # Half an ulp of the stored value, and a few float32 (float64) roundings of the decrement on the way.
+        arithmetic = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        bound = e.abs() * torch.finfo(x.dtype).eps / 2 + 4 * arithmetic * (e.abs() + 1)
+        assert ((x.double() - e).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("l", [1, 64])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_every_level_gives_the_reference_bits(level: str, dtypes: tuple[torch.dtype, torch.dtype], l: int) -> None:
+    before = _C.simd_level()
+    if not _C.select_simd_level(level):
+        pytest.skip(f"this processor has no {level}")
+    try:
+        results = []
+        for backend in ("cpu", "reference"):
+            params, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+            compensation = None if dtypes[0] == torch.float64 else [torch.full(s, 1e-4) for s in SHAPES]
+            for e in (None, compensation):
+                svag_step_(params, grads1, grads2, lr=0.3, l=l, weight_decay=0.02, compensation=e, backend=backend)
+            results.append([*params, *(compensation or [])])
+    finally:
+        _C.select_simd_level(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_statistics_equal_float64_sums(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    params, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+    expected = [dot(grads1, grads1), dot(grads2, grads2), dot(grads1, grads2), dot(params, params)]
+    stats = svag_step_(params, grads1, grads2, lr=0.1, l=4, backend=backend)
+    scale = math.sqrt(expected[0] * expected[1])
+    # Rounding in float32 over blocks of 4096: a random walk of at most 1024 half-ulps a lane.
+    tolerance = 1e-12 if dtypes[0] == torch.float64 else 4e-6
+    for value, e in zip(stats.raw[:4].tolist(), expected, strict=True):
+        assert abs(value - e) <= tolerance * max(scale, abs(e))
+    assert stats.inner is not None
+    assert stats.noise_trace is not None
+    assert stats.nsr is not None
+    noise = (expected[0] + expected[1] - 2 * expected[2]) / 2
+    assert float(stats.noise_trace) == pytest.approx(noise, rel=1e-5)
+    assert float(stats.nsr) == pytest.approx(noise / float(stats.inner), rel=1e-5)
+    assert bool(stats.finite)
+    assert all(t.dtype == torch.float64 and t.dim() == 0 for t in (stats.sq_norm1, stats.inner, stats.weight_sq_norm))
+
+
+def test_finite_gradients_whose_squares_overflow_float32_have_finite_statistics(backend: str) -> None:
+    params, grads1, grads2 = draw(torch.float32, 0), draw(torch.float32, 1, 1e25), draw(torch.float32, 2, 1e25)
+    expected = dot(grads1, grads1), dot(grads2, grads2), dot(grads1, grads2)
+    stats = svag_step_(params, grads1, grads2, lr=0.0, l=2, backend=backend)
+    assert bool(stats.finite)
+    assert stats.raw[:3].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_at_l_1_the_step_is_sgd_and_the_second_gradient_may_be_missing(backend: str) -> None:
+    params, grads1, grads2 = draw(torch.float32, 0), draw(torch.float32, 1), draw(torch.float32, 2)
+    with_second = [p.clone() for p in params]
+    sgd = [p.clone().requires_grad_() for p in params]
+    for p, g in zip(sgd, grads1, strict=True):
+        p.grad = g.clone()
+    torch.optim.SGD(sgd, lr=0.1, weight_decay=0.5).step()
+    stats = svag_step_(params, grads1, None, lr=0.1, l=1, weight_decay=0.5, backend=backend)
+    svag_step_(with_second, grads1, grads2, lr=0.1, l=1, weight_decay=0.5, backend=backend)
+    for a, b, c in zip(params, with_second, sgd, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c.detach(), rtol=3e-7, atol=3e-7)
+    assert (stats.sq_norm2, stats.inner, stats.grad_sq_norm, stats.noise_trace, stats.nsr) == (None,) * 5
+    assert float(stats.sq_norm1) == pytest.approx(dot(grads1, grads1), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_at_l_1_a_bad_second_gradient_never_reaches_the_params(backend: str, bad: float) -> None:
+    params, grads1, grads2 = draw(torch.float32, 0), draw(torch.float32, 1), draw(torch.float32, 2)
+    grads2[8][65530] = bad
+    stats = svag_step_(params, grads1, grads2, lr=0.1, l=1, backend=backend)
+    assert all(p.isfinite().all() for p in params)
+    assert not bool(stats.finite)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("where", [(0, 1), (1, 8), (1, 5)])
+def test_skip_nonfinite_leaves_everything_untouched(
+    backend: str, dtypes: tuple[torch.dtype, torch.dtype], where: tuple[int, int]
+) -> None:
+    params = draw(dtypes[0], 0)
+    grads = [draw(dtypes[1], 1), draw(dtypes[1], 2)]
+    compensation = [] if dtypes[0] == torch.float64 else [torch.full(s, 1e-6) for s in SHAPES]
+    good = [[g.clone() for g in gs] for gs in grads]
+    grads[where[0]][where[1]].view(-1)[-1] = math.inf
+    before = [p.clone() for p in params]
+    stats = svag_step_(
+        params, *grads, lr=0.1, l=4, compensation=compensation or None, skip_nonfinite=True, backend=backend
+    )
+    assert not bool(stats.finite)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert all((e == 1e-6).all() for e in compensation)
+
+    skipping, plain = [b.clone() for b in before], [b.clone() for b in before]
+    svag_step_(skipping, *good, lr=0.1, l=4, skip_nonfinite=True, backend=backend)
+    svag_step_(plain, *good, lr=0.1, l=4, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(skipping, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compensated_params_follow_float64_through_a_million_steps_of_pure_decay(dtype: torch.dtype) -> None:
+    steps, l = 10**6, 65536.0
+    start = torch.tensor([1.0, -0.37, 3e-3, 0.0, 117.0])
+    x, e, zero = start.to(dtype), torch.zeros(5), torch.zeros(5, dtype=dtype)
+    exact_start = x.double()
+    args = ([x.data_ptr()], [zero.data_ptr()], [zero.data_ptr()], [e.data_ptr()], [5])
+    codes = [{torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]]
+    raw = torch.empty(5, dtype=torch.float64)
+    c1, c2 = svag_coefficients(l)
+    for _ in range(steps):
+        _C.step(*args, codes, codes, 0.1 / l, c1, c2, 0.5, False, 1, raw.data_ptr())
+    expected = exact_start * (1 - 0.1 / l * 0.5) ** steps
+    # Each of a million decrements carries float32's relative error of 2^-24 twice or so; the sum keeps them all.
+    torch.testing.assert_close(x.double() + e.double(), expected, rtol=5e-7, atol=0)
+    # Each single decrement is below half an ulp, so the plain step never moves.
+    plain = start.to(dtype)
+    svag_step_([plain], [zero], [zero], lr=0.1, l=l, weight_decay=0.5)
+    assert torch.equal(plain, start.to(dtype))
+
+
+def test_compensated_step_equals_the_reference_over_many_random_steps(backend: str) -> None:
+    params, exact_params = draw(torch.bfloat16, 0), [p.double() for p in draw(torch.bfloat16, 0)]
+    compensation = [torch.zeros(s) for s in SHAPES]
+    for k in range(20):
+        grads1, grads2 = draw(torch.bfloat16, 2 * k + 1), draw(torch.bfloat16, 2 * k + 2)
+        exact_params = exact(exact_params, grads1, grads2, 1e-3, 64, 0.1)
+        svag_step_(params, grads1, grads2, lr=1e-3, l=64, weight_decay=0.1, compensation=compensation, backend=backend)
+    for p, e, x in zip(params, compensation, exact_params, strict=True):
+        torch.testing.assert_close(p.double() + e.double(), x, rtol=0, atol=20 * 2**-24 * 8)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_same_bits_for_any_number_of_threads(level: str) -> None:
+    before = _C.simd_level(), torch.get_num_threads()
+    if not _C.select_simd_level(level):
+        pytest.skip(f"this processor has no {level}")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300001,), (7,), (65536,), (12345,)] + [(64,)] * 50
+    lists = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(3)]
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            params = [p.clone() for p in lists[0]]
+            stats = svag_step_(params, lists[1], lists[2], lr=0.1, l=8, weight_decay=0.1, backend="cpu")
+            results.append([stats.raw, *params])
+    finally:
+        torch.set_num_threads(before[1])
+        _C.select_simd_level(before[0])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_converts_as_torch_does(level: str, dtype: torch.dtype) -> None:
+    before = _C.simd_level()
+    if not _C.select_simd_level(level):
+        pytest.skip(f"this processor has no {level}")
+    try:
+        # With lr = 0 the step is a round trip through float32.
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = every.clone()
+        svag_step_([x], [torch.zeros_like(x)], None, lr=0.0, l=1)
+        kept = ~every.isinf() & ~every.isnan()
+        assert torch.equal(x[kept], every[kept])
+        assert torch.equal(x.isnan(), every.isnan() | every.isinf())  # 0 * inf in the decay
+        # x = 0, lr = 1: float32 gradients over all exponents and ties, rounded once.
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64).to(torch.int32)
+        halfway = every.float()
+        g = torch.cat([bits.view(torch.float32), halfway * (1 + 2.0**-11), halfway * (1 + 2.0**-12)])
+        x = torch.zeros_like(g, dtype=dtype)
+        svag_step_([x], [g], None, lr=1.0, l=1)
+        torch.testing.assert_close(x, (-g).to(dtype), rtol=0, atol=0, equal_nan=True)
+    finally:
+        _C.select_simd_level(before)
+
+
+def test_channels_last_params_and_gradients_in_other_memory_orders(backend: str) -> None:
+    p, g1, g2 = (torch.randn(4, 6, 3, 5, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = exact([p], [g1], [g2], 0.1, 4, 0.1)[0]
+    param = p.to(memory_format=torch.channels_last)
+    expanded = torch.ones(1, 1, 1, 1).expand(4, 6, 3, 5)
+    svag_step_([param], [g1], [g2.transpose(0, 3).contiguous().transpose(0, 3)], lr=0.1, l=4, weight_decay=0.1)
+    torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=1e-6)
+    svag_step_([param], [expanded], [expanded], lr=1.0, l=1)
+    torch.testing.assert_close(param.double(), expected - 1, rtol=1e-6, atol=1e-6)
+    assert param.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_leaf_that_requires_grad_is_updated_and_nothing_is_recorded(backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    g = torch.ones(5)
+    version = p._version
+    svag_step_([p], [g], [g], lr=0.1, l=2, backend=backend)
+    torch.testing.assert_close(p.detach(), torch.full((5,), 0.9))
+    assert p.requires_grad
+    assert p.is_leaf
+    assert p._version > version
+
+
+def test_a_param_saved_for_backward_is_known_to_be_overwritten() -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    loss = (p * p).sum()
+    svag_step_([p], [torch.ones(5)], None, lr=0.1, l=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_empty_lists_are_fine() -> None:
+    stats = svag_step_([], [], [], lr=0.1, l=2)
+    assert stats.raw.tolist() == [0, 0, 0, 0, 1]
+
+
+def test_statistics_of_groups_add_up() -> None:
+    params, grads1, grads2 = draw(torch.float64, 0), draw(torch.float64, 1), draw(torch.float64, 2)
+    whole = svag_step_([p.clone() for p in params], grads1, grads2, lr=0.1, l=2)
+    parts = [
+        svag_step_(params[:4], grads1[:4], grads2[:4], lr=0.1, l=2),
+        svag_step_(params[4:], grads1[4:], grads2[4:], lr=0.1, l=2),
+    ]
+    torch.testing.assert_close(StepStats.total(parts).raw, whole.raw, rtol=1e-12, atol=1e-12)
+    grads1[5][0] = math.nan
+    bad = svag_step_(params[4:], grads1[4:], grads2[4:], lr=0.1, l=2)
+    assert not bool(StepStats.total([parts[0], bad]).finite)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_opcheck(backend: str, compensated: bool, second: bool) -> None:
+    params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
+    compensation = [torch.zeros(3), torch.zeros(4, 5)] if compensated else []
+    args = (params, grads, grads if second else None, compensation, 0.1, 4.0 if second else 1.0, 0.1, False, backend)
+    torch.library.opcheck(torch.ops.svag_fast.svag_step_.default, args)
+
+
+def test_torch_compile_gives_the_eager_bits() -> None:
+    def step(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor]) -> Tensor:
+        doubled = [g * 2 for g in grads1]
+        stats = svag_step_(params, doubled, grads2, lr=0.1, l=4, weight_decay=0.1)
+        assert stats.noise_trace is not None
+        return stats.noise_trace + params[1].sum()
+
+    lists = [draw(torch.float32, i) for i in range(3)]
+    eager, compiled = [p.clone() for p in lists[0]], [p.clone() for p in lists[0]]
+    expected = step(eager, lists[1], lists[2])
+    result = torch.compile(step, backend="aot_eager", fullgraph=True)(compiled, lists[1], lists[2])
+    assert torch.equal(result, expected)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+@given(st.floats(min_value=1, max_value=1e12))
+def test_coefficients_sum_to_1_and_their_squares_to_l(l: float) -> None:
+    c1, c2 = svag_coefficients(l)
+    assert c1 + c2 == pytest.approx(1, abs=1e-9 * math.sqrt(l))
+    assert c1**2 + c2**2 == pytest.approx(l, rel=1e-12)
+    assert c1 * c2 == pytest.approx((1 - l) / 2, rel=1e-9, abs=1e-9)
+
+
+def good_call() -> dict[str, object]:
+    return {
+        "params": [torch.ones(3), torch.ones(2, 2)],
+        "grads1": [torch.ones(3), torch.ones(2, 2)],
+        "grads2": [torch.ones(3), torch.ones(2, 2)],
+        "lr": 0.1,
+        "l": 2,
+        "weight_decay": 0.1,
+    }
+
+
+overlapping = torch.ones(8)
+BAD_INPUT = {
+    "l below 1": ({"l": 0.5}, ValueError, r"Invalid l: 0.5"),
+    "l nan": ({"l": math.nan}, ValueError, r"Invalid l: nan"),
+    "l infinite": ({"l": math.inf}, ValueError, r"Invalid l: inf"),
+    "lr negative": ({"lr": -0.1}, ValueError, r"Invalid learning rate: -0.1"),
+    "lr nan": ({"lr": math.nan}, ValueError, r"Invalid learning rate: nan"),
+    "weight_decay negative": ({"weight_decay": -1.0}, ValueError, r"Invalid weight_decay: -1.0"),
+    "weight_decay nan": ({"weight_decay": math.nan}, ValueError, r"Invalid weight_decay: nan"),
+    "second gradient missing": ({"grads2": None}, ValueError, r"grads2 is None, but at l = 2"),
+    "lists of different length": ({"grads2": [torch.ones(3)]}, ValueError, r"grads2 has 1 tensors, but params has 2"),
+    "shape": ({"grads1": [torch.ones(3), torch.ones(4)]}, ValueError, r"grads1\[1\] has shape \[4\]"),
+    "dtype of a gradient": (
+        {"grads1": [torch.ones(3).double(), torch.ones(2, 2)]},
+        TypeError,
+        r"grads1\[0\] is torch.float64: expected torch.float32",
+    ),
+    "dtypes of the two gradients": (
+        {
+            "params": [torch.ones(3).half(), torch.ones(2, 2)],
+            "grads1": [torch.ones(3).half(), torch.ones(2, 2)],
+        },
+        TypeError,
+        r"grads2\[0\] is torch.float32, but grads1\[0\] is torch.float16",
+    ),
+    "device": ({"grads2": [torch.ones(3), torch.ones(2, 2, device="meta")]}, ValueError, r"grads2\[1\] is on meta"),
+    "integer params": ({"params": [torch.ones(3).int(), torch.ones(2, 2)]}, TypeError, r"params\[0\] is torch.int32"),
+    "sparse gradient": (
+        {"grads1": [torch.ones(3).to_sparse(), torch.ones(2, 2)]},
+        TypeError,
+        r"grads1\[0\] is torch.sparse_coo",
+    ),
+    "param with gaps": (
+        {"params": [torch.ones(6)[::2], torch.ones(2, 2)]},
+        ValueError,
+        r"params\[0\] \(shape \[3\], strides \[2\]\) has gaps",
+    ),
+    "param with repeated elements": (
+        {"params": [torch.ones(1).expand(3), torch.ones(2, 2)]},
+        ValueError,
+        r"params\[0\].* repeated elements",
+    ),
+    "overlapping params": (
+        {"params": [overlapping[:3], overlapping[2:6].view(2, 2)]},
+        ValueError,
+        r"params\[0\] and params\[1\] share memory",
+    ),
+    "compensation's dtype": (
+        {"compensation": [torch.zeros(3), torch.zeros(2, 2).half()]},
+        TypeError,
+        r"compensation\[1\] is torch.float16: expected torch.float32",
+    ),
+    "compensation's memory order": (
+        {"compensation": [torch.zeros(3), torch.zeros(2, 2).T]},
+        ValueError,
+        r"compensation\[1\] has strides \[1, 2\]",
+    ),
+    "compensation for float64": (
+        {k: [torch.ones(3).double(), torch.ones(2, 2)] for k in ("params", "grads1", "grads2")}
+        | {"compensation": [torch.zeros(3), torch.zeros(2, 2)]},
+        TypeError,
+        r"params\[0\] is torch.float64: compensation serves",
+    ),
+    "unknown backend": ({"backend": "gpu"}, BackendError, r"unknown backend 'gpu': expected one of auto, cuda"),
+    "backend that can't serve": ({"backend": "cuda"}, BackendError, r"'cuda' can't serve svag_step_: it serves cuda"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_refused_by_name_and_nothing_is_written(
+    case: tuple[dict[str, object], type[Exception], str],
+) -> None:
+    changes, error, message = case
+    call = {**good_call(), **changes}
+    tensors = [t for v in call.values() if isinstance(v, list) for t in v if t.device.type == "cpu"]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(error, match=message):
+        svag_step_(**call)  # type: ignore[arg-type]
+    for t, b in itertools.zip_longest(tensors, before):
+        assert torch.equal(t.to_dense(), b.to_dense())
+
+
+def test_the_good_call_of_the_table_is_good() -> None:
+    assert bool(svag_step_(**good_call()).finite)  # type: ignore[arg-type]
+
+
+def test_backend_context_and_variable_replace_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    with svag_fast.backend("cuda"), pytest.raises(BackendError, match="'cuda' can't serve"):
+        svag_step_(**good_call())  # type: ignore[arg-type]
+    monkeypatch.setenv("SVAG_FAST_BACKEND", "triton")
+    with pytest.raises(BackendError, match="'triton' can't serve"):
+        svag_step_(**good_call())  # type: ignore[arg-type]
+    with svag_fast.backend("reference"):
+        svag_step_(**good_call())  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="unknown backend 'gpu'"), svag_fast.backend("gpu"):
+        pass
