@@ -75,7 +75,5 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: The folder is missing or not writable, or the disk is full; what lay at ``path`` is still there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     with replace_file(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+        figure.savefig(file, format="png", backend="agg")

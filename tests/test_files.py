@@ -8,13 +8,17 @@ import pytest
 from svag_fast.files import replace_file
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_what_was_written_is_there_and_no_temporary_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for text in (b"one", b"two"):
         with replace_file(path) as file:
             file.write(text)
         assert path.read_bytes() == text
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert names(tmp_path) == ["a.json"]
 
 
 def test_the_old_file_stands_until_the_block_ends(tmp_path: Path) -> None:
@@ -27,14 +31,19 @@ def test_the_old_file_stands_until_the_block_ends(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
+def write_half_of_it(path: Path) -> None:
+    with replace_file(path) as file:
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+
+
 def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), replace_file(path) as file:
-        file.write(b"half of the n")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half_of_it(path)
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert names(tmp_path) == ["a.json"]
 
 
 def test_a_missing_folder_is_an_os_error_that_names_it(tmp_path: Path) -> None:
@@ -56,7 +65,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"), replace_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert names(tmp_path) == ["a.json"]
 
 
 def test_the_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
