@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,12 +37,14 @@ AVX512_FLAGS = [
 # Each kernel file is compiled once for every level; csrc/cpu/simd_level.cpp chooses one when the module is loaded.
 KERNELS = sorted(str(p) for p in Path("csrc/cpu/kernels").glob("*.cpp"))
 COMMON = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h"))
+EXPORTS = "csrc/exports.map"
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 
 
-def simd_levels() -> dict[str, list[str]]:
-    """Return the compiler flags of every SIMD level that this architecture is built for."""
-    if platform.machine() in ("x86_64", "AMD64"):
+def simd_levels(machine: str | None = None) -> dict[str, list[str]]:
+    """Return the compiler flags of every SIMD level that an architecture, by default this one, is built for."""
+    if (machine or platform.machine()) in ("x86_64", "AMD64"):
         return {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
     return {"portable": []}
 
@@ -64,20 +67,14 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Add the kernels' objects to the extension, then build it as usual."""
-        compiler = self.compiler.compiler_cxx[0]
-        if shutil.which(compiler) is None:
-            raise SystemExit(
-                f"svag_fast: its C++ kernels need a C++17 compiler, and {compiler!r} was not found. "
-                "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: cxx-compiler) "
-                "or name yours in the variable CXX."
-            )
+        self._check_tools()
+        nvcc = find_nvcc()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [
                 pool.submit(self._compile_kernel, source, level, flags)
                 for level, flags in simd_levels().items()
                 for source in KERNELS
             ]
-            nvcc = find_nvcc()
             if nvcc is None:
                 print("svag_fast: no nvcc (or SVAG_CUDA=0): building the CPU kernels only", flush=True)
             else:
@@ -87,6 +84,21 @@ class BuildExt(build_ext):
                 ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
             ext.extra_objects = [job.result() for job in jobs]
         super().build_extension(ext)
+
+    def _check_tools(self) -> None:
+        compiler = self.compiler.compiler_cxx[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"svag_fast: its C++ kernels need a C++17 compiler, and {compiler!r} was not found. "
+                "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: cxx-compiler) "
+                "or name yours in the variable CXX."
+            )
+        include = Path(sysconfig.get_path("include"))
+        if not (include / "Python.h").exists():
+            raise SystemExit(
+                f"svag_fast: compiling needs Python.h, which is not in {include}. "
+                "Install it (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
+            )
 
     def _compile_kernel(self, source: str, level: str, flags: list[str]) -> str:
         contract = "fast" if Path(source).name.startswith(FUSED_MULTIPLY_ADD) else "off"
@@ -116,16 +128,18 @@ class BuildExt(build_ext):
         return [str(Path(top) / lib) for lib in ("lib64", "lib") if (Path(top) / lib).is_dir()]
 
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "svag_fast._C",
-            COMMON,
-            include_dirs=["csrc"],
-            extra_compile_args=CXX_FLAGS,
-            extra_link_args=["-pthread"],
-            cxx_std=17,
-        )
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Pybind11Extension(
+                "svag_fast._C",
+                COMMON,
+                include_dirs=["csrc"],
+                depends=[*KERNELS, *CUDA, *HEADERS, EXPORTS],
+                extra_compile_args=CXX_FLAGS,
+                extra_link_args=["-pthread", f"-Wl,--version-script={EXPORTS}"],
+                cxx_std=17,
+            )
+        ],
+        cmdclass={"build_ext": BuildExt},
+    )
