@@ -57,6 +57,7 @@ void step(const Addresses& params, const Addresses& grads1, const Addresses& gra
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "svag_fast's compiled kernels. Addresses are unchecked here: svag_fast.ops checks them first.";
+    svag::select_simd_level_from_environment();
     m.def("simd_level", [] { return std::string(svag::simd_level_name(svag::simd_level())); });
     m.def("best_simd_level", [] { return std::string(svag::simd_level_name(svag::best_simd_level())); });
     m.def("select_simd_level", [](const std::string& name) { return svag::select_simd_level(name.c_str()); });

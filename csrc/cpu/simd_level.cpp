@@ -1,6 +1,9 @@
 #include "cpu/simd_level.h"
 
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace svag {
 namespace {
@@ -44,6 +47,17 @@ bool select_simd_level(const char* name) {
         }
     }
     return false;
+}
+
+void select_simd_level_from_environment() {
+    const char* wanted = std::getenv("SVAG_FAST_SIMD");
+    if (wanted == nullptr || *wanted == '\0' || select_simd_level(wanted)) return;
+    std::string runs;
+    for (int i = 0; i <= static_cast<int>(best_simd_level()); ++i) {
+        if (i > 0) runs += ", ";
+        runs += simd_level_name(static_cast<SimdLevel>(i));
+    }
+    throw std::runtime_error("SVAG_FAST_SIMD=" + std::string(wanted) + ": this machine runs " + runs);
 }
 
 }  // namespace svag

@@ -14,6 +14,9 @@ SimdLevel simd_level();
 // Choose a level by name; returns false for an unknown name or one that this processor lacks.
 bool select_simd_level(const char* name);
 
+// Choose what SVAG_FAST_SIMD names; throws std::runtime_error, with what this processor runs, where it can't.
+void select_simd_level_from_environment();
+
 const char* simd_level_name(SimdLevel level);
 
 }  // namespace svag
