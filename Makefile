@@ -1,0 +1,39 @@
+# make run    the main job: does SVAG converge, and does SGD stay with it? (ARGS="--seeds 1" passes options on)
+# make test   the tests
+# Both make the environment $(VENV) first, from nothing but Python >= 3.10 and a C++ compiler, and reuse it later.
+
+VENV ?= .venv
+ARGS ?=
+export PYTHON ?= python3
+export CXX
+
+python := $(VENV)/bin/python
+sources := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: run test nightly bench lint gpu-report clean
+
+run: $(VENV)/.installed
+	$(VENV)/bin/svag-fast run $(ARGS)
+
+test: $(VENV)/.installed
+	$(python) -m pytest $(ARGS)
+
+nightly: $(VENV)/.installed
+	$(python) -m pytest -m nightly --timeout 3600 $(ARGS)
+
+bench: $(VENV)/.installed
+	$(python) -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(VENV)/.installed
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+clean:
+	rm -rf $(VENV) $(VENV).unfinished build dist *.egg-info svag_fast/_C.*.so
+
+$(VENV)/.packages: requirements/dev.txt
+	requirements/environment.sh packages $(VENV)
+
+$(VENV)/.installed: $(VENV)/.packages $(sources)
+	requirements/environment.sh install $(VENV)

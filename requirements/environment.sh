@@ -1,0 +1,61 @@
+#!/bin/sh
+# environment.sh packages|install VENV: make the development environment VENV; called by the Makefile.
+#   packages  the pinned packages of dev.txt; from scratch, unless VENV was finished before
+#   install   svag_fast itself, editable, compiled with build isolation
+# VENV/.packages and VENV/.installed say that a step is finished; VENV.unfinished, that one was begun.
+# A step that failed or was killed is begun anew: nothing half-made is used.
+set -eu
+step=$1
+venv=$2
+python=${PYTHON:-python3}
+cxx=${CXX:-g++}
+here=$(dirname "$0")
+
+fail() {
+    echo "svag_fast: $1" >&2
+    exit 1
+}
+
+check_tools() {
+    command -v "$python" >/dev/null || fail "no '$python' on the PATH. Install Python 3.10 or newer \
+(Debian, Ubuntu: apt install python3 python3-venv python3-dev) or name yours: make PYTHON=/path/to/python3"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "Python 3.10 or newer is needed, and '$python' is $("$python" --version 2>&1). \
+Name a newer one: make PYTHON=/path/to/python3"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "'$python' has no module venv (or ensurepip). \
+Install it (Debian, Ubuntu: apt install python3-venv) or name another Python: make PYTHON=/path/to/python3"
+    "$python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+        fail "'$python' comes without Python.h, which compiling needs. \
+Install it (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
+    # CXX may hold options or a launcher: its first word is the program.
+    command -v "${cxx%% *}" >/dev/null || fail "no C++ compiler '${cxx%% *}' on the PATH. \
+Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or name yours: make CXX=clang++"
+}
+
+packages() {
+    if [ ! -e "$venv/.packages" ]; then
+        if [ -e "$venv" ] && [ ! -e "$venv.unfinished" ]; then
+            fail "'$venv' exists and was not made by this Makefile. Remove it, or name another folder: make VENV=env"
+        fi
+        touch "$venv.unfinished"
+        rm -rf "$venv"
+        "$python" -m venv "$venv"
+    fi
+    touch "$venv.unfinished"
+    rm -f "$venv/.packages" "$venv/.installed"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -r "$here/dev.txt"
+    touch "$venv/.packages"
+    rm "$venv.unfinished"
+}
+
+install() {
+    rm -f "$venv/.installed"
+    # The build's own environment is held to the pins as well: older pips read the one, newer ones the other.
+    PIP_CONSTRAINT=$here/dev.txt PIP_BUILD_CONSTRAINT=$here/dev.txt \
+        "$venv/bin/python" -m pip install --disable-pip-version-check --editable '.[test,lint]'
+    touch "$venv/.installed"
+}
+
+check_tools
+"$step"

@@ -1,0 +1,149 @@
+"""`make` builds the environment once, reuses it, and never uses a half-made one. Python is a script that logs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+# Stands for python3: `-m venv DIR` copies it into DIR/bin; any call fails whose arguments contain what the file
+# named FAIL holds.
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> "$LOG"
+if [ -s "$FAIL" ]; then
+    case "$*" in *"$(cat "$FAIL")"*) exit 1 ;; esac
+fi
+if [ "$2" = venv ]; then
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+fi
+"""
+
+
+class Checkout:
+    """A folder with the Makefile, a fake Python, and a log of what that was called with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("Makefile", "pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "requirements", folder / "requirements")
+        (folder / "csrc").mkdir()
+        (folder / "csrc" / "a.cpp").touch()
+        python = folder / "python"
+        python.write_text(FAKE_PYTHON)
+        python.chmod(0o755)
+        self.log = folder / "log"
+        self.fail_on("")
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
+            "LOG": str(self.log),
+            "FAIL": str(folder / "fail"),
+        }
+
+    def fail_on(self, word: str) -> None:
+        (self.folder / "fail").write_text(word)
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        command = ["make", f"PYTHON={self.folder / 'python'}", *arguments]
+        return subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+
+    def steps(self) -> list[str]:
+        """Return which of the environment's steps, and which use of it, the last call took."""
+        names = {"-m venv": "venv", "-r requirements/dev.txt": "packages", "--editable": "install", "pytest": "pytest"}
+        return [name for line in self.log.read_text().splitlines() for key, name in names.items() if key in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_first_call_makes_the_environment_and_the_second_reuses_it(checkout: Checkout) -> None:
+    assert checkout.make("test").returncode == 0
+    assert checkout.steps() == ["venv", "packages", "install", "pytest"]
+    assert checkout.make("test").returncode == 0
+    assert checkout.steps() == ["pytest"]
+
+
+@pytest.mark.parametrize("source", ["csrc/a.cpp", "setup.py", "pyproject.toml"])
+def test_changed_source_is_installed_again_without_the_packages(checkout: Checkout, source: str) -> None:
+    checkout.make("test")
+    later = (checkout.folder / ".venv" / ".installed").stat().st_mtime + 1
+    os.utime(checkout.folder / source, (later, later))
+    checkout.make("test")
+    assert checkout.steps() == ["install", "pytest"]
+
+
+def test_changed_pins_are_installed_into_the_same_environment(checkout: Checkout) -> None:
+    checkout.make("test")
+    later = (checkout.folder / ".venv" / ".packages").stat().st_mtime + 1
+    os.utime(checkout.folder / "requirements" / "dev.txt", (later, later))
+    checkout.make("test")
+    assert checkout.steps()[:2] == ["packages", "install"]
+
+
+@pytest.mark.parametrize("step", ["-m venv", "dev.txt"])
+def test_environment_that_failed_is_begun_anew(checkout: Checkout, step: str) -> None:
+    checkout.fail_on(step)
+    assert checkout.make("test").returncode != 0
+    assert "pytest" not in checkout.steps()
+    litter = checkout.folder / ".venv" / "half"
+    litter.parent.mkdir(exist_ok=True)
+    litter.touch()
+    checkout.fail_on("")
+    assert checkout.make("test").returncode == 0
+    assert checkout.steps() == ["venv", "packages", "install", "pytest"]
+    assert not litter.exists()
+
+
+def test_failed_compilation_keeps_the_packages_but_is_not_used(checkout: Checkout) -> None:
+    checkout.make("test")
+    later = (checkout.folder / ".venv" / ".installed").stat().st_mtime + 1
+    os.utime(checkout.folder / "csrc" / "a.cpp", (later, later))
+    checkout.fail_on("--editable")
+    for _ in range(2):
+        assert checkout.make("test").returncode != 0
+        assert checkout.steps() == ["install"]
+
+
+def test_environment_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
+    (checkout.folder / ".venv").mkdir()
+    kept = checkout.folder / ".venv" / "kept"
+    kept.touch()
+    result = checkout.make("test")
+    assert result.returncode != 0
+    assert "was not made by this Makefile" in result.stderr
+    assert kept.exists()
+    assert checkout.make("test", "VENV=other").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "arguments", "message"),
+    [
+        ("ensurepip", [], "python3-venv"),
+        ("version_info", [], "Python 3.10 or newer is needed"),
+        ("Python.h", [], "python3-dev"),
+        ("", ["PYTHON=no-such-python"], "no 'no-such-python' on the PATH"),
+        ("", ["CXX=no-such-compiler"], "no C++ compiler 'no-such-compiler' on the PATH"),
+    ],
+)
+def test_missing_tool_is_named_with_its_package(
+    checkout: Checkout, fail_on: str, arguments: list[str], message: str
+) -> None:
+    checkout.fail_on(fail_on)
+    result = checkout.make("test", *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (checkout.folder / ".venv").exists()
+
+
+def test_run_passes_its_arguments_on(checkout: Checkout) -> None:
+    result = checkout.make("--dry-run", "run", "ARGS=--seeds 1")
+    assert ".venv/bin/svag-fast run --seeds 1" in result.stdout
