@@ -1,8 +1,19 @@
-"""Settings of every test."""
+"""What every test runs under: one thread, new memory full of NaN, and no GPU test where there is no GPU."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-# One busy core makes a second OpenMP thread spin for ever: tests that need more threads ask for them.
+# torch's own sums depend on the number of threads, and with two of them a busy machine makes a small net's step
+# ten times slower. A test of threads asks for its own.
 torch.set_num_threads(1)
+
+# torch.empty gives NaN (the greatest value for integers), so an output that nobody wrote shows.
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
