@@ -15,7 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from svag_fast.estimate import (
     Estimate,
@@ -40,6 +43,7 @@ __all__ = [
     "critical_batch_size",
     "critical_kappa",
     "equilibrium_residual",
+    "equilibrium_sides",
     "linear_scaling_invariance",
     "linear_scaling_rule",
     "lsi_fails_certificate",
@@ -51,6 +55,7 @@ __all__ = [
 SQRT2 = math.sqrt(2.0)  # the paper's C in all its experiments
 
 
+T = TypeVar("T", float, NDArray[np.float64])
 KappaForm: TypeAlias = Literal["exact", "approximate", "tightened"]
 
 
@@ -295,12 +300,25 @@ def equilibrium_residual(
     if G.value / l + N.value == 0:
         raise ValueError("grad_sq_norm and noise_trace must not both be 0: the equation's right side is then 0")
     cov = _covariance_3(R, G, N, covariance)
-    by_R, by_G, by_N = (2 - lr * weight_decay / l) * weight_decay, lr / l, lr
+    by_R, by_G, by_N = _equilibrium_factors(lr, weight_decay, l)
     left = delta_method(by_R * R.value, (by_R, 0, 0), cov)
     right = delta_method(by_G * G.value + by_N * N.value, (0, by_G, by_N), cov)
     ratio = left.value / right.value
     slopes = (by_R / right.value, -ratio * by_G / right.value, -ratio * by_N / right.value)
     return EquilibriumResidual(left, right, delta_method(ratio, slopes, cov))
+
+
+def equilibrium_sides(
+    weight_sq_norm: T, grad_sq_norm: T, noise_trace: T, *, lr: float, weight_decay: float, l: float = 1
+) -> tuple[T, T]:
+    """Return both sides of :func:`equilibrium_residual`'s equation, of floats or of arrays over steps, unchecked."""
+    by_R, by_G, by_N = _equilibrium_factors(lr, weight_decay, l)
+    return by_R * weight_sq_norm, by_G * grad_sq_norm + by_N * noise_trace
+
+
+def _equilibrium_factors(lr: float, weight_decay: float, l: float) -> tuple[float, float, float]:
+    """Return what multiplies R, G and N in (11), in SVAG's form of it, and in (12) at l = inf."""
+    return (2 - lr * weight_decay / l) * weight_decay, lr / l, lr
 
 
 def _ratios(
