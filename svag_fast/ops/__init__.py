@@ -1,5 +1,6 @@
 """Fused operations: each file holds one op with its checks, its reference in PyTorch and its backends."""
 
 from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
 
-__all__ = ["StepStats", "svag_coefficients", "svag_step_"]
+__all__ = ["StepStats", "WeightGrad", "svag_coefficients", "svag_step_", "weight_grad_and_sq_norms"]
