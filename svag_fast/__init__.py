@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _LAZY: dict[str, str] = {
     "RunningMean": "svag_fast.noise",
     "mean_standard_error": "svag_fast.noise",
+    "SVAG": "svag_fast.optim",
+    "svag_loss": "svag_fast.optim",
     "StepStats": "svag_fast.ops.step",
     "backend": "svag_fast.ops.backends",
     "svag_coefficients": "svag_fast.ops.step",

@@ -1,0 +1,282 @@
+"""The SVAG optimizer: two independent batches a step, in torch.optim's manners (paper, equation 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from svag_fast.ops.backends import check_name
+from svag_fast.ops.checks import PARAM_DTYPES, check_l, check_nonnegative
+from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+
+Grads = list[Tensor]
+
+
+def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
+    """Return ``c1*loss1 + c2*loss2``, whose gradient is SVAG's, for use with any optimizer at ``lr / l``.
+
+    The slow path that works everywhere: SVAG is linear in the loss. The value is not a loss to look at (c2 <= 0).
+
+    Args:
+        loss1, loss2: scalar losses of two independent batches at the same parameters.
+        l: SVAG's hyperparameter, >= 1.
+    """
+    c1, c2 = svag_coefficients(l)
+    return c1 * loss1 + c2 * loss2
+
+
+class TwoBatchOptimizer(Optimizer):
+    """An optimizer whose step combines the gradients of two batches: what SVAG and its adaptive kin share.
+
+    A subclass updates one group's tensors in :meth:`_update`.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._reset()
+        super().__init__(params, {**defaults, "steps": 0, "time": 0.0})
+
+    def _reset(self) -> None:
+        self._held: dict[Tensor, Tensor] | None = None
+        self._saw_grad_scaler = False
+        self.stats: StepStats | None = None
+        """The last step's statistics."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own options; ``l`` must be the other groups' own."""
+        group = {**self.defaults, **param_group}
+        self._check_group(group)
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        for i, p in enumerate(params):
+            if isinstance(p, Tensor) and p.dtype not in self._dtypes(group):
+                allowed = ", ".join(map(str, self._dtypes(group)))
+                raise TypeError(f"params[{i}] of the group is {p.dtype}: expected one of {allowed}")
+        super().add_param_group({**param_group, "params": params})
+
+    def _dtypes(self, group: dict[str, Any]) -> tuple[torch.dtype, ...]:
+        return PARAM_DTYPES
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_nonnegative("learning rate", float(group["lr"]))
+        check_nonnegative("weight_decay", group["weight_decay"])
+        check_l(group["l"])
+        check_name(group["backend"])
+        if self.param_groups and group["l"] != self.l:
+            raise ValueError(f"Invalid l: {group['l']} (the other param groups have {self.l}, and all must agree)")
+
+    @property
+    def l(self) -> float:
+        """SVAG's hyperparameter, the same for all param groups."""
+        return float(self.param_groups[0]["l"])
+
+    @property
+    def effective_steps(self) -> float:
+        """Steps taken divided by ``l``: a schedule in the paper's sense is a function of these."""
+        return float(self.param_groups[0]["steps"]) / self.l
+
+    @property
+    def time(self) -> float:
+        """The SDE's time: the sum of ``lr / l`` over the steps, for the first param group."""
+        return float(self.param_groups[0]["time"])
+
+    def hold_gradient(self) -> None:
+        """Keep ``.grad`` as the first batch's gradient, without a copy, and clear it for the second batch's.
+
+        Raises:
+            RuntimeError: a gradient is held already, or there is none to hold.
+        """
+        if self._held is not None:
+            raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
+        held = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if not held:
+            raise RuntimeError("no parameter has a gradient to hold: call backward() on the first batch's loss first")
+        self._held = held
+        for p in held:
+            p.grad = None
+        if self._saw_grad_scaler:
+            # The scaler looks only at .grad. A zero there, or a nan if the held gradient overflowed, shows it both.
+            smallest = min(held, key=Tensor.numel)
+            overflow = torch.stack([~g.isfinite().all() for g in held.values()]).any()
+            smallest.grad = torch.zeros_like(smallest).masked_fill_(overflow, torch.nan)
+
+    def discard_gradient(self) -> None:
+        """Forget the held gradient, if any."""
+        self._held = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> StepStats:  # type: ignore[override]
+        """Take one step from the held gradient and the current one.
+
+        Args:
+            closure: clears the gradients, draws a fresh batch, backpropagates its loss. It is called twice, or once
+                at ``l = 1``, where the second batch has weight 0. Without it: backward, :meth:`hold_gradient`,
+                backward, ``step()``; at ``l = 1`` a single backward is enough.
+
+        Returns:
+            The step's statistics (also kept as ``.stats``); gradients are left as they are, so clear them with
+            ``zero_grad`` as usual. Parameters without a gradient are skipped; one that only one of the two batches
+            reaches has gradient zero on the other.
+
+        Raises:
+            RuntimeError: ``l > 1`` and no gradient is held, or a gradient is sparse.
+        """
+        if closure is not None:
+            with torch.enable_grad():
+                if self._held is None and self.l != 1:
+                    closure()
+                    self.hold_gradient()
+                closure()
+        if self._held is None and self.l != 1:
+            raise RuntimeError(
+                f"{type(self).__name__} with l = {self.l:g} combines two batches, and no gradient is held: call "
+                "hold_gradient() between the two backward passes, or pass step() a closure"
+            )
+        held = self._held
+        work = [(group, lists) for group in self.param_groups for lists in _by_device(group["params"], held)]
+        scaled = self._unscale(held)
+        parts = [self._update(group, *lists, scaled) for group, lists in work]
+        if not parts:
+            parts = [svag_step_([], [], None if held is None else [], lr=0.0, l=1)]
+        self._held = None
+        self.stats = StepStats.total(parts)
+        taken = self.stats.finite if scaled else True
+        for group in self.param_groups:
+            group["steps"] = group["steps"] + taken
+            group["time"] = group["time"] + taken * (group["lr"] / group["l"])
+        return self.stats
+
+    def _unscale(self, held: dict[Tensor, Tensor] | None) -> bool:
+        """Divide held and current gradients by the GradScaler's scale; return whether one is at work."""
+        if getattr(self, "found_inf", None) is None:
+            return False
+        self._saw_grad_scaler = True
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None and held is not None:
+            raise RuntimeError(
+                "GradScaler.unscale_ has divided the current gradient alone: with a held gradient, let "
+                "GradScaler.step unscale both"
+            )
+        if scale is not None:
+            current = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            for grads in (current, list((held or {}).values())):
+                if grads:
+                    torch._foreach_mul_(grads, scale.double().reciprocal().to(grads[0].device))
+        return True
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
+    ) -> StepStats:
+        raise NotImplementedError
+
+
+def _by_device(
+    params: Iterable[Tensor], held: dict[Tensor, Tensor] | None
+) -> Iterable[tuple[list[Tensor], Grads, Grads | None]]:
+    """Yield a group's ``(params, grads1, grads2)``, a triple for each device."""
+    devices: dict[torch.device, tuple[list[Tensor], Grads, Grads]] = {}
+    for p in params:
+        first, second = (p.grad, None) if held is None else (held.get(p), p.grad)
+        if first is None and second is None:
+            continue
+        if any(g is not None and g.is_sparse for g in (first, second)):
+            raise RuntimeError(f"sparse gradients are not supported (a parameter of shape {list(p.shape)} has one)")
+        lists = devices.setdefault(p.device, ([], [], []))
+        lists[0].append(p)
+        lists[1].append(torch.zeros_like(p) if first is None else first)
+        if held is not None:
+            lists[2].append(torch.zeros_like(p) if second is None else second)
+    for listed, grads1, grads2 in devices.values():
+        yield listed, grads1, None if held is None else grads2
+
+
+class SVAG(TwoBatchOptimizer):
+    """SVAG: ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)`` with ``c1, c2 = (1 ± sqrt(2l-1)) / 2``.
+
+    Its mean step is SGD's, its noise covariance ``l`` times larger a unit step; ``l`` of its steps make one effective
+    step, and as ``l`` grows its path converges to SGD's SDE. Source: Li, Malladi, Arora, "On the Validity of Modeling
+    SGD with Stochastic Differential Equations", NeurIPS 2021, equations 5 and 7. At ``l = 1`` it is SGD.
+
+    The two gradients must come from independent batches at the same parameters::
+
+        opt.zero_grad()
+        loss(batch1).backward()
+        opt.hold_gradient()  # keeps g1 without a copy, clears .grad
+        loss(batch2).backward()
+        stats = opt.step()
+
+        stats = opt.step(closure)  # or: closure clears, draws a fresh batch, backpropagates; called twice
+
+    Args:
+        params: parameters or param groups, each group with its own ``lr`` and ``weight_decay`` if it wants.
+        lr: the paper's eta, what a scheduler changes; the step taken is ``lr / l``. A float or a 0-d tensor.
+        l: SVAG's hyperparameter, >= 1.
+        weight_decay: the paper's lambda.
+        compensated: keep in float32 what rounding the parameters loses (one float32 buffer a parameter): needed where
+            ``lr / l`` is so small that a step is below one ulp of the parameters. Not for float64 parameters.
+        backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
+
+    With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
+    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising.
+
+    Raises:
+        ValueError, TypeError: an option or a parameter is out of range, and which.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *,
+        l: float = 1,
+        weight_decay: float = 0.0,
+        compensated: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {"lr": lr, "l": l, "weight_decay": weight_decay, "compensated": compensated, "backend": backend}
+        super().__init__(params, defaults)
+
+    def _dtypes(self, group: dict[str, Any]) -> tuple[torch.dtype, ...]:
+        return tuple(d for d in PARAM_DTYPES if d != torch.float64 or not group["compensated"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave; a gradient held meanwhile is forgotten."""
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype; the compensation of a 16-bit parameter is float32.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            if "compensation" in self.state.get(p, {}):
+                value = state_dict["state"][i]["compensation"]
+                self.state[p]["compensation"] = torch.empty_like(p, dtype=torch.float32).copy_(value)
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
+    ) -> StepStats:
+        return svag_step_(
+            params,
+            grads1,
+            grads2,
+            lr=float(group["lr"]),
+            l=group["l"],
+            weight_decay=group["weight_decay"],
+            compensation=[self._compensation(p) for p in params] if group["compensated"] else None,
+            skip_nonfinite=skip_nonfinite,
+            backend=group["backend"],
+        )
+
+    def _compensation(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "compensation" not in state:
+            state["compensation"] = torch.zeros_like(p, dtype=torch.float32)
+        buffer: Tensor = state["compensation"]
+        return buffer
