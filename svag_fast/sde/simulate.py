@@ -1,0 +1,104 @@
+"""Ensembles of trajectories, in blocks that stay in the cache, a thread a block.
+
+The numbers depend on the seed alone, not on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svag_fast.sde.draws import Draws
+from svag_fast.sde.problem import Problem
+from svag_fast.sde.processes import Process
+
+BLOCK_ELEMENTS = 1 << 14
+"""Numbers in a block: its state and noise stay in the first two levels of cache, and torch keeps it on one thread."""
+
+
+def simulate(
+    process: Process,
+    problem: Problem,
+    x0: Tensor,
+    time: float,
+    *,
+    trajectories: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Tensor:
+    """The states of independent trajectories at `time`, all started at `x0`.
+
+    Args:
+        process: what to simulate; `time` must be a whole number of its steps.
+        problem: where.
+        x0: one state; its dtype and device are the ensemble's.
+        trajectories: n, or None to run the single state `x0` itself (a neural net).
+        time: continuous time; one SGD step is lr.
+        seed: of all random numbers. The result depends on it and on n, not on `threads`.
+        threads: blocks run at once; default ``torch.get_num_threads()``.
+
+    Returns:
+        Tensor [n, *x0.shape], or of x0's shape when `trajectories` is None. `x0` is not changed.
+    """
+    steps = process.steps(time)
+    if trajectories is None:
+        state, draws = x0.detach().clone(), Draws(seed, 0, x0.device)
+        for _ in range(steps):
+            process.step_(problem, state, draws)
+        return state
+    if trajectories < 1:
+        raise ValueError(f"Invalid trajectories: {trajectories}, expected at least 1")
+    states = x0.detach().repeat(trajectories, *[1] * x0.dim())
+    blocks = torch.split(states, max(1, BLOCK_ELEMENTS // max(1, x0.numel())))
+
+    @torch.no_grad()
+    def run(number: int) -> None:
+        draws = Draws(seed, number, x0.device)
+        for _ in range(steps):
+            process.step_(problem, blocks[number], draws)
+
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+        list(pool.map(run, range(len(blocks))))
+    return states
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of independent `values` [n] and its standard error."""
+    values = values.double()
+    return values.mean().item(), values.std().item() / math.sqrt(values.numel())
+
+
+def controlled_mean(values: Tensor, controls: Tensor, expectations: Sequence[float]) -> tuple[float, float]:
+    """The mean of `values` [n] with control variates `controls` [n, c] of known `expectations` [c].
+
+    The part of the values that is linear in the controls is replaced by its exact mean. Returns the estimate and its
+    standard error (Owen, "Monte Carlo theory, methods and examples", section 8.9). The bias from fitting the
+    coefficients on the same sample is O(1/n).
+    """
+    design = np.column_stack([np.ones(len(values)), controls.double().numpy() - np.asarray(expectations)])
+    target = values.double().numpy()
+    coefficients, *_ = np.linalg.lstsq(design, target, rcond=None)
+    residual = target - design @ coefficients
+    freedom = max(1, len(target) - design.shape[1])
+    # The fitted constant's own standard error: the ordinary least-squares one.
+    cover = np.linalg.inv(design.T @ design)[0, 0]
+    return float(coefficients[0]), math.sqrt(float(residual @ residual) / freedom * float(cover))
+
+
+def expectation(
+    process: Process,
+    problem: Problem,
+    x0: Tensor,
+    time: float,
+    function: Callable[[Tensor], Tensor],
+    *,
+    trajectories: int,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Monte Carlo ``E g(x)`` at `time` with its standard error; `function` maps states [n, ...] to [n]."""
+    return mean_and_error(function(simulate(process, problem, x0, time, trajectories=trajectories, seed=seed)))
