@@ -1,0 +1,192 @@
+"""The runs that lie in one folder, read back: settings and measured series, finished or still growing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float64]
+
+# What a run's config.json must say for its curve to be placed among the others.
+_NEEDED = ("batch_size", "lr", "weight_decay", "l", "seed", "effective_steps")
+_TEXT_COLUMNS = ("noise_source",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as its folder tells it.
+
+    ``metrics`` maps a column of metrics.csv to one float64 value a row, NaN where the row did not measure it.
+    """
+
+    name: str
+    config: dict[str, Any]
+    metrics: dict[str, Array]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in each of a step's batches (B)."""
+        return int(self.config["batch_size"])
+
+    @property
+    def lr(self) -> float:
+        """SGD's learning rate (the paper's eta) before any schedule."""
+        return float(self.config["lr"])
+
+    @property
+    def l(self) -> float:  # noqa: E743  the paper's name
+        """SVAG's hyperparameter; 1 is SGD."""
+        return float(self.config["l"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config["seed"])
+
+    @property
+    def effective_steps(self) -> float:
+        """The length that the run was asked for, in effective steps."""
+        return float(self.config["effective_steps"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last row stands at the length that the run was asked for."""
+        steps = self.metrics["effective_step"]
+        return len(steps) > 0 and steps[-1] >= self.effective_steps * (1 - 1e-9)
+
+    def series(self, column: str) -> tuple[Array, Array]:
+        """Return the effective steps at which ``column`` was measured, and its values there.
+
+        Raises:
+            KeyError: metrics.csv has no such column.
+        """
+        if column not in self.metrics:
+            raise KeyError(f"{self.name}: no column {column!r} in metrics.csv; it has {', '.join(self.metrics)}")
+        values = self.metrics[column]
+        measured = ~np.isnan(values)
+        return self.metrics["effective_step"][measured], values[measured]
+
+    def first_phase_mean(self, column: str) -> float:
+        """Return the mean of ``column`` over the later half of the first phase, NaN where it was never measured there.
+
+        The first phase ends where the learning rate first falls below half of its peak; its earlier half is left out,
+        since R, G and N come close to equilibrium only after a while.
+        """
+        steps, lr = self.metrics["effective_step"], self.metrics["lr"]
+        if len(steps) == 0 or np.isnan(lr).all():
+            return math.nan
+        peak = int(np.nanargmax(lr))
+        dropped = np.flatnonzero(lr[peak:] < lr[peak] / 2)
+        end = steps[peak + dropped[0]] if len(dropped) else np.inf
+        last = steps[steps < end][-1]
+        at, values = self.series(column)
+        values = values[(at > last / 2) & (at < end)]
+        return float(values.mean()) if len(values) else math.nan
+
+
+def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
+    """Read every run in ``folder``: each subfolder with a ``config.json``, whether it has finished or not.
+
+    A last line that is still being written is left out. Runs come in the order of batch size, lr, l, seed.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no run in it.
+        ValueError: A file is not what a run writes, two runs have the same settings and seed, or the runs differ in
+            dataset, model or weight decay, so that their curves cannot be compared. The message names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    runs = [_load_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    if not runs:
+        raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json)")
+    _require_comparable(runs)
+    return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
+
+
+def group_by_batch_size(runs: Iterable[Run]) -> dict[tuple[int, float], list[Run]]:
+    """Return the runs of each (batch size, lr), in that order."""
+    groups: dict[tuple[int, float], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.batch_size, run.lr)):
+        groups.setdefault((run.batch_size, run.lr), []).append(run)
+    return groups
+
+
+def group_by_l(runs: Iterable[Run]) -> dict[float, list[Run]]:
+    """Return the runs of each l, in ascending order."""
+    groups: dict[float, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.l):
+        groups.setdefault(run.l, []).append(run)
+    return groups
+
+
+def window_means(x: Array, y: Array, edges: Array) -> Array:
+    """Return the mean over each window between two ``edges`` of the curve through the points (x, y)."""
+    knots = np.union1d(x, edges)
+    values = np.interp(knots, x, y)
+    area = np.concatenate([[0.0], np.cumsum(np.diff(knots) * (values[1:] + values[:-1]) / 2)])
+    means: Array = np.diff(np.interp(edges, knots, area)) / np.diff(edges)
+    return means
+
+
+def _load_run(folder: Path) -> Run:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    missing = [key for key in _NEEDED if key not in config] if isinstance(config, dict) else list(_NEEDED)
+    if missing:
+        raise ValueError(f"{path}: no {', '.join(missing)} in it; is this the config of a run?")
+    return Run(folder.name, config, _load_metrics(folder / "metrics.csv"))
+
+
+def _load_metrics(path: Path) -> dict[str, Array]:
+    if not path.exists():  # the run has only just started
+        return {"effective_step": np.empty(0), "lr": np.empty(0)}
+    text = path.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a line without its end is still being written
+    rows = list(csv.reader(lines))
+    header = rows[0] if rows else ["effective_step", "lr"]
+    for needed in ("effective_step", "lr"):
+        if needed not in header:
+            raise ValueError(f"{path}: no column {needed!r}; its first line is {lines[0]!r}")
+    columns: dict[str, Array] = {}
+    for index, name in enumerate(header):
+        if name in _TEXT_COLUMNS:
+            continue
+        values = np.empty(max(len(rows) - 1, 0))
+        for number, row in enumerate(rows[1:]):
+            try:
+                values[number] = float(row[index]) if row[index] else math.nan
+            except (ValueError, IndexError) as error:
+                raise ValueError(f"{path}, line {number + 2}: {name} is not a number in {row}") from error
+        columns[name] = values
+    if (np.diff(columns["effective_step"]) < 0).any():
+        raise ValueError(f"{path}: effective_step goes back; are these two runs' rows in one file?")
+    return columns
+
+
+def _require_comparable(runs: list[Run]) -> None:
+    seen: dict[tuple[int, float, float, int], str] = {}
+    for run in runs:
+        key = (run.batch_size, run.lr, run.l, run.seed)
+        if key in seen:
+            raise ValueError(f"{run.name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
+        seen[key] = run.name
+        for name in ("dataset", "model", "weight_decay"):
+            first = runs[0]
+            if run.config.get(name) != first.config.get(name):
+                raise ValueError(
+                    f"{first.name} has {name} {first.config.get(name)!r} and {run.name} {run.config.get(name)!r}: "
+                    "runs that differ in more than batch size, lr, l and seed belong in folders of their own"
+                )
