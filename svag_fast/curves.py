@@ -43,7 +43,7 @@ class Run:
         return float(self.config["lr"])
 
     @property
-    def l(self) -> float:  # noqa: E743  the paper's name
+    def l(self) -> float:
         """SVAG's hyperparameter; 1 is SGD."""
         return float(self.config["l"])
 
