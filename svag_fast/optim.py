@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from svag_fast.ops.backends import check_name
 from svag_fast.ops.checks import PARAM_DTYPES, check_l, check_nonnegative
-from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.step import RepeatedStep, StepStats, svag_coefficients, svag_step_
 
 Grads = list[Tensor]
 
@@ -43,8 +43,10 @@ class TwoBatchOptimizer(Optimizer):
         super().__init__(params, {**defaults, "steps": 0, "time": 0.0})
 
     def _reset(self) -> None:
-        self._held: dict[Tensor, Tensor] | None = None
+        # The held gradients, group by group, beside their params.
+        self._held: list[list[Tensor | None]] | None = None
         self._saw_grad_scaler = False
+        self._steps: dict[int, RepeatedStep] = {}
         self.stats: StepStats | None = None
         """The last step's statistics."""
 
@@ -97,16 +99,24 @@ class TwoBatchOptimizer(Optimizer):
         """
         if self._held is not None:
             raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
-        held = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if not held:
+        held = [[p.grad for p in group["params"]] for group in self.param_groups]
+        grads = [g for grads in held for g in grads if g is not None]
+        if not grads:
             raise RuntimeError("no parameter has a gradient to hold: call backward() on the first batch's loss first")
         self._held = held
-        for p in held:
-            p.grad = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
         if self._saw_grad_scaler:
             # The scaler looks only at .grad. A zero there, or a nan if the held gradient overflowed, shows it both.
-            smallest = min(held, key=Tensor.numel)
-            overflow = torch.stack([~g.isfinite().all() for g in held.values()]).any()
+            with_grad = [
+                p
+                for group, gs in zip(self.param_groups, held, strict=True)
+                for p, g in zip(group["params"], gs, strict=True)
+                if g is not None
+            ]
+            smallest = min(with_grad, key=Tensor.numel)
+            overflow = torch.stack([~g.isfinite().all() for g in grads]).any()
             smallest.grad = torch.zeros_like(smallest).masked_fill_(overflow, torch.nan)
 
     def discard_gradient(self) -> None:
@@ -142,7 +152,11 @@ class TwoBatchOptimizer(Optimizer):
                 "hold_gradient() between the two backward passes, or pass step() a closure"
             )
         held = self._held
-        work = [(group, lists) for group in self.param_groups for lists in _by_device(group["params"], held)]
+        work = [
+            (group, lists)
+            for i, group in enumerate(self.param_groups)
+            for lists in _gradients(group["params"], None if held is None else held[i])
+        ]
         scaled = self._unscale(held)
         parts = [self._update(group, *lists, scaled) for group, lists in work]
         if not parts:
@@ -155,7 +169,7 @@ class TwoBatchOptimizer(Optimizer):
             group["time"] = group["time"] + taken * (group["lr"] / group["l"])
         return self.stats
 
-    def _unscale(self, held: dict[Tensor, Tensor] | None) -> bool:
+    def _unscale(self, held: list[list[Tensor | None]] | None) -> bool:
         """Divide held and current gradients by the GradScaler's scale; return whether one is at work."""
         if getattr(self, "found_inf", None) is None:
             return False
@@ -168,7 +182,8 @@ class TwoBatchOptimizer(Optimizer):
             )
         if scale is not None:
             current = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            for grads in (current, list((held or {}).values())):
+            first = [g for grads in held or [] for g in grads if g is not None]
+            for grads in (current, first):
                 if grads:
                     torch._foreach_mul_(grads, scale.double().reciprocal().to(grads[0].device))
         return True
@@ -179,24 +194,28 @@ class TwoBatchOptimizer(Optimizer):
         raise NotImplementedError
 
 
-def _by_device(
-    params: Iterable[Tensor], held: dict[Tensor, Tensor] | None
+def _gradients(
+    params: list[Tensor], held: list[Tensor | None] | None
 ) -> Iterable[tuple[list[Tensor], Grads, Grads | None]]:
-    """Yield a group's ``(params, grads1, grads2)``, a triple for each device."""
+    """Yield a group's ``(params, grads1, grads2)``, one triple for each device."""
+    current = [p.grad for p in params]
+    first, second = (current, None) if held is None else (held, current)
+    everywhere = all(g is not None and not g.is_sparse for grads in (first, second or []) for g in grads)
+    if everywhere and params and len(set(map(Tensor.get_device, params))) == 1:
+        yield params, first, second  # type: ignore[misc]
+        return
     devices: dict[torch.device, tuple[list[Tensor], Grads, Grads]] = {}
-    for p in params:
-        first, second = (p.grad, None) if held is None else (held.get(p), p.grad)
-        if first is None and second is None:
-            continue
-        if any(g is not None and g.is_sparse for g in (first, second)):
+    for i, p in enumerate(params):
+        pair = [first[i]] if second is None else [first[i], second[i]]
+        if any(g is not None and g.is_sparse for g in pair):
             raise RuntimeError(f"sparse gradients are not supported (a parameter of shape {list(p.shape)} has one)")
-        lists = devices.setdefault(p.device, ([], [], []))
-        lists[0].append(p)
-        lists[1].append(torch.zeros_like(p) if first is None else first)
-        if held is not None:
-            lists[2].append(torch.zeros_like(p) if second is None else second)
+        if any(g is not None for g in pair):
+            lists = devices.setdefault(p.device, ([], [], []))
+            lists[0].append(p)
+            for grads, g in zip(lists[1:], pair, strict=False):
+                grads.append(torch.zeros_like(p) if g is None else g)
     for listed, grads1, grads2 in devices.values():
-        yield listed, grads1, None if held is None else grads2
+        yield listed, grads1, None if second is None else grads2
 
 
 class SVAG(TwoBatchOptimizer):
@@ -262,7 +281,7 @@ class SVAG(TwoBatchOptimizer):
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
     ) -> StepStats:
-        return svag_step_(
+        return self._steps.setdefault(id(group), RepeatedStep())(
             params,
             grads1,
             grads2,

@@ -134,6 +134,13 @@ def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
     return f"it has no {op}" if implementation is None else implementation.why_not(tensors)
 
 
+def requested(name: str) -> str:
+    """Replace "auto" by what the ``with`` block or the environment asks for."""
+    if name != "auto":
+        return name
+    return _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+
+
 @functools.cache
 def _say_once(op: str, device_type: str, name: str) -> None:
     _log.info("%s on %s tensors: backend %r", op, device_type, name)
@@ -150,8 +157,7 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     Raises:
         BackendError: ``name`` is unknown or can't serve the call.
     """
-    if name == "auto":
-        name = _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+    name = requested(name)
     check_name(name)
     if name == "auto":
         # The interpreter is for tests: it must be asked for.

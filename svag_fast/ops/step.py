@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from svag_fast.ops.backends import implements, select
+from svag_fast.ops.backends import implements, requested, select, why_not
 from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
 from svag_fast.ops.library import register_op
 
@@ -278,10 +279,6 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return total, (a - (total - b_part)) + (b - b_part)
 
 
-def _addresses(tensors: list[Tensor] | None) -> list[int]:
-    return [t.data_ptr() for t in tensors or []]
-
-
 @implements("svag_step_", "cpu")
 def _cpu(
     params: list[Tensor],
@@ -293,24 +290,109 @@ def _cpu(
     weight_decay: float,
     skip_nonfinite: bool,
 ) -> Tensor:
-    from svag_fast import _C
+    return _Plan(params, grads1).run(grads1, grads2, compensation, lr, l, weight_decay, skip_nonfinite)
 
-    raw = torch.empty(5, dtype=torch.float64)
-    c1, c2 = svag_coefficients(l)
-    _C.step(
-        _addresses(params),
-        _addresses(grads1),
-        _addresses(grads2),
-        _addresses(compensation),
-        [p.numel() for p in params],
-        [_DTYPE_CODES[p.dtype] for p in params],
-        [_DTYPE_CODES[g.dtype] for g in grads1],
-        lr / l,
-        c1,
-        c2,
-        weight_decay,
-        skip_nonfinite,
-        torch.get_num_threads(),
-        raw.data_ptr(),
-    )
-    return raw
+
+class _Plan:
+    """What the compiled kernel must know of a list of params, and what later gradients must be like to reuse it."""
+
+    def __init__(self, params: list[Tensor], grads1: list[Tensor]) -> None:
+        self.addresses = list(map(Tensor.data_ptr, params))
+        self.sizes = list(map(Tensor.numel, params))
+        self.nbytes = list(map(_nbytes, params))
+        self.grad_dtypes = list(map(_dtype, grads1))
+        self.param_codes = [_DTYPE_CODES[p.dtype] for p in params]
+        self.grad_codes = [_DTYPE_CODES[d] for d in self.grad_dtypes]
+
+    def fits(self, grads: list[Tensor]) -> bool:
+        return list(map(_dtype, grads)) == self.grad_dtypes and all(map(Tensor.is_contiguous, grads))
+
+    def run(
+        self,
+        grads1: list[Tensor],
+        grads2: list[Tensor] | None,
+        compensation: list[Tensor],
+        lr: float,
+        l: float,
+        weight_decay: float,
+        skip_nonfinite: bool,
+    ) -> Tensor:
+        from svag_fast import _C
+
+        raw = torch.empty(5, dtype=torch.float64)
+        c1, c2 = svag_coefficients(l)
+        _C.step(
+            self.addresses,
+            list(map(Tensor.data_ptr, grads1)),
+            list(map(Tensor.data_ptr, grads2 or [])),
+            list(map(Tensor.data_ptr, compensation)),
+            self.sizes,
+            self.param_codes,
+            self.grad_codes,
+            lr / l,
+            c1,
+            c2,
+            weight_decay,
+            skip_nonfinite,
+            torch.get_num_threads(),
+            raw.data_ptr(),
+        )
+        return raw
+
+
+_dtype, _nbytes = attrgetter("dtype"), attrgetter("nbytes")
+
+
+class RepeatedStep:
+    """Steps on one list of params whose gradients are their ``.grad``, checked in full only when something changed.
+
+    For an optimizer's step on a small net, where the checks of :func:`svag_step_` would cost more than the kernel.
+    PyTorch itself holds a ``.grad`` to its param's shape and device; what is left to compare is little.
+    """
+
+    def __init__(self) -> None:
+        self._plan: _Plan | None = None
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        grads1: list[Tensor],
+        grads2: list[Tensor] | None,
+        *,
+        lr: float,
+        l: float,
+        weight_decay: float,
+        compensation: list[Tensor] | None,
+        skip_nonfinite: bool,
+        backend: str,
+    ) -> StepStats:
+        """Do what :func:`svag_step_` does."""
+        plan = self._plan
+        if (
+            plan is not None
+            and compensation is None
+            and requested(backend) in ("auto", "cpu")
+            and list(map(Tensor.data_ptr, params)) == plan.addresses
+            and list(map(_nbytes, params)) == plan.nbytes
+            and plan.fits(grads1)
+            and (grads2 is None or plan.fits(grads2))
+            and not torch.compiler.is_compiling()
+        ):
+            raw = plan.run(grads1, grads2, [], lr, l, weight_decay, skip_nonfinite)
+            torch.autograd.graph.increment_version(params)
+            return StepStats(raw, grads2 is not None)
+        stats = svag_step_(
+            params,
+            grads1,
+            grads2,
+            lr=lr,
+            l=l,
+            weight_decay=weight_decay,
+            compensation=compensation,
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
+        )
+        plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cpu and p.is_contiguous() for p in params)
+        served = plain and not torch.compiler.is_compiling() and why_not("svag_step_", "cpu", params) is None
+        self._plan = _Plan(params, grads1) if served else None
+        return stats
