@@ -36,17 +36,18 @@ class Pool {
         job.function = function;
         job.context = context;
         job.chunks = chunks;
-        job.helpers_wanted = static_cast<int>(chunks < threads ? chunks : threads) - 1;
+        const int helpers = static_cast<int>(chunks < threads ? chunks : threads) - 1;
+        job.helpers_wanted = helpers;
         job.helpers_running = 0;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (workers_ < job.helpers_wanted) {
+            while (workers_ < helpers) {
                 std::thread([this] { serve(); }).detach();
                 ++workers_;
             }
             job_ = &job;
         }
-        if (job.helpers_wanted == 1)
+        if (helpers == 1)
             wake_.notify_one();
         else
             wake_.notify_all();
