@@ -10,9 +10,14 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it, imported when the name is first used.
 _LAZY: dict[str, str] = {
     "RunningMean": "svag_fast.noise",
+    "SampleNorms": "svag_fast.sample_norms",
+    "UnsupportedModule": "svag_fast.sample_norms",
+    "by_vmap": "svag_fast.sample_norms",
     "mean_standard_error": "svag_fast.noise",
     "SVAG": "svag_fast.optim",
     "svag_loss": "svag_fast.optim",
+    "per_sample_sq_norms": "svag_fast.sample_norms",
+    "register_rule": "svag_fast.sample_norms",
     "StepStats": "svag_fast.ops.step",
     "backend": "svag_fast.ops.backends",
     "svag_coefficients": "svag_fast.ops.step",

@@ -1,0 +1,350 @@
+"""Linear layers, convolutions and attention: the weight gradient is replaced by one that brings the norms along.
+
+Their weight gradient is a sum of products b_iᵀ a_i, and `svag_fast.ops.weight_grad_and_sq_norms` squares each on its
+way into the sum: no second pass over the data, and no per-sample gradient is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from svag_fast.ops import weight_grad_and_sq_norms
+from svag_fast.sample_norm_rules import Rule, Scope, register, without_autocast
+from svag_fast.sample_norm_tape import SampleGrads, Use, row_sq_norms
+
+
+class LinearProduct:
+    """y_t = W a_t + c: weight b_iᵀ a_i = Σ_t b_t a_tᵀ; bias Σ_t b_t (the norm of the sum, not the sum of norms)."""
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's forward."""
+        return F.linear(x, weight, bias)
+
+    def input_grad(self, b: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
+        """The gradient in the input, which has the given shape."""
+        return b @ weight
+
+    def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The gradient of a weight of the given shape, and |g_i|² [B]."""
+        grad, sq_norms, _ = weight_grad_and_sq_norms(x, b, shape)
+        return grad, sq_norms
+
+    def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """The samples' own gradients of the weight, [B, *shape]."""
+        return (
+            torch.einsum("btd,btp->bdp", b.flatten(1, -2), x.flatten(1, -2))
+            if b.dim() > 2
+            else b[:, :, None] * x[:, None]
+        )
+
+    def sample_bias_grads(self, b: Tensor) -> Tensor:
+        """The samples' own gradients of the bias, [B, d]."""
+        return b.flatten(1, -2).sum(1) if b.dim() > 2 else b
+
+
+class ConvProduct:
+    """Convolution in 1, 2 or 3 dimensions with zero padding: a_i are the windows, group by group; bias Σ_t b_t.
+
+    In 1 dimension: a 2-D convolution of height 1. In 3: a 2-D product for each depth tap k; the slices of depth that
+    tap k meets are laid one below the other with zeros between, so that a sample's slices are summed before squaring.
+    """
+
+    def __init__(
+        self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+    ) -> None:
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's forward."""
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        out: Tensor = convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return out
+
+    def input_grad(self, b: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
+        """The gradient in the input, which has the given shape."""
+        return self._backward(b, b.new_empty(1).expand(shape), weight, 0)
+
+    def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The gradient of a weight of the given shape, and |g_i|² [B]."""
+        dims = len(self.stride)
+        if dims == 3:
+            return self._by_depth_taps(b, x, shape)
+        if dims == 2:
+            return self._planar(b, x, shape)
+        flat = ConvProduct((1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
+        grad, sq_norms = flat._planar(b[:, :, None], x[:, :, None], torch.Size((*shape[:2], 1, shape[2])))
+        return grad.reshape(shape), sq_norms
+
+    def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """The samples' own gradients of the weight, [B, *shape]."""
+        weight = b.new_empty(1).expand(shape)
+        rows = [self._backward(b[i : i + 1], x[i : i + 1], weight, 1) for i in range(b.shape[0])]
+        return torch.stack(rows) if rows else b.new_zeros(0, *shape)
+
+    def sample_bias_grads(self, b: Tensor) -> Tensor:
+        """The samples' own gradients of the bias, [B, d]."""
+        return b.flatten(2).sum(2)
+
+    def _backward(self, b: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        """PyTorch's own gradient in the input (0) or the weight (1)."""
+        mask = [which == 0, which == 1, False]
+        stride, padding, dilation = list(self.stride), list(self.padding), list(self.dilation)
+        grads: list[Tensor] = torch.ops.aten.convolution_backward(
+            b, x, weight, None, stride, padding, dilation, False, [0] * len(stride), self.groups, mask
+        )
+        return grads[which]
+
+    def _planar(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        grad, sq_norms, _ = weight_grad_and_sq_norms(
+            x, b, shape, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups
+        )
+        return grad, sq_norms
+
+    def _by_depth_taps(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        B, O, depth, height, width = b.shape
+        (stride_d, stride_h, _), (dilation_d, dilation_h, _) = self.stride, self.dilation
+        rows = x.shape[3] + 2 * self.padding[1]
+        slot = -(-rows // stride_h)  # output rows that one slice of depth takes up, a few of them empty
+        bottom = self.padding[1] + slot * stride_h - rows
+        x = F.pad(x, (0, 0, self.padding[1], bottom, self.padding[0], self.padding[0]))
+        b = F.pad(b, (0, 0, 0, slot - height)).reshape(B, O, depth * slot, width)
+        b = b[:, :, : (depth * slot * stride_h - dilation_h * (shape[3] - 1) - 1) // stride_h + 1]
+        flat = ConvProduct(self.stride[1:], (0, self.padding[2]), self.dilation[1:], self.groups)
+        planes, total = [], torch.zeros(B, dtype=torch.float64, device=b.device)
+        for tap in range(shape[2]):
+            first = tap * dilation_d
+            met = x[:, :, first : first + (depth - 1) * stride_d + 1 : stride_d].flatten(2, 3)
+            grad, sq_norms = flat._planar(b, met, torch.Size((*shape[:2], *shape[3:])))
+            planes.append(grad)
+            total = total + sq_norms
+        return torch.stack(planes, 2), total
+
+
+Product: TypeAlias = LinearProduct | ConvProduct
+
+
+class _Layer(torch.autograd.Function):
+    """The layer with its weight gradient replaced; delivers to the uses in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: Product,
+        weight_use: Use | None,
+        bias_use: Use | None,
+        direct: bool,
+    ) -> Tensor:
+        output = product.output(x, weight, bias)
+        needs_x = ctx.needs_input_grad[1]
+        # Autocast runs the layer in a lower precision: keep the inputs that it saw.
+        ctx.save_for_backward(x.to(output.dtype) if needs_x else None, weight)
+        ctx.product, ctx.weight_use, ctx.bias_use, ctx.direct = product, weight_use, bias_use, direct
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        product: Product = ctx.product
+        x_grad = weight_grad = bias_grad = None
+        with without_autocast(b):
+            if ctx.needs_input_grad[0]:
+                x_grad = product.input_grad(b, ctx.x_shape, weight.to(b.dtype)).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                shape = weight.shape
+                weight_grad, sq_norms = product.weight_grad(b, x, shape)
+                weight_grad = weight_grad.to(weight.dtype)
+                _deliver(
+                    ctx.weight_use,
+                    sq_norms,
+                    lambda rows: product.sample_weight_grads(b[rows], x[rows], shape),
+                    weight_grad if ctx.direct else None,
+                )
+            if ctx.needs_input_grad[2]:
+                sample_rows = product.sample_bias_grads(b)
+                bias_grad = sample_rows.sum(0, dtype=ctx.bias_dtype)
+                _deliver(
+                    ctx.bias_use,
+                    row_sq_norms(sample_rows),
+                    lambda rows: sample_rows[rows],
+                    bias_grad if ctx.direct else None,
+                )
+        return x_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def _deliver(use: Use | None, sq_norms: Tensor, sample_grads: SampleGrads, due: Tensor | None) -> None:
+    if use is not None:
+        use.deliver(sq_norms, sample_grads)
+        if due is not None:
+            use.recorder.expect(use.name, due)
+
+
+class _Linear(Rule):
+    """See LinearProduct."""
+
+    knows = frozenset({"weight", "bias"})
+
+    def run(self, scope: Scope, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = _only_input(*args, **kwargs)
+        if x.dim() < 2:
+            raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, ..., in_features]")
+        uses = scope.use("weight"), scope.use("bias")
+        return _apply(x, module.weight, module.bias, LinearProduct(), *uses)
+
+
+class _Conv(Rule):
+    """See ConvProduct; other padding than with zeros is made first, and autograd takes it back."""
+
+    knows = frozenset({"weight", "bias"})
+
+    def run(self, scope: Scope, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = _only_input(*args, **kwargs)
+        dims = len(module.kernel_size)
+        if x.dim() != dims + 2:
+            raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, C, ...], batched")
+        left, right = _padding(module)
+        padding = left
+        if module.padding_mode != "zeros" or left != right:
+            both = [side for pair in zip(reversed(left), reversed(right), strict=True) for side in pair]
+            x = F.pad(x, both, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+            padding = (0,) * dims
+        product = ConvProduct(module.stride, padding, module.dilation, module.groups)
+        return _apply(x, module.weight, module.bias, product, scope.use("weight"), scope.use("bias"))
+
+
+def _padding(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after, in each dimension."""
+    if isinstance(module.padding, str):
+        if module.padding == "valid":
+            zero = (0,) * len(module.kernel_size)
+            return zero, zero
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    return tuple(module.padding), tuple(module.padding)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product: Product,
+    weight_use: Use | None,
+    bias_use: Use | None,
+    *,
+    direct: bool = True,
+) -> Tensor:
+    """`direct` where weight and bias are the parameters themselves, not parts of an alias."""
+    out: Tensor = _Layer.apply(x, weight, bias, product, weight_use, bias_use, direct)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _only_input(input: Tensor) -> Tensor:
+    return input
+
+
+class _Attention(Rule):
+    """softmax(q kᵀ/√d + mask) v between projections that are linear layers, each with its own rows of the weight."""
+
+    knows = frozenset({"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
+
+    def refusal(self, module: Any) -> str | None:
+        if not module.batch_first:
+            return "the samples must come first: build it with batch_first=True"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "add_bias_kv and add_zero_attn are not supported"
+        return None
+
+    def run(self, scope: Scope, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._attend(scope, module, *args, **kwargs)
+
+    def _attend(
+        self,
+        scope: Scope,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.dim() != 3:
+            raise ValueError(f"{scope.label} got a query {list(query.shape)}: per-sample norms need [B, T, embed_dim]")
+        if is_causal and attn_mask is None:
+            raise ValueError(f"{scope.label}: is_causal needs attn_mask, as in torch.nn.MultiheadAttention")
+        q, k, v = (self._heads(module, x) for x in self._projections(scope, module, (query, key, value)))
+        mask = _merged_mask(attn_mask, key_padding_mask, q.dtype, module.num_heads)
+        dropout = module.dropout if module.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+            weights = torch.softmax(scores if mask is None else scores + mask, -1)
+            weights = F.dropout(weights, dropout) if dropout > 0 else weights
+            mixed = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        return module.out_proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _projections(self, scope: Scope, module: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        E = module.embed_dim
+        parts = [(0, E), (E, 2 * E), (2 * E, 3 * E)]
+        packed = None if module.in_proj_weight is None else scope.alias(module, "in_proj_weight")
+        bias = None if module.in_proj_bias is None else scope.alias(module, "in_proj_bias")
+        out = []
+        for x, part, name in zip(inputs, parts, ("q_proj_weight", "k_proj_weight", "v_proj_weight"), strict=True):
+            rows = slice(*part)
+            if packed is not None:
+                weight, weight_use = packed[rows], scope.use("in_proj_weight", part)
+            else:
+                weight, weight_use = scope.alias(module, name), scope.use(name)
+            bias_use = scope.use("in_proj_bias", part)
+            part_bias = None if bias is None else bias[rows]
+            out.append(_apply(x, weight, part_bias, LinearProduct(), weight_use, bias_use, direct=False))
+        return out
+
+    def _heads(self, module: Any, x: Tensor) -> Tensor:
+        """[B, T, E] -> [B, heads, T, E/heads]."""
+        return x.reshape(*x.shape[:2], module.num_heads, module.head_dim).transpose(1, 2)
+
+
+def _merged_mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype, heads: int
+) -> Tensor | None:
+    """One additive mask that broadcasts to [B, heads, L, S]: -inf where a boolean mask is True."""
+
+    def additive(mask: Tensor) -> Tensor:
+        return (
+            mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask
+        )
+
+    merged = None
+    if attn_mask is not None:
+        merged = additive(attn_mask)
+        if merged.dim() == 3:
+            merged = merged.reshape(-1, heads, *merged.shape[1:])
+    if key_padding_mask is not None:
+        padding = additive(key_padding_mask)[:, None, None, :]
+        merged = padding if merged is None else merged + padding
+    return merged
+
+
+register(_Linear(), nn.Linear)
+register(_Conv(), nn.Conv1d, nn.Conv2d, nn.Conv3d)
+register(_Attention(), nn.MultiheadAttention)

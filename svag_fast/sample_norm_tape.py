@@ -1,0 +1,237 @@
+"""What happens between a forward and a backward pass that measures per-sample norms: who used which parameter, and how.
+
+A `Use` is made in the forward pass for each use of a parameter; the backward pass delivers that use's squared norms. A
+parameter with several uses (weight sharing, tied parameters) has cross terms, |Σ_u g_iu|² = Σ_u,v ⟨g_iu, g_iv⟩: its
+uses keep what is needed to form the per-sample gradients again, a few samples at a time, at the end of the pass.
+
+A hook on each parameter compares the gradient that arrives with the one that the uses delivered: a parameter that
+is used where nobody looks is found out.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+# Forms the per-sample gradients [b, *shape] of the samples in a slice.
+SampleGrads: TypeAlias = Callable[[slice], Tensor]
+# Rows of a parameter's first dimension; None stands for all. Different parts of one parameter must not overlap.
+Part: TypeAlias = tuple[int, int] | None
+
+# Elements of the per-sample gradients that are held at a time where they have to be formed: 16 MiB in float32.
+_CHUNK_ELEMENTS = 1 << 22
+_NO_TASK = -1
+
+
+class Use:
+    """One use of a parameter, or of some rows of it, in a forward pass."""
+
+    __slots__ = ("__weakref__", "made_in", "name", "part", "recorder", "shared")
+
+    def __init__(self, recorder: Recorder, name: str, part: Part = None) -> None:
+        self.recorder = recorder
+        self.name = name
+        self.part = part
+        self.shared = False
+        self.made_in = _current_task()
+        if self.made_in == _NO_TASK:
+            recorder.live[name, part].add(self)
+
+    def deliver(self, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
+        """Hand over this use's |g_iu|² [B], in the backward pass, and how to form the g_iu themselves."""
+        self.recorder.take(self, sq_norms, sample_grads)
+
+
+class _Pass:
+    """One backward pass: what each use delivered, and the gradient that each parameter is due."""
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.batch_size: int | None = None
+        self.delivered: dict[tuple[str, Part], list[tuple[Use, Tensor, SampleGrads | None]]] = {}
+        self.due: dict[str, tuple[Tensor, bool]] = {}  # the sum so far, and whether it is of one tensor only
+        self.arrived: set[str] = set()
+
+
+class Recorder:
+    """Gathers the norms of every backward pass. `names` maps each tracked parameter to its name in the model."""
+
+    def __init__(self, names: dict[nn.Parameter, str]) -> None:
+        self.names = names
+        self.numels = {name: parameter.numel() for parameter, name in names.items()}
+        self.closed = False
+        self.passes: list[tuple[int, dict[str, Tensor]]] = []  # (batch size, name -> |g_i|² [B] as they came)
+        self.live: dict[tuple[str, Part], weakref.WeakSet[Use]] = _LiveUses()
+        self._problem: str | None = None
+        self._doubts: list[tuple[str, Tensor]] = []
+        self._pass: _Pass | None = None
+
+    def watch(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hook every tracked parameter; ahead of the user's own hooks, which may change the gradient."""
+        handles = []
+        for parameter, name in self.names.items():
+            handle = hook(parameter, functools.partial(self._arrive, name))
+            hooks: Any = parameter._backward_hooks
+            theirs = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
+            hooks.update(theirs)
+            handles.append(handle)
+        return handles
+
+    def take(self, use: Use, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
+        """See `Use.deliver`."""
+        key = use.name, use.part
+        live = self.live[key]
+        live.discard(use)
+        current = self._open()
+        if current is None:
+            return
+        if use.made_in != _NO_TASK:
+            self._fail(
+                f"{use.name} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
+                "layers belong to the pass that asks for them"
+            )
+            return
+        batch_size = sq_norms.shape[0]
+        if current.batch_size is None:
+            current.batch_size = batch_size
+        elif current.batch_size != batch_size:
+            self._fail(
+                f"the first dimension must be the samples in every layer, but {use.name} saw {batch_size} rows where "
+                f"other layers saw {current.batch_size}"
+            )
+        uses = current.delivered.setdefault(key, [])
+        kept = sample_grads if uses or live or use.shared else None
+        uses.append((use, sq_norms, kept))
+
+    def expect(self, name: str, grad: Tensor) -> None:
+        """Note a gradient that is on its way to a parameter, to be compared with the one that arrives."""
+        current = self._open()
+        if current is None:
+            return
+        if name in current.due:
+            current.due[name] = current.due[name][0] + grad, False
+        else:
+            current.due[name] = grad, True
+
+    def check(self) -> None:
+        """Raise what made the norms unknown, if anything did."""
+        for name, error in self._doubts:
+            if bool(error > 0):
+                self._fail(_foreign(name))
+        self._doubts = []
+        if self._problem is not None:
+            raise RuntimeError(self._problem)
+
+    def reset(self) -> None:
+        """Forget every pass so far."""
+        self.passes = []
+        self._doubts = []
+        self._problem = None
+        self._pass = None
+
+    def _open(self) -> _Pass | None:
+        """The backward pass that is running; None once the context is left."""
+        if self.closed:
+            return None
+        task = _current_task()
+        if self._pass is None or self._pass.task != task:
+            self._pass = current = _Pass(task)  # a pass that an exception cut short is dropped
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(current))
+        return self._pass
+
+    def _arrive(self, name: str, grad: Tensor) -> None:
+        current = self._open()
+        if current is None:
+            return
+        current.arrived.add(name)
+        due = current.due.pop(name, None)
+        if due is None:
+            self._fail(_foreign(name))
+            return
+        ours, single = due
+        if single and grad.data_ptr() == ours.data_ptr():
+            return
+        # Sums of the same terms in another order: equal to rounding. Read back only when the norms are.
+        rounding = 64 * torch.finfo(grad.dtype).eps
+        if grad.numel():
+            self._doubts.append((name, (grad - ours).abs().max() - rounding * ours.abs().max()))
+
+    def _finish(self, current: _Pass) -> None:
+        """At the end of a backward pass: cross terms of the shared parameters, then keep the norms."""
+        if self._pass is current:
+            self._pass = None
+        if self.closed or current.batch_size is None or self._problem is not None:
+            return
+        norms: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for (name, _), uses in current.delivered.items():
+                if name in current.arrived:  # else autograd.grad was not asked for it
+                    sq_norms = uses[0][1] if len(uses) == 1 else self._shared(name, uses)
+                    norms[name] = norms[name] + sq_norms if name in norms else sq_norms
+        if norms:
+            self.passes.append((current.batch_size, norms))
+
+    def _shared(self, name: str, uses: list[tuple[Use, Tensor, SampleGrads | None]]) -> Tensor:
+        kept = []
+        for use, _, sample_grads in uses:
+            use.shared = True
+            if sample_grads is None:
+                self._fail(f"{name} was used again after its backward had begun: its cross terms are lost")
+                return uses[0][1]
+            kept.append(sample_grads)
+        numel = self.numels[name]  # an upper bound, where the use is of a part
+        chunks = sample_chunks(uses[0][1].shape[0], numel)
+        return torch.cat([row_sq_norms(sum_of(f(rows) for f in kept)) for rows in chunks])
+
+    def _fail(self, problem: str) -> None:
+        if self._problem is None:
+            self._problem = problem
+
+
+class _LiveUses(dict[tuple[str, Part], "weakref.WeakSet[Use]"]):
+    def __missing__(self, key: tuple[str, Part]) -> weakref.WeakSet[Use]:
+        self[key] = uses = weakref.WeakSet[Use]()
+        return uses
+
+
+def hook(tensor: Tensor, function: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+    """Have the gradient of a tensor shown to a function."""
+    handle: torch.utils.hooks.RemovableHandle = tensor.register_hook(function)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    first, *rest = tensors
+    for tensor in rest:
+        first = first + tensor
+    return first
+
+
+def sample_chunks(batch_size: int, numel: int) -> list[slice]:
+    """Slices of samples whose gradients, of `numel` elements each, fit into the memory allowed; at least one slice."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, numel))
+    return [slice(k, min(k + step, batch_size)) for k in range(0, max(1, batch_size), step)]
+
+
+def row_sq_norms(rows: Tensor) -> Tensor:
+    """|row_i|² [B] in float64 of [B, ...], each row's squares added in at least float32."""
+    rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(1, dtype=torch.float64)
+
+
+def _current_task() -> int:
+    """The backward pass that this code runs in, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def _foreign(name: str) -> str:
+    return (
+        f"{name} got a gradient from outside its own module's forward, so its per-sample norms can't be told: call the "
+        "module instead of using its parameter, or leave the parameter out with parameters=..."
+    )
