@@ -10,7 +10,9 @@ import rich_click as click
 from svag_fast import __version__
 
 # command -> (module:attribute, the line that `svag-fast --help` shows)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "predict": ("svag_fast.predict_command:predict", "Foretell from a baseline run where linear scaling fails."),
+}
 
 
 class LazyCommand(click.RichCommand):

@@ -106,7 +106,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    runs = [_load_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    runs = [load_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
     if not runs:
         raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json)")
     _require_comparable(runs)
@@ -138,7 +138,13 @@ def window_means(x: Array, y: Array, edges: Array) -> Array:
     return means
 
 
-def _load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> Run:
+    """Read one run from its own folder: config.json, and metrics.csv as far as it has come.
+
+    Raises:
+        FileNotFoundError: There is no config.json in it.
+        ValueError: A file is not what a run writes; the message names it.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,366 @@
+"""From which batch size on must linear scaling fail? Foretold from SGD runs at one batch size (Theorem 5.6).
+
+R, G and N are averaged over the last part of the longest phase of constant learning rate (the paper: epochs 200 to 250,
+before the decay at 250). Runs that differ in the seed alone are averaged first, step by step.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from svag_fast.curves import Array, Run, group_by_batch_size, load_run, load_runs
+from svag_fast.equilibrium import LEAST, Equilibrium, detect_equilibrium
+from svag_fast.estimate import Estimate, require_not_negative, require_positive
+from svag_fast.theory import SQRT2, Certificate, KappaForm, critical_kappa, sde_fails_certificate
+
+__all__ = ["Baseline", "Outlook", "Prediction", "Series", "from_baseline", "from_csv", "from_runs", "measure"]
+
+Verdict: TypeAlias = Literal["fails", "silent", "undecided"]
+FORMS: tuple[KappaForm, ...] = ("exact", "approximate", "tightened")
+
+
+@dataclass(frozen=True)
+class Series:
+    """R, G and N of one SGD run: float64 arrays [rows], ``step`` ascending, ``lr`` the rate used at each row."""
+
+    name: str
+    batch_size: int
+    weight_decay: float
+    step: Array
+    lr: Array
+    grad_sq_norm: Array
+    noise_trace: Array
+    weight_sq_norm: Array | None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One batch size, measured: the runs and the steps that were averaged, and what they say.
+
+    ``relaxation_times``: steps of the phase before the window, in units of 1/(4ηλ), in which R comes nearer to its
+    equilibrium by a factor e (equation 9 with Tr Σ proportional to 1/R, linearised). None without weight decay.
+    """
+
+    runs: tuple[str, ...]
+    batch_size: int
+    lr: float
+    weight_decay: float
+    first_step: int
+    last_step: int
+    rows: int
+    relaxation_times: float | None
+    equilibrium: Equilibrium
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is foretold of another batch size, and what was measured there, if SGD was run at it by linear scaling."""
+
+    batch_size: int
+    kappa: float
+    verdict: Verdict
+    measured: Baseline | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """κ* and B* by Theorem 5.6, from one batch size alone.
+
+    ``kappa`` has the theorem's "exact" C²(1 + N/G), its "approximate" C² N/G, and the "tightened" C² + (C²-1) N/G
+    (:func:`svag_fast.theory.critical_kappa`); it is empty where G can't be told from 0. Intervals hold ``confidence``.
+    ``sde`` is Theorem 5.2's certificate at the baseline itself.
+    """
+
+    baseline: Baseline
+    C: float
+    confidence: float
+    kappa: dict[KappaForm, Estimate]
+    sde: Certificate | None
+    outlook: tuple[Outlook, ...]
+
+    def batch_size(self, form: KappaForm = "exact") -> Estimate | None:
+        """Return B* = κ*B, or None where G can't be told from 0."""
+        if form not in self.kappa:
+            return None
+        B, kappa = self.baseline.batch_size, self.kappa[form]
+        return Estimate(kappa.value * B, kappa.standard_error * B)
+
+    def sentences(self) -> list[str]:
+        """Return the prediction in words, a list of plain sentences."""
+        base = self.baseline
+        state = {"found": "found", "not found": "not reached", "undecided": "undecided"}[base.equilibrium.state]
+        said = [f"Equilibrium at B = {base.batch_size}: {state}{_because(base.equilibrium.reasons)}."]
+        star = self.batch_size()
+        if star is None:
+            return [*said, "G can't be told from 0 there, so κ* and B* can't be had: average over more steps."]
+        low, high = star.interval(self.confidence)
+        said.append(
+            f"Linear scaling from B = {base.batch_size} must fail beyond κ* = {self.kappa['exact'].value:.3g}, beyond "
+            f"B* = {star.value:.3g} ({100 * self.confidence:g} % interval {low:.3g} to {high:.3g}; C = {self.C:.4g})."
+        )
+        for other in self.outlook:
+            word = {"fails": "foretold to fail", "silent": "no failure foretold", "undecided": "within B*'s interval"}
+            said.append(f"B = {other.batch_size} (κ = {other.kappa:g}): {word[other.verdict]}.")
+        if self.sde is not None and self.sde.verdict(self.confidence) == "fails":
+            said.append(
+                f"At B = {base.batch_size} itself SGD already is not {self.C:.4g}-close to its SDE (Theorem 5.2)."
+            )
+        return said
+
+
+class TooFewRowsError(ValueError):
+    """The window holds too few rows with G and N."""
+
+
+def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 0.2) -> Baseline:
+    """Average runs that differ in the seed alone over the last part of their phase, and test for equilibrium.
+
+    Args:
+        series: runs of the same batch size, lr and weight decay; only steps that all of them have are used.
+        last: the window, as a fraction of the phase.
+        tolerance: of the equilibrium test, see :func:`svag_fast.equilibrium.detect_equilibrium`.
+
+    Raises:
+        ValueError: no runs, runs of different settings, or fewer than 12 rows with G and N in the window.
+    """
+    if not series:
+        raise ValueError("series is empty: at least one run is needed")
+    if not 0 < last <= 1:
+        raise ValueError(f"last must lie in (0, 1], got {last}")
+    first = series[0]
+    name = ", ".join(s.name for s in series)
+    if len({(s.batch_size, s.weight_decay, s.weight_sq_norm is None) for s in series}) != 1:
+        raise ValueError(f"{name}: these differ in batch size, weight decay or columns and can't be averaged")
+    measured = [_measured_steps(s) for s in series]
+    common = measured[0]
+    for steps in measured[1:]:
+        common = np.intersect1d(common, steps)
+    lr = _at(first, first.lr, common)
+    if any(not np.array_equal(_at(s, s.lr, common), lr) for s in series):
+        raise ValueError(f"{name}: these differ in learning rate and can't be averaged")
+    begin, end = _longest_phase(lr)
+    start = end - math.floor(last * (end - begin))
+    if end - start < LEAST:
+        raise TooFewRowsError(
+            f"{name}: {end - start} rows with G and N in the last {last:g} of the {end - begin} rows of the phase at "
+            f"constant lr; at least {LEAST} are needed: run longer, log more often, or widen the window"
+        )
+    window = common[start:end]
+
+    def mean(column: Sequence[Array | None]) -> Array:
+        rows = [_at(s, values, window) for s, values in zip(series, column, strict=True) if values is not None]
+        return np.asarray(np.mean(rows, axis=0), dtype=np.float64)
+
+    rate = float(lr[start])
+    equilibrium = detect_equilibrium(
+        mean([s.grad_sq_norm for s in series]),
+        mean([s.noise_trace for s in series]),
+        None if first.weight_sq_norm is None else mean([s.weight_sq_norm for s in series]),
+        lr=rate,
+        weight_decay=first.weight_decay,
+        tolerance=tolerance,
+    )
+    phase_start = 0.0 if begin == 0 else common[begin]
+    return Baseline(
+        runs=tuple(s.name for s in series),
+        batch_size=first.batch_size,
+        lr=rate,
+        weight_decay=first.weight_decay,
+        first_step=int(window[0]),
+        last_step=int(window[-1]),
+        rows=len(window),
+        relaxation_times=4 * rate * first.weight_decay * float(window[0] - phase_start) if first.weight_decay else None,
+        equilibrium=equilibrium,
+    )
+
+
+def from_baseline(
+    baseline: Baseline,
+    others: Sequence[tuple[int, Baseline | None]] = (),
+    *,
+    C: float = SQRT2,
+    confidence: float = 0.95,
+) -> Prediction:
+    """Return what ``baseline`` foretells of linear scaling, and of each batch size of ``others``."""
+    found = baseline.equilibrium
+    kappa: dict[KappaForm, Estimate] = {}
+    sde = None
+    if found.nsr is not None:
+        G, N = found.grad_sq_norm.mean, found.noise_trace.mean
+        for form in FORMS:
+            kappa[form] = critical_kappa(G, N, C=C, form=form, covariance=found.covariance)
+        sde = sde_fails_certificate(G, N, C=C, covariance=found.covariance)
+    outlook = []
+    for size, measured in others:
+        ratio = size / baseline.batch_size
+        outlook.append(Outlook(size, ratio, _verdict(kappa.get("exact"), ratio, confidence), measured))
+    return Prediction(baseline, C, confidence, kappa, sde, tuple(outlook))
+
+
+def from_runs(
+    folder: str | os.PathLike[str],
+    *,
+    C: float = SQRT2,
+    last: float = 0.25,
+    tolerance: float = 0.2,
+    confidence: float = 0.95,
+) -> Prediction:
+    """Predict from one run's folder, or from a folder of runs: there from the smallest batch's SGD runs alone.
+
+    The other batch sizes' SGD runs, where lr followed the linear scaling rule, only stand beside the prediction.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: no SGD run (l = 1) there, an unreadable file, or too few rows.
+    """
+    folder = Path(folder)
+    runs = [load_run(folder)] if (folder / "config.json").is_file() else load_runs(folder)
+    sgd = [run for run in runs if run.l == 1]
+    if not sgd:
+        raise ValueError(f"{folder}: no SGD run (l = 1) in it, and Theorem 5.6 is about SGD")
+    groups = group_by_batch_size(sgd)
+    (batch_size, lr), group = next(iter(groups.items()))
+    baseline = measure([_series(run) for run in group], last=last, tolerance=tolerance)
+    others: list[tuple[int, Baseline | None]] = []
+    for (other_size, other_lr), other in groups.items():
+        if other_size > batch_size and math.isclose(other_lr / lr, other_size / batch_size, rel_tol=1e-6):
+            others.append((other_size, _measure_if_possible(other, last, tolerance)))
+    return from_baseline(baseline, others, C=C, confidence=confidence)
+
+
+def from_csv(
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    C: float = SQRT2,
+    last: float = 0.25,
+    tolerance: float = 0.2,
+    confidence: float = 0.95,
+) -> Prediction:
+    """Predict from another trainer's log: columns ``step,G,N`` and optionally ``R`` and ``lr``, a header line first.
+
+    Args:
+        path: the CSV file; empty cells are rows that did not measure the column.
+        batch_size: B of that run.
+        lr: its learning rate, for all rows unless the file has a column ``lr``.
+        weight_decay: its L2 coefficient, added to the gradient as λx.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, a column missing, a cell that is not a number, steps that go back.
+    """
+    require_positive("batch_size", batch_size)
+    require_positive("lr", lr)
+    require_not_negative("weight_decay", weight_decay)
+    columns = _read_csv(Path(path))
+    rates = columns.get("lr", np.full(len(columns["step"]), lr))
+    series = Series(
+        Path(path).name,
+        batch_size,
+        weight_decay,
+        columns["step"],
+        rates,
+        columns["G"],
+        columns["N"],
+        columns.get("R"),
+    )
+    return from_baseline(measure([series], last=last, tolerance=tolerance), C=C, confidence=confidence)
+
+
+def _verdict(critical: Estimate | None, kappa: float, confidence: float) -> Verdict:
+    """Return "fails" beyond κ*'s interval, "silent" below it (there the theorem says nothing), else "undecided"."""
+    if critical is None:
+        return "undecided"
+    low, high = critical.interval(confidence)
+    return "fails" if kappa > high else "silent" if kappa < low else "undecided"
+
+
+def _series(run: Run) -> Series:
+    def column(name: str) -> Array:
+        if name not in run.metrics:
+            raise ValueError(f"{run.name}: no column {name!r} in metrics.csv; it has {', '.join(run.metrics)}")
+        return run.metrics[name]
+
+    return Series(
+        run.name,
+        run.batch_size,
+        float(run.config["weight_decay"]),
+        column("effective_step"),
+        column("lr"),
+        column("grad_sq_norm"),
+        column("noise_trace"),
+        column("weight_sq_norm"),
+    )
+
+
+def _measure_if_possible(runs: Sequence[Run], last: float, tolerance: float) -> Baseline | None:
+    """Return None where the runs have not come far enough to be measured; they only stand beside the prediction."""
+    series = [_series(run) for run in runs]
+    try:
+        return measure(series, last=last, tolerance=tolerance)
+    except TooFewRowsError:
+        return None
+
+
+def _measured_steps(series: Series) -> Array:
+    columns = [series.lr, series.grad_sq_norm, series.noise_trace]
+    if series.weight_sq_norm is not None:
+        columns.append(series.weight_sq_norm)
+    whole = np.isfinite(np.stack(columns)).all(axis=0)
+    return series.step[whole]
+
+
+def _at(series: Series, values: Array, steps: Array) -> Array:
+    return values[np.searchsorted(series.step, steps)]
+
+
+def _longest_phase(lr: Array) -> tuple[int, int]:
+    """Return the rows [begin, end) of the longest stretch of constant learning rate."""
+    if len(lr) == 0:
+        return 0, 0
+    edges = np.flatnonzero(np.diff(lr)) + 1
+    bounds = np.concatenate([[0], edges, [len(lr)]])
+    longest = int(np.argmax(np.diff(bounds)))
+    return int(bounds[longest]), int(bounds[longest + 1])
+
+
+def _read_csv(path: Path) -> dict[str, Array]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.reader(file))
+    header = [name.strip() for name in rows[0]] if rows else []
+    missing = [name for name in ("step", "G", "N") if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; expected a first line step,G,N[,R][,lr], got {header}"
+        )
+    columns: dict[str, Array] = {}
+    for name in ("step", "G", "N", "R", "lr"):
+        if name in header:
+            index = header.index(name)
+            columns[name] = np.array([_cell(path, name, i, row, index) for i, row in enumerate(rows[1:], 2) if row])
+    if not (np.diff(columns["step"]) > 0).all():
+        raise ValueError(f"{path}: the column step must ascend")
+    return columns
+
+
+def _cell(path: Path, name: str, line: int, row: list[str], index: int) -> float:
+    text = row[index].strip() if index < len(row) else ""
+    if not text and name != "step":
+        return math.nan
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{path}, line {line}: {name} is not a number but {text!r}") from None
+
+
+def _because(reasons: tuple[str, ...]) -> str:
+    return f" ({'; '.join(reasons)})" if reasons else ""
