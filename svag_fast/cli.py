@@ -12,6 +12,7 @@ from svag_fast import __version__
 # command -> (module:attribute, the line that `svag-fast --help` shows)
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("svag_fast.predict_command:predict", "Foretell from a baseline run where linear scaling fails."),
+    "info": ("svag_fast.info:main", "Print versions, processor, devices and backends."),
 }
 
 

@@ -33,3 +33,14 @@ def test_level_that_cannot_run_is_an_error_that_names_those_that_can(level: str)
     result = load(level)
     assert result.returncode != 0
     assert f"ImportError: SVAG_FAST_SIMD={level}: this machine runs {', '.join(AVAILABLE)}" in result.stderr
+
+
+def test_level_that_cannot_run_is_not_hidden_by_backend_auto() -> None:
+    script = (
+        "import torch; from svag_fast.ops import svag_step_; "
+        "svag_step_([torch.ones(2)], [torch.ones(2)], None, lr=0.1, l=1)"
+    )
+    environment = {**os.environ, "SVAG_FAST_SIMD": "mmx"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "BackendError: SVAG_FAST_SIMD=mmx: this machine runs portable" in result.stderr

@@ -54,6 +54,8 @@ def _cpu_unavailable() -> str | None:
     try:
         import svag_fast._C  # noqa: F401
     except ImportError as error:
+        if str(error).startswith("SVAG_FAST_SIMD="):  # a choice that can't be served: auto must not hide it
+            raise BackendError(str(error)) from error
         return f"the compiled module svag_fast._C can't be loaded ({error}); reinstall svag_fast with a C++17 compiler"
     return None
 
@@ -103,6 +105,11 @@ def implements(op: str, name: str, why_not: WhyNot = lambda tensors: None) -> Ca
         return function
 
     return decorate
+
+
+def ops_of(name: str) -> list[str]:
+    """Return the names of the ops that backend ``name`` implements."""
+    return sorted(op for op, backends in _implementations.items() if name in backends)
 
 
 def check_name(name: str) -> None:
