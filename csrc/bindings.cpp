@@ -9,6 +9,7 @@
 
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
+#include "cpu/triad.h"
 
 namespace py = pybind11;
 
@@ -62,4 +63,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("best_simd_level", [] { return std::string(svag::simd_level_name(svag::best_simd_level())); });
     m.def("select_simd_level", [](const std::string& name) { return svag::select_simd_level(name.c_str()); });
     m.def("step", &step);
+    m.def("triad", [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t z, int64_t size, int threads) {
+        py::gil_scoped_release unlocked;
+        raise_for(SVAG_KERNEL(svag_triad)(reinterpret_cast<float*>(x), reinterpret_cast<const float*>(y),
+                                          reinterpret_cast<const float*>(z), size, threads));
+    });
 }

@@ -1,0 +1,120 @@
+"""The fused step against what a user would write, on the same work: the update and the four statistics.
+
+Floors: torch's fused SGD on one gradient (no statistics), and a triad that reads three streams and writes one.
+Targets on 2 cores: the triad at >= 0.95 of ours for the two large groups, eager at >= 10 and foreach at >= 5 times
+ours for vgg16, ``SVAG.step()`` at <= 1.5 times the kernel for preresnet32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svag_fast import _C, SVAG, svag_coefficients
+from svag_fast.ops.step import _Plan
+
+LR, L, WEIGHT_DECAY = 1e-6, 4, 5e-4
+
+
+def preresnet32() -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = [(16, 3, 3, 3)]
+    for stage, width in enumerate((16, 32, 64)):
+        shapes += [(width, width if stage == 0 else width // 2, 3, 3)] + [(width, width, 3, 3)] * 9
+        shapes += [(width, width if stage == 0 else width // 2, 1, 1)]
+    return shapes
+
+
+def vgg16() -> list[tuple[int, ...]]:
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    return [(o, i, 3, 3) for i, o in pairwise(widths)]
+
+
+GROUPS = {"preresnet32": preresnet32(), "vgg16": vgg16(), "flat60M": [(60_000_000,)]}
+ROUNDS = {"preresnet32": 400, "vgg16": 40, "flat60M": 12}
+
+
+class Lists:
+    """A group's params and two gradients, and the ways to take a step on them."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params, self.grads1, self.grads2 = (
+            [torch.randn(s, generator=generator) for s in shapes] for _ in range(3)
+        )
+        self.bytes_moved = 16 * sum(p.numel() for p in self.params)
+        self.plan = _Plan(self.params, self.grads1)
+        self.leaves = [nn.Parameter(p) for p in self.params]
+        self.sgd = torch.optim.SGD(self.leaves, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+        self.svag = SVAG(self.leaves, lr=LR, l=L, weight_decay=WEIGHT_DECAY)
+        self.compiled = torch.compile(self.eager)
+        self.flat = [torch.cat([t.flatten() for t in ts]) for ts in (self.params, self.grads1, self.grads2)]
+
+    def kernel(self) -> Tensor:
+        return self.plan.run(self.grads1, self.grads2, [], LR, L, WEIGHT_DECAY, False)
+
+    def optimizer_step(self) -> Any:
+        self.svag._held = [list(self.grads1)]
+        return self.svag.step()
+
+    def give_gradients(self) -> None:
+        for p, g in zip(self.leaves, self.grads2, strict=True):
+            p.grad = g
+
+    def eager(self) -> list[Tensor]:
+        c1, c2 = svag_coefficients(L)
+        sums = [torch.zeros(()) for _ in range(4)]
+        for p, g1, g2 in zip(self.params, self.grads1, self.grads2, strict=True):
+            for k, (a, b) in enumerate(((g1, g1), (g2, g2), (g1, g2), (p, p))):
+                sums[k] = sums[k] + (a * b).sum()
+            p -= (LR / L) * (c1 * g1 + c2 * g2 + WEIGHT_DECAY * p)
+        return sums
+
+    def foreach(self) -> list[Tensor]:
+        c1, c2 = svag_coefficients(L)
+        pairs = ((self.grads1, self.grads1), (self.grads2, self.grads2), (self.grads1, self.grads2))
+        sums = [torch.stack([t.sum() for t in torch._foreach_mul(a, b)]).sum() for a, b in pairs]
+        sums.append(torch.stack(torch._foreach_norm(self.params)).square().sum())
+        step = torch._foreach_mul(self.grads1, c1)
+        torch._foreach_add_(step, self.grads2, alpha=c2)
+        torch._foreach_add_(step, self.params, alpha=WEIGHT_DECAY)
+        torch._foreach_add_(self.params, step, alpha=-LR / L)
+        return sums
+
+    def fused_sgd(self) -> None:
+        self.sgd.step()
+
+    def triad(self) -> None:
+        x, y, z = self.flat
+        _C.triad(x.data_ptr(), y.data_ptr(), z.data_ptr(), x.numel(), torch.get_num_threads())
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def group(request: pytest.FixtureRequest) -> tuple[str, Lists]:
+    return request.param, Lists(GROUPS[request.param])
+
+
+CONTENDERS: dict[str, Callable[[Lists], Any]] = {
+    "ours": Lists.kernel,
+    "floor: triad": Lists.triad,
+    "floor: SGD(fused=True), one gradient": Lists.fused_sgd,
+    "SVAG.step()": Lists.optimizer_step,
+    "torch._foreach": Lists.foreach,
+    "eager PyTorch": Lists.eager,
+    "torch.compile": lambda lists: lists.compiled(),
+}
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_step(group: tuple[str, Lists], contender: str, benchmark: Any, contest: Any) -> None:
+    name, lists = group
+    benchmark.group = name
+    lists.give_gradients()
+    with torch.no_grad():
+        contest(
+            lambda: CONTENDERS[contender](lists), ours=lists.kernel, rounds=ROUNDS[name], bytes_moved=lists.bytes_moved
+        )
