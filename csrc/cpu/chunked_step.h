@@ -10,6 +10,7 @@
 
 namespace svag {
 namespace SVAG_SIMD {
+namespace {  // no symbol of a template may leave the object of its level
 
 // Sums run in float32 over a block, in float64 across blocks: float32's rounding stays below 1e-5 of the sum.
 constexpr int64_t kBlock = 4096;
@@ -114,5 +115,6 @@ struct Pass {
     }
 };
 
+}  // namespace
 }  // namespace SVAG_SIMD
 }  // namespace svag
