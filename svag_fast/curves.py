@@ -61,7 +61,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the last row stands at the length that the run was asked for."""
         steps = self.metrics["effective_step"]
-        return len(steps) > 0 and steps[-1] >= self.effective_steps * (1 - 1e-9)
+        return len(steps) > 0 and bool(steps[-1] >= self.effective_steps * (1 - 1e-9))
 
     def series(self, column: str) -> tuple[Array, Array]:
         """Return the effective steps at which ``column`` was measured, and its values there.
