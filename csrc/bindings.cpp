@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -10,6 +13,7 @@
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
 #include "cpu/triad.h"
+#include "cpu/weight_grad.h"
 
 namespace py = pybind11;
 
@@ -54,6 +58,35 @@ void step(const Addresses& params, const Addresses& grads1, const Addresses& gra
                                      reinterpret_cast<double*>(stats)));
 }
 
+// sizes: in the order of svag::WeightGradArgs, from `batch` to `dilation_w`.
+void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double,
+                 const std::array<int64_t, 4>& input_strides, const std::array<int64_t, 4>& output_strides,
+                 const std::array<int64_t, 16>& sizes, std::uintptr_t weights, std::uintptr_t order,
+                 const std::vector<int64_t>& segment_ends, std::uintptr_t grad,
+                 const std::array<int64_t, 4>& grad_strides, std::uintptr_t sq_norms, std::uintptr_t segment_gram,
+                 int loop_order, int threads) {
+    svag::WeightGradArgs args{};
+    args.inputs = reinterpret_cast<const void*>(inputs);
+    args.output_grads = reinterpret_cast<const void*>(output_grads);
+    args.is_double = is_double;
+    std::copy(input_strides.begin(), input_strides.end(), args.input_strides);
+    std::copy(output_strides.begin(), output_strides.end(), args.output_strides);
+    static_assert(offsetof(svag::WeightGradArgs, dilation_w) - offsetof(svag::WeightGradArgs, batch) == 15 * 8, "");
+    std::copy(sizes.begin(), sizes.end(), &args.batch);
+    args.weights = reinterpret_cast<const double*>(weights);
+    args.order = reinterpret_cast<const int64_t*>(order);
+    args.segment_ends = segment_ends.data();
+    args.segments = static_cast<int64_t>(segment_ends.size());
+    args.grad = reinterpret_cast<void*>(grad);
+    std::copy(grad_strides.begin(), grad_strides.end(), args.grad_strides);
+    args.sq_norms = reinterpret_cast<double*>(sq_norms);
+    args.segment_gram = reinterpret_cast<double*>(segment_gram);
+    args.loop_order = static_cast<svag::LoopOrder>(loop_order);
+    args.threads = threads;
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_weight_grad)(args));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -68,4 +101,5 @@ PYBIND11_MODULE(_C, m) {
         raise_for(SVAG_KERNEL(svag_triad)(reinterpret_cast<float*>(x), reinterpret_cast<const float*>(y),
                                           reinterpret_cast<const float*>(z), size, threads));
     });
+    m.def("weight_grad", &weight_grad);
 }

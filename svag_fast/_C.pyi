@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def select_simd_level(name: str) -> bool: ...
@@ -18,3 +20,20 @@ def step(
     stats: int,
 ) -> None: ...
 def triad(x: int, y: int, z: int, size: int, threads: int) -> None: ...
+def weight_grad(
+    inputs: int,
+    output_grads: int,
+    is_double: bool,
+    input_strides: Sequence[int],
+    output_strides: Sequence[int],
+    sizes: Sequence[int],
+    weights: int,
+    order: int,
+    segment_ends: Sequence[int],
+    grad: int,
+    grad_strides: Sequence[int],
+    sq_norms: int,
+    segment_gram: int,
+    loop_order: int,
+    threads: int,
+) -> None: ...

@@ -32,6 +32,21 @@ class LayerProduct(NamedTuple):
     geometry: Geometry
 
 
+def sum_dtype(inputs: Tensor) -> torch.dtype:
+    """The dtype in which sums are formed and the gradient is returned."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+
+
+def grad_format(inputs: Tensor, weight_shape: Sequence[int]) -> torch.memory_format:
+    """The memory format of the gradient: a convolution's follows its inputs, as in PyTorch."""
+    last = (
+        len(weight_shape) == 4
+        and inputs.is_contiguous(memory_format=torch.channels_last)
+        and not inputs.is_contiguous()
+    )
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def layer_product(
     inputs: Tensor,
     output_grads: Tensor,

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svag_fast.ops import weight_grad_cpu
 from svag_fast.ops.backends import implements, select
-from svag_fast.ops.layer_product import Geometry, layer_product
+from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
 
 # Samples whose gradients the reference holds at a time.
@@ -104,21 +105,6 @@ def weight_grad_and_sq_norms(
     return WeightGrad(grad, sq_norms, None if segments is None else gram)
 
 
-def sum_dtype(inputs: Tensor) -> torch.dtype:
-    """The dtype in which sums are formed and the gradient is returned."""
-    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
-
-
-def grad_format(inputs: Tensor, weight_shape: Sequence[int]) -> torch.memory_format:
-    """The memory format of the gradient: a convolution's follows its inputs, as in PyTorch."""
-    last = (
-        len(weight_shape) == 4
-        and inputs.is_contiguous(memory_format=torch.channels_last)
-        and not inputs.is_contiguous()
-    )
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def sample_grads(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:
     """Return g_i = b_iᵀ a_i for every sample, [B, *weight_shape]: the formula that everything else is held against."""
     if len(weight_shape) == 2:
@@ -132,16 +118,9 @@ def sample_grads(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[in
 
 
 @implements("weight_grad_and_sq_norms", "reference")
-def reference(
-    inputs: Tensor,
-    output_grads: Tensor,
-    weight_shape: Sequence[int],
-    weights: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch, a few samples' gradients at a time."""
+    inputs, output_grads, weight_shape, weights, segments, num_segments, geometry = product
     B, dtype = inputs.shape[0], sum_dtype(inputs)
     w = torch.ones(B, dtype=dtype, device=inputs.device) if weights is None else weights.to(dtype)
     # [S, B]: w_i where sample i is in segment s.
@@ -160,6 +139,15 @@ def reference(
     return grad, sq_norms, gram
 
 
+@implements("weight_grad_and_sq_norms", "cpu")
+def _cpu(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        weight_grad_cpu.direct(product)
+        if product.output_grads.numel() and product.inputs.numel()
+        else reference(product)
+    )
+
+
 def _run(
     inputs: Tensor,
     output_grads: Tensor,
@@ -174,10 +162,9 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+    product = LayerProduct(inputs, output_grads, weight_shape, weights, segments, num_segments, geometry)
     function = select("weight_grad_and_sq_norms", backend, [inputs, output_grads])
-    result: tuple[Tensor, Tensor, Tensor] = function(
-        inputs, output_grads, weight_shape, weights, segments, num_segments, geometry
-    )
+    result: tuple[Tensor, Tensor, Tensor] = function(product)
     return result
 
 

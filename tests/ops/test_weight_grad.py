@@ -7,39 +7,15 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
+from layer_cases import CONVOLUTION, LINEAR, loop, make
 from torch import Tensor
 
 from svag_fast.ops import weight_grad as module
 from svag_fast.ops.backends import BackendError
 from svag_fast.ops.weight_grad import weight_grad_and_sq_norms
 
-BACKENDS = ["reference"]
-
-
-def forward(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    return F.linear(x, weight) if weight.dim() == 2 else F.conv2d(x, weight, **options)
-
-
-def loop(inputs: Tensor, output_grads: Tensor, shape: list[int], **options: Any) -> Tensor:
-    """[B, *shape] by one backward pass a sample, in the inputs' dtype."""
-    grads = []
-    for x, dy in zip(inputs, output_grads, strict=True):
-        weight = torch.zeros(shape, dtype=x.dtype, requires_grad=True)
-        if dy.numel():
-            forward(x[None], weight, **options).backward(dy[None])
-        grads.append(torch.zeros(shape, dtype=x.dtype) if weight.grad is None else weight.grad)
-    return torch.stack(grads) if grads else torch.zeros(0, *shape, dtype=inputs.dtype)
-
-
-def make(
-    input_shape: list[int], shape: list[int], *, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(input_shape, generator=generator, dtype=torch.float64)
-    y = forward(x, torch.zeros(shape, dtype=torch.float64), **options)
-    return x.to(dtype), torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+BACKENDS = ["reference", "cpu"]
 
 
 def check(inputs: Tensor, output_grads: Tensor, shape: list[int], backend: str, **options: Any) -> None:
@@ -69,44 +45,6 @@ def close(ours: Tensor, exact: Tensor) -> None:
     assert ours.shape == exact.shape
     scale = float(exact.abs().max()) if exact.numel() else 0.0
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10 * scale)
-
-
-LINEAR = {
-    "one row a sample": ([7, 5], [3, 5]),
-    "rows": ([3, 11, 33], [17, 33]),
-    "four dimensions": ([2, 3, 5, 8], [6, 8]),
-    "one sample": ([1, 4, 5], [3, 5]),
-    "no samples": ([0, 4, 5], [3, 5]),
-    "no rows": ([3, 0, 5], [3, 5]),
-    "no inputs": ([3, 2, 0], [4, 0]),
-    "no outputs": ([3, 2, 5], [0, 5]),
-    "wide": ([5, 3, 200], [130, 200]),
-}
-
-CONVOLUTION: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
-    "3x3": ([4, 16, 8, 8], [16, 16, 3, 3], {"padding": 1}),
-    "odd channels": ([3, 5, 7, 9], [11, 5, 3, 3], {"padding": 1}),
-    "one channel": ([3, 1, 8, 8], [16, 1, 3, 3], {"padding": 1}),
-    "three channels": ([3, 3, 9, 9], [16, 3, 3, 3], {"padding": 1}),
-    "stride 2": ([3, 16, 9, 8], [32, 16, 3, 3], {"padding": 1, "stride": 2}),
-    "1x1 stride 2": ([3, 16, 8, 8], [32, 16, 1, 1], {"stride": 2}),
-    "strides and kernel differ": ([2, 4, 11, 10], [6, 4, 3, 2], {"padding": (2, 1), "stride": (3, 2)}),
-    "dilation": ([2, 6, 12, 11], [5, 6, 3, 3], {"padding": 2, "dilation": (2, 3)}),
-    "groups": ([3, 8, 6, 6], [12, 2, 3, 3], {"padding": 1, "groups": 4}),
-    "depthwise": ([3, 20, 7, 7], [20, 1, 3, 3], {"padding": 1, "groups": 20}),
-    "depthwise with multiplier": ([3, 6, 7, 7], [18, 1, 3, 5], {"padding": 2, "groups": 6}),
-    "depthwise, stride 2, dilation": ([2, 17, 9, 9], [17, 1, 3, 3], {"stride": 2, "dilation": 2, "groups": 17}),
-    "kernel larger than the image": ([2, 3, 2, 2], [4, 3, 5, 5], {"padding": 2}),
-    "a tap that never meets the image": ([2, 3, 1, 1], [4, 3, 3, 3], {"padding": 1}),
-    "padding beyond the kernel": ([2, 3, 3, 3], [4, 3, 2, 2], {"padding": 3, "stride": 2}),
-    "same, even kernel, even dilation": ([2, 3, 9, 9], [4, 3, 4, 2], {"padding": "same", "dilation": 2}),
-    "same, even kernel": ([2, 3, 5, 5], [4, 3, 4, 2], {"padding": "same"}),
-    "same, dilated": ([2, 3, 7, 7], [4, 3, 3, 3], {"padding": "same", "dilation": 2}),
-    "valid": ([2, 3, 5, 5], [4, 3, 2, 2], {"padding": "valid"}),
-    "wide and small": ([9, 70, 4, 4], [75, 70, 3, 3], {"padding": 1}),
-    "one pixel": ([5, 33, 1, 1], [40, 33, 1, 1], {}),
-    "no samples": ([0, 3, 5, 5], [4, 3, 3, 3], {}),
-}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

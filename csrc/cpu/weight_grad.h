@@ -1,0 +1,40 @@
+// The weight gradient of a convolution (or Linear, as one) with every sample's squared norm, on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd_level.h"
+
+namespace svag {
+
+enum class LoopOrder : int { automatic = 0, samples_outside = 1, tiles_outside = 2 };
+
+// Linear is a 1x1 convolution over an image of one row: T columns, channels last.
+// Strides count elements, in the order sample (or output channel), channel, row, column.
+struct WeightGradArgs {
+    const void* inputs;
+    const void* output_grads;
+    bool is_double;  // float64, else float32: of inputs, output_grads, weights and grad
+    int64_t input_strides[4], output_strides[4];
+    int64_t batch, groups;
+    int64_t channels, outputs;  // of one group
+    int64_t height, width, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+    const double* weights;        // [batch]
+    const int64_t* order;         // [batch]: samples, segment by segment
+    const int64_t* segment_ends;  // [segments]: where each ends in `order`
+    int64_t segments;             // at least 1
+
+    void* grad;  // written
+    int64_t grad_strides[4];
+    double* sq_norms;      // [batch], written
+    double* segment_gram;  // [segments, segments], written; may be null
+    LoopOrder loop_order;
+    int threads;
+};
+
+}  // namespace svag
+
+// Returns a svag::Status. batch, channels, outputs and both images must not be empty.
+SVAG_DECLARE_KERNEL(svag_weight_grad, (const svag::WeightGradArgs& args))
