@@ -1,0 +1,251 @@
+"""What a run and an experiment are made of: plain values, checked before anything is written. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TRAIN_SIZES = {"digits": 1437, "fashion-mnist": 60_000}
+SAMPLINGS = ("distinct", "replacement")
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    # fraction of the effective steps done, in [0, 1) -> factor on lr
+    "constant": lambda done: 1.0,
+    "step": lambda done: 1.0 if done < 0.8 else 0.1,
+    "cosine": lambda done: max(1e-4, (1 + math.cos(math.pi * done)) / 2),
+    "triangle": lambda done: max(1e-4, (1.0 if done < 0.5 else 0.5) * (1 - abs(4 * (done % 0.5) - 1))),
+}
+
+
+class ConfigError(ValueError):
+    """A setting is wrong: the message names it, what it was and what was expected."""
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of an experiment share.
+
+    Attributes:
+        dataset: name for `svag_fast.data.load_dataset`.
+        model: name for `svag_fast.models.build_model`.
+        weight_decay: the paper's lambda.
+        schedule: lr's factor as a function of the fraction of effective steps done.
+        sampling: "distinct" (a batch holds no image twice) or "replacement"; every batch is a fresh draw.
+        backend: of the fused step.
+        device: where net and data live.
+        threads: of the process that trains a run.
+        rows: rows of metrics, evenly spaced over the effective steps.
+        evaluations: how many of the rows evaluate the net on the training and test data.
+    """
+
+    dataset: str = "digits"
+    model: str = "digits-net"
+    weight_decay: float = 0.02
+    schedule: str = "step"
+    sampling: str = "distinct"
+    backend: str = "auto"
+    device: str = "cpu"
+    threads: int = 1
+    rows: int = 60
+    evaluations: int = 20
+
+    def __post_init__(self) -> None:
+        for name, known in (("dataset", TRAIN_SIZES), ("schedule", SCHEDULES), ("sampling", SAMPLINGS)):
+            value = getattr(self, name)
+            _check(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}")
+        for name in ("model", "backend", "device"):
+            _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
+        for name in ("threads", "rows", "evaluations"):
+            _check(_is_count(getattr(self, name)), name, getattr(self, name), "a positive integer")
+        _check(_is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """One run: everything that decides its numbers.
+
+    Attributes:
+        batch_size: B, of each of SVAG's two batches.
+        lr: the paper's eta at schedule factor 1; the step taken is lr/l.
+        l: SVAG's hyperparameter; 1 is SGD.
+        seed: of the batches; the initial weights are the same for all runs.
+        effective_steps: length; l steps are one effective step.
+    """
+
+    batch_size: int
+    lr: float
+    l: float
+    seed: int
+    effective_steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(_is_count(self.batch_size), "batch_size", self.batch_size, "a positive integer")
+        if self.sampling == "distinct":
+            size = TRAIN_SIZES[self.dataset]
+            expected = f"at most {size}, the size of {self.dataset}'s training set, or sampling replacement"
+            _check(self.batch_size <= size, "batch_size", self.batch_size, expected)
+        _check(_is_number(self.lr) and self.lr > 0, "lr", self.lr, "a positive number")
+        _check(_is_number(self.l) and self.l >= 1, "l", self.l, "a number >= 1")
+        _check(_is_count(self.seed, 0), "seed", self.seed, "an integer >= 0")
+        _check(_is_count(self.effective_steps), "effective_steps", self.effective_steps, "a positive integer")
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return f"b{self.batch_size}-lr{self.lr:g}-l{self.l:g}-seed{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self._step_at(self.effective_steps)
+
+    def _step_at(self, effective_step: int) -> int:
+        return round(effective_step * self.l)
+
+    @property
+    def row_steps(self) -> list[int]:
+        """The steps after which a row of metrics is written: at the same effective steps for every l."""
+        count = min(self.rows, self.effective_steps)
+        return [self._step_at(round(self.effective_steps * row / count)) for row in range(1, count + 1)]
+
+    @property
+    def evaluation_steps(self) -> set[int]:
+        """The steps among `row_steps` after which the net is evaluated; the last one always."""
+        rows = self.row_steps
+        count = min(self.evaluations, len(rows))
+        return {rows[round(len(rows) * point / count) - 1] for point in range(1, count + 1)}
+
+    def lr_at(self, step: int) -> float:
+        """The scheduled lr of step number `step` = 0, 1, ..."""
+        return self.lr * SCHEDULES[self.schedule](step / self.l / self.effective_steps)
+
+    @property
+    def cost(self) -> float:
+        """Relative time that the run takes, for balance and for the progress bar."""
+        return self.steps * (20.0 + self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(Settings):
+    """A grid of runs: every batch size with its lr, every l, every seed.
+
+    Attributes:
+        batch_size: batch sizes.
+        lr: one value (scaled linearly with the batch size, from the first) or one for each batch size.
+        l: values of SVAG's hyperparameter.
+        seeds: number of seeds: 0, 1, ...
+        effective_steps: length at the first batch size; the others train for the same time (sum of lr). None: 1504.
+        epochs: instead of effective_steps: each batch size trains for this many passes over the training data.
+    """
+
+    batch_size: tuple[int, ...] = (8, 128)
+    lr: tuple[float, ...] = (0.1,)
+    l: tuple[float, ...] = (1, 2, 4, 8)
+    seeds: int = 3
+    effective_steps: int | None = None
+    epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "lr", "l"):
+            values = getattr(self, name)
+            listed = isinstance(values, tuple) and len(values) > 0 and all(_is_number(v) and v > 0 for v in values)
+            _check(listed, name, values, "a list of positive numbers")
+            _check(name == "lr" or len(set(values)) == len(values), name, values, "a list without repetition")
+        count = len(self.batch_size)
+        _check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
+        _check(_is_count(self.seeds), "seeds", self.seeds, "a positive integer")
+        _check(
+            self.epochs is None or self.effective_steps is None, "epochs", self.epochs, "alone or effective_steps be"
+        )
+        positive = self.epochs is None or (_is_number(self.epochs) and self.epochs > 0)
+        _check(positive, "epochs", self.epochs, "a positive number")
+        given = self.effective_steps is None or _is_count(self.effective_steps)
+        _check(given, "effective_steps", self.effective_steps, "a positive integer")
+        self.runs()
+
+    def runs(self) -> list[RunConfig]:
+        """Return every run of the grid, in the order batch size, l, seed.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        first = self.batch_size[0]
+        lrs = self.lr if len(self.lr) > 1 else [self.lr[0] * b / first for b in self.batch_size]
+        runs = []
+        for batch_size, lr in zip(self.batch_size, lrs, strict=True):
+            if self.epochs is not None:
+                length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
+            else:
+                length = (self.effective_steps or 1504) * lrs[0] / lr
+            steps = max(1, round(length))
+            runs += [
+                RunConfig(**shared, batch_size=batch_size, lr=lr, l=l, seed=seed, effective_steps=steps)
+                for l in self.l
+                for seed in range(self.seeds)
+            ]
+        return runs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as `from_dict` takes them: plain values, lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExperimentConfig:
+        """Build from plain values; a single number stands for a list of one.
+
+        Raises:
+            ConfigError: an unknown key, or a value out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))}: known are {', '.join(sorted(known))}")
+        settings = dict(values)
+        for name in ("batch_size", "lr", "l"):
+            if name in settings:
+                value = settings[name]
+                settings[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        return cls(**settings)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a TOML or (by its suffix) JSON file, for `ExperimentConfig.from_dict`.
+
+    Raises:
+        ConfigError: the file can't be read, or isn't TOML or JSON of keys and values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
+    return values
