@@ -1,0 +1,308 @@
+"""One run: SGD or SVAG on a data set, measured on the way, resumable at every step to the bit."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svag_fast.checkpoint import load_checkpoint, save_checkpoint
+from svag_fast.config import RunConfig
+from svag_fast.data import Dataset, draw_batch, load_dataset
+from svag_fast.files import replace_file
+from svag_fast.models import build_model
+from svag_fast.ops.step import StepStats, svag_coefficients
+from svag_fast.optim import SVAG
+from svag_fast.two_batches import TwoBatchGradients
+
+EVALUATION_LIMIT = 10_000  # an evaluation takes at most the first so many training samples
+EVALUATION_BATCH = 128
+
+COLUMNS = (
+    "step", "effective_step", "time", "train_loss", "amplified_loss", "test_loss", "train_accuracy", "test_accuracy",
+    "grad_sq_norm", "noise_trace", "weight_sq_norm", "nsr", "noise_source", "lr", "samples_per_second",
+)  # fmt: skip
+
+Row = dict[str, "float | int | str | None"]
+
+
+class RunBusyError(RuntimeError):
+    """Another process is training the same run."""
+
+
+class Training:
+    """A run in progress: the net, the optimizer, the two batch streams, and the rows of metrics so far.
+
+    Everything that decides what comes next is in `state`, so a run that goes on from a checkpoint is bit for bit the
+    one that was never interrupted.
+
+    Args:
+        config: the run.
+        dataset: its data, on the run's device.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+        self.config = config
+        self.data = dataset
+        self.model = build_model(
+            config.model, in_channels=dataset.train_images.shape[1], num_classes=dataset.num_classes
+        ).to(config.device)
+        self.gradients = TwoBatchGradients(self.model)
+        self.optimizer = SVAG(
+            self.gradients.params,
+            config.lr_at(0),
+            l=config.l,
+            weight_decay=config.weight_decay,
+            backend=config.backend,
+        )
+        # A stream of batches each, so that SGD's path does not depend on the batches that only measure its noise.
+        self.streams = [torch.Generator().manual_seed(_stream_seed(config, stream)) for stream in range(2)]
+        self.step = 0
+        self.seconds = 0.0
+        self.rows: list[Row] = [self._first_row()]
+        self._clear_sums()
+
+    def _clear_sums(self) -> None:
+        self.steps_summed = 0
+        self.losses = torch.zeros(2, dtype=torch.float64, device=self.config.device)
+        self.raw_stats = torch.zeros(5, dtype=torch.float64, device=self.config.device)
+
+    def take_step(self) -> None:
+        """One SVAG step on two fresh batches; at l = 1, where it is SGD on the first, the second measures the noise."""
+        config = self.config
+        images, labels = self._two_batches()
+        losses, grads1, grads2 = self.gradients(images, labels, freeze_statistics=config.l == 1)
+        self._put(grads1)
+        self.optimizer.hold_gradient()
+        self._put(grads2)
+        self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
+        stats = self.optimizer.step()
+        self.losses += losses
+        self.raw_stats += stats.raw
+        self.steps_summed += 1
+        self.step += 1
+
+    def _two_batches(self) -> tuple[Tensor, Tensor]:
+        population, replacement = len(self.data.train_labels), self.config.sampling == "replacement"
+        drawn = [
+            draw_batch(population, self.config.batch_size, replacement=replacement, generator=stream)
+            for stream in self.streams
+        ]
+        indices = torch.cat(drawn).to(self.config.device)
+        return self.data.train_images[indices], self.data.train_labels[indices]
+
+    def _put(self, grads: list[Tensor]) -> None:
+        for p, grad in zip(self.gradients.params, grads, strict=True):
+            p.grad = grad
+
+    def end_row(self, evaluate: bool) -> None:
+        """Add a row: means over the steps since the last one, and the evaluation where asked for."""
+        config, count = self.config, self.steps_summed
+        stats = StepStats(self.raw_stats / count, has_second=True)
+        loss1, loss2 = (self.losses / count).tolist()
+        c1, c2 = svag_coefficients(config.l)
+        row = dict.fromkeys(COLUMNS) | {
+            "step": self.step,
+            "effective_step": self.step / config.l,
+            "time": self.optimizer.time,
+            "amplified_loss": c1 * loss1 + c2 * loss2,
+            "grad_sq_norm": _number(stats.grad_sq_norm),
+            "noise_trace": _number(stats.noise_trace),
+            "weight_sq_norm": _number(stats.weight_sq_norm),
+            "nsr": _number(stats.nsr),
+            "noise_source": "two_batches",
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "samples_per_second": 2 * config.batch_size * count / self.seconds,
+        }
+        self.rows.append(row | (self._evaluation() if evaluate else {}))
+        self.seconds = 0.0
+        self._clear_sums()
+
+    def _first_row(self) -> Row:
+        weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.gradients.params)
+        start: Row = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
+        return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._evaluation()
+
+    def _evaluation(self) -> Row:
+        data, limit = self.data, EVALUATION_LIMIT
+        train_loss, train_accuracy = evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
+        test_loss, test_accuracy = evaluate(self.model, data.test_images, data.test_labels)
+        return {
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides what comes next: tensors and plain Python."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "streams": [stream.get_state() for stream in self.streams],
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "steps_summed": self.steps_summed,
+            "losses": self.losses,
+            "raw_stats": self.raw_stats,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for stream, saved in zip(self.streams, state["streams"], strict=True):
+            stream.set_state(saved)
+        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.steps_summed = state["steps_summed"]
+        self.losses = state["losses"].to(self.config.device)
+        self.raw_stats = state["raw_stats"].to(self.config.device)
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    provenance: dict[str, Any] | None = None,
+    checkpoint_seconds: float = 5.0,
+    tensorboard: bool = False,
+    on_progress: Callable[[int], None] = lambda step: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train one run in `folder`, from its checkpoint if it has one; return whether it reached its end.
+
+    `folder` gets config.json, metrics.csv (as old as the last checkpoint), checkpoint.pt and, if asked for,
+    TensorBoard's events.
+
+    Args:
+        config: the run.
+        folder: made if missing; one process at a time may train in it.
+        provenance: goes into config.json beside the config: versions, commit.
+        checkpoint_seconds: a checkpoint is written when the last one is so old, and at the end.
+        tensorboard: write events into `folder` as well.
+        on_progress: called with the number of steps done, at every row.
+        should_stop: asked after every step; when it says so, the run is saved and left.
+
+    Raises:
+        CheckpointError: the folder's checkpoint is damaged or another run's; nothing is overwritten.
+        RunBusyError: another process is training this run.
+        OSError: the folder can't be written or the disk is full; the last checkpoint is as it was.
+    """
+    torch.set_num_threads(config.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = dataclasses.asdict(config)
+    checkpoint = folder / "checkpoint.pt"
+    with _alone_in(folder):
+        state = load_checkpoint(checkpoint, identity) if checkpoint.exists() else None
+        if state is not None and state["step"] == config.steps:
+            return True
+        training = Training(config, load_dataset(config.dataset).to(config.device))
+        if state is not None:
+            training.load_state_dict(state)
+        else:
+            text = json.dumps({**identity, **(provenance or {})}, indent=2)
+            with replace_file(folder / "config.json") as file:
+                file.write(text.encode() + b"\n")
+        row_steps, evaluation_steps = set(config.row_steps), config.evaluation_steps
+        events = _Events(folder) if tensorboard else None
+        saved_at = mark = time.monotonic()
+        stopped = False
+        while training.step < config.steps and not stopped:
+            training.take_step()
+            stopped = should_stop()
+            if training.step in row_steps:
+                training.seconds += time.monotonic() - mark
+                training.end_row(evaluate=training.step in evaluation_steps)
+                on_progress(training.step)
+                mark = time.monotonic()
+            if stopped or training.step == config.steps or time.monotonic() - saved_at > checkpoint_seconds:
+                training.seconds += time.monotonic() - mark
+                save_checkpoint(checkpoint, identity, training.state_dict())
+                write_metrics(folder / "metrics.csv", training.rows)
+                if events is not None:
+                    events.write(training.rows)
+                saved_at = mark = time.monotonic()
+        return training.step == config.steps
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the mean cross-entropy and the accuracy (a fraction) of `model` in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=images.device)
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for some, expected in zip(
+        torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True
+    ):
+        logits = model(some)
+        loss += F.cross_entropy(logits, expected, reduction="sum")
+        correct += (logits.argmax(1) == expected).sum()
+    model.train(was_training)
+    return float(loss) / len(labels), float(correct) / len(labels)
+
+
+def write_metrics(path: Path, rows: list[Row]) -> None:
+    """Write the rows as CSV, whole or not at all; an empty cell was not measured in that row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    with replace_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+class _Events:
+    """TensorBoard events of all rows; those that an interrupted process wrote are purged and written again."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.written = 0
+        self.writer = SummaryWriter(str(folder), purge_step=0)
+
+    def write(self, rows: list[Row]) -> None:
+        for row in rows[self.written :]:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name not in ("step", "effective_step", "time"):
+                    self.writer.add_scalar(name, value, row["step"])
+        self.written = len(rows)
+        self.writer.flush()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        yield
+    except BlockingIOError as error:
+        raise RunBusyError(f"{folder} is being trained by another process: wait for it or end it") from error
+    finally:
+        os.close(handle)
+
+
+def _stream_seed(config: RunConfig, stream: int) -> int:
+    name = f"seed {config.seed}, batch size {config.batch_size}, l {config.l:g}, stream {stream}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)

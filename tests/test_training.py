@@ -1,0 +1,190 @@
+"""One run: the right process, honest rows, the same bits however often it is interrupted."""
+
+import csv
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from svag_fast.checkpoint import CheckpointError
+from svag_fast.config import RunConfig
+from svag_fast.data import load_dataset
+from svag_fast.ops.step import svag_coefficients
+from svag_fast.training import COLUMNS, RunBusyError, Training, _alone_in, train
+
+BASE = RunConfig(batch_size=8, lr=0.1, l=2, seed=0, effective_steps=12, rows=6, evaluations=3)
+DIGITS = load_dataset("digits")
+
+
+def config(**changes):
+    return dataclasses.replace(BASE, **changes)
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["model"]
+
+
+def assert_same_run(one, other):
+    assert rows(one) == rows(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def plain_gradients(training, images, labels):
+    losses = [F.cross_entropy(training.model(x), y) for x, y in zip(images.chunk(2), labels.chunk(2), strict=True)]
+    return losses, [torch.autograd.grad(loss, training.gradients.params) for loss in losses]
+
+
+@pytest.mark.parametrize("l", [1, 2, 5.5])
+def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l):
+    """Three steps redone in plain PyTorch: x -= (lr/l)(c1 g1 + c2 g2 + weight_decay x), G, N, R and losses by hand."""
+    ours, plain = Training(config(l=l), DIGITS), Training(config(l=l), DIGITS)
+    c1, c2 = svag_coefficients(l)
+    sums = {"grad_sq_norm": 0.0, "noise_trace": 0.0, "weight_sq_norm": 0.0, "amplified_loss": 0.0}
+    for _ in range(3):
+        images, labels = plain._two_batches()
+        (loss1, loss2), (grads1, grads2) = plain_gradients(plain, images, labels)
+        g1, g2, x = (
+            torch.cat([t.detach().double().flatten() for t in ts]) for ts in (grads1, grads2, plain.gradients.params)
+        )
+        sums["grad_sq_norm"] += float(g1 @ g2) / 3
+        sums["noise_trace"] += float((g1 - g2).square().sum()) / 2 / 3
+        sums["weight_sq_norm"] += float(x.square().sum()) / 3
+        sums["amplified_loss"] += (c1 * loss1 + c2 * loss2).item() / 3
+        with torch.no_grad():
+            for p, a, b in zip(plain.gradients.params, grads1, grads2, strict=True):
+                p -= 0.1 / l * (c1 * a + c2 * b + 0.02 * p)
+        ours.take_step()
+    ours.seconds = 1.0
+    ours.end_row(evaluate=False)
+    row = ours.rows[-1]
+    assert {name: row[name] for name in sums} == pytest.approx(sums, rel=1e-4)
+    assert row["nsr"] == pytest.approx(row["noise_trace"] / row["grad_sq_norm"])
+    assert row["time"] == pytest.approx(3 * 0.1 / l)
+    assert row["effective_step"] == 3 / l
+    assert row["train_loss"] is None
+    for p, expected in zip(ours.gradients.params, plain.gradients.params, strict=True):
+        assert (p - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_sgd_s_path_does_not_depend_on_the_batches_that_only_measure_its_noise():
+    one, other = Training(config(l=1), DIGITS), Training(config(l=1), DIGITS)
+    other.streams[1].manual_seed(12345)
+    for _ in range(4):
+        one.take_step()
+        other.take_step()
+    assert not torch.equal(one.raw_stats, other.raw_stats)
+    assert all(torch.equal(a, b) for a, b in zip(one.gradients.params, other.gradients.params, strict=True))
+
+
+def test_all_runs_start_from_the_same_weights_and_seeds_and_l_draw_their_own_batches():
+    runs = [Training(config(**c), DIGITS) for c in ({}, {"seed": 1}, {"l": 4}, {"batch_size": 16})]
+    first = runs[0].model.state_dict()
+    for run in runs[1:]:
+        assert all(torch.equal(first[k], v) for k, v in run.model.state_dict().items())
+    draws = [tuple(run._two_batches()[1].tolist()) for run in runs]
+    assert len(set(draws)) == len(draws)
+
+
+def test_evaluated_rows_hold_the_plain_mean_loss_and_accuracy_of_all_the_data(tmp_path):
+    assert train(config(), tmp_path)
+    run = Training(config(), DIGITS)
+    run.model.load_state_dict(weights(tmp_path))
+    last = rows(tmp_path)[-1]
+    for which, images, labels in (
+        ("train", DIGITS.train_images, DIGITS.train_labels),
+        ("test", DIGITS.test_images, DIGITS.test_labels),
+    ):
+        logits = run.model(images)
+        assert float(last[f"{which}_loss"]) == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+        assert float(last[f"{which}_accuracy"]) == float((logits.argmax(1) == labels).double().mean())
+
+
+def test_rows_of_a_run(tmp_path):
+    assert train(config(), tmp_path)
+    got = rows(tmp_path)
+    assert list(got[0]) == [c for c in COLUMNS if c != "samples_per_second"]
+    assert [float(row["effective_step"]) for row in got] == [0, 2, 4, 6, 8, 10, 12]
+    assert [row["test_accuracy"] != "" for row in got] == [True, False, True, False, True, False, True]
+    assert [float(row["lr"]) for row in got] == pytest.approx([0.1] * 5 + [0.1, 0.01])
+    assert float(got[-1]["time"]) == pytest.approx(sum(config().lr_at(k) / 2 for k in range(24)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"l": 1, "model": "preresnet8-bn"}, {"sampling": "replacement"}], ids=str)
+def test_stopped_anywhere_and_gone_on_with_it_is_the_same_run_to_the_bit(tmp_path, changes):
+    changes = {**changes, "effective_steps": 3 if "model" in changes else 12}
+    assert train(config(**changes), tmp_path / "whole")
+    generator = random.Random(0)
+    for _ in range(100):
+        countdown = iter([False] * generator.randrange(7))
+        if train(config(**changes), tmp_path / "parts", should_stop=lambda left=countdown: next(left, True)):
+            break
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_complete_run_is_left_alone(tmp_path):
+    assert train(config(), tmp_path)
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+    assert train(config(), tmp_path)
+    assert before == {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_nothing_overwritten(tmp_path):
+    train(config(), tmp_path, should_stop=lambda: True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"seed is 0 there and 1 here"):
+        train(config(seed=1), tmp_path)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(config(), tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before["checkpoint.pt"][:-100]
+    assert (tmp_path / "metrics.csv").read_bytes() == before["metrics.csv"]
+
+
+def test_a_disk_that_fills_up_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    assert train(config(), tmp_path / "whole")
+    train(config(), tmp_path / "run", should_stop=lambda: True)
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            train(config(), tmp_path / "run")
+    assert train(config(), tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_two_processes_never_train_the_same_run(tmp_path):
+    with _alone_in(tmp_path), pytest.raises(RunBusyError, match="another process"):
+        train(config(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path):
+    (tmp_path / ".checkpoint.pt.1234.tmp").write_text("half")
+    train(config(), tmp_path, should_stop=lambda: True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tensorboard_gets_every_row_once_also_across_an_interruption(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    countdown = iter([False] * 9)
+    assert not train(config(), tmp_path, tensorboard=True, should_stop=lambda: next(countdown, True))
+    assert train(config(), tmp_path, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    got = [(event.step, event.value) for event in events.Scalars("weight_sq_norm")]
+    expected = [(int(row["step"]), float(row["weight_sq_norm"])) for row in rows(tmp_path)]
+    assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+
+
+def test_a_run_that_diverges_ends_with_the_truth_in_its_rows(tmp_path):
+    assert train(config(model="preresnet8-none", lr=1e6, effective_steps=4, rows=2), tmp_path)
+    assert math.isnan(float(rows(tmp_path)[-1]["train_loss"]))
