@@ -11,6 +11,7 @@ from svag_fast import __version__
 
 # command -> (module:attribute, the line that `svag-fast --help` shows)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("svag_fast.run_command:run", "Train with SGD and SVAG: does SVAG converge, and does SGD stay with it?"),
     "report": ("svag_fast.report:report", "Judge a folder of runs anew: table, verdict, convergence.png."),
     "predict": ("svag_fast.predict_command:predict", "Foretell from a baseline run where linear scaling fails."),
     "info": ("svag_fast.info:main", "Print versions, processor, devices and backends."),

@@ -1,0 +1,202 @@
+"""`svag-fast run`: the settings, the experiment, and what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+from rich.table import Table
+
+from svag_fast.config import SAMPLINGS, SCHEDULES, TRAIN_SIZES, ConfigError, ExperimentConfig, read_settings
+from svag_fast.experiments import (
+    ExperimentError,
+    ExperimentInterruptedError,
+    check_experiment,
+    prepare_folder,
+    read_experiment,
+    run_experiment,
+    start_fork_server,
+)
+
+
+class NumberList(click.ParamType[list[Any]]):
+    """Comma-separated numbers, such as 1,2,4."""
+
+    def __init__(self, kind: Callable[[str], int | float]) -> None:
+        self.kind = kind
+        self.name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Parse the text, or say which part of it isn't a number."""
+        numbers = []
+        for part in str(value).split(","):
+            try:
+                numbers.append(self.kind(part))
+            except ValueError:
+                self.fail(f"{part.strip()!r} is not a number; expected numbers with commas between, such as 1,2,4")
+        return numbers
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+@click.command()
+@click.option_panel(
+    "What to train", options=["--dataset", "--model", "--batch-size", "--lr", "--weight-decay", "--l", "--seeds"]
+)
+@click.option_panel(
+    "How", options=["--effective-steps", "--epochs", "--schedule", "--sampling", "--backend", "--device", "--threads"]
+)
+@click.option_panel(
+    "Bookkeeping",
+    options=[
+        "--jobs",
+        "--out",
+        "--config",
+        "--resume",
+        "--rows",
+        "--evaluations",
+        "--checkpoint-seconds",
+        "--tensorboard",
+        "--help",
+    ],
+)
+@click.option("--dataset", type=click.Choice(list(TRAIN_SIZES)), help="Data set.  [default: digits]")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="digits-net, preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.  "
+    "[default: digits-net]",
+)
+@click.option("--batch-size", type=NumberList(int), metavar="B,...", help="Batch sizes.  [default: 8,128]")
+@click.option(
+    "--lr",
+    type=NumberList(float),
+    metavar="LR[,...]",
+    help="Learning rate: one is scaled linearly from the first batch size, a list says each.  [default: 0.1]",
+)
+@click.option("--weight-decay", type=float, metavar="LAMBDA", help="Weight decay.  [default: 0.02]")
+@click.option("--l", type=NumberList(_number), metavar="L,...", help="SVAG's l; 1 is SGD.  [default: 1,2,4,8]")
+@click.option("--seeds", type=int, metavar="N", help="Number of seeds.  [default: 3]")
+@click.option(
+    "--effective-steps",
+    type=int,
+    metavar="N",
+    help="Length at the first batch size; the others train for the same time.  [default: 1504]",
+)
+@click.option("--epochs", type=float, metavar="N", help="Length in passes over the data, instead of effective steps.")
+@click.option(
+    "--schedule",
+    type=click.Choice(list(SCHEDULES)),
+    help="Learning rate over the effective steps; step: a tenth from 80 % on.  [default: step]",
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(SAMPLINGS),
+    help="Images of a batch: distinct, or drawn with replacement.  [default: distinct]",
+)
+@click.option("--rows", type=int, metavar="N", help="Rows of metrics a run.  [default: 60]")
+@click.option("--evaluations", type=int, metavar="N", help="Rows that evaluate the net.  [default: 20]")
+@click.option("--backend", metavar="NAME", help="Of the fused step: auto, or see `svag-fast info`.  [default: auto]")
+@click.option("--device", metavar="NAME", help="Where net and data live: cpu, cuda, cuda:1.  [default: cpu]")
+@click.option("--threads", type=int, metavar="N", help="Threads of each run's process.  [default: 1]")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/DATASET]"
+)
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="TOML or JSON with these options' values (effective_steps = 1504); the command line overrides it.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the experiment in --out, or else with the newest in runs.")
+@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="Save this often.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
+def run(
+    out: Path | None,
+    file: Path | None,
+    resume: bool,
+    jobs: int | None,
+    checkpoint_seconds: float,
+    tensorboard: bool,
+    **given: Any,
+) -> None:
+    """Train with SGD and SVAG: does SVAG converge, and does SGD stay with it?
+
+    Without options: the paper's Figure 4 in small, on scikit-learn's digits: batch size 8, and 128 by the linear
+    scaling rule, l = 1, 2, 4, 8 with three seeds, in a few minutes on two cores.
+
+    Each run writes its config, metrics and checkpoint into a folder of its own; the experiment's folder gets
+    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume.
+    """
+    console = Console()
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        if resume:
+            out = out or _newest_experiment()
+            config = ExperimentConfig.from_dict(read_experiment(out).to_dict() | _from_file(file) | given)
+        else:
+            config = ExperimentConfig.from_dict(_from_file(file) | given)
+            out = out or _free_folder(Path("runs", config.dataset))
+        start_fork_server()  # its imports and ours go on side by side
+        check_experiment(config)
+        prepare_folder(out, config, resume=resume)
+        console.print(_plan(config), f"in {out}\n")
+        run_experiment(
+            config,
+            out,
+            jobs=jobs or max(1, _cores() // config.threads),
+            console=console,
+            checkpoint_seconds=checkpoint_seconds,
+            tensorboard=tensorboard,
+        )
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    except ExperimentInterruptedError as error:
+        raise click.ClickException(f"{error}. Go on with: svag-fast run --resume --out {out}") from error
+    except (ExperimentError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _from_file(file: Path | None) -> dict[str, Any]:
+    return {} if file is None else read_settings(file)
+
+
+def _newest_experiment() -> Path:
+    books = sorted(Path("runs").glob("*/experiment.json"), key=lambda book: book.stat().st_mtime)
+    if not books:
+        raise ExperimentError("there is no experiment in the folder runs to resume: name its folder with --out.")
+    return books[-1].parent
+
+
+def _free_folder(wanted: Path) -> Path:
+    """Return `wanted`, or with the first number behind it that isn't taken."""
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))]
+    return next(folder for folder in names if not folder.exists())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(config: ExperimentConfig) -> Table:
+    table = Table(
+        title=f"{config.model} on {config.dataset}, weight decay {config.weight_decay:g}, {config.schedule} lr"
+    )
+    for column in ("batch size", "lr", "effective steps", "l", "seeds", "runs"):
+        table.add_column(column, justify="right")
+    runs = config.runs()
+    for batch_size, lr, steps in dict.fromkeys((r.batch_size, r.lr, r.effective_steps) for r in runs):
+        ls = " ".join(f"{l:g}" for l in config.l)
+        count = len(config.l) * config.seeds
+        table.add_row(str(batch_size), f"{lr:g}", str(steps), ls, str(config.seeds), str(count))
+    return table
