@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest_plugins = ["kernel_coverage"]
+
 # torch's own sums depend on the number of threads, and with two of them a busy machine makes a small net's step
 # ten times slower. A test of threads asks for its own.
 torch.set_num_threads(1)

@@ -1,0 +1,103 @@
+"""Compile CUDA sources with g++ so that the CPU runs them, and load the result."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+
+# "race": every access goes to runtime.cpp's race detector; it answers the calls that -fsanitize=thread puts in.
+# "address": AddressSanitizer, which the process has to preload (see asan_environment).
+MODES = {
+    "race": ["-fsanitize=thread"],
+    "address": ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"],
+}
+FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+
+class CudaOnHostError(AssertionError):
+    """The harness found a fault in a kernel; the message lists what and where."""
+
+
+class HostKernels:
+    """A library of kernels built for the host. ``run`` calls one of its ``extern "C"`` functions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.library = ctypes.CDLL(str(path))
+        self.library.cuda_on_host_take_report.restype = ctypes.c_char_p
+        self.library.cuda_on_host_take_launches.restype = ctypes.c_int64
+        self.library.cuda_on_host_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
+
+    def set_order(self, order: str, seed: int = 0) -> None:
+        """Choose in which order blocks and threads run: "forward", "reversed" or "shuffled"."""
+        self.library.cuda_on_host_set_order(["forward", "reversed", "shuffled"].index(order), seed)
+
+    def run(self, function: str, *arguments: object) -> int:
+        """Call a function and return its status; raise CudaOnHostError where the harness found a fault."""
+        status: int = getattr(self.library, function)(*arguments)
+        self.check()
+        return status
+
+    def check(self) -> None:
+        """Raise CudaOnHostError if a fault was found since the last check."""
+        report = self.library.cuda_on_host_take_report().decode()
+        if report:
+            report = re.sub(r"@(0x[0-9a-f]+)", lambda m: self._source_line(m[1]), report)
+            raise CudaOnHostError(report.replace(f"{HERE.parent.parent}/", ""))
+
+    def launches(self) -> list[tuple[int, int, int, int]]:
+        """Return the launches since the last call as (device, stream, blocks, threads a block)."""
+        rows = (ctypes.c_int64 * 4 * 1000)()
+        count = self.library.cuda_on_host_take_launches(ctypes.byref(rows), 1000)
+        return [tuple(row) for row in rows[:count]]  # type: ignore[misc]
+
+    def device(self) -> int:
+        """Return the current CUDA device."""
+        device = ctypes.c_int()
+        self.library.cuda_on_host_get_device(ctypes.byref(device))
+        return device.value
+
+    def _source_line(self, offset: str) -> str:
+        command = ["addr2line", "-e", str(self.path), offset]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def build(sources: list[Path], mode: str, cache: Path, extra: tuple[str, ...] = ()) -> Path:
+    """Build a shared library from .cu and .cpp sources, or take the one in the cache if nothing has changed."""
+    headers = sorted([*HERE.rglob("*.h"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "runtime.cpp"])
+    digest = hashlib.sha256(repr((FLAGS, MODES[mode], extra, [str(s) for s in sources])).encode())
+    for path in [*headers, *sources]:
+        digest.update(path.read_bytes())
+    target = cache / f"{sources[0].stem}-{mode}-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{HERE / 'include'}", f"-I{CSRC}", *extra]
+    objects = []
+    for source in [*sources, HERE / "runtime.cpp"]:
+        # The detector itself must not be watched; AddressSanitizer has to know about its fibers.
+        flags = [] if mode == "race" and source.name == "runtime.cpp" else MODES[mode]
+        objects.append(target.with_name(f"{target.stem}-{source.stem}.o"))
+        command = ["g++", *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
+        subprocess.run(command, check=True)
+    link = MODES[mode] if mode == "address" else []
+    partial = target.with_suffix(".partial")
+    command = ["g++", "-shared", *link, "-Wl,-Bsymbolic", *map(str, objects), "-o", str(partial)]
+    subprocess.run(command, check=True)
+    for path in objects:
+        path.unlink()
+    partial.rename(target)
+    return target
+
+
+def asan_environment() -> dict[str, str]:
+    """Return the variables under which a process can load a library built in the mode "address"."""
+    path = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"
+    return {"LD_PRELOAD": path.strip(), "ASAN_OPTIONS": options}
