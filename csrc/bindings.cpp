@@ -14,6 +14,10 @@
 #include "cpu/step.h"
 #include "cpu/triad.h"
 #include "cpu/weight_grad.h"
+#ifdef SVAG_WITH_CUDA
+#include "cuda/error.h"
+#include "cuda/step.h"
+#endif
 
 namespace py = pybind11;
 
@@ -26,8 +30,14 @@ void raise_for(int status) {
         case svag::kOk: return;
         case svag::kOutOfMemory: throw std::bad_alloc();
         case svag::kUnsupportedDType: throw std::invalid_argument("svag_fast._C: unsupported combination of dtypes");
-        default: throw std::runtime_error("svag_fast._C: unknown status " + std::to_string(status));
+        default: break;
     }
+#ifdef SVAG_WITH_CUDA
+    if (status < 0)
+        throw std::runtime_error(std::string("CUDA error ") + svag_cuda_error_name(status) + ": " +
+                                 svag_cuda_error_text(status));
+#endif
+    throw std::runtime_error("svag_fast._C: unknown status " + std::to_string(status));
 }
 
 // An empty list stands for "none": no second gradients, no compensation.
@@ -87,6 +97,25 @@ void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_dou
     raise_for(SVAG_KERNEL(svag_weight_grad)(args));
 }
 
+#ifdef SVAG_WITH_CUDA
+void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
+               const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
+               const std::vector<int>& grad_dtypes, double rate, double c1, double c2, double weight_decay,
+               std::uintptr_t device_coefficients, bool skip_nonfinite, int device, std::uintptr_t stream,
+               std::uintptr_t workspace, std::uintptr_t stats) {
+    const auto tensors = step_tensors(params, grads1, grads2, compensation, sizes, param_dtypes, grad_dtypes);
+    const svag::CudaStepOptions options{{rate, c1, c2, weight_decay},
+                                        reinterpret_cast<const double*>(device_coefficients),
+                                        skip_nonfinite,
+                                        device,
+                                        reinterpret_cast<void*>(stream),
+                                        reinterpret_cast<double*>(workspace),
+                                        reinterpret_cast<double*>(stats)};
+    py::gil_scoped_release unlocked;
+    raise_for(svag_step_cuda(tensors.data(), static_cast<int64_t>(tensors.size()), options));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -102,4 +131,10 @@ PYBIND11_MODULE(_C, m) {
                                           reinterpret_cast<const float*>(z), size, threads));
     });
     m.def("weight_grad", &weight_grad);
+#ifdef SVAG_WITH_CUDA
+    m.def("cuda_step", &cuda_step);
+    m.def("cuda_step_workspace", [](const std::vector<int64_t>& sizes) {
+        return svag_step_cuda_workspace(sizes.data(), static_cast<int64_t>(sizes.size()));
+    });
+#endif
 }

@@ -37,3 +37,25 @@ def weight_grad(
     loop_order: int,
     threads: int,
 ) -> None: ...
+
+# Only in a build with CUDA:
+def cuda_step(
+    params: list[int],
+    grads1: list[int],
+    grads2: list[int],
+    compensation: list[int],
+    sizes: list[int],
+    param_dtypes: list[int],
+    grad_dtypes: list[int],
+    rate: float,
+    c1: float,
+    c2: float,
+    weight_decay: float,
+    device_coefficients: int,
+    skip_nonfinite: bool,
+    device: int,
+    stream: int,
+    workspace: int,
+    stats: int,
+) -> None: ...
+def cuda_step_workspace(sizes: list[int]) -> int: ...

@@ -82,6 +82,12 @@ def _triton_unavailable() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU)"
 
 
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """Return the index of a CUDA device and the handle of its current stream, for a kernel of ``_C``."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
 # In the order of preference.
 BACKENDS: dict[str, Backend] = {
     b.name: b

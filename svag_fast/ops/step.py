@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from svag_fast.ops.backends import implements, requested, select, why_not
+from svag_fast.ops.backends import device_and_stream, implements, requested, select, why_not
 from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
 from svag_fast.ops.library import register_op
 
@@ -114,6 +114,7 @@ def svag_step_(
     weight_decay: float = 0.0,
     compensation: Sequence[Tensor] | None = None,
     skip_nonfinite: bool = False,
+    coefficients: Tensor | None = None,
     backend: str = "auto",
 ) -> StepStats:
     """Take one SVAG step in place, ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)``, and measure the noise.
@@ -137,6 +138,9 @@ def svag_step_(
             ``l = 65536`` a float32 parameter hardly decays. Not for float64 params.
         skip_nonfinite: leave all params (and compensation) as they are when any gradient entry is inf or nan; decided
             on the device, without synchronising. Costs a second pass over the gradients.
+        coefficients: from :func:`step_coefficients`, on the params' device: the kernel reads lr, l and weight_decay
+            there when it runs instead of the arguments, so that a captured CUDA graph follows what is written there.
+            ``cpu`` and ``reference`` read it at once (on a GPU ``reference`` synchronises for it).
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     Returns:
@@ -164,6 +168,7 @@ def svag_step_(
             l,
             weight_decay,
             skip_nonfinite,
+            coefficients,
             backend,
         )
     return StepStats(raw, grads2 is not None)
@@ -193,6 +198,21 @@ def _check_lists(
                 )
 
 
+def step_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
+    """Return ``[lr, l, c1, c2, weight_decay]``, float64 on ``device``, for ``svag_step_(coefficients=...)``."""
+    return torch.tensor([lr, l, *svag_coefficients(l), weight_decay], dtype=torch.float64, device=device)
+
+
+def _check_coefficients(coefficients: Tensor, device: torch.device) -> None:
+    if coefficients.dtype != torch.float64 or coefficients.shape != (5,) or not coefficients.is_contiguous():
+        raise ValueError(
+            f"coefficients is {coefficients.dtype} of shape {list(coefficients.shape)}: expected what "
+            "step_coefficients returns"
+        )
+    if coefficients.device != device:
+        raise ValueError(f"coefficients is on {coefficients.device}, but params[0] on {device}")
+
+
 def _run(
     params: list[Tensor],
     grads1: list[Tensor],
@@ -202,13 +222,16 @@ def _run(
     l: float,
     weight_decay: float,
     skip_nonfinite: bool,
+    coefficients: Tensor | None,
     backend: str,
 ) -> Tensor:
     _check_lists(params, grads1, grads2, compensation)
+    if coefficients is not None:
+        _check_coefficients(coefficients, params[0].device)
     step = select("svag_step_", backend, params)
     grads1 = laid_out_like(grads1, params)
     grads2 = None if grads2 is None else laid_out_like(grads2, params)
-    raw: Tensor = step(params, grads1, grads2, compensation, lr, l, weight_decay, skip_nonfinite)
+    raw: Tensor = step(params, grads1, grads2, compensation, lr, l, weight_decay, skip_nonfinite, coefficients)
     torch.autograd.graph.increment_version(params)
     return raw
 
@@ -219,10 +242,20 @@ def _fake(params: list[Tensor], *rest: object) -> Tensor:
 
 _op = register_op(
     "svag_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[] compensation, float lr, float l, "
-    "float weight_decay, bool skip_nonfinite, str backend) -> Tensor",
+    "float weight_decay, bool skip_nonfinite, Tensor? coefficients, str backend) -> Tensor",
     _run,
     _fake,
 )
+
+
+def _host_coefficients(
+    lr: float, l: float, weight_decay: float, coefficients: Tensor | None = None
+) -> tuple[float, float, float, float]:
+    """Return ``lr / l, c1, c2, weight_decay``, from the tensor if there is one."""
+    if coefficients is None:
+        return lr / l, *svag_coefficients(l), weight_decay
+    lr, l, c1, c2, weight_decay = coefficients.tolist()
+    return lr / l, c1, c2, weight_decay
 
 
 @implements("svag_step_", "reference")
@@ -235,6 +268,7 @@ def _reference(
     l: float,
     weight_decay: float,
     skip_nonfinite: bool,
+    coefficients: Tensor | None,
 ) -> Tensor:
     def sum64(terms: list[Tensor]) -> Tensor:
         return torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
@@ -253,7 +287,7 @@ def _reference(
             finite.double(),
         ]
     )
-    c1, c2 = svag_coefficients(l)
+    rate, c1, c2, weight_decay = _host_coefficients(lr, l, weight_decay, coefficients)
     for i, x in enumerate(params):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         combined = c1 * grads1[i].to(dtype)
@@ -261,13 +295,13 @@ def _reference(
             combined = combined + c2 * grads2[i].to(dtype)
         if compensation:
             e = compensation[i]
-            step = e - (lr / l) * (combined + weight_decay * (x.to(dtype) + e))
+            step = e - rate * (combined + weight_decay * (x.to(dtype) + e))
             value, error = two_sum(x.to(dtype), step)
             rounded = value.to(x.dtype)
             lost = (value - rounded.to(dtype)) + error
             e.copy_(torch.where(finite, lost, e) if skip_nonfinite else lost)
         else:
-            rounded = (x.to(dtype) - (lr / l) * (combined + weight_decay * x.to(dtype))).to(x.dtype)
+            rounded = (x.to(dtype) - rate * (combined + weight_decay * x.to(dtype))).to(x.dtype)
         x.copy_(torch.where(finite, rounded, x) if skip_nonfinite else rounded)
     return raw
 
@@ -289,8 +323,39 @@ def _cpu(
     l: float,
     weight_decay: float,
     skip_nonfinite: bool,
+    coefficients: Tensor | None,
 ) -> Tensor:
-    return _Plan(params, grads1).run(grads1, grads2, compensation, lr, l, weight_decay, skip_nonfinite)
+    scalars = _host_coefficients(lr, l, weight_decay, coefficients)
+    return _Plan(params, grads1).run(grads1, grads2, compensation, *scalars, skip_nonfinite)
+
+
+@implements("svag_step_", "cuda")
+def _cuda(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    lr: float,
+    l: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+    coefficients: Tensor | None,
+) -> Tensor:
+    from svag_fast import _C
+
+    plan = _Plan(params, grads1)
+    raw = params[0].new_empty(5, dtype=torch.float64)
+    workspace = params[0].new_empty(_C.cuda_step_workspace(plan.sizes), dtype=torch.float64)
+    _C.cuda_step(
+        *plan.descriptors(grads1, grads2, compensation),
+        *_host_coefficients(lr, l, weight_decay),
+        0 if coefficients is None else coefficients.data_ptr(),
+        skip_nonfinite,
+        *device_and_stream(params[0].device),
+        workspace.data_ptr(),
+        raw.data_ptr(),
+    )
+    return raw
 
 
 class _Plan:
@@ -307,21 +372,10 @@ class _Plan:
     def fits(self, grads: list[Tensor]) -> bool:
         return list(map(_dtype, grads)) == self.grad_dtypes and all(map(Tensor.is_contiguous, grads))
 
-    def run(
-        self,
-        grads1: list[Tensor],
-        grads2: list[Tensor] | None,
-        compensation: list[Tensor],
-        lr: float,
-        l: float,
-        weight_decay: float,
-        skip_nonfinite: bool,
-    ) -> Tensor:
-        from svag_fast import _C
-
-        raw = torch.empty(5, dtype=torch.float64)
-        c1, c2 = svag_coefficients(l)
-        _C.step(
+    def descriptors(
+        self, grads1: list[Tensor], grads2: list[Tensor] | None, compensation: list[Tensor]
+    ) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
+        return (
             self.addresses,
             list(map(Tensor.data_ptr, grads1)),
             list(map(Tensor.data_ptr, grads2 or [])),
@@ -329,7 +383,25 @@ class _Plan:
             self.sizes,
             self.param_codes,
             self.grad_codes,
-            lr / l,
+        )
+
+    def run(
+        self,
+        grads1: list[Tensor],
+        grads2: list[Tensor] | None,
+        compensation: list[Tensor],
+        rate: float,
+        c1: float,
+        c2: float,
+        weight_decay: float,
+        skip_nonfinite: bool,
+    ) -> Tensor:
+        from svag_fast import _C
+
+        raw = torch.empty(5, dtype=torch.float64)
+        _C.step(
+            *self.descriptors(grads1, grads2, compensation),
+            rate,
             c1,
             c2,
             weight_decay,
@@ -378,7 +450,7 @@ class RepeatedStep:
             and (grads2 is None or plan.fits(grads2))
             and not torch.compiler.is_compiling()
         ):
-            raw = plan.run(grads1, grads2, [], lr, l, weight_decay, skip_nonfinite)
+            raw = plan.run(grads1, grads2, [], *_host_coefficients(lr, l, weight_decay), skip_nonfinite)
             torch.autograd.graph.increment_version(params)
             return StepStats(raw, grads2 is not None)
         stats = svag_step_(

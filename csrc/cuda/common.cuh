@@ -1,0 +1,105 @@
+// What the CUDA kernels share: 16-byte packs, conversions to the arithmetic type, sums over a block, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "svag_math.h"
+#include "tensor_list.h"
+
+namespace svag {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// V elements that move in one access, or in several of 16 bytes.
+template <class T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
+    T v[V];
+};
+
+// As many elements as fill 16 bytes of the wider type.
+template <class T, class U>
+constexpr int kPackSize = static_cast<int>(16 / (sizeof(T) > sizeof(U) ? sizeof(T) : sizeof(U)));
+
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const T* p) {
+    return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+template <class T, class A>
+__device__ __forceinline__ T narrow(A x);
+template <>
+__device__ __forceinline__ float narrow<float, float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ double narrow<double, double>(double x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half narrow<__half, float>(float x) {
+    return __float2half_rn(x);
+}
+
+// The sum over the warp's lanes, the same bits on every lane.
+template <class A>
+__device__ __forceinline__ A warp_sum(A x) {
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(kAllLanes, x, other);
+    return x;
+}
+
+// Make `device` the current one until the scope ends.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        status_ = cudaGetDevice(&previous_);
+        if (status_ == cudaSuccess && previous_ != device) {
+            status_ = cudaSetDevice(device);
+            changed_ = status_ == cudaSuccess;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    cudaError_t status() const { return status_; }
+
+  private:
+    int previous_ = 0;
+    bool changed_ = false;
+    cudaError_t status_;
+};
+
+inline cudaLaunchConfig_t launch_config(int64_t blocks, cudaStream_t stream) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    return config;
+}
+
+// A status below zero is a CUDA error.
+inline int status_of(cudaError_t error) { return error == cudaSuccess ? kOk : -static_cast<int>(error); }
+
+}  // namespace svag

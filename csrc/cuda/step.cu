@@ -1,0 +1,324 @@
+#include "cuda/step.h"
+
+#include "cuda/common.cuh"
+
+namespace svag {
+namespace {
+
+// Kernel parameters end at 4 KB before CUDA 12.1, at 32764 bytes since; a small table is cheaper to launch with.
+constexpr int kSmallTable = 76;
+#if CUDART_VERSION >= 12010
+constexpr int kLargeTable = 624;
+#else
+constexpr int kLargeTable = kSmallTable;
+#endif
+
+// A block's span of one tensor. Short spans share a small list out over the GPU, long ones keep the partial sums of a
+// large list few. Chosen by the list alone, so the bits do not depend on the device.
+constexpr int64_t kShortSpan = 4096;
+constexpr int64_t kLongSpan = 32768;
+constexpr int64_t kManyBlocks = 8192;
+
+template <int kCapacity>
+struct Table {
+    int count;
+    int first_partial;           // of the table's first block
+    int first_block[kCapacity];  // of each tensor, within the launch
+    StepTensor tensors[kCapacity];
+};
+
+struct Pass {
+    StepCoefficients<double> coefficients;
+    const double* device_coefficients;  // lr, l, c1, c2, weight_decay, instead of the above where not null
+    bool has_second, compensated;       // all tensors of the list, or none
+    bool weights;                       // read the params, and update them
+    const double* finite;               // update only where this is 1; null: always
+    int64_t span;
+    int64_t partial_stride;
+    double* partials;  // [kStatCount][partial_stride]
+};
+
+static_assert(sizeof(Table<kSmallTable>) + sizeof(Pass) <= 4096 && sizeof(Table<kLargeTable>) + sizeof(Pass) <= 32764,
+              "the tables must fit into the kernel's parameters");
+
+__device__ __forceinline__ StepCoefficients<double> coefficients_of(const Pass& pass) {
+    const double* from = pass.device_coefficients;
+    return from == nullptr ? pass.coefficients : StepCoefficients<double>{from[0] / from[1], from[2], from[3], from[4]};
+}
+
+// A block's part of one tensor, its pointers moved to the part's start.
+template <class P, class G, class A>
+struct Part {
+    P* param;
+    const G* grad1;
+    const G* grad2;
+    float* compensation;
+    StepCoefficients<A> c;
+    const Pass& pass;
+    bool update;
+
+    // Elements i to i + V: statistics, and the update where it is asked for.
+    template <int V>
+    __device__ __forceinline__ void run(int i, Moments<A>& moments) const {
+        const Pack<G, V> g1 = load<V>(grad1 + i);
+        Pack<G, V> g2{};
+        Pack<P, V> x{};
+        Pack<float, V> e{};
+        if (pass.has_second) g2 = load<V>(grad2 + i);
+        if (pass.weights) {
+            x = load<V>(param + i);
+            if (pass.compensated) e = load<V>(compensation + i);
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const A a1 = widen(g1.v[j]), a2 = widen(g2.v[j]), value = widen(x.v[j]);
+            moments.add(value, a1, a2);
+            // At l = 1 an inf in the second gradient must not reach the param.
+            const A used2 = c.c2 == 0 ? A(0) : a2;
+            if constexpr (sizeof(A) == sizeof(float)) {
+                if (pass.compensated) {
+                    // The param's value is x + e; e holds what rounding x to its dtype has lost so far.
+                    A sum, error;
+                    two_sum(value, e.v[j] - decrement(value + e.v[j], a1, used2, c), sum, error);
+                    x.v[j] = narrow<P, A>(sum);
+                    e.v[j] = (sum - widen(x.v[j])) + error;
+                    continue;
+                }
+            }
+            x.v[j] = narrow<P, A>(value - decrement(value, a1, used2, c));
+        }
+        if (update) {
+            store<V>(param + i, x);
+            if (pass.compensated) store<V>(compensation + i, e);
+        }
+    }
+};
+
+struct BlockShared {
+    StepCoefficients<double> coefficients;
+    double of_warps[kWarps][kStatCount];
+    double totals[kStatCount];
+};
+
+// Sum the block's moments in a fixed order: in the arithmetic type within a warp, in float64 across warps.
+template <class A>
+__device__ __forceinline__ void sum_block(const Moments<A>& m, BlockShared& block) {
+    const A sums[kStatCount] = {warp_sum(m.sq_norm1), warp_sum(m.sq_norm2), warp_sum(m.inner),
+                                warp_sum(m.weight_sq_norm), warp_sum(m.poison)};
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int k = 0; k < kStatCount; ++k) block.of_warps[threadIdx.x / 32][k] = static_cast<double>(sums[k]);
+    }
+    __syncthreads();
+    if (threadIdx.x < kStatCount) {
+        double total = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) total += block.of_warps[w][threadIdx.x];
+        block.totals[threadIdx.x] = total;
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
+
+template <class P, class G, class A>
+__device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, const Pass& pass, int partial,
+                                         BlockShared& block) {
+    double* const totals = block.totals;
+    constexpr int V = kPackSize<P, G>;
+    const StepCoefficients<double>& c = block.coefficients;
+    const bool aligned = ((reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad1) |
+                           reinterpret_cast<uintptr_t>(t.grad2) | reinterpret_cast<uintptr_t>(t.compensation)) %
+                          16) == 0;
+    const int64_t left = t.size - begin;
+    const int size = static_cast<int>(left < pass.span ? left : pass.span);
+    const Part<P, G, A> part{static_cast<P*>(t.param) + begin,
+                             static_cast<const G*>(t.grad1) + begin,
+                             pass.has_second ? static_cast<const G*>(t.grad2) + begin : nullptr,
+                             pass.compensated ? static_cast<float*>(t.compensation) + begin : nullptr,
+                             {A(c.rate), A(c.c1), A(c.c2), A(c.weight_decay)},
+                             pass,
+                             pass.weights && (pass.finite == nullptr || *pass.finite == 1)};
+    Moments<A> moments{};
+    const int packed = aligned ? size / V * V : 0;
+    for (int i = static_cast<int>(threadIdx.x) * V; i < packed; i += kThreads * V) part.template run<V>(i, moments);
+#pragma unroll 1
+    for (int i = packed + static_cast<int>(threadIdx.x); i < size; i += kThreads)
+        part.template run<1>(i, moments);
+    sum_block(moments, block);
+
+    if constexpr (sizeof(A) == sizeof(float)) {
+        // Gradients above 1e19 are finite, but their squares overflow float32.
+        if (totals[kFinite] == 0 && !is_finite(totals[kSqNorm1] + totals[kSqNorm2] + totals[kInner])) {
+            Moments<double> wide{};
+#pragma unroll 1
+            for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
+                const double a1 = static_cast<double>(widen(part.grad1[i]));
+                const double a2 = pass.has_second ? static_cast<double>(widen(part.grad2[i])) : 0.0;
+                wide.add(0.0, a1, a2);
+            }
+            const double weight_sq_norm = totals[kWeightSqNorm];
+            __syncthreads();
+            sum_block(wide, block);
+            if (threadIdx.x == kWeightSqNorm) totals[kWeightSqNorm] = weight_sq_norm;
+        }
+    }
+    if (threadIdx.x < kStatCount) pass.partials[threadIdx.x * pass.partial_stride + partial] = totals[threadIdx.x];
+}
+
+__host__ __device__ constexpr int pair(DType param, DType grad) {
+    return static_cast<int>(param) * 4 + static_cast<int>(grad);
+}
+
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
+    __shared__ BlockShared shared;
+    if (threadIdx.x == 0) shared.coefficients = coefficients_of(pass);
+    __syncthreads();
+    const int block = static_cast<int>(blockIdx.x);
+    int low = 0, high = table.count;  // the block's tensor: the last that starts at or before it
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (table.first_block[middle] <= block)
+            low = middle;
+        else
+            high = middle;
+    }
+    const StepTensor& t = table.tensors[low];
+    const int64_t begin = (block - table.first_block[low]) * pass.span;
+    const int partial = table.first_partial + block;
+    switch (pair(t.param_dtype, t.grad_dtype)) {
+#define SVAG_CASE(P, G, A, param, grad) \
+    case pair(DType::param, DType::grad): return run_part<P, G, A>(t, begin, pass, partial, shared)
+        SVAG_CASE(float, float, float, float32, float32);
+        SVAG_CASE(double, double, double, float64, float64);
+        SVAG_CASE(double, float, double, float64, float32);
+        SVAG_CASE(__nv_bfloat16, __nv_bfloat16, float, bfloat16, bfloat16);
+        SVAG_CASE(__nv_bfloat16, float, float, bfloat16, float32);
+        SVAG_CASE(__half, __half, float, float16, float16);
+        SVAG_CASE(__half, float, float, float16, float32);
+#undef SVAG_CASE
+        default: return;  // refused on the host
+    }
+}
+
+// One block: adds the blocks' partial sums in a fixed order, and writes the stats whose bit is set in `which`.
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const double* partials, int64_t count, unsigned which, double* stats) {
+    __shared__ double of_warps[kWarps][kStatCount];
+    double sums[kStatCount] = {};
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < count; i += kThreads)
+#pragma unroll
+        for (int k = 0; k < kStatCount; ++k) sums[k] += partials[k * count + i];
+#pragma unroll
+    for (int k = 0; k < kStatCount; ++k) {
+        const double sum = warp_sum(sums[k]);
+        if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32][k] = sum;
+    }
+    __syncthreads();
+    const unsigned k = threadIdx.x;
+    if (k < kStatCount && (which >> k & 1) != 0) {
+        double total = 0;
+        for (int w = 0; w < kWarps; ++w) total += of_warps[w][k];
+        stats[k] = k == kFinite ? (total == 0 ? 1 : 0) : total;
+    }
+}
+
+constexpr unsigned kGradientStats = 1u << kSqNorm1 | 1u << kSqNorm2 | 1u << kInner | 1u << kFinite;
+constexpr unsigned kWeightStats = 1u << kWeightSqNorm;
+
+bool supported(const StepTensor& t) {
+    const bool dtypes = t.param_dtype == t.grad_dtype || t.grad_dtype == DType::float32;
+    return dtypes && (t.compensation == nullptr || t.param_dtype != DType::float64);
+}
+
+int64_t blocks_of(int64_t size, int64_t span) { return (size + span - 1) / span; }
+
+struct Partition {
+    int64_t span, blocks;
+};
+
+template <class SizeOf>
+Partition partition(int64_t count, SizeOf size_of) {
+    Partition p{kShortSpan, 0};
+    for (;; p.span *= 2) {
+        p.blocks = 0;
+        for (int64_t i = 0; i < count; ++i) p.blocks += blocks_of(size_of(i), p.span);
+        if (p.blocks <= kManyBlocks || p.span == kLongSpan) return p;
+    }
+}
+
+// Launch the step over the list, as many tensors at a time as a table holds.
+template <int kCapacity>
+cudaError_t launch_step(const StepTensor* tensors, int64_t count, const Pass& pass, cudaStream_t stream) {
+    Table<kCapacity> table;
+    int64_t partial = 0;
+    for (int64_t i = 0; i < count;) {
+        table.count = 0;
+        table.first_partial = static_cast<int>(partial);
+        int64_t blocks = 0;
+        for (; i < count && table.count < kCapacity; ++i) {
+            if (tensors[i].size == 0) continue;
+            table.tensors[table.count] = tensors[i];
+            table.first_block[table.count++] = static_cast<int>(blocks);
+            blocks += blocks_of(tensors[i].size, pass.span);
+        }
+        if (blocks == 0) break;
+        const cudaLaunchConfig_t config = launch_config(blocks, stream);
+        const cudaError_t error = cudaLaunchKernelEx(&config, step_kernel<kCapacity>, table, pass);
+        if (error != cudaSuccess) return error;
+        partial += blocks;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t launch_pass(const StepTensor* tensors, int64_t count, const Pass& pass, unsigned which,
+                        const CudaStepOptions& options) {
+    const auto stream = static_cast<cudaStream_t>(options.stream);
+    const cudaError_t error = count <= kSmallTable ? launch_step<kSmallTable>(tensors, count, pass, stream)
+                                                   : launch_step<kLargeTable>(tensors, count, pass, stream);
+    if (error != cudaSuccess) return error;
+    const cudaLaunchConfig_t config = launch_config(1, stream);
+    return cudaLaunchKernelEx(&config, finish_kernel, static_cast<const double*>(pass.partials), pass.partial_stride,
+                              which, options.stats);
+}
+
+cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions& o) {
+    const DeviceGuard guard(o.device);
+    if (guard.status() != cudaSuccess) return guard.status();
+    Pass pass{};
+    pass.coefficients = o.coefficients;
+    pass.device_coefficients = o.device_coefficients;
+    for (int64_t i = 0; i < count; ++i) {  // an empty tensor's addresses may be null
+        pass.has_second |= tensors[i].grad2 != nullptr;
+        pass.compensated |= tensors[i].compensation != nullptr;
+    }
+    pass.weights = true;
+    const Partition parts = partition(count, [tensors](int64_t i) { return tensors[i].size; });
+    pass.span = parts.span;
+    pass.partial_stride = parts.blocks;
+    pass.partials = o.workspace;
+    if (!o.skip_nonfinite) return launch_pass(tensors, count, pass, kGradientStats | kWeightStats, o);
+    // Whether to update is known only after all gradients were read: a pass over them alone goes before.
+    pass.weights = false;
+    const cudaError_t error = launch_pass(tensors, count, pass, kGradientStats, o);
+    if (error != cudaSuccess) return error;
+    pass.weights = true;
+    pass.finite = o.stats + kFinite;
+    return launch_pass(tensors, count, pass, kWeightStats, o);
+}
+
+}  // namespace
+}  // namespace svag
+
+extern "C" int64_t svag_step_cuda_workspace(const int64_t* sizes, int64_t count) {
+    return svag::kStatCount * svag::partition(count, [sizes](int64_t i) { return sizes[i]; }).blocks;
+}
+
+extern "C" int svag_step_cuda(const svag::StepTensor* tensors, int64_t count, const svag::CudaStepOptions& options) {
+    for (int64_t i = 0; i < count; ++i)
+        if (!svag::supported(tensors[i])) return svag::kUnsupportedDType;
+    return svag::status_of(svag::run(tensors, count, options));
+}

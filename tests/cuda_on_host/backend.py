@@ -1,0 +1,95 @@
+"""Serve backend ``cuda`` on CPU tensors, by the kernels' own sources run on the host."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+from cuda_on_host.build import CSRC, HostKernels, build
+
+from svag_fast import _C
+from svag_fast.ops import backends, step
+
+KERNEL_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+
+# What a launch must use: neither is what it would get by default.
+DEVICE, STREAM = 1, 7
+
+
+class _StepTensor(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("param", "grad1", "grad2", "compensation")),
+        ("size", ctypes.c_int64),
+        ("param_dtype", ctypes.c_int),
+        ("grad_dtype", ctypes.c_int),
+    ]
+
+
+class _StepOptions(ctypes.Structure):
+    _fields_ = [
+        ("coefficients", ctypes.c_double * 4),
+        ("device_coefficients", ctypes.c_void_p),
+        ("skip_nonfinite", ctypes.c_bool),
+        ("device", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("stream", "workspace", "stats")),
+    ]
+
+
+class HostModule:
+    """What ``svag_fast._C`` offers for CUDA, with the same signatures."""
+
+    def __init__(self, kernels: HostKernels) -> None:
+        self.kernels = kernels
+
+    def cuda_step_workspace(self, sizes: list[int]) -> int:
+        function = self.kernels.library.svag_step_cuda_workspace
+        function.restype = ctypes.c_int64
+        return int(function((ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_int64(len(sizes))))
+
+    def cuda_step(
+        self,
+        params: list[int],
+        grads1: list[int],
+        grads2: list[int],
+        compensation: list[int],
+        sizes: list[int],
+        param_dtypes: list[int],
+        grad_dtypes: list[int],
+        *options: float,
+    ) -> None:
+        none = [None] * len(params)
+        columns = (params, grads1, grads2 or none, compensation or none, sizes, param_dtypes, grad_dtypes)
+        tensors = (_StepTensor * len(params))(*zip(*columns, strict=True))
+        packed = _StepOptions((ctypes.c_double * 4)(*options[:4]), *options[4:])
+        status = self.kernels.run("svag_step_cuda", tensors, ctypes.c_int64(len(params)), ctypes.byref(packed))
+        if status:
+            raise RuntimeError(f"svag_step_cuda returned {status}")
+
+
+def load(mode: str, cache: Path) -> HostKernels:
+    """Build every CUDA kernel of the project for the host."""
+    return HostKernels(build(KERNEL_SOURCES, mode, cache))
+
+
+@contextlib.contextmanager
+def cuda_on_host(kernels: HostKernels) -> Iterator[None]:
+    """Let backend "cuda" take CPU tensors while the block runs, as if they lay on CUDA device 1, stream 7."""
+    module = HostModule(kernels)
+    names = [name for name in vars(HostModule) if name.startswith("cuda_")]
+    before = {name: getattr(_C, name, None) for name in names}
+    row, device_and_stream = backends.BACKENDS["cuda"], step.device_and_stream
+    backends.BACKENDS["cuda"] = backends.Backend("cuda", ("cpu",), lambda: None)
+    step.device_and_stream = lambda device: (DEVICE, STREAM)
+    for name in names:
+        setattr(_C, name, getattr(module, name))
+    try:
+        yield
+    finally:
+        backends.BACKENDS["cuda"], step.device_and_stream = row, device_and_stream
+        for name, function in before.items():
+            if function is None:
+                delattr(_C, name)
+            else:
+                setattr(_C, name, function)
