@@ -16,6 +16,7 @@ import svag_fast
 from svag_fast import _C, svag_coefficients
 from svag_fast.ops import StepStats, svag_step_
 from svag_fast.ops.backends import BackendError
+from svag_fast.ops.step import step_coefficients
 
 LEVELS = ["portable", "avx2", "avx512"]
 DTYPES = [
@@ -309,8 +310,37 @@ def test_statistics_of_groups_add_up() -> None:
 def test_opcheck(backend: str, compensated: bool, second: bool) -> None:
     params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
     compensation = [torch.zeros(3), torch.zeros(4, 5)] if compensated else []
-    args = (params, grads, grads if second else None, compensation, 0.1, 4.0 if second else 1.0, 0.1, False, backend)
+    l = 4.0 if second else 1.0
+    coefficients = step_coefficients(0.1, l, 0.1, torch.device("cpu")) if compensated else None
+    args = (params, grads, grads if second else None, compensation, 0.1, l, 0.1, False, coefficients, backend)
     torch.library.opcheck(torch.ops.svag_fast.svag_step_.default, args)
+
+
+def test_coefficients_in_a_tensor_replace_the_arguments(backend: str) -> None:
+    results = []
+    for coefficients in (None, step_coefficients(0.3, 5, 0.02, torch.device("cpu"))):
+        params, grads1, grads2 = (draw(torch.float32, seed) for seed in range(3))
+        lr, l, weight_decay = (0.3, 5, 0.02) if coefficients is None else (9.0, 2, 9.0)
+        svag_step_(
+            params,
+            grads1,
+            grads2,
+            lr=lr,
+            l=l,
+            weight_decay=weight_decay,
+            coefficients=coefficients,
+            backend=backend,
+        )
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(4, dtype=torch.float64), torch.ones(5)], ids=["length", "dtype"])
+def test_coefficients_of_the_wrong_form_are_refused(backend: str, wrong: Tensor) -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="coefficients is"):
+        svag_step_([x], [x.clone()], None, lr=0.1, l=1, coefficients=wrong, backend=backend)
+    assert x.tolist() == [1, 1, 1]
 
 
 def test_torch_compile_gives_the_eager_bits() -> None:
