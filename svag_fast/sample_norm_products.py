@@ -26,8 +26,8 @@ class LinearProduct:
         """The layer's forward."""
         return F.linear(x, weight, bias)
 
-    def input_grad(self, b: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
-        """The gradient in the input, which has the given shape."""
+    def input_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient in the input x, of which only the shape matters."""
         return b @ weight
 
     def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,9 @@ class LinearProduct:
     def sample_bias_grads(self, b: Tensor) -> Tensor:
         """The samples' own gradients of the bias, [B, d]."""
         return b.flatten(1, -2).sum(1) if b.dim() > 2 else b
+
+
+_LINEAR = LinearProduct()
 
 
 class ConvProduct:
@@ -69,9 +72,9 @@ class ConvProduct:
         out: Tensor = convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return out
 
-    def input_grad(self, b: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
-        """The gradient in the input, which has the given shape."""
-        return self._backward(b, b.new_empty(1).expand(shape), weight, 0)
+    def input_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient in the input x, of which only shape and memory format matter."""
+        return self._backward(b, x, weight, 0)
 
     def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The gradient of a weight of the given shape, and |g_i|² [B]."""
@@ -98,7 +101,7 @@ class ConvProduct:
         """PyTorch's own gradient in the input (0) or the weight (1)."""
         mask = [which == 0, which == 1, False]
         stride, padding, dilation = list(self.stride), list(self.padding), list(self.dilation)
-        grads: list[Tensor] = torch.ops.aten.convolution_backward(
+        grads: list[Tensor] = torch.ops.aten.convolution_backward.default(
             b, x, weight, None, stride, padding, dilation, False, [0] * len(stride), self.groups, mask
         )
         return grads[which]
@@ -147,50 +150,57 @@ class _Layer(torch.autograd.Function):
         direct: bool,
     ) -> Tensor:
         output = product.output(x, weight, bias)
-        needs_x = ctx.needs_input_grad[1]
-        # Autocast runs the layer in a lower precision: keep the inputs that it saw.
-        ctx.save_for_backward(x.to(output.dtype) if needs_x else None, weight)
+        low = x if x.dtype == output.dtype else x.to(output.dtype)  # what the layer saw under autocast
+        # Without a weight gradient nothing of x is needed but its shape.
+        ctx.save_for_backward(low if ctx.needs_input_grad[1] else low.new_empty(1).expand(x.shape), weight)
         ctx.product, ctx.weight_use, ctx.bias_use, ctx.direct = product, weight_use, bias_use, direct
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        product: Product = ctx.product
-        x_grad = weight_grad = bias_grad = None
-        with without_autocast(b):
-            if ctx.needs_input_grad[0]:
-                x_grad = product.input_grad(b, ctx.x_shape, weight.to(b.dtype)).to(ctx.x_dtype)
-            if ctx.needs_input_grad[1]:
-                shape = weight.shape
-                weight_grad, sq_norms = product.weight_grad(b, x, shape)
-                weight_grad = weight_grad.to(weight.dtype)
-                _deliver(
-                    ctx.weight_use,
-                    sq_norms,
-                    lambda rows: product.sample_weight_grads(b[rows], x[rows], shape),
-                    weight_grad if ctx.direct else None,
-                )
-            if ctx.needs_input_grad[2]:
-                sample_rows = product.sample_bias_grads(b)
-                bias_grad = sample_rows.sum(0, dtype=ctx.bias_dtype)
-                _deliver(
-                    ctx.bias_use,
-                    row_sq_norms(sample_rows),
-                    lambda rows: sample_rows[rows],
-                    bias_grad if ctx.direct else None,
-                )
-        return x_grad, weight_grad, bias_grad, None, None, None, None
+        # Only where a graph of the backward pass is wanted: the guard costs as much as a small layer.
+        return _guarded_grads(ctx, b) if torch.is_grad_enabled() else _grads(ctx, b)
+
+
+def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    product: Product = ctx.product
+    x_grad = weight_grad = bias_grad = None
+    with without_autocast(b):
+        if ctx.needs_input_grad[0]:
+            x_grad = product.input_grad(b, x, weight.to(b.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            shape = weight.shape
+            weight_grad, sq_norms = product.weight_grad(b, x, shape)
+            weight_grad = weight_grad.to(weight.dtype)
+            _deliver(
+                ctx.weight_use,
+                sq_norms,
+                lambda rows: product.sample_weight_grads(b[rows], x[rows], shape),
+                weight_grad if ctx.direct else None,
+            )
+        if ctx.needs_input_grad[2]:
+            sample_rows = product.sample_bias_grads(b)
+            bias_grad = sample_rows.sum(0, dtype=ctx.bias_dtype)
+            _deliver(
+                ctx.bias_use,
+                row_sq_norms(sample_rows),
+                lambda rows: sample_rows[rows],
+                bias_grad if ctx.direct else None,
+            )
+    return x_grad, weight_grad, bias_grad, None, None, None, None
+
+
+_guarded_grads = once_differentiable(_grads)
 
 
 def _deliver(use: Use | None, sq_norms: Tensor, sample_grads: SampleGrads, due: Tensor | None) -> None:
     if use is not None:
         use.deliver(sq_norms, sample_grads)
         if due is not None:
-            use.recorder.expect(use.name, due)
+            use.recorder.expect(use.key[0], due)
 
 
 class _Linear(Rule):
@@ -202,8 +212,7 @@ class _Linear(Rule):
         x = _only_input(*args, **kwargs)
         if x.dim() < 2:
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, ..., in_features]")
-        uses = scope.use("weight"), scope.use("bias")
-        return _apply(x, module.weight, module.bias, LinearProduct(), *uses)
+        return _apply(x, module.weight, module.bias, _LINEAR, scope.use("weight"), scope.use("bias"))
 
 
 class _Conv(Rule):
@@ -216,14 +225,21 @@ class _Conv(Rule):
         dims = len(module.kernel_size)
         if x.dim() != dims + 2:
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, C, ...], batched")
-        left, right = _padding(module)
-        padding = left
-        if module.padding_mode != "zeros" or left != right:
-            both = [side for pair in zip(reversed(left), reversed(right), strict=True) for side in pair]
-            x = F.pad(x, both, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-            padding = (0,) * dims
-        product = ConvProduct(module.stride, padding, module.dilation, module.groups)
+        if scope.cache is None:
+            scope.cache = _conv_plan(module)
+        product, pad = scope.cache
+        if pad is not None:
+            x = F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         return _apply(x, module.weight, module.bias, product, scope.use("weight"), scope.use("bias"))
+
+
+def _conv_plan(module: Any) -> tuple[ConvProduct, list[int] | None]:
+    """The product, and what F.pad has to do before it, if anything."""
+    left, right = _padding(module)
+    if module.padding_mode == "zeros" and left == right:
+        return ConvProduct(module.stride, left, module.dilation, module.groups), None
+    both = [side for pair in zip(reversed(left), reversed(right), strict=True) for side in pair]
+    return ConvProduct(module.stride, (0,) * len(left), module.dilation, module.groups), both
 
 
 def _padding(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -316,7 +332,7 @@ class _Attention(Rule):
                 weight, weight_use = scope.alias(module, name), scope.use(name)
             bias_use = scope.use("in_proj_bias", part)
             part_bias = None if bias is None else bias[rows]
-            out.append(_apply(x, weight, part_bias, LinearProduct(), weight_use, bias_use, direct=False))
+            out.append(_apply(x, weight, part_bias, _LINEAR, weight_use, bias_use, direct=False))
         return out
 
     def _heads(self, module: Any, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Scope:
         self.recorder = recorder
         self.names = names
         self.label = label
+        self.cache: Any = None  # what a rule derives from the module's options once
 
     def use(self, name: str, part: tuple[int, int] | None = None) -> Use | None:
         """A new use of the module's parameter `name`; None where it is not tracked."""

@@ -11,7 +11,6 @@ is used where nobody looks is found out.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -31,16 +30,25 @@ _NO_TASK = -1
 class Use:
     """One use of a parameter, or of some rows of it, in a forward pass."""
 
-    __slots__ = ("__weakref__", "made_in", "name", "part", "recorder", "shared")
+    __slots__ = ("key", "made_in", "pending", "recorder", "shared")
 
     def __init__(self, recorder: Recorder, name: str, part: Part = None) -> None:
         self.recorder = recorder
-        self.name = name
-        self.part = part
+        self.key = name, part
         self.shared = False
         self.made_in = _current_task()
-        if self.made_in == _NO_TASK:
-            recorder.live[name, part].add(self)
+        self.pending = self.made_in == _NO_TASK
+        if self.pending:
+            recorder.pending[self.key] = recorder.pending.get(self.key, 0) + 1
+
+    def __del__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Delivered, or its graph is gone: nothing is to be waited for."""
+        if self.pending:
+            self.pending = False
+            self.recorder.pending[self.key] -= 1
 
     def deliver(self, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
         """Hand over this use's |g_iu|² [B], in the backward pass, and how to form the g_iu themselves."""
@@ -66,7 +74,7 @@ class Recorder:
         self.numels = {name: parameter.numel() for parameter, name in names.items()}
         self.closed = False
         self.passes: list[tuple[int, dict[str, Tensor]]] = []  # (batch size, name -> |g_i|² [B] as they came)
-        self.live: dict[tuple[str, Part], weakref.WeakSet[Use]] = _LiveUses()
+        self.pending: dict[tuple[str, Part], int] = {}  # uses in graphs that are alive, before their backward
         self._problem: str | None = None
         self._doubts: list[tuple[str, Tensor]] = []
         self._pass: _Pass | None = None
@@ -84,15 +92,13 @@ class Recorder:
 
     def take(self, use: Use, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
         """See `Use.deliver`."""
-        key = use.name, use.part
-        live = self.live[key]
-        live.discard(use)
+        use.settle()
         current = self._open()
         if current is None:
             return
         if use.made_in != _NO_TASK:
             self._fail(
-                f"{use.name} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
+                f"{use.key[0]} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
                 "layers belong to the pass that asks for them"
             )
             return
@@ -101,11 +107,11 @@ class Recorder:
             current.batch_size = batch_size
         elif current.batch_size != batch_size:
             self._fail(
-                f"the first dimension must be the samples in every layer, but {use.name} saw {batch_size} rows where "
+                f"the first dimension must be the samples in every layer, but {use.key[0]} saw {batch_size} rows where "
                 f"other layers saw {current.batch_size}"
             )
-        uses = current.delivered.setdefault(key, [])
-        kept = sample_grads if uses or live or use.shared else None
+        uses = current.delivered.setdefault(use.key, [])
+        kept = sample_grads if uses or use.shared or self.pending.get(use.key) else None
         uses.append((use, sq_norms, kept))
 
     def expect(self, name: str, grad: Tensor) -> None:
@@ -191,12 +197,6 @@ class Recorder:
     def _fail(self, problem: str) -> None:
         if self._problem is None:
             self._problem = problem
-
-
-class _LiveUses(dict[tuple[str, Part], "weakref.WeakSet[Use]"]):
-    def __missing__(self, key: tuple[str, Part]) -> weakref.WeakSet[Use]:
-        self[key] = uses = weakref.WeakSet[Use]()
-        return uses
 
 
 def hook(tensor: Tensor, function: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:

@@ -23,6 +23,7 @@ from svag_fast.sample_norm_tape import Recorder
 
 __all__ = ["SampleNorms", "UnsupportedModule", "by_vmap", "per_sample_sq_norms", "register_rule"]
 
+_OPAQUE = (torch.jit.ScriptModule, nn.DataParallel)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Methods whose override changes what a layer computes.
 _FORWARD_METHODS = ("forward", "_conv_forward")
@@ -47,7 +48,7 @@ class SampleNorms(Mapping[str, Tensor]):
     @property
     def total(self) -> Tensor:
         """|g_i|² [B] over all tracked parameters together."""
-        return torch.cat([self._scaled(B, torch.stack(list(norms.values())).sum(0)) for B, norms in self._passes()])
+        return _joined([self._scaled(B, _sum(list(norms.values()))) for B, norms in self._passes()])
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._aliases:
@@ -57,7 +58,7 @@ class SampleNorms(Mapping[str, Tensor]):
         for B, norms in self._passes():
             any_norms = next(iter(norms.values()))
             rows.append(self._scaled(B, norms[key] if key in norms else torch.zeros_like(any_norms)))
-        return torch.cat(rows)
+        return _joined(rows)
 
     def __contains__(self, name: object) -> bool:
         return name in self._aliases
@@ -85,6 +86,14 @@ class SampleNorms(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         rows = sum(B for B, _ in self._recorder.passes)
         return f"SampleNorms({len(self)} parameters, {len(self._recorder.passes)} backward passes, {rows} rows)"
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _sum(norms: list[Tensor]) -> Tensor:
+    return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
 
 
 class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a function)
@@ -131,9 +140,11 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
     def __enter__(self) -> SampleNorms:
         if self._undo:
             raise RuntimeError("this context is already entered: make another per_sample_sq_norms")
-        names, aliases = self._tracked()
+        modules = list(self._model.named_modules(remove_duplicate=False))
+        names, aliases = self._tracked(modules)
         self._recorder = Recorder(names)
-        plans = [plan for label, module in self._model.named_modules() if (plan := self._plan(label, module, names))]
+        once = {module: label for label, module in reversed(modules)}
+        plans = [plan for module, label in reversed(once.items()) if (plan := self._plan(label, module, names))]
         try:
             for module, forward in plans:
                 module.__dict__["forward"] = forward
@@ -155,9 +166,14 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
         while self._undo:
             self._undo.pop()()
 
-    def _tracked(self) -> tuple[dict[nn.Parameter, str], dict[str, str]]:
+    def _tracked(self, modules: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Parameter, str], dict[str, str]]:
         """Each tracked parameter's first name, and for every name that first name."""
-        every = list(self._model.named_parameters(remove_duplicate=False))
+        every = [
+            (f"{label}.{name}" if label else name, parameter)
+            for label, module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         wanted = None
         if self._parameters is not None:
             wanted = {id(p) for p in self._parameters}
@@ -179,13 +195,13 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
     ) -> tuple[nn.Module, Callable[..., Any]] | None:
         """The forward to put in place of the module's own, if it needs one."""
         own = {name: names[p] for name, p in module._parameters.items() if p is not None and p in names}
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        opaque, couples = _traits(type(module))  # type: ignore[arg-type]  # classes are hashable
+        if not (own or opaque or couples):
+            return None
         kind = type(module).__name__
         label = f"{label or 'the model'} ({kind})"
-        if isinstance(module, torch.jit.ScriptModule | nn.DataParallel) or kind == "OptimizedModule":
+        if opaque:
             raise UnsupportedModule(f"{label} hides its layers: pass the plain module that it was made from")
-        if not own and not batch_norm:
-            return None
         found = rule_of(type(module))
         if found is None:
             if isinstance(module, _TRANSPOSED):
@@ -214,6 +230,13 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
                 f"by weight_norm?): give it a rule with svag_fast.register_rule, or remove the reparametrisation"
             )
         return module, _forward(module, rule, Scope(self._recorder, own, label))
+
+
+@functools.cache
+def _traits(kind: type[nn.Module]) -> tuple[bool, bool]:
+    """Whether modules of a type hide their layers, and whether they are to be looked at without parameters too."""
+    opaque = issubclass(kind, _OPAQUE) or kind.__name__ == "OptimizedModule"
+    return opaque, issubclass(kind, nn.modules.batchnorm._BatchNorm)
 
 
 def _refuse(rule: Rule, label: str, module: nn.Module) -> None:
