@@ -59,9 +59,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last row stands at the length that the run was asked for."""
+        """Whether the last row stands at the length that the run was asked for, in whole steps of 1/l."""
         steps = self.metrics["effective_step"]
-        return len(steps) > 0 and bool(steps[-1] >= self.effective_steps * (1 - 1e-9))
+        return len(steps) > 0 and bool(steps[-1] >= self.effective_steps - (0.5 + 1e-6) / self.l)
 
     def series(self, column: str) -> tuple[Array, Array]:
         """Return the effective steps at which ``column`` was measured, and its values there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,6 +142,28 @@ class Report:
             plots.save(convergence_figure(self.runs, self.verdicts), Path(folder) / "convergence.png")
 
 
+class LiveReport:
+    """Call it whenever a run has ended: it saves the report anew, but spends at most ``share`` of the time on that.
+
+    Args:
+        folder: The folder of the runs.
+        share: Of the time that passes, the part that may go into drawing; a picture takes about a second.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, share: float = 0.05) -> None:
+        self.folder = folder
+        self.share = share
+        self._due = 0.0
+
+    def __call__(self) -> None:
+        """Save the report if it is due."""
+        start = time.monotonic()
+        if start >= self._due:
+            make_report(self.folder).save(self.folder)
+            end = time.monotonic()
+            self._due = end + (end - start) / self.share
+
+
 def make_report(folder: str | os.PathLike[str], *, metric: str = "test_accuracy", confidence: float = 0.95) -> Report:
     """Read the runs in ``folder``, finished or not, and judge them; see `load_runs` and `judge` for what it raises."""
     runs = load_runs(folder)
@@ -194,7 +217,7 @@ def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
                 closeness=_closeness(norms[l], largest) if l != verdict.largest_l else None,
                 distance=comparison.curve if comparison else None,
                 end_distance=comparison.end if comparison else None,
-                samples_per_second=_mean_sd(_last(finished[l], "samples_per_second"))[0],
+                samples_per_second=_mean_sd([_median(run, "samples_per_second") for run in finished[l]])[0],
             )
         )
     return rows
@@ -225,6 +248,13 @@ def _last(runs: Sequence[Run], column: str) -> list[float]:
     """The last measured value of each run that has one."""
     series = [run.series(column)[1] for run in runs if column in run.metrics]
     return [float(values[-1]) for values in series if len(values)]
+
+
+def _median(run: Run, column: str) -> float:
+    if column not in run.metrics:
+        return math.nan
+    values = run.series(column)[1]
+    return float(np.median(values)) if len(values) else math.nan
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:

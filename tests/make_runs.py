@@ -94,3 +94,14 @@ def write_process(
     for seed in range(seeds):
         accuracy = mean(np.linspace(0, 1, points)) + seed_noise(rng, points, sd)
         write_run(folder, seed=seed, accuracy=accuracy, **settings)
+
+
+def made_processes(
+    rng: np.random.Generator, means: dict[float, Mean], seeds: int, sds: dict[float, float], correlation: float
+) -> dict[float, list[tuple[np.ndarray, np.ndarray]]]:
+    """Curves as `svag_fast.verdict.compare` takes them, without files."""
+    x = np.linspace(0, 1, 41)
+    return {
+        l: [(100 * x, mean(x) + seed_noise(rng, len(x), sds[l], correlation)) for _ in range(seeds)]
+        for l, mean in means.items()
+    }

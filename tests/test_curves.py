@@ -52,6 +52,16 @@ def test_unfinished_runs_are_read_as_far_as_they_are(tmp_path: Path) -> None:
     assert math.isnan(runs[1].first_phase_mean("lr"))
 
 
+def test_a_run_has_finished_when_no_whole_step_is_left(tmp_path: Path) -> None:
+    """122 steps of l = 1.3 are 93.85 effective steps, the nearest to 94."""
+    for seed, steps in enumerate((121, 122)):
+        run = write_run(tmp_path, l=1.3, seed=seed, batch_size=128)
+        lines = (run / "metrics.csv").read_text().splitlines()
+        last = lines[-1].split(",")
+        (run / "metrics.csv").write_text("\n".join([*lines[:-1], ",".join(["", f"{steps / 1.3}", *last[2:]]), ""]))
+    assert [run.finished for run in load_runs(tmp_path)] == [False, True]
+
+
 def test_first_phase_is_averaged_over_its_later_half(tmp_path: Path) -> None:
     run = write_run(tmp_path, accuracy=np.linspace(0, 1, 101))  # rate drops at 0.8: accuracies 0.40 to 0.79
     (loaded,) = load_runs(tmp_path)

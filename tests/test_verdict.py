@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_runs import Mean, rising, seed_noise, write_process, write_run
+from make_runs import Mean, made_processes, rising, write_process, write_run
 
 from svag_fast.curves import load_runs
 from svag_fast.verdict import Verdict, compare, judge
@@ -24,17 +24,6 @@ def write_sequence(
     rng = np.random.default_rng(rng_seed)
     for l, mean in means.items():
         write_process(folder, mean, seeds=seeds, sd=sd, rng=rng, l=l, **settings)
-
-
-def made_processes(
-    rng: np.random.Generator, means: dict[float, Mean], seeds: int, sds: dict[float, float], correlation: float
-) -> dict[float, list[tuple[np.ndarray, np.ndarray]]]:
-    """Curves as :func:`compare` takes them, without files."""
-    x = np.linspace(0, 1, 41)
-    return {
-        l: [(100 * x, mean(x) + seed_noise(rng, len(x), sds[l], correlation)) for _ in range(seeds)]
-        for l, mean in means.items()
-    }
 
 
 def test_the_same_curve_at_every_l_has_converged_and_sgd_matches(tmp_path: Path) -> None:
