@@ -68,13 +68,14 @@ void step(const Addresses& params, const Addresses& grads1, const Addresses& gra
                                      reinterpret_cast<double*>(stats)));
 }
 
-// sizes: in the order of svag::WeightGradArgs, from `batch` to `dilation_w`.
+// sizes: in the order of svag::WeightGradArgs, from `batch` to `dilation_w`. step: rate, c1, c2, weight decay for a step
+// of the weight, whose address `grad` then is; or empty.
 void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double,
                  const std::array<int64_t, 4>& input_strides, const std::array<int64_t, 4>& output_strides,
                  const std::array<int64_t, 16>& sizes, std::uintptr_t weights, std::uintptr_t order,
                  const std::vector<int64_t>& segment_ends, std::uintptr_t grad,
                  const std::array<int64_t, 4>& grad_strides, std::uintptr_t sq_norms, std::uintptr_t segment_gram,
-                 int loop_order, int threads) {
+                 int loop_order, int threads, const std::vector<double>& step, std::uintptr_t weight_sq_norm) {
     svag::WeightGradArgs args{};
     args.inputs = reinterpret_cast<const void*>(inputs);
     args.output_grads = reinterpret_cast<const void*>(output_grads);
@@ -93,6 +94,11 @@ void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_dou
     args.segment_gram = reinterpret_cast<double*>(segment_gram);
     args.loop_order = static_cast<svag::LoopOrder>(loop_order);
     args.threads = threads;
+    svag::WeightStep weight_step{};
+    if (!step.empty()) {
+        weight_step = {step[0], step[1], step[2], step[3], reinterpret_cast<double*>(weight_sq_norm)};
+        args.step = &weight_step;
+    }
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_weight_grad)(args));
 }

@@ -36,6 +36,8 @@ def weight_grad(
     segment_gram: int,
     loop_order: int,
     threads: int,
+    step: Sequence[float],
+    weight_sq_norm: int,
 ) -> None: ...
 
 # Only in a build with CUDA:

@@ -9,6 +9,13 @@ namespace svag {
 
 enum class LoopOrder : int { automatic = 0, samples_outside = 1, tiles_outside = 2 };
 
+// One SVAG step of the weight on the first two segments' gradients.
+struct WeightStep {
+    double rate;  // lr / l
+    double c1, c2, weight_decay;
+    double* weight_sq_norm;  // one value, written: before the step
+};
+
 // Linear is a 1x1 convolution over an image of one row: T columns, channels last.
 // Strides count elements, in the order sample (or output channel), channel, row, column.
 struct WeightGradArgs {
@@ -26,10 +33,12 @@ struct WeightGradArgs {
     const int64_t* segment_ends;  // [segments]: where each ends in `order`
     int64_t segments;             // at least 1
 
-    void* grad;  // written
+    // Written; or, where `step` is given, the weight itself: a finished tile takes its step, and dW is never stored.
+    void* grad;
     int64_t grad_strides[4];
+    const WeightStep* step;
     double* sq_norms;      // [batch], written
-    double* segment_gram;  // [segments, segments], written; may be null
+    double* segment_gram;  // [segments, segments], written; may be null without a step
     LoopOrder loop_order;
     int threads;
 };

@@ -2,5 +2,13 @@
 
 from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
 from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
+from svag_fast.ops.weight_step import svag_weight_step_
 
-__all__ = ["StepStats", "WeightGrad", "svag_coefficients", "svag_step_", "weight_grad_and_sq_norms"]
+__all__ = [
+    "StepStats",
+    "WeightGrad",
+    "svag_coefficients",
+    "svag_step_",
+    "svag_weight_step_",
+    "weight_grad_and_sq_norms",
+]

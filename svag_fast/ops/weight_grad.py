@@ -141,11 +141,8 @@ def reference(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
 @implements("weight_grad_and_sq_norms", "cpu")
 def _cpu(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        weight_grad_cpu.direct(product)
-        if product.output_grads.numel() and product.inputs.numel()
-        else reference(product)
-    )
+    empty = product.inputs.numel() == 0 or product.output_grads.numel() == 0
+    return reference(product) if empty else weight_grad_cpu.serve(product)
 
 
 def _run(

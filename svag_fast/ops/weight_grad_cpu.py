@@ -1,6 +1,20 @@
-"""The CPU's ways to a layer's weight gradient with per-sample norms."""
+"""The CPU's ways to a layer's weight gradient with per-sample norms, and the one place that chooses among them.
+
+| way    | what it does                                                        | multiply-adds a sample             |
+| ------ | ------------------------------------------------------------------- | ---------------------------------- |
+| direct | b_iᵀ a_i in register tiles, squared and added (a C++ kernel)         | (T + 8) p d                        |
+| gram   | Σ_{s,t} (a_s·a_t)(b_s·b_t) beside the library's weight gradient      | T p d + 4 T² (p + d)               |
+
+At T = 1 the second is |a|²|b|². The 8 is what squaring and adding a tile costs, in positions; the 4 is what small
+batched products lose against one large one: both fitted to measurements (docs/per_sample_norms.md). A convolution is
+always served by the direct way: it takes less time than the library's weight gradient alone, so no form of the norms
+beside that one can win, the products of pixels included.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,20 +25,77 @@ from svag_fast.ops.layer_product import LayerProduct, grad_format, sum_dtype
 AUTOMATIC, SAMPLES_OUTSIDE, TILES_OUTSIDE = range(3)
 
 
+def choose(weight_shape: Sequence[int], positions: int) -> str:
+    """Return "direct" or "gram" for a layer with ``positions`` (T) output positions a sample, by its operations."""
+    if len(weight_shape) == 4:
+        return "direct"
+    T, (d, p) = positions, weight_shape
+    return "gram" if T == 1 or T * p * d + 4 * T * T * (p + d) < (T + 8) * p * d else "direct"
+
+
+def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
+    """Serve the call in the way that :func:`choose` names."""
+    positions = math.prod(product.output_grads.shape[2:] if product.inputs.dim() == 4 else product.inputs.shape[1:2])
+    return gram(product) if choose(product.weight_shape, positions) == "gram" else direct(product)
+
+
+def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear's norms from the products of rows, its gradient by the library's matrix product."""
+    inputs, output_grads, shape, weights, segments, num_segments, _ = product
+    dtype = sum_dtype(inputs)
+    a, b = inputs.to(dtype), output_grads.to(dtype)
+    if a.shape[1] == 1:
+        sq_norms = a.square().sum((1, 2)).double() * b.square().sum((1, 2)).double()
+    else:
+        # Rounding may leave a sum of products a little below 0 where the gradient cancels.
+        sq_norms = (a @ a.mT * (b @ b.mT)).sum((1, 2), dtype=torch.float64).clamp_(min=0)
+    if weights is not None:
+        b = b * weights.to(dtype)[:, None, None]
+    if segments is None:
+        return b.flatten(0, 1).T @ a.flatten(0, 1), sq_norms, a.new_empty((0, 0), dtype=torch.float64)
+    grads = torch.stack(
+        [b[segments == s].flatten(0, 1).T @ a[segments == s].flatten(0, 1) for s in range(num_segments)]
+    )
+    flat = grads.flatten(1).double()
+    return grads.sum(0).view(shape), sq_norms, flat @ flat.T
+
+
 def direct(product: LayerProduct, loop_order: int = AUTOMATIC) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
+    shape = product.weight_shape
+    grad = torch.empty(shape, dtype=sum_dtype(product.inputs), memory_format=grad_format(product.inputs, shape))
+    sq_norms, gram, _ = _call(product, grad, loop_order)
+    return grad, sq_norms, gram
+
+
+def direct_step(
+    product: LayerProduct, weight: Tensor, step: Sequence[float], loop_order: int = AUTOMATIC
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, but a finished tile is not stored: the ``weight`` takes its ``step`` (rate, c1, c2, weight decay).
+
+    Returns:
+        The samples' squared norms, the two segments' inner products, the weight's squared norm before the step.
+    """
+    return _call(product, weight, loop_order, step)
+
+
+def _call(
+    product: LayerProduct, target: Tensor, loop_order: int, step: Sequence[float] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     from svag_fast import _C
 
     inputs, output_grads, shape, weights, segments, num_segments, geometry = product
     dtype = sum_dtype(inputs)
-    grad = torch.empty(shape, dtype=dtype, memory_format=grad_format(inputs, shape))
     if len(shape) == 2:
         # A 1x1 convolution over an image of one row, channels last.
         inputs, output_grads = (t.movedim(-1, 1).unsqueeze(2) for t in (inputs, output_grads))
-    x, dy = (t.to(dtype) for t in (inputs, output_grads))
+    elif shape[2] == 1 and geometry.padding[0] == 0 and geometry.stride[0] > 1:
+        # Rows that the stride passes over need not be read.
+        inputs = inputs[:, :, :: geometry.stride[0]][:, :, : output_grads.shape[2]]
+        geometry = geometry._replace(stride=(1, geometry.stride[1]))
+    x, dy = inputs.to(dtype), output_grads.to(dtype)
     B, G = x.shape[0], geometry.groups
-    kernel = (1, 1) if len(shape) == 2 else (shape[2], shape[3])
-    sizes = [B, G, shape[1], shape[0] // G, *x.shape[2:], *dy.shape[2:], *kernel]
+    sizes = [B, G, shape[1], shape[0] // G, *x.shape[2:], *dy.shape[2:], *(shape[2:] or (1, 1))]
     sizes += [*geometry.stride, *geometry.padding, *geometry.dilation]
     w = torch.ones(B, dtype=torch.float64) if weights is None else weights.double().contiguous()
     if segments is None:
@@ -34,6 +105,7 @@ def direct(product: LayerProduct, loop_order: int = AUTOMATIC) -> tuple[Tensor, 
         ends = torch.bincount(segments, minlength=num_segments).cumsum(0).tolist()
     sq_norms = torch.empty(B, dtype=torch.float64)
     gram = torch.empty((num_segments, num_segments) if segments is not None else (0, 0), dtype=torch.float64)
+    weight_sq_norm = torch.empty((), dtype=torch.float64)
     _C.weight_grad(
         x.data_ptr(),
         dy.data_ptr(),
@@ -44,11 +116,13 @@ def direct(product: LayerProduct, loop_order: int = AUTOMATIC) -> tuple[Tensor, 
         w.data_ptr(),
         order.data_ptr(),
         ends,
-        grad.data_ptr(),
-        [*grad.stride(), 0, 0][:4],
+        target.data_ptr(),
+        [*target.stride(), 0, 0][:4],
         sq_norms.data_ptr(),
         gram.data_ptr() if segments is not None else 0,
         loop_order,
         torch.get_num_threads(),
+        step,
+        weight_sq_norm.data_ptr(),
     )
-    return grad, sq_norms, gram
+    return sq_norms, gram, weight_sq_norm

@@ -13,7 +13,7 @@ from torch import Tensor
 from svag_fast import _C
 from svag_fast.ops.layer_product import LayerProduct, layer_product
 from svag_fast.ops.weight_grad import reference
-from svag_fast.ops.weight_grad_cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, direct
+from svag_fast.ops.weight_grad_cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, choose, direct, gram
 
 LOOP_ORDERS = (SAMPLES_OUTSIDE, TILES_OUTSIDE)
 CASES = {**{f"linear, {name}": (*case, {}) for name, case in LINEAR.items()}, **CONVOLUTION}
@@ -118,3 +118,25 @@ def test_a_batch_that_ends_at_a_page_is_not_read_beyond() -> None:
                 ours = direct(layer_product(*guarded, shape, padding=1), loop_order)
                 close(ours[0], exact[0], 1e-12)
                 close(ours[1], exact[1], 1e-12)
+
+
+@pytest.mark.parametrize("case", [name for name in NOT_EMPTY if name.startswith("linear")])
+def test_gram_form_matches_the_reference(case: str) -> None:
+    for product in products(case):
+        for ours, exact in zip(gram(product), reference(product), strict=True):
+            if exact.numel():
+                close(ours, exact, 1e-12)
+
+
+def test_gram_form_of_rows_that_cancel_is_not_negative() -> None:
+    x, dy = torch.randn(64, 1, 33).expand(64, 2, 33), torch.randn(64, 1, 17)
+    sq_norms = gram(layer_product(x, torch.cat([dy, -dy], 1), [17, 33]))[1]
+    assert bool((sq_norms >= 0).all())
+    assert float(sq_norms.max()) < 1e-3
+
+
+def test_the_choice_follows_the_operations() -> None:
+    assert choose([512, 512], 1) == "gram"
+    assert choose([512, 512], 16) == "gram"
+    assert choose([512, 512], 64) == "direct"
+    assert choose([64, 64, 3, 3], 64) == "direct"

@@ -6,6 +6,7 @@
 #include "cpu/weight_grad_pack.h"
 #include "cpu/weight_grad_plan.h"
 #include "cpu/weight_grad_tile.h"
+#include "svag_math.h"
 
 namespace svag {
 namespace SVAG_SIMD {
@@ -107,42 +108,36 @@ class WeightGrad {
 
     // ---- packing
 
-    void pack_operand(const T* source, const int64_t* strides, const void* end, int64_t channels, int64_t height,
-                      int64_t width, int64_t left, int64_t right, const Layout& layout, T* target) {
-        const int64_t pitch = layout.pixel;
-        for (int64_t first = 0; first < channels; first += pitch, target += layout.tile) {
-            PackBlock<T> block{};
-            block.source = source + first * strides[1];
-            block.channel_stride = strides[1];
-            block.row_stride = strides[2];
-            block.column_stride = strides[3];
-            block.source_end = static_cast<const T*>(end);
-            block.channels = channels - first < pitch ? channels - first : pitch;
-            block.pitch = pitch;
-            block.height = height;
-            block.width = width;
-            block.left = left;
-            block.right = right;
+    // One group of one sample; `channels` are a group's.
+    void pack_operand(const void* tensor, const int64_t* strides, int64_t sample, int64_t group, int64_t channels,
+                      int64_t height, int64_t width, int64_t left, int64_t right, const Layout& layout, T* target) {
+        const T* base = static_cast<const T*>(tensor);
+        PackBlock<T> block{};
+        block.channel_stride = strides[1];
+        block.row_stride = strides[2];
+        block.column_stride = strides[3];
+        block.source_end = base + (args_.batch - 1) * strides[0] + (args_.groups * channels - 1) * strides[1] +
+                           (height - 1) * strides[2] + (width - 1) * strides[3] + 1;
+        block.pitch = layout.pixel;
+        block.height = height;
+        block.width = width;
+        block.left = left;
+        block.right = right;
+        for (int64_t first = 0; first < channels; first += layout.pixel, target += layout.tile) {
+            block.source = base + sample * strides[0] + (group * channels + first) * strides[1];
+            block.channels = channels - first < layout.pixel ? channels - first : layout.pixel;
             block.target = target;
             pack(block);
         }
     }
 
     void pack_inputs(int64_t sample, int64_t group, T* target) {
-        const int64_t* s = args_.input_strides;
-        const T* base = static_cast<const T*>(args_.inputs);
-        const T* end = base + (args_.batch - 1) * s[0] + (args_.groups * args_.channels - 1) * s[1] +
-                       (args_.height - 1) * s[2] + (args_.width - 1) * s[3] + 1;
-        pack_operand(base + sample * s[0] + group * args_.channels * s[1], s, end, args_.channels, args_.height,
-                     args_.width, plan_.left, plan_.right, x_, target);
+        pack_operand(args_.inputs, args_.input_strides, sample, group, args_.channels, args_.height, args_.width,
+                     plan_.left, plan_.right, x_, target);
     }
 
     void pack_output_grads(int64_t sample, int64_t group, T* target) {
-        const int64_t* s = args_.output_strides;
-        const T* base = static_cast<const T*>(args_.output_grads);
-        const T* end = base + (args_.batch - 1) * s[0] + (args_.groups * args_.outputs - 1) * s[1] +
-                       (args_.out_height - 1) * s[2] + (args_.out_width - 1) * s[3] + 1;
-        pack_operand(base + sample * s[0] + group * args_.outputs * s[1], s, end, args_.outputs, args_.out_height,
+        pack_operand(args_.output_grads, args_.output_strides, sample, group, args_.outputs, args_.out_height,
                      args_.out_width, 0, 0, dy_, target);
     }
 
@@ -225,25 +220,47 @@ class WeightGrad {
                 plan_.merged ? tap * g[2] : tap / args_.kernel_w * g[2] + tap % args_.kernel_w * g[3];
     }
 
-    // sums[s]: the tile's gradient of segment s; gram: this tile's part of the segments' inner products.
+    // sums[s]: the tile's gradient of segment s; gram: this tile's part of the segments' inner products and, behind
+    // them, of the weight's squared norm.
     // The first segment's tile ends up with the sum over all segments.
     void finish_tile(int64_t group, int64_t row_tile, int64_t vector_tile, T* const* sums, double* gram) const {
         const int64_t S = args_.segments;
         if (gram != nullptr)
             for (int64_t s = 0; s < S; ++s)
                 for (int64_t t = 0; t <= s; ++t) gram[s * S + t] = inner_product(sums[s], sums[t], tile_);
-        for (int64_t s = 1; s < S; ++s)
-            for (int64_t k = 0; k < tile_; ++k) sums[0][k] += sums[s][k];
+        if (args_.step == nullptr)
+            for (int64_t s = 1; s < S; ++s)
+                for (int64_t k = 0; k < tile_; ++k) sums[0][k] += sums[s][k];
+        double weight_sq_norm = 0;
         const int64_t rows = plan_.rows_of(row_tile), lanes = plan_.template lanes_of<T>(vector_tile);
         const int64_t pitch = ceil_div(lanes, W) * W, tile = plan_.template tile_size<T>();
         const int64_t* to_lane = lane_offsets_ + vector_tile * plan_.vectors * W;
         T* grad = static_cast<T*>(args_.grad) + group * args_.outputs * args_.grad_strides[0];
         for (int64_t m = 0; m < rows; ++m)
             for (int64_t tap = 0; tap < plan_.taps; ++tap) {
-                const T* from = sums[0] + tap * tile + m * pitch;
+                const int64_t from = tap * tile + m * pitch;
                 T* to = grad + row_offsets_[row_tile * plan_.rows + m] + tap_offsets_[tap];
-                for (int64_t i = 0; i < lanes; ++i) to[to_lane[i]] = from[i];
+                if (args_.step == nullptr)
+                    for (int64_t i = 0; i < lanes; ++i) to[to_lane[i]] = sums[0][from + i];
+                else
+                    weight_sq_norm +=
+                        take_step(sums[0] + from, S > 1 ? sums[1] + from : nullptr, to, to_lane, lanes);
             }
+        if (args_.step != nullptr) gram[S * S] = weight_sq_norm;
+    }
+
+    // Returns the squared norm of these elements of the weight, before the step.
+    double take_step(const T* g1, const T* g2, T* weight, const int64_t* at, int64_t lanes) const {
+        const WeightStep& step = *args_.step;
+        const StepCoefficients<T> c{T(step.rate), T(step.c1), T(step.c2), T(step.weight_decay)};
+        double sq_norm = 0;
+        for (int64_t i = 0; i < lanes; ++i) {
+            T& x = weight[at[i]];
+            sq_norm += static_cast<double>(x) * static_cast<double>(x);
+            // At l = 1 the second gradient has no weight: an inf in it must not reach the weight.
+            x -= g2 != nullptr && step.c2 != 0 ? decrement(x, g1[i], g2[i], c) : decrement(x, g1[i], c);
+        }
+        return sq_norm;
     }
 
     // Float32 products are exact in float64. The tiles' unused elements are zeros.
@@ -255,15 +272,22 @@ class WeightGrad {
         return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     }
 
-    void add_grams(const double* parts, int64_t count) {
+    // Each tile's part of the segments' inner products and of the weight's squared norm.
+    int64_t gram_part() const { return args_.segment_gram == nullptr ? 0 : args_.segments * args_.segments + 1; }
+
+    void add_grams(int64_t count) {
         if (args_.segment_gram == nullptr) return;
         const int64_t S = args_.segments;
         for (int64_t s = 0; s < S; ++s)
-            for (int64_t t = 0; t <= s; ++t) {
-                double sum = 0;
-                for (int64_t i = 0; i < count; ++i) sum += parts[(i * S + s) * S + t];
-                args_.segment_gram[s * S + t] = args_.segment_gram[t * S + s] = sum;
-            }
+            for (int64_t t = 0; t <= s; ++t)
+                args_.segment_gram[s * S + t] = args_.segment_gram[t * S + s] = sum_of_parts(s * S + t, count);
+        if (args_.step != nullptr) *args_.step->weight_sq_norm = sum_of_parts(S * S, count);
+    }
+
+    double sum_of_parts(int64_t at, int64_t count) const {
+        double sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += grams_[i * gram_part() + at];
+        return sum;
     }
 
     // ---- samples outside, tiles inside: narrow layers, whose dW stays in cache
@@ -282,7 +306,7 @@ class WeightGrad {
         dy_.put_samples_outside(false);
         x_slot_ = aligned(x_.sample * sizeof(T) + kOverread);
         dy_slot_ = aligned(dy_.sample * sizeof(T) + kOverread);
-        const int64_t gram_bytes = args_.segment_gram == nullptr ? 0 : tiles * S * S * int64_t(sizeof(double));
+        const int64_t gram_bytes = tiles * gram_part() * static_cast<int64_t>(sizeof(double));
         if (int status = allocate(aligned(count * sizeof(SampleChunk)) + count * aligned(grad_bytes) +
                                   slots_ * (x_slot_ + dy_slot_) + aligned(slots_) + aligned(gram_bytes) +
                                   aligned(tiles * S * sizeof(T*))))
@@ -307,7 +331,7 @@ class WeightGrad {
                         this);
         parallel_chunks(tiles, args_.threads,
                         [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->join_chunks(i); }, this);
-        add_grams(grams_, tiles);
+        add_grams(tiles);
         std::free(memory_);
         return kOk;
     }
@@ -363,7 +387,7 @@ class WeightGrad {
             }
             sums[s] = first;
         }
-        finish_item(i, sums, grams_ == nullptr ? nullptr : grams_ + i * S * S);
+        finish_item(i, sums, grams_ == nullptr ? nullptr : grams_ + i * gram_part());
     }
 
     // ---- tiles outside, samples inside: wide layers; a tile of dW stays in the first-level cache
@@ -376,7 +400,7 @@ class WeightGrad {
         x_slot_ = aligned(x_.block * x_.blocks * B * sizeof(T) + kOverread);
         dy_slot_ = aligned(dy_.block * dy_.blocks * B * sizeof(T) + kOverread);
         const int64_t tile_bytes = aligned(S * tile_ * sizeof(T)) + aligned(S * sizeof(T*));
-        const int64_t gram_bytes = args_.segment_gram == nullptr ? 0 : tiles * S * S * int64_t(sizeof(double));
+        const int64_t gram_bytes = tiles * gram_part() * static_cast<int64_t>(sizeof(double));
         if (int status = allocate(args_.groups * (x_slot_ + dy_slot_) + slots_ * tile_bytes + aligned(slots_) +
                                   aligned(gram_bytes) + aligned(tiles * B * sizeof(double))))
             return status;
@@ -397,7 +421,7 @@ class WeightGrad {
             for (int64_t i = 0; i < tiles; ++i) sum += squares_[i * B + b];
             args_.sq_norms[b] = sum;
         }
-        add_grams(grams_, tiles);
+        add_grams(tiles);
         std::free(memory_);
         return kOk;
     }
@@ -441,7 +465,7 @@ class WeightGrad {
                                                               vector_tile, dw + s * tile_, next);
             }
         }
-        finish_item(i, sums, grams_ == nullptr ? nullptr : grams_ + i * S * S);
+        finish_item(i, sums, grams_ == nullptr ? nullptr : grams_ + i * gram_part());
         free_slot(slot);
     }
 

@@ -1,0 +1,189 @@
+"""The whole SVAG step of a Linear or Conv2d layer in one pass: its gradient never reaches memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from svag_fast.ops import weight_grad_cpu
+from svag_fast.ops.backends import implements, select
+from svag_fast.ops.checks import check_l, check_nonnegative, check_params
+from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product, sum_dtype
+from svag_fast.ops.library import register_op
+from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.weight_grad import reference as reference_product
+
+
+def svag_weight_step_(
+    weight: Tensor,
+    inputs: Tensor,
+    output_grads: Tensor,
+    *,
+    segments: Tensor | Sequence[int],
+    lr: float,
+    l: float,
+    weight_decay: float = 0.0,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> tuple[Tensor, StepStats]:
+    """Take a layer's SVAG step in place from the rows of both batches, and measure the noise.
+
+    With g1 and g2 the means of the samples' gradients b_iᵀ a_i over segments 0 and 1,
+    ``weight -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*weight)`` (paper, equation 5). Where a tile of g1 and g2 is
+    finished it takes its step: the gradient is not stored. Equal to :func:`weight_grad_and_sq_norms` of each segment
+    followed by :func:`svag_step_`, to rounding.
+
+    Args:
+        weight: [d, p] (Linear) or [O, C / groups, k_h, k_w] (Conv2d), float32 or float64 as the sums are; any strides.
+        inputs, output_grads: both batches' rows, as in :func:`weight_grad_and_sq_norms`. The output gradients are
+            those of each sample's own loss (of a sum, not a mean): the means are taken here.
+        segments: [B], 0 for the first batch's samples and 1 for the second's. All 0 only at ``l = 1``.
+        lr, l, weight_decay: as in :func:`svag_step_`.
+        stride, padding, dilation, groups: as in :func:`weight_grad_and_sq_norms`.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        [B] float64, each sample's squared gradient norm, and the step's statistics.
+
+    Raises:
+        ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
+        BackendError: the backend named can't serve the call.
+    """
+    check_nonnegative("learning rate", lr)
+    check_l(l)
+    check_nonnegative("weight_decay", weight_decay)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}: expected a tensor")
+    product = layer_product(
+        inputs,
+        output_grads,
+        weight.shape,
+        None,
+        segments,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    try:
+        check_params([weight])
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("params[0]", "weight")) from None
+    if weight.dtype != sum_dtype(inputs):
+        raise TypeError(f"weight is {weight.dtype}, but gradients of {inputs.dtype} are formed in {sum_dtype(inputs)}")
+    if weight.device != inputs.device:
+        raise ValueError(f"weight is on {weight.device}, but inputs on {inputs.device}")
+    _check_two_batches(product, l)
+    geometry = product.geometry
+    with torch.no_grad():
+        sq_norms, raw = _op(
+            weight,
+            product.inputs,
+            product.output_grads,
+            product.segments,
+            product.num_segments,
+            lr,
+            l,
+            weight_decay,
+            list(geometry.stride),
+            list(geometry.padding),
+            list(geometry.dilation),
+            geometry.groups,
+            backend,
+        )
+    return sq_norms, StepStats(raw, product.num_segments == 2)
+
+
+def _check_two_batches(product: LayerProduct, l: float) -> None:
+    if product.num_segments > 2:
+        raise ValueError(f"segments holds {product.num_segments - 1}: expected 0 (first batch) and 1 (second batch)")
+    if product.num_segments < 2 and l != 1:
+        raise ValueError(f"segments has no sample in the second batch (1), but a step at l = {l} needs two batches")
+    if product.segments is None:
+        raise ValueError("segments is None: expected 0 or 1 for each sample")
+    if not bool((product.segments == 0).any()):
+        raise ValueError("segments has no sample in the first batch (0)")
+
+
+def _run(
+    weight: Tensor,
+    inputs: Tensor,
+    output_grads: Tensor,
+    segments: Tensor,
+    num_segments: int,
+    lr: float,
+    l: float,
+    weight_decay: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    # The sums of each segment's rows, divided by its size, are the batch's mean gradient.
+    weights = (1 / torch.bincount(segments, minlength=num_segments).to(sum_dtype(inputs)))[segments]
+    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+    product = LayerProduct(inputs, output_grads, list(weight.shape), weights, segments, num_segments, geometry)
+    step = select("svag_weight_step_", backend, [weight, inputs, output_grads])
+    sq_norms, raw = step(weight, product, lr, l, weight_decay)
+    torch.autograd.graph.increment_version([weight])
+    return sq_norms, raw
+
+
+def _fake(weight: Tensor, inputs: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return inputs.new_empty(inputs.shape[0], dtype=torch.float64), weight.new_empty(5, dtype=torch.float64)
+
+
+_op = register_op(
+    "svag_weight_step_(Tensor(a!) weight, Tensor inputs, Tensor output_grads, Tensor segments, int num_segments, "
+    "float lr, float l, float weight_decay, int[] stride, int[] padding, int[] dilation, int groups, str backend) "
+    "-> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+@implements("svag_weight_step_", "reference")
+def _reference(
+    weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    assert product.segments is not None
+    assert product.weights is not None
+    sq_norms = weight.new_empty(product.inputs.shape[0], dtype=torch.float64)
+    grads = []
+    for s in range(product.num_segments):
+        rows = (product.segments == s).nonzero().flatten()
+        batch = LayerProduct(
+            product.inputs[rows],
+            product.output_grads[rows],
+            product.weight_shape,
+            product.weights[rows],
+            None,
+            0,
+            product.geometry,
+        )
+        grad, sq_norms[rows], _ = reference_product(batch)
+        grads.append([grad])
+    grads2 = grads[1] if len(grads) == 2 else None
+    stats = svag_step_([weight], grads[0], grads2, lr=lr, l=l, weight_decay=weight_decay, backend="reference")
+    raw: Tensor = stats.raw
+    return sq_norms, raw
+
+
+@implements("svag_weight_step_", "cpu")
+def _cpu(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+    if product.inputs.numel() == 0 or product.output_grads.numel() == 0:
+        result: tuple[Tensor, Tensor] = _reference(weight, product, lr, l, weight_decay)
+        return result
+    step = [lr / l, *svag_coefficients(l), weight_decay]
+    sq_norms, gram, weight_sq_norm = weight_grad_cpu.direct_step(product, weight, step)
+    nothing = gram.new_zeros(())
+    first, second, inner = (gram[0, 0], gram[1, 1], gram[0, 1]) if len(gram) == 2 else (gram[0, 0], nothing, nothing)
+    # A float32 gradient's squares can't overflow in float64: the norms are finite where the gradients are.
+    finite = (first.isfinite() & second.isfinite()).double()
+    return sq_norms, torch.stack([first, second, inner, weight_sq_norm, finite])
