@@ -21,7 +21,7 @@ test: $(VENV)/.installed
 nightly: $(VENV)/.installed
 	$(python) -m pytest -m nightly --timeout 3600 $(ARGS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed $(VENV)/.peers
 	$(python) -m pytest bench --benchmark-only $(ARGS)
 
 lint: $(VENV)/.installed
@@ -37,3 +37,6 @@ $(VENV)/.packages: requirements/dev.txt
 
 $(VENV)/.installed: $(VENV)/.packages $(sources)
 	requirements/environment.sh install $(VENV)
+
+$(VENV)/.peers: requirements/bench.txt | $(VENV)/.installed
+	requirements/environment.sh peers $(VENV)

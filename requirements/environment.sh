@@ -1,8 +1,9 @@
 #!/bin/sh
-# environment.sh packages|install VENV: make the development environment VENV; called by the Makefile.
+# environment.sh packages|install|peers VENV: make the development environment VENV; called by the Makefile.
 #   packages  the pinned packages of dev.txt; from scratch, unless VENV was finished before
 #   install   svag_fast itself, editable, compiled with build isolation
-# VENV/.packages and VENV/.installed say that a step is finished; VENV.unfinished, that one was begun.
+#   peers     what the benches run beside svag_fast, pinned in bench.txt
+# VENV/.packages, .installed and .peers say that a step is finished; VENV.unfinished, that the packages were begun.
 # A step that failed or was killed is begun anew: nothing half-made is used.
 set -eu
 step=$1
@@ -43,7 +44,7 @@ packages() {
         "$python" -m venv "$venv"
     fi
     touch "$venv.unfinished"
-    rm -f "$venv/.packages" "$venv/.installed"
+    rm -f "$venv/.packages" "$venv/.installed" "$venv/.peers"
     "$venv/bin/python" -m pip install --disable-pip-version-check -r "$here/dev.txt"
     touch "$venv/.packages"
     rm "$venv.unfinished"
@@ -55,6 +56,11 @@ install() {
     PIP_CONSTRAINT=$here/dev.txt PIP_BUILD_CONSTRAINT=$here/dev.txt \
         "$venv/bin/python" -m pip install --disable-pip-version-check --editable '.[test,lint]'
     touch "$venv/.installed"
+}
+
+peers() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check -r "$here/bench.txt" -c "$here/dev.txt"
+    touch "$venv/.peers"
 }
 
 check_tools

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -56,7 +59,13 @@ class Checkout:
 
     def steps(self) -> list[str]:
         """Return which of the environment's steps, and which use of it, the last call took."""
-        names = {"-m venv": "venv", "-r requirements/dev.txt": "packages", "--editable": "install", "pytest": "pytest"}
+        names = {
+            "-m venv": "venv",
+            "-r requirements/dev.txt": "packages",
+            "--editable": "install",
+            "-r requirements/bench.txt": "peers",
+            "-m pytest": "pytest",
+        }
         return [name for line in self.log.read_text().splitlines() for key, name in names.items() if key in line]
 
 
@@ -79,6 +88,14 @@ def test_changed_source_is_installed_again_without_the_packages(checkout: Checko
     os.utime(checkout.folder / source, (later, later))
     checkout.make("test")
     assert checkout.steps() == ["install", "pytest"]
+
+
+def test_bench_adds_its_peers_once(checkout: Checkout) -> None:
+    checkout.make("test")
+    assert checkout.make("bench").returncode == 0
+    assert checkout.steps() == ["peers", "pytest"]
+    checkout.make("bench")
+    assert checkout.steps() == ["pytest"]
 
 
 def test_changed_pins_are_installed_into_the_same_environment(checkout: Checkout) -> None:
@@ -147,3 +164,11 @@ def test_missing_tool_is_named_with_its_package(
 def test_run_passes_its_arguments_on(checkout: Checkout) -> None:
     result = checkout.make("--dry-run", "run", "ARGS=--seeds 1")
     assert ".venv/bin/svag-fast run --seeds 1" in result.stdout
+
+
+def test_every_dependency_is_pinned() -> None:
+    pins = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("dev", "bench"))
+    pinned = {canonicalize_name(line.split("==")[0]) for line in pins.splitlines()}
+    needed = {canonicalize_name(Requirement(r).name) for r in importlib.metadata.requires("svag_fast") or []}
+    assert needed
+    assert needed - pinned == set(), "run requirements/lock.sh"
