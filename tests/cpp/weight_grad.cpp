@@ -1,0 +1,163 @@
+#include "cpu/weight_grad.h"
+
+#include <cmath>
+
+#include "selftest.h"
+#include "tensor_list.h"
+
+namespace {
+
+struct Shape {
+    int64_t batch, groups, channels, outputs, height, width, kernel, stride, pad, dilation;
+    int64_t out(int64_t n) const { return (n + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1; }
+};
+
+// Tiles that are not full, windows that leave the image, groups, a 1x1 kernel (Linear), an image of one pixel.
+const Shape kShapes[] = {
+    {3, 1, 1, 1, 1, 1, 1, 1, 0, 1},  {4, 1, 5, 7, 6, 5, 3, 1, 1, 1},    {5, 2, 3, 9, 7, 6, 3, 2, 1, 1},
+    {2, 1, 17, 13, 8, 8, 3, 1, 2, 2}, {18, 1, 33, 10, 1, 4, 1, 1, 0, 1}, {3, 1, 16, 32, 4, 4, 3, 1, 1, 1},
+};
+
+// The strides of [n, channels, height, width], dense, channels second or last.
+void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t* strides) {
+    const int64_t second[] = {channels * height * width, height * width, width, 1};
+    const int64_t last[] = {channels * height * width, 1, width * channels, channels};
+    for (int i = 0; i < 4; ++i) strides[i] = channels_last ? last[i] : second[i];
+}
+
+template <class T>
+struct Problem {
+    svag::WeightGradArgs args{};
+    std::vector<T> inputs, output_grads, grad;
+    std::vector<double> weights, sq_norms, gram;
+    std::vector<int64_t> order, ends, segment_of;
+
+    Problem(const Shape& s, bool channels_last, int segments) {
+        const int64_t oh = s.out(s.height), ow = s.out(s.width);
+        const int64_t in_channels = s.groups * s.channels, out_channels = s.groups * s.outputs;
+        selftest::Random random(17);
+        const auto fill = [&random](auto& v, int64_t n) {
+            v.resize(static_cast<size_t>(n));
+            for (auto& e : v) e = static_cast<T>(random.uniform());
+        };
+        fill(inputs, s.batch * in_channels * s.height * s.width);
+        fill(output_grads, s.batch * out_channels * oh * ow);
+        fill(weights, s.batch);
+        grad.assign(static_cast<size_t>(out_channels * s.channels * s.kernel * s.kernel), static_cast<T>(NAN));
+        sq_norms.assign(static_cast<size_t>(s.batch), NAN);
+        gram.assign(static_cast<size_t>(segments * segments), NAN);
+        segment_of.resize(static_cast<size_t>(s.batch));
+        for (int64_t b = 0; b < s.batch; ++b) segment_of[static_cast<size_t>(b)] = b % segments;
+        for (int64_t k = 0; k < segments; ++k) {
+            for (int64_t b = k; b < s.batch; b += segments) order.push_back(b);
+            ends.push_back(static_cast<int64_t>(order.size()));
+        }
+        args.inputs = inputs.data();
+        args.output_grads = output_grads.data();
+        args.is_double = sizeof(T) == sizeof(double);
+        set_strides(in_channels, s.height, s.width, channels_last, args.input_strides);
+        set_strides(out_channels, oh, ow, channels_last, args.output_strides);
+        set_strides(s.channels, s.kernel, s.kernel, channels_last, args.grad_strides);
+        args.batch = s.batch, args.groups = s.groups, args.channels = s.channels, args.outputs = s.outputs;
+        args.height = s.height, args.width = s.width, args.out_height = oh, args.out_width = ow;
+        args.kernel_h = args.kernel_w = s.kernel, args.stride_h = args.stride_w = s.stride;
+        args.pad_h = args.pad_w = s.pad, args.dilation_h = args.dilation_w = s.dilation;
+        args.weights = weights.data();
+        args.order = order.data();
+        args.segment_ends = ends.data();
+        args.segments = segments;
+        args.grad = grad.data();
+        args.sq_norms = sq_norms.data();
+        args.segment_gram = gram.data();
+        args.threads = 1;
+    }
+
+    int run(svag::LoopOrder loop_order, int threads) {
+        args.loop_order = loop_order;
+        args.threads = threads;
+        return SVAG_KERNEL(svag_weight_grad)(args);
+    }
+
+    // One sample's gradient of one weight, as the definition says; `size` gets the sum of the terms' sizes.
+    double sample_grad(int64_t b, int64_t o, int64_t c, int64_t ky, int64_t kx, double& size) const {
+        const auto& a = args;
+        const int64_t in_channel = o / a.outputs * a.channels + c;
+        double sum = 0;
+        for (int64_t y = 0; y < a.out_height; ++y)
+            for (int64_t x = 0; x < a.out_width; ++x) {
+                const int64_t row = y * a.stride_h - a.pad_h + ky * a.dilation_h;
+                const int64_t column = x * a.stride_w - a.pad_w + kx * a.dilation_w;
+                if (row < 0 || row >= a.height || column < 0 || column >= a.width) continue;
+                const int64_t *i = a.input_strides, *d = a.output_strides;
+                const double term =
+                    static_cast<double>(inputs[static_cast<size_t>(b * i[0] + in_channel * i[1] + row * i[2] + column * i[3])]) *
+                    static_cast<double>(output_grads[static_cast<size_t>(b * d[0] + o * d[1] + y * d[2] + x * d[3])]);
+                sum += term;
+                size += std::fabs(term);
+            }
+        return sum;
+    }
+
+    void compare_with_the_definition() const {
+        const auto& a = args;
+        const auto S = static_cast<size_t>(a.segments), B = static_cast<size_t>(a.batch);
+        const double rounding = (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24) *
+                                static_cast<double>(a.batch + a.out_height * a.out_width + 8);
+        std::vector<double> sq(B), sq_size(B), products(S * S), product_sizes(S * S), segment(S), segment_size(S);
+        for (int64_t o = 0; o < a.groups * a.outputs; ++o)
+            for (int64_t c = 0; c < a.channels; ++c)
+                for (int64_t tap = 0; tap < a.kernel_h * a.kernel_w; ++tap) {
+                    const int64_t ky = tap / a.kernel_w, kx = tap % a.kernel_w;
+                    double sum = 0, size = 0;
+                    segment.assign(S, 0), segment_size.assign(S, 0);
+                    for (size_t b = 0; b < B; ++b) {
+                        double terms = 0;
+                        const double g = sample_grad(static_cast<int64_t>(b), o, c, ky, kx, terms);
+                        sq[b] += g * g;
+                        sq_size[b] += terms * terms;
+                        sum += weights[b] * g;
+                        size += std::fabs(weights[b]) * terms;
+                        segment[static_cast<size_t>(segment_of[b])] += weights[b] * g;
+                        segment_size[static_cast<size_t>(segment_of[b])] += std::fabs(weights[b]) * terms;
+                    }
+                    const int64_t* w = a.grad_strides;
+                    EXPECT_NEAR(grad[static_cast<size_t>(o * w[0] + c * w[1] + ky * w[2] + kx * w[3])], sum,
+                                rounding * size);
+                    for (size_t s = 0; s < S; ++s)
+                        for (size_t t = 0; t < S; ++t) {
+                            products[s * S + t] += segment[s] * segment[t];
+                            product_sizes[s * S + t] += segment_size[s] * segment_size[t];
+                        }
+                }
+        for (size_t b = 0; b < B; ++b) EXPECT_NEAR(sq_norms[b], sq[b], 3 * rounding * sq_size[b]);
+        for (size_t k = 0; k < S * S; ++k) EXPECT_NEAR(gram[k], products[k], 3 * rounding * product_sizes[k]);
+    }
+};
+
+template <class T>
+void compare_all(bool channels_last, int segments) {
+    for (const Shape& shape : kShapes)
+        for (const auto order : {svag::LoopOrder::samples_outside, svag::LoopOrder::tiles_outside}) {
+            Problem<T> problem(shape, channels_last, segments);
+            EXPECT(problem.run(order, 1) == svag::kOk);
+            problem.compare_with_the_definition();
+        }
+}
+
+}  // namespace
+
+SVAG_CHECK(weight_grad_follows_the_definition_in_float32) { compare_all<float>(false, 2); }
+SVAG_CHECK(weight_grad_follows_the_definition_in_float64) { compare_all<double>(false, 1); }
+SVAG_CHECK(weight_grad_reads_channels_last) { compare_all<float>(true, 3); }
+
+SVAG_CHECK(weight_grad_gives_the_same_bits_for_any_thread_count) {
+    for (const auto order : {svag::LoopOrder::samples_outside, svag::LoopOrder::tiles_outside})
+        for (const Shape& shape : kShapes) {
+            Problem<float> one(shape, false, 2), many(shape, false, 2);
+            EXPECT(one.run(order, 1) == svag::kOk);
+            EXPECT(many.run(order, 3) == svag::kOk);
+            EXPECT(one.grad == many.grad);
+            EXPECT(one.sq_norms == many.sq_norms);
+            EXPECT(one.gram == many.gram);
+        }
+}
