@@ -123,6 +123,11 @@ class NetworkProblem:
             total += parameters_to_vector(products)
         return total
 
+    def sample_grad(self, x: Tensor, index: int) -> Tensor:
+        """The gradient [P] of one sample's loss."""
+        self._refuse_coupling()
+        return self._weighted_grad(x, torch.tensor([index], device=x.device), x.new_ones(1))
+
     def noise_weights(self, x: Tensor, draws: Draws) -> Tensor:
         """Fresh sample weights [n] whose weighted mean gradient has mean zero and covariance Sigma."""
         xi = draws.normal_(torch.empty(len(self.inputs), dtype=x.dtype, device=x.device))

@@ -70,9 +70,9 @@ class Process(ABC):
                 raise ValueError(f"Invalid {name}: {value}, expected {'>' if open_end else '>='} {low} and finite")
 
     @property
-    @abstractmethod
     def step_size(self) -> float:
-        """h: the multiplier of the gradient estimate, and the continuous time that one step takes."""
+        """h: the multiplier of the gradient estimate, and the continuous time that one step takes; lr by default."""
+        return self.lr
 
     @property
     @abstractmethod
@@ -114,11 +114,6 @@ class SGD(Process):
 
     Weak order 1 in lr to the SDE (2) (Li, Tai, E 2019), 2 to `SDE2` (Thm E.4).
     """
-
-    @property
-    def step_size(self) -> float:
-        """The learning rate: one step is time lr."""
-        return self.lr
 
     @property
     def estimates(self) -> tuple[GradientEstimate, ...]:
@@ -190,11 +185,6 @@ class NGD(Process):
     """Noisy gradient descent, eq. 3: SGD with Gaussian noise of the same covariance. Weak order 1 in lr to the SDE."""
 
     @property
-    def step_size(self) -> float:
-        """The learning rate: one step is time lr."""
-        return self.lr
-
-    @property
     def estimates(self) -> tuple[GradientEstimate, ...]:
         """Full gradient with unit noise."""
         return (GradientEstimate(noise_scale=1.0),)
@@ -203,11 +193,6 @@ class NGD(Process):
 @dataclass(frozen=True)
 class GD(Process):
     """Gradient descent: the full gradient. Order 1 in lr to gradient flow."""
-
-    @property
-    def step_size(self) -> float:
-        """The learning rate: one step is time lr."""
-        return self.lr
 
     @property
     def estimates(self) -> tuple[GradientEstimate, ...]:

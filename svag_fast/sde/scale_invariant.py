@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import scipy.special
 import torch
@@ -25,14 +24,7 @@ from torch import Tensor
 
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian, Law
-
-
-class Equilibrium(NamedTuple):
-    """Limits of expectations: the paper's G, N (of a batch: Tr Sigma, without the factor lr) and R."""
-
-    grad_sq_norm: float
-    noise_trace: float
-    weight_sq_norm: float
+from svag_fast.theory import Norms
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class ScaleInvariantToy:
         relaxed = 2 * growth * time if weight_decay == 0 else -math.expm1(decay) * growth / (2 * weight_decay)
         return math.sqrt(r0**2 * math.exp(decay) + relaxed)
 
-    def sde_equilibrium(self, *, lr: float, weight_decay: float) -> Equilibrium:
+    def sde_equilibrium(self, *, lr: float, weight_decay: float) -> Norms:
         """The SDE's equilibrium, exact: eq. 12 with N = noise_std^2 (d-1)/R, and the von Mises-Fisher law for G."""
         if not (lr > 0 and weight_decay > 0):
             raise ValueError(f"Invalid lr, weight_decay: {lr}, {weight_decay}, expected both > 0")
@@ -125,7 +117,7 @@ class ScaleInvariantToy:
         else:
             bessel = scipy.special.ive([self.dim / 2, self.dim / 2 - 1], concentration)
             spread = (self.dim - 1) * float(bessel[0] / bessel[1]) / concentration
-        return Equilibrium(
+        return Norms(
             grad_sq_norm=self.signal**2 * spread / r,
             noise_trace=self.noise_std**2 * (self.dim - 1) / r,
             weight_sq_norm=r,

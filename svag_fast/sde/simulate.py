@@ -62,8 +62,13 @@ def simulate(
         for _ in range(steps):
             process.step_(problem, blocks[number], draws)
 
-    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
-        list(pool.map(run, range(len(blocks))))
+    before = torch.get_num_threads()
+    try:
+        # A new thread would start OpenMP threads of its own for torch's small operations, at ten times their cost.
+        with ThreadPoolExecutor(threads or before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(run, range(len(blocks))))
+    finally:
+        torch.set_num_threads(before)
     return states
 
 
