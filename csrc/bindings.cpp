@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/adaptive_step.h"
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
 #include "cpu/triad.h"
@@ -66,6 +67,24 @@ void step(const Addresses& params, const Addresses& grads1, const Addresses& gra
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
                                      reinterpret_cast<double*>(stats)));
+}
+
+void adaptive_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& exp_avgs,
+                   const Addresses& exp_avg_sqs, const std::vector<double>& step_sizes,
+                   const std::vector<double>& bias_corrections2_sqrt, const std::vector<int64_t>& sizes,
+                   const std::vector<int>& dtypes, double c1, double c2, double weight_decay, double one_minus_beta1,
+                   double beta2, double one_minus_beta2, double eps, bool skip_nonfinite, int threads,
+                   std::uintptr_t stats) {
+    const auto plain = step_tensors(params, grads1, grads2, {}, sizes, dtypes, dtypes);
+    std::vector<svag::AdaptiveTensor> tensors(plain.size());
+    for (std::size_t i = 0; i < plain.size(); ++i)
+        tensors[i] = {plain[i], reinterpret_cast<void*>(exp_avgs.empty() ? 0 : exp_avgs[i]),
+                      reinterpret_cast<void*>(exp_avg_sqs[i]), step_sizes[i], bias_corrections2_sqrt[i]};
+    const svag::AdaptiveOptions options{c1,  c2,  weight_decay,   one_minus_beta1, beta2, one_minus_beta2,
+                                        eps, skip_nonfinite, threads};
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_adaptive_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
+                                              reinterpret_cast<double*>(stats)));
 }
 
 // sizes: in the order of svag::WeightGradArgs, from `batch` to `dilation_w`. step: rate, c1, c2, weight decay for a step
@@ -131,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("best_simd_level", [] { return std::string(svag::simd_level_name(svag::best_simd_level())); });
     m.def("select_simd_level", [](const std::string& name) { return svag::select_simd_level(name.c_str()); });
     m.def("step", &step);
+    m.def("adaptive_step", &adaptive_step);
     m.def("triad", [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t z, int64_t size, int threads) {
         py::gil_scoped_release unlocked;
         raise_for(SVAG_KERNEL(svag_triad)(reinterpret_cast<float*>(x), reinterpret_cast<const float*>(y),

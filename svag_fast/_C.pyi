@@ -20,6 +20,27 @@ def step(
     stats: int,
 ) -> None: ...
 def triad(x: int, y: int, z: int, size: int, threads: int) -> None: ...
+def adaptive_step(
+    params: list[int],
+    grads1: list[int],
+    grads2: list[int],
+    exp_avgs: list[int],
+    exp_avg_sqs: list[int],
+    step_sizes: list[float],
+    bias_corrections2_sqrt: list[float],
+    sizes: list[int],
+    dtypes: list[int],
+    c1: float,
+    c2: float,
+    weight_decay: float,
+    one_minus_beta1: float,
+    beta2: float,
+    one_minus_beta2: float,
+    eps: float,
+    skip_nonfinite: bool,
+    threads: int,
+    stats: int,
+) -> None: ...
 def weight_grad(
     inputs: int,
     output_grads: int,

@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it, imported when the name is first used.
 _LAZY: dict[str, str] = {
+    "SVAGAdam": "svag_fast.adaptive",
+    "SVAGRMSprop": "svag_fast.adaptive",
     "RunningMean": "svag_fast.noise",
     "SampleNorms": "svag_fast.sample_norms",
     "UnsupportedModule": "svag_fast.sample_norms",

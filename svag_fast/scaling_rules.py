@@ -49,9 +49,10 @@ def square_root_scaling_rule(
     >>> square_root_scaling_rule(4, batch_size=64, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8)
     AdaptiveRates(batch_size=256.0, lr=0.002, beta1=0.6..., beta2=0.96, eps=5e-09)
     """
-    for name, value in (("kappa", kappa), ("batch_size", batch_size), ("lr", lr)):
+    for name, value in (("kappa", kappa), ("batch_size", batch_size)):
         require_positive(name, value)
-    require_not_negative("eps", eps)
+    for name, value in (("lr", lr), ("eps", eps)):
+        require_not_negative(name, value)
     root = math.sqrt(kappa)
     return AdaptiveRates(
         float(kappa * batch_size),

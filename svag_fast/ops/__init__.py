@@ -1,5 +1,6 @@
 """Fused operations: each file holds one op with its checks, its reference in PyTorch and its backends."""
 
+from svag_fast.ops.adaptive_step import svag_adaptive_step_
 from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
 from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
 from svag_fast.ops.weight_step import svag_weight_step_
@@ -7,6 +8,7 @@ from svag_fast.ops.weight_step import svag_weight_step_
 __all__ = [
     "StepStats",
     "WeightGrad",
+    "svag_adaptive_step_",
     "svag_coefficients",
     "svag_step_",
     "svag_weight_step_",

@@ -44,7 +44,7 @@ def check_params(params: Sequence[Tensor]) -> None:
 def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: str = "same or float32") -> None:
     """Refuse a list that doesn't match ``params`` in length, shape, device or dtype.
 
-    ``dtypes``: "same or float32" (gradients) or "float32" (compensation buffers).
+    ``dtypes``: "same or float32" (gradients), "float32" (compensation buffers) or "same".
     """
     if len(tensors) != len(params):
         raise ValueError(f"{name} has {len(tensors)} tensors, but params has {len(params)}")
@@ -55,7 +55,7 @@ def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], d
             raise ValueError(f"{name}[{i}] is on {t.device}, but params[{i}] on {p.device}")
         if t.layout != torch.strided:
             raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense (strided) tensor")
-        allowed = (torch.float32,) if dtypes == "float32" else (p.dtype, torch.float32)
+        allowed = {"float32": (torch.float32,), "same": (p.dtype,)}.get(dtypes, (p.dtype, torch.float32))
         if t.dtype not in allowed:
             raise TypeError(f"{name}[{i}] is {t.dtype}: expected {' or '.join(dict.fromkeys(map(str, allowed)))}")
 

@@ -16,7 +16,7 @@ from svag_fast.ops.library import register_op
 
 # The order of the raw statistics: csrc/tensor_list.h, StatIndex.
 _SQ_NORM1, _SQ_NORM2, _INNER, _WEIGHT_SQ_NORM, _FINITE = range(5)
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def svag_coefficients(l: float) -> tuple[float, float]:
@@ -258,6 +258,28 @@ def _host_coefficients(
     return lr / l, c1, c2, weight_decay
 
 
+def raw_statistics(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) -> Tensor:
+    """Return ``StepStats.raw`` by plain PyTorch, in float64."""
+
+    def sum64(terms: list[Tensor]) -> Tensor:
+        return torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
+
+    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        return sum64([s.double() * t.double() for s, t in zip(a, b, strict=True)])
+
+    nothing = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    finite = torch.stack([g.isfinite().all() for g in [*grads1, *(grads2 or [])]]).all()
+    return torch.stack(
+        [
+            product(grads1, grads1),
+            nothing if grads2 is None else product(grads2, grads2),
+            nothing if grads2 is None else product(grads1, grads2),
+            product(params, params),
+            finite.double(),
+        ]
+    )
+
+
 @implements("svag_step_", "reference")
 def _reference(
     params: list[Tensor],
@@ -270,23 +292,8 @@ def _reference(
     skip_nonfinite: bool,
     coefficients: Tensor | None,
 ) -> Tensor:
-    def sum64(terms: list[Tensor]) -> Tensor:
-        return torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
-
-    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return sum64([s.double() * t.double() for s, t in zip(a, b, strict=True)])
-
-    nothing = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    finite = torch.stack([g.isfinite().all() for g in [*grads1, *(grads2 or [])]]).all()
-    raw = torch.stack(
-        [
-            product(grads1, grads1),
-            nothing if grads2 is None else product(grads2, grads2),
-            nothing if grads2 is None else product(grads1, grads2),
-            product(params, params),
-            finite.double(),
-        ]
-    )
+    raw = raw_statistics(params, grads1, grads2)
+    finite = raw[_FINITE] != 0
     rate, c1, c2, weight_decay = _host_coefficients(lr, l, weight_decay, coefficients)
     for i, x in enumerate(params):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -366,8 +373,8 @@ class _Plan:
         self.sizes = list(map(Tensor.numel, params))
         self.nbytes = list(map(_nbytes, params))
         self.grad_dtypes = list(map(_dtype, grads1))
-        self.param_codes = [_DTYPE_CODES[p.dtype] for p in params]
-        self.grad_codes = [_DTYPE_CODES[d] for d in self.grad_dtypes]
+        self.param_codes = [DTYPE_CODES[p.dtype] for p in params]
+        self.grad_codes = [DTYPE_CODES[d] for d in self.grad_dtypes]
 
     def fits(self, grads: list[Tensor]) -> bool:
         return list(map(_dtype, grads)) == self.grad_dtypes and all(map(Tensor.is_contiguous, grads))

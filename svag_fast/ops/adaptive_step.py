@@ -1,0 +1,268 @@
+"""The fused SVAG step of Adam and RMSprop over lists of tensors, with the noise statistics of the same pass.
+
+Source: Malladi, Lyu, Panigrahi, Arora, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms" (NeurIPS 2022):
+the two-batch combination of SVAG, with the square-root scaling rule read at κ = 1/l.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from svag_fast.ops.backends import implements, select
+from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
+from svag_fast.ops.library import register_op
+from svag_fast.ops.step import DTYPE_CODES, StepStats, raw_statistics, svag_coefficients
+from svag_fast.scaling_rules import square_root_scaling_rule
+
+
+def svag_adaptive_step_(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    exp_avgs: Sequence[Tensor] | None,
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    steps: Sequence[int],
+    lr: float,
+    l: float,
+    beta1: float = 0.0,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    skip_nonfinite: bool = False,
+    backend: str = "auto",
+) -> StepStats:
+    """Take one step of Adam, or of RMSprop (``exp_avgs`` None), in place on the gradient ``c1*g1 + c2*g2``.
+
+    The rates are the square-root scaling rule's at κ = 1/l: lr/√l, (1 - β)/l, ε√l; ``l`` steps make one of the plain
+    optimizer. With g = c1 g1 + c2 g2 + weight_decay x, m ← β1 m + (1-β1) g and v ← β2 v + (1-β2) g²:
+
+        Adam     x ← x - lr/(1-β1^k) m / (√v/√(1-β2^k) + ε)
+        RMSprop  x ← x - lr g / (√v + ε)
+
+    At ``l = 1`` the second gradient only serves the statistics. "reference" does torch.optim's operations in torch's
+    order, so it gives the same bits at ``l = 1``; "cpu" rounds at the same places and gives the same moments, and the
+    same params but for torch's own square root, which is not always correctly rounded (MKL's): one ulp of the step.
+
+    Args:
+        params: as for :func:`svag_fast.ops.svag_step_`. Gradients and moments have their param's dtype.
+        grads1: gradients on the first batch.
+        grads2: gradients on the second, independent batch; None only at ``l = 1``.
+        exp_avgs: Adam's m, updated in place, with the param's strides; None for RMSprop.
+        exp_avg_sqs: v, updated in place, with the param's strides.
+        steps: the number k of this step for each param, from 1 on; only Adam's bias corrections use it.
+        lr: of the plain optimizer, >= 0.
+        l: SVAG's hyperparameter, >= 1.
+        beta1: of the plain optimizer, in [0, 1); unused for RMSprop.
+        beta2: of the plain optimizer, in [0, 1); RMSprop's alpha.
+        eps: of the plain optimizer, >= 0.
+        weight_decay: L2, added to the gradient.
+        skip_nonfinite: leave everything as it is when any gradient entry is inf or nan, without synchronising.
+        backend: "auto" or a row of :mod:`svag_fast.ops.backends`; "cpu" serves float32 and float64.
+
+    Raises:
+        ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
+        BackendError: the backend can't serve the call.
+    """
+    check_nonnegative("learning rate", lr)
+    check_l(l)
+    check_nonnegative("epsilon value", eps)
+    check_nonnegative("weight_decay", weight_decay)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        check_beta(name, beta, l)
+    if grads2 is None and l != 1:
+        raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
+    if not params:
+        _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
+        return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64), grads2 is not None)
+    with torch.no_grad():
+        raw = _op(
+            list(params),
+            list(grads1),
+            None if grads2 is None else list(grads2),
+            None if exp_avgs is None else list(exp_avgs),
+            list(exp_avg_sqs),
+            list(steps),
+            lr,
+            l,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            skip_nonfinite,
+            backend,
+        )
+    return StepStats(raw, grads2 is not None)
+
+
+def check_beta(name: str, beta: float, l: float) -> None:
+    """Refuse a decay rate out of [0, 1), or one that ``l`` brings so near to 1 that it rounds to 1."""
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"Invalid {name}: {beta} (expected a number in [0, 1))")
+    if beta + (1 - 1 / l) * (1 - beta) >= 1:
+        raise ValueError(f"Invalid l: {l} (with it {name} = {beta} becomes 1 - (1 - {name})/l, which rounds to 1)")
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    exp_avgs: Sequence[Tensor] | None,
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+) -> None:
+    check_params(params)
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in {"grads1": grads1, "grads2": grads2, **moments}.items():
+        if tensors is not None:
+            check_like(name, tensors, params, dtypes="same")
+    for name, tensors in moments.items():
+        for i, (t, p) in enumerate(zip(tensors or [], params, strict=False)):
+            if t.stride() != p.stride():
+                raise ValueError(f"{name}[{i}] has strides {list(t.stride())}, but params[{i}] has {list(p.stride())}")
+    check_params([*params, *(exp_avgs or []), *exp_avg_sqs])
+    if len(steps) != len(params):
+        raise ValueError(f"steps has {len(steps)} numbers, but params has {len(params)}")
+    for i, step in enumerate(steps):
+        if step < 1:
+            raise ValueError(f"steps[{i}] is {step}: expected a number from 1 on")
+
+
+class _Rates:
+    """The scaled hyperparameters of one call, in the numbers that torch.optim's formulae use."""
+
+    def __init__(
+        self, lr: float, l: float, beta1: float, beta2: float, eps: float, weight_decay: float, adam: bool
+    ) -> None:
+        scaled = square_root_scaling_rule(
+            1 / l, batch_size=1, lr=lr, beta1=beta1 if adam else None, beta2=beta2, eps=eps
+        )
+        self.c1, self.c2 = svag_coefficients(l)
+        self.lr, self.beta1, self.beta2, self.eps = scaled.lr, scaled.beta1, scaled.beta2, scaled.eps
+        self.weight_decay = weight_decay
+
+    def step_size(self, step: int) -> float:
+        """Return lr over the first bias correction; RMSprop has none."""
+        return self.lr if self.beta1 is None else self.lr / (1 - self.beta1**step)
+
+    def bias_correction2_sqrt(self, step: int) -> float:
+        """Return the root of the second bias correction; RMSprop has none."""
+        return 1.0 if self.beta1 is None else math.sqrt(1 - self.beta2**step)
+
+
+def _run(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    exp_avgs: list[Tensor] | None,
+    exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    lr: float,
+    l: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+    backend: str,
+) -> Tensor:
+    _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
+    step = select("svag_adaptive_step_", backend, params)
+    grads1 = laid_out_like(grads1, params)
+    grads2 = None if grads2 is None else laid_out_like(grads2, params)
+    rates = _Rates(lr, l, beta1, beta2, eps, weight_decay, adam=exp_avgs is not None)
+    raw: Tensor = step(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, rates, skip_nonfinite)
+    torch.autograd.graph.increment_version([*params, *(exp_avgs or []), *exp_avg_sqs])
+    return raw
+
+
+def _fake(params: list[Tensor], *rest: object) -> Tensor:
+    return params[0].new_empty(5, dtype=torch.float64)
+
+
+_op = register_op(
+    "svag_adaptive_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[]? exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, int[] steps, float lr, float l, float beta1, float beta2, float eps, "
+    "float weight_decay, bool skip_nonfinite, str backend) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+@implements("svag_adaptive_step_", "reference")
+def _reference(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    exp_avgs: list[Tensor] | None,
+    exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    rates: _Rates,
+    skip_nonfinite: bool,
+) -> Tensor:
+    raw = raw_statistics(params, grads1, grads2)
+    for i, x in enumerate(params):
+        grad = grads1[i]
+        if rates.c2 != 0 and grads2 is not None:
+            grad = rates.c1 * grad + rates.c2 * grads2[i]
+        if rates.weight_decay != 0:
+            grad = grad.add(x, alpha=rates.weight_decay)
+        new = {}
+        direction = grad
+        if exp_avgs is not None and rates.beta1 is not None:
+            direction = new[exp_avgs[i]] = exp_avgs[i].lerp(grad, 1 - rates.beta1)
+        v = new[exp_avg_sqs[i]] = (exp_avg_sqs[i] * rates.beta2).addcmul_(grad, grad, value=1 - rates.beta2)
+        denom = (v.sqrt() / rates.bias_correction2_sqrt(steps[i])).add_(rates.eps)
+        new[x] = x.addcdiv(direction, denom, value=-rates.step_size(steps[i]))
+        for old, value in new.items():
+            old.copy_(torch.where(raw[-1] != 0, value, old) if skip_nonfinite else value)
+    return raw
+
+
+def _cpu_why_not(tensors: Sequence[Tensor]) -> str | None:
+    for i, t in enumerate(tensors):
+        if t.dtype not in (torch.float32, torch.float64):
+            return f"params[{i}] is {t.dtype}, and it serves float32 and float64"
+    return None
+
+
+@implements("svag_adaptive_step_", "cpu", why_not=_cpu_why_not)
+def _cpu(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    exp_avgs: list[Tensor] | None,
+    exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    rates: _Rates,
+    skip_nonfinite: bool,
+) -> Tensor:
+    from svag_fast import _C
+
+    raw = torch.empty(5, dtype=torch.float64)
+    _C.adaptive_step(
+        list(map(Tensor.data_ptr, params)),
+        list(map(Tensor.data_ptr, grads1)),
+        list(map(Tensor.data_ptr, grads2 or [])),
+        list(map(Tensor.data_ptr, exp_avgs or [])),
+        list(map(Tensor.data_ptr, exp_avg_sqs)),
+        list(map(rates.step_size, steps)),
+        list(map(rates.bias_correction2_sqrt, steps)),
+        list(map(Tensor.numel, params)),
+        [DTYPE_CODES[p.dtype] for p in params],
+        rates.c1,
+        rates.c2,
+        rates.weight_decay,
+        0.0 if rates.beta1 is None else 1 - rates.beta1,
+        rates.beta2,
+        1 - rates.beta2,
+        rates.eps,
+        skip_nonfinite,
+        torch.get_num_threads(),
+        raw.data_ptr(),
+    )
+    return raw
