@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,26 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svag_fast import _C, svag_coefficients
+from svag_fast import svag_coefficients
 from svag_fast.ops import svag_adaptive_step_
 from svag_fast.ops.backends import BackendError
 from svag_fast.theory import square_root_scaling_rule
 
-LEVELS = ["portable", "avx2", "avx512"]
 SHAPES = [(0,), (1,), (), (3,), (17, 5), (4097,), (31, 0, 2), (65537,), (8, 3, 3, 3)]
 RATES: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}
-
-
-@pytest.fixture(params=["reference", *LEVELS])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        yield "reference"
-        return
-    before = _C.simd_level()
-    if not _C.select_simd_level(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield "cpu"
-    _C.select_simd_level(before)
 
 
 def draw(seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Tensor]:

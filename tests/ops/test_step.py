@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,18 +29,6 @@ DTYPES = [
 ]
 # Around the vector widths, the block of 4096 and the chunk of 65536; empty and one-element tensors.
 SHAPES = [(0,), (1,), (), (3,), (17, 5), (4095,), (4097,), (31, 0, 2), (65537,), (8, 3, 3, 3)]
-
-
-@pytest.fixture(params=["reference", *LEVELS])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        yield "reference"
-        return
-    before = _C.simd_level()
-    if not _C.select_simd_level(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield "cpu"
-    _C.select_simd_level(before)
 
 
 def draw(dtype: torch.dtype, seed: int, scale: float = 1.0) -> list[Tensor]:
