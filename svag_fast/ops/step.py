@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -362,6 +363,31 @@ def _cuda(
         workspace.data_ptr(),
         raw.data_ptr(),
     )
+    return raw
+
+
+# A schedule sets each rate many steps long; its coefficients go to the device once.
+_constant_coefficients = functools.lru_cache(maxsize=64)(step_coefficients)
+
+
+@implements("svag_step_", "triton")
+def _triton(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    lr: float,
+    l: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+    coefficients: Tensor | None,
+) -> Tensor:
+    from svag_fast.kernels.step import svag_step
+
+    if coefficients is None:
+        coefficients = _constant_coefficients(lr, l, weight_decay, params[0].device)
+    with torch.cuda.device_of(params[0]):  # type: ignore[no-untyped-call]
+        raw: Tensor = svag_step(params, grads1, grads2, compensation, coefficients, skip_nonfinite)
     return raw
 
 

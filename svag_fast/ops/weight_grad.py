@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svag_fast.ops import weight_grad_cpu
+from svag_fast.ops import weight_grad_cpu, weight_grad_triton
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
@@ -194,3 +194,6 @@ _op = register_op(
     _run,
     _fake,
 )
+
+
+implements("weight_grad_and_sq_norms", "triton", weight_grad_triton.why_not)(weight_grad_triton.direct)

@@ -1,0 +1,264 @@
+"""The fused SVAG step in Triton: a list of tensors in one launch, and a small second one that ends the sums.
+
+Addresses, sizes and dtypes come from a table on the device, one row a tensor; a program owns ``ROUNDS`` blocks of
+``BLOCK`` elements of one tensor. Its partial sums are added in a fixed order, so the bits do not depend on the
+schedule. No multiply and add are fused: the params get the reference's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+ROUNDS = 8
+_FINISH = 512
+
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_TABLES: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+_MOST_TABLES = 64
+
+
+@triton.jit
+def _pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+    if CODE == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif CODE == 1:
+        pointer = address.to(tl.pointer_type(tl.float64))
+    elif CODE == 2:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(pointer, offsets, mask, A: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + offsets, mask=mask, other=0.0).to(A)
+    else:
+        return tl.load(pointer + offsets).to(A)
+
+
+@triton.jit
+def _store(pointer, offsets, values, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offsets, values, mask=mask)
+    else:
+        tl.store(pointer + offsets, values)
+
+
+@triton.jit
+def _block(
+    x_ptr, g1_ptr, g2_ptr, e_ptr, offsets, mask, rate, c1, c2, weight_decay, s1, s2, s12, sx, poison,
+    A: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, UPDATE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Update one block where asked, and add its elements to the sums; ``poison`` becomes nan by an inf or a nan."""
+    x = _load(x_ptr, offsets, mask, A, MASKED)
+    g1 = _load(g1_ptr, offsets, mask, A, MASKED)
+    s1 += g1 * g1
+    sx += x * x
+    poison += g1 * 0.0
+    combined = c1 * g1
+    if GRAD2:
+        g2 = _load(g2_ptr, offsets, mask, A, MASKED)
+        s2 += g2 * g2
+        s12 += g1 * g2
+        poison += g2 * 0.0
+        combined = tl.where(c2 == 0.0, combined, combined + c2 * g2)
+    if UPDATE:
+        if COMPENSATED:
+            e = _load(e_ptr, offsets, mask, A, MASKED)
+            step = e - rate * (combined + weight_decay * (x + e))
+            total = x + step
+            part = total - x
+            error = (x - (total - part)) + (step - part)
+            rounded = total.to(x_ptr.dtype.element_ty)
+            _store(x_ptr, offsets, rounded, mask, MASKED)
+            _store(e_ptr, offsets, (total - rounded.to(A)) + error, mask, MASKED)
+        else:
+            updated = x - rate * (combined + weight_decay * x)
+            _store(x_ptr, offsets, updated.to(x_ptr.dtype.element_ty), mask, MASKED)
+    return s1, s2, s12, sx, poison
+
+
+@triton.jit
+def _sums_in_float64(g1_ptr, g2_ptr, start, size, GRAD2: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+    """The sums of finite gradients above 1e19, whose squares overflow float32."""
+    s1 = tl.zeros((BLOCK,), dtype=tl.float64)
+    s2 = tl.zeros((BLOCK,), dtype=tl.float64)
+    s12 = tl.zeros((BLOCK,), dtype=tl.float64)
+    for k in range(ROUNDS):
+        offsets = start + k * BLOCK + tl.arange(0, BLOCK)
+        # Through float32, since no 16-bit type widens to float64 in one step everywhere.
+        g1 = tl.load(g1_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32).to(tl.float64)
+        s1 += g1 * g1
+        if GRAD2:
+            g2 = tl.load(g2_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32).to(tl.float64)
+            s2 += g2 * g2
+            s12 += g1 * g2
+    return tl.sum(s1), tl.sum(s2), tl.sum(s12)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _step_kernel(
+    table, owners, coefficients, partials, stats, programs,
+    PAIRS: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, UPDATE: tl.constexpr, GATED: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """One program's share of one tensor; PAIRS has bit 4 * param_code + grad_code set for each pair in the list."""
+    program = tl.program_id(0).to(tl.int64)
+    row = table + tl.load(owners + 2 * program) * 6
+    start = tl.load(owners + 2 * program + 1)
+    size, code = tl.load(row + 4), tl.load(row + 5)
+    go = True
+    if GATED:
+        go = tl.load(stats + 4) != 0.0
+    if go:
+        for pair in tl.static_range(16):
+            if (PAIRS >> pair) & 1:
+                if code == pair:
+                    A: tl.constexpr = tl.float64 if pair // 4 == 1 else tl.float32
+                    rate = tl.load(coefficients) / tl.load(coefficients + 1)
+                    rate = rate.to(A)
+                    c1 = tl.load(coefficients + 2).to(A)
+                    c2 = tl.load(coefficients + 3).to(A)
+                    weight_decay = tl.load(coefficients + 4).to(A)
+                    x_ptr = _pointer(tl.load(row), pair // 4, ALIGNED)
+                    g1_ptr = _pointer(tl.load(row + 1), pair % 4, ALIGNED)
+                    g2_ptr = _pointer(tl.load(row + 2), pair % 4, ALIGNED)
+                    e_ptr = _pointer(tl.load(row + 3), 0, ALIGNED)
+                    s1 = tl.zeros((BLOCK,), dtype=A)
+                    s2 = tl.zeros((BLOCK,), dtype=A)
+                    s12 = tl.zeros((BLOCK,), dtype=A)
+                    sx = tl.zeros((BLOCK,), dtype=A)
+                    poison = tl.zeros((BLOCK,), dtype=A)
+                    for k in range(0, tl.minimum(tl.cdiv(size - start, BLOCK), ROUNDS)):
+                        first = start + k * BLOCK
+                        offsets = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
+                        if first + BLOCK <= size:
+                            s1, s2, s12, sx, poison = _block(
+                                x_ptr, g1_ptr, g2_ptr, e_ptr, offsets, offsets < size, rate, c1, c2, weight_decay,
+                                s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, UPDATE, False,
+                            )  # fmt: skip
+                        else:
+                            s1, s2, s12, sx, poison = _block(
+                                x_ptr, g1_ptr, g2_ptr, e_ptr, offsets, offsets < size, rate, c1, c2, weight_decay,
+                                s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, UPDATE, True,
+                            )  # fmt: skip
+                    if not GATED:
+                        total1 = tl.sum(s1).to(tl.float64)
+                        total2 = tl.sum(s2).to(tl.float64)
+                        total12 = tl.sum(s12).to(tl.float64)
+                        finite = tl.sum(poison) == 0.0
+                        if A == tl.float32:
+                            overflow = (total1 + total2 + total12) * 0.0 != 0.0
+                            if finite & overflow:
+                                total1, total2, total12 = _sums_in_float64(
+                                    g1_ptr, g2_ptr, start, size, GRAD2, BLOCK, ROUNDS
+                                )
+                        tl.store(partials + program, total1)
+                        tl.store(partials + programs + program, total2)
+                        tl.store(partials + 2 * programs + program, total12)
+                        tl.store(partials + 3 * programs + program, tl.sum(sx).to(tl.float64))
+                        tl.store(partials + 4 * programs + program, tl.where(finite, 1.0, 0.0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _finish_kernel(partials, stats, programs, FINISH: tl.constexpr):
+    """Add the programs' partial sums in a fixed order: one program a statistic."""
+    which = tl.program_id(0)
+    lanes = tl.arange(0, FINISH)
+    total = tl.zeros((FINISH,), dtype=tl.float64)
+    least = tl.full((FINISH,), 1.0, dtype=tl.float64)
+    for first in range(0, programs, FINISH):
+        inside = first + lanes < programs
+        value = tl.load(partials + which * programs + first + lanes, mask=inside, other=0.0)
+        total += value
+        least = tl.minimum(least, tl.where(inside, value, 1.0))
+    if which == 4:
+        tl.store(stats + which, tl.min(least))
+    else:
+        tl.store(stats + which, tl.sum(total))
+
+
+def _table(
+    params: Sequence[Tensor], grads1: Sequence[Tensor], grads2: Sequence[Tensor] | None, compensation: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the device's table of tensors [T, 6] and of programs [P, 2] (row, first element), both int64."""
+    rows = [
+        value
+        for i, p in enumerate(params)
+        for value in (
+            p.data_ptr(),
+            grads1[i].data_ptr(),
+            grads2[i].data_ptr() if grads2 else 0,
+            compensation[i].data_ptr() if compensation else 0,
+            p.numel(),
+            4 * _CODES[p.dtype] + _CODES[grads1[i].dtype],
+        )
+    ]
+    key = params[0].device, tuple(rows)
+    if key not in _TABLES:
+        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the triton backend can't capture a step on addresses it has not seen: run it once before the capture "
+                "on the same tensors, or use the cuda backend"
+            )
+        if len(_TABLES) >= _MOST_TABLES:
+            _TABLES.clear()
+        owners = [v for i, p in enumerate(params) for start in range(0, p.numel(), BLOCK * ROUNDS) for v in (i, start)]
+        device = params[0].device
+        _TABLES[key] = (
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            torch.tensor(owners, dtype=torch.int64, device=device),
+        )
+    return _TABLES[key]
+
+
+def svag_step(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    compensation: Sequence[Tensor],
+    coefficients: Tensor,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """Take the step in place and return the raw statistics, [5] float64.
+
+    Args:
+        params, grads1, grads2, compensation: as :func:`svag_fast.ops.svag_step_` checks them; not empty.
+        coefficients: [5] float64 on the device: lr, l, c1, c2, weight_decay.
+        skip_nonfinite: update in a launch of its own, which does nothing where a gradient is not finite.
+    """
+    device = params[0].device
+    stats = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
+    table, owners = _table(params, grads1, grads2, compensation)
+    programs = owners.numel() // 2
+    if programs == 0:
+        return stats
+    partials = torch.empty(5 * programs, dtype=torch.float64, device=device)
+    everything = [*params, *grads1, *(grads2 or []), *compensation]
+    pairs = {4 * _CODES[p.dtype] + _CODES[g.dtype] for p, g in zip(params, grads1, strict=True)}
+    options = {
+        "PAIRS": sum(1 << pair for pair in pairs),
+        "GRAD2": grads2 is not None,
+        "COMPENSATED": len(compensation) > 0,
+        "ALIGNED": all(t.data_ptr() % 16 == 0 for t in everything),
+        "BLOCK": BLOCK,
+        "ROUNDS": ROUNDS,
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }
+    arguments = (table, owners, coefficients, partials, stats, programs)
+    _step_kernel[(programs,)](*arguments, UPDATE=not skip_nonfinite, GATED=False, **options)
+    _finish_kernel[(5,)](partials, stats, programs, FINISH=_FINISH)
+    if skip_nonfinite:
+        _step_kernel[(programs,)](*arguments, UPDATE=True, GATED=True, **options)
+    return stats

@@ -1,0 +1,141 @@
+"""The Triton step against the reference, on lists of 0, 1 and 500 tensors, all dtypes, and odd sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from svag_fast.ops import svag_step_
+from svag_fast.ops.backends import select
+from svag_fast.ops.step import StepStats
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+]
+# Around the block of 1024 and the program's 8 blocks.
+SHAPES = [(0,), (1,), (), (3,), (17, 5), (1023,), (1025,), (8193,)]
+
+
+def draw(dtype: torch.dtype, seed: int, shapes: list[tuple[int, ...]] = SHAPES, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(s, generator=generator) * scale).to(dtype) for s in shapes]
+
+
+def both(
+    params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, compensation: list[Tensor] | None = None,
+    **options: object,
+) -> tuple[StepStats, StepStats, list[Tensor], list[Tensor]]:  # fmt: skip
+    """Step by Triton and by the reference; return both's statistics and tensors."""
+    results = []
+    for backend in ("triton", "reference"):
+        p = [t.clone() for t in params]
+        e = None if compensation is None else [t.clone() for t in compensation]
+        stats = svag_step_(p, grads1, grads2, compensation=e, backend=backend, **options)  # type: ignore[arg-type]
+        results.append((stats, [*p, *(e or [])]))
+    (ours, our_tensors), (theirs, their_tensors) = results
+    return ours, theirs, our_tensors, their_tensors
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        if a.dtype == torch.bfloat16:
+            # The interpreter truncates to bfloat16 where hardware rounds to nearest.
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-30)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("l", [1, 1.5, 65536, 1e12])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_params_equal_the_reference(dtypes: tuple[torch.dtype, torch.dtype], l: float) -> None:
+    lists = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+    ours, theirs, a, b = both(*lists, lr=0.3, l=l, weight_decay=0.02)
+    assert_same(a, b)
+    scale = float(theirs.raw[:4].max())
+    torch.testing.assert_close(ours.raw, theirs.raw, rtol=0, atol=scale * (1e-12 if dtypes[0].itemsize == 8 else 1e-6))
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] != torch.float64], ids=str)
+def test_compensated_params_and_buffers_equal_the_reference(
+    dtypes: tuple[torch.dtype, torch.dtype], second: bool
+) -> None:
+    lists = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2) if second else None
+    compensation = draw(torch.float32, 3, scale=1e-4)
+    _, _, a, b = both(*lists, compensation=compensation, lr=0.3, l=64 if second else 1, weight_decay=0.02)
+    if dtypes[0] == torch.bfloat16:
+        half = len(a) // 2
+        a = [p.double() + e.double() for p, e in zip(a[:half], a[half:], strict=True)]
+        b = [p.double() + e.double() for p, e in zip(b[:half], b[half:], strict=True)]
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    else:
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def test_lists_of_one_and_of_500_tensors_of_mixed_dtypes(count: int) -> None:
+    lists: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for i in range(count):
+        param, grad = DTYPES[i % len(DTYPES)]
+        for k, dtype in enumerate((param, grad, grad)):
+            lists[k].extend(draw(dtype, 3 * i + k, [(i % 7,)]))
+    ours, theirs, a, b = both(*lists, lr=0.3, l=8, weight_decay=0.1)
+    assert_same(a, b)
+    torch.testing.assert_close(ours.raw, theirs.raw, rtol=1e-5, atol=1e-3)
+
+
+def test_an_empty_list_and_a_list_of_empty_tensors() -> None:
+    assert svag_step_([], [], [], lr=0.1, l=2, backend="triton").raw.tolist() == [0, 0, 0, 0, 1]
+    empty = [torch.empty(0), torch.empty(3, 0)]
+    assert svag_step_(empty, empty, empty, lr=0.1, l=2, backend="triton").raw.tolist() == [0, 0, 0, 0, 1]
+
+
+def test_unaligned_views() -> None:
+    store = [torch.randn(5000, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    params, grads1, grads2 = ([t[1:2500], t[2501:2504]] for t in store)
+    _, _, a, b = both(params, grads1, grads2, lr=0.3, l=8)
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("which", [0, 1])
+def test_skip_nonfinite_leaves_params_and_compensation_untouched(bad: float, which: int) -> None:
+    params, grads = draw(torch.float32, 0), [draw(torch.float32, 1), draw(torch.float32, 2)]
+    compensation = draw(torch.float32, 3, scale=1e-4)
+    options = {"lr": 0.3, "l": 8, "skip_nonfinite": True, "backend": "triton"}
+    ours, _, a, b = both(params, *grads, compensation=compensation, lr=0.3, l=8, skip_nonfinite=True)
+    assert bool(ours.finite)
+    assert_same(a, b)
+    grads[which][-1][-1] = bad
+    before = [t.clone() for t in (*params, *compensation)]
+    stats = svag_step_(params, *grads, compensation=compensation, **options)  # type: ignore[arg-type]
+    assert not bool(stats.finite)
+    assert_same([*params, *compensation], before)
+
+
+def test_at_l_1_a_bad_second_gradient_never_reaches_the_params() -> None:
+    params, grads1, grads2 = draw(torch.float32, 0), draw(torch.float32, 1), draw(torch.float32, 2)
+    grads2[-1][0] = math.inf
+    stats = svag_step_(params, grads1, grads2, lr=0.1, l=1, backend="triton")
+    assert all(p.isfinite().all() for p in params)
+    assert not bool(stats.finite)
+
+
+def test_finite_gradients_whose_squares_overflow_float32_have_finite_statistics() -> None:
+    lists = draw(torch.float32, 0), draw(torch.float32, 1, scale=1e25), draw(torch.float32, 2, scale=1e25)
+    ours, theirs, _, _ = both(*lists, lr=0.0, l=2)
+    torch.testing.assert_close(ours.raw, theirs.raw, rtol=1e-6, atol=0)
+
+
+def test_auto_never_takes_the_interpreter() -> None:
+    assert "triton" not in select("svag_step_", "auto", [torch.ones(1)]).__name__
