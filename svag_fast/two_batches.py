@@ -28,13 +28,14 @@ class TwoBatchGradients:
     take two passes as well: there is no overhead left to save, and half the activations fit better into the cache.
 
     Args:
-        model: maps images to logits. While `self` lives, nobody else may replace its convolutions' `forward`.
+        model: maps images to logits. Its modules must stay the same while `self` lives.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.separable = _halves_are_separable(model)
+        self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, freeze_statistics: bool = False
@@ -61,7 +62,7 @@ class TwoBatchGradients:
 
     def _in_one_pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         twins = [p.detach().requires_grad_() for p in self.params]
-        with _convolutions_by_halves(self.model, dict(zip(self.params, twins, strict=True))):
+        with _by_halves(self._convolutions, dict(zip(self.params, twins, strict=True))):
             logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none").view(2, -1).mean(1)
         grads = torch.autograd.grad(losses.sum(), [*self.params, *twins])
@@ -101,12 +102,11 @@ class _ConvolutionByHalves(torch.autograd.Function):
 
 
 @contextmanager
-def _convolutions_by_halves(model: nn.Module, twins: dict[Tensor, Tensor]) -> Iterator[None]:
+def _by_halves(convolutions: list[nn.Conv2d], twins: dict[Tensor, Tensor]) -> Iterator[None]:
     def forward(module: nn.Conv2d, x: Tensor) -> Tensor:
         result: Tensor = _ConvolutionByHalves.apply(x, module.weight, twins[module.weight], module)  # type: ignore[no-untyped-call]
         return result
 
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     try:
         for module in convolutions:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
