@@ -13,7 +13,8 @@ import signal
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -128,7 +129,7 @@ def run_experiment(
 
     Raises:
         ExperimentError: a run failed; the others were stopped and saved.
-        ExperimentInterruptedError: Ctrl-C; all were stopped and saved.
+        ExperimentInterruptedError: Ctrl-C or a polite kill; all were stopped and saved.
     """
     waiting = sorted(config.runs(), key=lambda run: run.cost)
     total, count = sum(run.cost for run in waiting), len(waiting)
@@ -147,7 +148,7 @@ def run_experiment(
         console=console,
         speed_estimate_period=60,
     )
-    with progress:
+    with progress, _termination_as_interrupt():
         bar = progress.add_task(f"0 of {count} runs", total=total)
         try:
             while waiting or workers:
@@ -207,6 +208,20 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
     finally:
         signal.signal(signal.SIGINT, before)
     return context
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM, as of a batch system or a container that ends, like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(

@@ -17,7 +17,7 @@ from svag_fast.cli import main
 from svag_fast.config import ExperimentConfig
 from svag_fast.experiments import ExperimentError, prepare_folder, read_experiment
 
-OPTIONS = ["--batch-size", "4,16", "--l", "1,3", "--seeds", "1", "--effective-steps", "120", "--rows", "12"]
+OPTIONS = ["--batch-size", "4,16", "--l", "1,3", "--seeds", "1", "--effective-steps", "80", "--rows", "12"]
 RUNS = {"b4-lr0.1-l1-seed0", "b4-lr0.1-l3-seed0", "b16-lr0.4-l1-seed0", "b16-lr0.4-l3-seed0"}
 
 
@@ -55,6 +55,7 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "x"
     output = finish(*OPTIONS, "--out", out, "--jobs", 2)
     assert "4 of 4 runs" in output
+    assert "B = 4" in output
     return out
 
 
@@ -67,6 +68,8 @@ def wait_for(condition, process, timeout=100.0):
 
 def test_every_run_leaves_its_config_and_metrics(whole):
     assert {folder.name for folder in whole.iterdir() if folder.is_dir()} == RUNS
+    assert json.loads((whole / "summary.json").read_text())["finished"] == 4
+    assert (whole / "convergence.png").read_bytes().startswith(b"\x89PNG")
     for name in RUNS:
         config = json.loads((whole / name / "config.json").read_text())
         assert {
@@ -83,7 +86,7 @@ def test_every_run_leaves_its_config_and_metrics(whole):
         assert config["versions"]["torch"] == torch.__version__
         assert "commit" in config
     rows, _ = result(whole)["b16-lr0.4-l3-seed0"]
-    assert float(rows[-1]["effective_step"]) == 30
+    assert float(rows[-1]["effective_step"]) == 20
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
@@ -117,11 +120,15 @@ def finish_when_free(out):
     raise AssertionError(output)
 
 
-def test_ctrl_c_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(whole, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(whole, tmp_path, stop):
     out = tmp_path / "x"
     process = start(*OPTIONS, "--out", out, "--jobs", 2)
     wait_for(lambda: len(list(out.glob("*/config.json"))) >= 2, process)
-    os.killpg(process.pid, signal.SIGINT)
+    if stop == signal.SIGINT:
+        os.killpg(process.pid, stop)  # as a terminal does
+    else:
+        process.send_signal(stop)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "--resume" in output
@@ -129,8 +136,9 @@ def test_ctrl_c_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(whole,
     with pytest.raises(ProcessLookupError):
         wait_for_end_of_group(process.pid)
     assert any(out.glob("*/checkpoint.pt"))
-    finish("--resume", "--out", out, "--jobs", 1)
-    assert result(out) == result(whole)
+    if stop == signal.SIGINT:
+        finish("--resume", "--out", out, "--jobs", 1)
+        assert result(out) == result(whole)
 
 
 def wait_for_end_of_group(group):
