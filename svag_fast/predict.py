@@ -10,9 +10,9 @@ import csv
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -21,7 +21,17 @@ from svag_fast.equilibrium import LEAST, Equilibrium, detect_equilibrium
 from svag_fast.estimate import Estimate, require_not_negative, require_positive
 from svag_fast.theory import SQRT2, Certificate, KappaForm, critical_kappa, sde_fails_certificate
 
-__all__ = ["Baseline", "Outlook", "Prediction", "Series", "from_baseline", "from_csv", "from_runs", "measure"]
+__all__ = [
+    "Baseline",
+    "Outlook",
+    "Prediction",
+    "Series",
+    "from_baseline",
+    "from_csv",
+    "from_runs",
+    "measure",
+    "predict_if_possible",
+]
 
 Verdict: TypeAlias = Literal["fails", "silent", "undecided"]
 FORMS: tuple[KappaForm, ...] = ("exact", "approximate", "tightened")
@@ -93,6 +103,16 @@ class Prediction:
         B, kappa = self.baseline.batch_size, self.kappa[form]
         return Estimate(kappa.value * B, kappa.standard_error * B)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values for JSON, with B*, its interval and the words."""
+        star = self.batch_size()
+        return {
+            **asdict(self),
+            "batch_size": None if star is None else asdict(star),
+            "batch_size_interval": None if star is None else star.interval(self.confidence),
+            "verdict": self.sentences(),
+        }
+
     def sentences(self) -> list[str]:
         """Return the prediction in words, a list of plain sentences."""
         base = self.baseline
@@ -125,11 +145,11 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
 
     Args:
         series: runs of the same batch size, lr and weight decay; only steps that all of them have are used.
-        last: the window, as a fraction of the phase.
+        last: the window, as a fraction of the phase; widened to 12 rows where it holds fewer, up to half the phase.
         tolerance: of the equilibrium test, see :func:`svag_fast.equilibrium.detect_equilibrium`.
 
     Raises:
-        ValueError: no runs, runs of different settings, or fewer than 12 rows with G and N in the window.
+        ValueError: no runs, runs of different settings, or fewer than 12 rows with G and N in half the phase.
     """
     if not series:
         raise ValueError("series is empty: at least one run is needed")
@@ -147,17 +167,18 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
     if any(not np.array_equal(_at(s, s.lr, common), lr) for s in series):
         raise ValueError(f"{name}: these differ in learning rate and can't be averaged")
     begin, end = _longest_phase(lr)
-    start = end - math.floor(last * (end - begin))
-    if end - start < LEAST:
+    rows = max(math.floor(last * (end - begin)), LEAST)
+    start = end - rows
+    if rows > max(last, 0.5) * (end - begin):
         raise TooFewRowsError(
-            f"{name}: {end - start} rows with G and N in the last {last:g} of the {end - begin} rows of the phase at "
-            f"constant lr; at least {LEAST} are needed: run longer, log more often, or widen the window"
+            f"{name}: {end - begin} rows with G and N in the phase at constant lr, whose later half must hold at "
+            f"least {LEAST}: run longer or log more often"
         )
     window = common[start:end]
 
     def mean(column: Sequence[Array | None]) -> Array:
-        rows = [_at(s, values, window) for s, values in zip(series, column, strict=True) if values is not None]
-        return np.asarray(np.mean(rows, axis=0), dtype=np.float64)
+        values = [_at(s, v, window) for s, v in zip(series, column, strict=True) if v is not None]
+        return np.asarray(np.mean(values, axis=0), dtype=np.float64)
 
     rate = float(lr[start])
     equilibrium = detect_equilibrium(
@@ -223,10 +244,23 @@ def from_runs(
     """
     folder = Path(folder)
     runs = [load_run(folder)] if (folder / "config.json").is_file() else load_runs(folder)
-    sgd = [run for run in runs if run.l == 1]
-    if not sgd:
+    if not any(run.l == 1 for run in runs):
         raise ValueError(f"{folder}: no SGD run (l = 1) in it, and Theorem 5.6 is about SGD")
-    groups = group_by_batch_size(sgd)
+    return _from_sgd_runs(runs, C=C, last=last, tolerance=tolerance, confidence=confidence)
+
+
+def predict_if_possible(runs: Sequence[Run], *, C: float = SQRT2, confidence: float = 0.95) -> Prediction | None:
+    """Return what :func:`from_runs` says of runs that are read already; None without SGD runs that are long enough."""
+    if not any(run.l == 1 for run in runs):
+        return None
+    try:
+        return _from_sgd_runs(runs, C=C, last=0.25, tolerance=0.2, confidence=confidence)
+    except TooFewRowsError:
+        return None
+
+
+def _from_sgd_runs(runs: Sequence[Run], *, C: float, last: float, tolerance: float, confidence: float) -> Prediction:
+    groups = group_by_batch_size(run for run in runs if run.l == 1)
     (batch_size, lr), group = next(iter(groups.items()))
     baseline = measure([_series(run) for run in group], last=last, tolerance=tolerance)
     others: list[tuple[int, Baseline | None]] = []

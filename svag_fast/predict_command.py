@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +63,13 @@ def predict(
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
     if as_json:
-        click.echo(json.dumps([as_dict(p) for p in predictions], indent=2, ensure_ascii=False))
+        click.echo(json.dumps([p.as_dict() for p in predictions], indent=2, ensure_ascii=False))
         return
     console = Console()
     for prediction in predictions:
         show(prediction, console)
     if plot is not None:
         console.print(f"Figure: {plot}", highlight=False)
-
-
-def as_dict(prediction: Prediction) -> dict[str, Any]:
-    """Return the prediction as plain values for JSON, B* and its interval and the words included."""
-    star = prediction.batch_size()
-    return {
-        **asdict(prediction),
-        "batch_size": None if star is None else asdict(star),
-        "batch_size_interval": None if star is None else star.interval(prediction.confidence),
-        "verdict": prediction.sentences(),
-    }
 
 
 def show(prediction: Prediction, console: Console) -> None:

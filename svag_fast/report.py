@@ -22,6 +22,7 @@ from svag_fast.convergence_plot import convergence_figure
 from svag_fast.curves import Run, group_by_batch_size, group_by_l, load_runs
 from svag_fast.estimate import Estimate
 from svag_fast.files import replace_file
+from svag_fast.predict import Prediction, predict_if_possible
 from svag_fast.theory import Norms, c_closeness
 from svag_fast.verdict import Difference, Verdict, judge
 from svag_fast.verdict_text import headline, sentences, shown
@@ -65,6 +66,8 @@ class Report:
     verdicts: Sequence[Verdict]
     rows: Sequence[Sequence[Row]]
     confidence: float
+    prediction: Prediction | None
+    """What the smallest batch's SGD runs alone foretell of linear scaling; None where they are too few or short."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as plain numbers, texts, lists and dicts; what was not measured is None."""
@@ -74,6 +77,7 @@ class Report:
             "confidence": self.confidence,
             "runs": len(self.runs),
             "finished": sum(run.finished for run in self.runs),
+            "prediction": None if self.prediction is None else self.prediction.as_dict(),
             "batch_sizes": [
                 {
                     "batch_size": verdict.batch_size,
@@ -128,6 +132,10 @@ class Report:
             console.print(f"[bold]B = {verdict.batch_size}, lr = {verdict.lr:g}[/bold]", highlight=False)
             for sentence in sentences(verdict):
                 console.print(Padding(sentence, (0, 0, 0, 2)))
+        if self.prediction is not None:
+            console.print("[bold]Foretold from the smallest batch's SGD runs alone[/bold]", highlight=False)
+            for sentence in self.prediction.sentences():
+                console.print(Padding(sentence, (0, 0, 0, 2)))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``summary.json`` and ``convergence.png`` into ``folder``, each in one step.
@@ -169,7 +177,7 @@ def make_report(folder: str | os.PathLike[str], *, metric: str = "test_accuracy"
     runs = load_runs(folder)
     verdicts = judge(runs, metric=metric, confidence=confidence)
     rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
-    return Report(runs, verdicts, rows, confidence)
+    return Report(runs, verdicts, rows, confidence, predict_if_possible(runs, confidence=confidence))
 
 
 @click.command()

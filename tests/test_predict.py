@@ -132,9 +132,14 @@ def test_a_run_that_has_not_come_to_its_decay_is_predicted_from(tmp_path):
     assert from_runs(run).baseline.last_step == 500
 
 
-def test_too_short_a_run_is_refused_with_what_to_do(tmp_path):
+def test_the_window_is_widened_to_twelve_rows(tmp_path):
     write_run(tmp_path, rows=40)
-    with pytest.raises(TooFewRowsError, match=r"8 rows .* at least 12 are needed"):
+    assert from_runs(tmp_path).baseline.rows == 12
+
+
+def test_too_short_a_run_is_refused_with_what_to_do(tmp_path):
+    write_run(tmp_path, rows=28)
+    with pytest.raises(TooFewRowsError, match=r"22 rows .* at least 12: run longer"):
         from_runs(tmp_path)
 
 

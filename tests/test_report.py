@@ -136,3 +136,21 @@ def test_live_report_follows_the_runs_without_taking_their_time(
         live()
         clock[0] += 1.0
     assert drawn == [100.0, 111.0, 122.0]
+
+
+def test_the_smallest_batchs_sgd_foretells_which_batch_size_fails(folder: Path) -> None:
+    """The made runs have N/G = 1.2 at B = 8: κ* = 4.4, and 128 is 16 times 8."""
+    found = make_report(folder)
+    prediction = json.loads(json.dumps(found.as_dict(), allow_nan=False))["prediction"]
+    assert prediction["kappa"]["exact"]["value"] == pytest.approx(4.4)
+    assert [(o["batch_size"], o["verdict"]) for o in prediction["outlook"]] == [(128, "fails")]
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    found.print(console)
+    assert "B = 128 (κ = 16): foretold to fail." in console.export_text()
+
+
+def test_runs_too_short_to_foretell_from_are_reported_all_the_same(tmp_path: Path) -> None:
+    write_run(tmp_path, accuracy=np.linspace(0.1, 0.9, 9))
+    found = make_report(tmp_path)
+    assert found.prediction is None
+    assert found.as_dict()["prediction"] is None
