@@ -10,7 +10,7 @@ export CXX
 python := $(VENV)/bin/python
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: run test nightly bench lint gpu-report clean
+.PHONY: run test nightly bench lint clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/svag-fast run $(ARGS)
