@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,28 +147,6 @@ class Report:
             file.write(text.encode() + b"\n")
         with plots.style():
             plots.save(convergence_figure(self.runs, self.verdicts), Path(folder) / "convergence.png")
-
-
-class LiveReport:
-    """Call it whenever a run has ended: it saves the report anew, but spends at most ``share`` of the time on that.
-
-    Args:
-        folder: The folder of the runs.
-        share: Of the time that passes, the part that may go into drawing; a picture takes about a second.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], *, share: float = 0.05) -> None:
-        self.folder = folder
-        self.share = share
-        self._due = 0.0
-
-    def __call__(self) -> None:
-        """Save the report if it is due."""
-        start = time.monotonic()
-        if start >= self._due:
-            make_report(self.folder).save(self.folder)
-            end = time.monotonic()
-            self._due = end + (end - start) / self.share
 
 
 def make_report(folder: str | os.PathLike[str], *, metric: str = "test_accuracy", confidence: float = 0.95) -> Report:

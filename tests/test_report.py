@@ -11,7 +11,7 @@ from make_runs import rising, write_process, write_run
 from rich.console import Console
 
 from svag_fast.cli import main
-from svag_fast.report import LiveReport, make_report
+from svag_fast.report import make_report
 
 
 @pytest.fixture(scope="module")
@@ -116,26 +116,6 @@ def test_unknown_metric_is_refused_by_name_before_anything_is_written(tmp_path: 
     assert result.exit_code == 1
     assert "no column 'accuracy'" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["B8-l1-seed0"]
-
-
-def test_live_report_follows_the_runs_without_taking_their_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a drawing that takes 1 s and a share of a tenth, a second one comes after 10 s more."""
-    clock, drawn = [100.0], []
-
-    def draw(*_: object) -> None:
-        drawn.append(clock[0])
-        clock[0] += 1.0
-
-    monkeypatch.setattr("svag_fast.report.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("svag_fast.report.Report.save", draw)
-    write_run(tmp_path)
-    live = LiveReport(tmp_path, share=0.1)
-    for _ in range(30):
-        live()
-        clock[0] += 1.0
-    assert drawn == [100.0, 111.0, 122.0]
 
 
 def test_the_smallest_batchs_sgd_foretells_which_batch_size_fails(folder: Path) -> None:

@@ -193,7 +193,7 @@ def test_pure_noise_is_called_a_difference_at_most_as_often_as_promised(
 ) -> None:
     sds = {1: sgd_sd, 2: (sgd_sd + 0.05) / 2, 4: 0.05, 8: 0.05}
     rng = np.random.default_rng(5)
-    repetitions, alpha = 250, 0.05
+    repetitions, alpha = 120, 0.05
     alarms = 0
     for _ in range(repetitions):
         found = compare(made_processes(rng, {l: rising() for l in sds}, seeds, sds, correlation), alpha=alpha)
@@ -204,7 +204,7 @@ def test_pure_noise_is_called_a_difference_at_most_as_often_as_promised(
 def test_three_seeds_of_pure_noise_seldom_leave_it_open() -> None:
     """docs/verdict.md promises at most one batch size in ten, for three comparisons with three seeds."""
     rng = np.random.default_rng(6)
-    repetitions, rate = 400, 0.1
+    repetitions, rate = 200, 0.1
     sds = dict.fromkeys((1.0, 2.0, 4.0, 8.0), 0.05)
     still_open = 0
     for _ in range(repetitions):
@@ -217,7 +217,7 @@ def test_three_seeds_of_pure_noise_seldom_leave_it_open() -> None:
 def test_squared_distance_is_unbiased_and_its_error_is_honest(gap: float) -> None:
     """The mean of d² over repetitions is the true one, and one standard error holds the truth as often as claimed."""
     rng = np.random.default_rng(7)
-    repetitions, sds = 400, {1.0: 0.08, 2.0: 0.05}
+    repetitions, sds = 250, {1.0: 0.08, 2.0: 0.05}
     means: dict[float, Mean] = {1: lambda u: 0.5 + 0 * u, 2: lambda u: 0.5 + gap + 0 * u}
     squares, covered = [], 0
     for _ in range(repetitions):
@@ -268,7 +268,7 @@ def test_a_departure_of_three_standard_deviations_is_found_with_three_seeds() ->
     rng = np.random.default_rng(10)
     means: dict[float, Mean] = {1: rising(8, 0.82), 2: rising(), 4: rising(), 8: rising()}
     sds = dict.fromkeys(means, 0.05)
-    repetitions = 200
+    repetitions = 100
     found = 0
     for _ in range(repetitions):
         first, *_ = compare(made_processes(rng, means, 3, sds, 0.5), alpha=0.05)
