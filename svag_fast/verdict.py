@@ -144,7 +144,7 @@ def compare(processes: Mapping[float, Sequence[Curve]], *, alpha: float, windows
         if min(len(processes[l]), len(processes[largest])) > 1:
             noise = math.sqrt((scatter[l] + scatter[largest]) / 2)
             curve = _curve_difference(averaged[l], averaged[largest], noise, dimension)
-            end = _end_difference(ends[l], ends[largest])
+            end = _end_difference(ends[l], ends[largest], random=noise > 0)
         found.append(Comparison(l, largest, share, curve, end))
     return found
 
@@ -262,15 +262,19 @@ def _curve_difference(a: Array, b: Array, seed_noise: float, dimension: float) -
     )
 
 
-def _end_difference(a: Array, b: Array) -> Difference:
-    """Distance of two processes' mean last values, by Welch's t test."""
+def _end_difference(a: Array, b: Array, *, random: bool) -> Difference:
+    """Distance of two processes' mean last values, by Welch's t test.
+
+    Seeds of a ``random`` process that end on the same value do so by chance (an accuracy has few values), not for lack
+    of noise: where all do, a distance is not significant.
+    """
     gap = abs(float(a.mean() - b.mean()))
     variances = [float(c.var(ddof=1)) for c in (a, b)]
     parts = [(variance / len(c), len(c) - 1) for variance, c in zip(variances, (a, b), strict=True)]
     error = math.sqrt(sum(part for part, _ in parts))
     seed_noise = math.sqrt(sum(variances) / 2)
     if error == 0:
-        p_value = 0.0 if gap > 0 else 1.0
+        p_value = 1.0 if random or gap == 0 else 0.0
     else:
         welch = error**4 / sum(part**2 / df for part, df in parts)
         p_value = _f_tail((gap / error) ** 2, 1.0, welch)

@@ -150,6 +150,17 @@ def test_runs_without_noise_are_told_apart_by_any_difference(tmp_path: Path) -> 
     assert {l: c.agreement for l, c in verdict_of(tmp_path).comparisons.items()} == {1: "differs", 2: "differs"}
 
 
+def test_seeds_that_end_alike_by_chance_are_no_proof_of_a_difference(tmp_path: Path) -> None:
+    """Two seeds each, whose accuracies happen to end on the same count of test images."""
+    for l, end in ((1, 0.97), (2, 0.98)):
+        for seed in range(2):
+            write_run(tmp_path, l=l, seed=seed, accuracy=[0.1, 0.8 + 0.1 * seed, 0.9 - 0.1 * seed, end])
+    comparison = verdict_of(tmp_path).comparisons[1]
+    assert comparison.end is not None
+    assert comparison.end.seed_noise == 0
+    assert comparison.agreement == "cannot tell"
+
+
 def test_each_batch_size_and_rate_has_a_verdict_of_its_own(tmp_path: Path) -> None:
     write_sequence(tmp_path, {1: rising(), 2: rising(), 4: rising()}, batch_size=8)
     write_sequence(tmp_path, {1: rising(1, 0.4), 2: rising(), 4: rising()}, batch_size=128, rng_seed=1)
