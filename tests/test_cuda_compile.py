@@ -1,0 +1,73 @@
+"""What nvcc makes of every CUDA kernel for every architecture: nothing spilled, 16-byte accesses, no growth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cuda_report
+import pytest
+
+KERNELS = sorted(json.loads(cuda_report.GOLDEN.read_text())["kernels"])
+ARCHS = [f"sm_{arch}" for arch in cuda_report.ARCHS]
+
+pytestmark = pytest.mark.skipif(
+    cuda_report.why_unavailable() is not None, reason=f"{cuda_report.why_unavailable()}: CUDA kernels not compiled"
+)
+
+
+@pytest.fixture(scope="module")
+def reports(pytestconfig: pytest.Config) -> dict[str, dict[str, Any]]:
+    return cuda_report.cached(Path(pytestconfig.cache.mkdir("cuda_report")))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(cuda_report.GOLDEN.read_text())
+    return value
+
+
+def grown(report: dict[str, Any], recorded: dict[str, int]) -> list[str]:
+    return [f"{key} {recorded[key]} -> {report[key]}" for key in recorded if report[key] > recorded[key]]
+
+
+@pytest.mark.kernels("step_kernel", "finish_kernel", ran="compile")
+def test_the_golden_file_names_every_kernel(reports: dict[str, Any], golden: dict[str, Any]) -> None:
+    assert sorted(reports) == sorted(golden["kernels"]), f"write it anew: {cuda_report.WRITE}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_register_is_spilled_and_no_stack_used(reports: dict[str, Any], kernel: str, arch: str) -> None:
+    report = reports[kernel][arch]
+    assert (report["stores"], report["loads"], report["stack"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_registers_and_shared_memory_have_not_grown(
+    reports: dict[str, Any], golden: dict[str, Any], kernel: str, arch: str
+) -> None:
+    if golden["nvcc"] != cuda_report.nvcc_version():
+        pytest.skip(f"tests/golden/cuda.json is nvcc {golden['nvcc']}'s, this is {cuda_report.nvcc_version()}")
+    growth = grown(reports[kernel][arch], golden["kernels"][kernel][arch])
+    assert not growth, f"{kernel} on {arch} grew: {', '.join(growth)}. If that is meant: {cuda_report.WRITE}"
+
+
+def test_growth_of_one_register_is_seen() -> None:
+    assert grown({"registers": 61, "shared": 8}, {"registers": 60, "shared": 8}) == ["registers 60 -> 61"]
+    assert grown({"registers": 60, "shared": 8}, {"registers": 60, "shared": 8}) == []
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.nightly), 120])
+def test_the_float32_loop_moves_16_bytes_an_access(arch: int) -> None:
+    """Params, both gradients and the compensation are read, params and compensation written, all by 128 bits."""
+    text = cuda_report.float32_only((cuda_report.CSRC / "cuda" / "step.cu").read_text())
+    loops = cuda_report.compile_source(text, arch)["step_kernel<76>"]["loops"]
+    packed = [loop for loop in map(cuda_report.instruction_mix, loops) if "128-bit load" in loop]
+    assert packed
+    for mix in packed:
+        assert (mix["128-bit load"], mix["128-bit store"]) == (4, 2)
+        assert "other load" not in mix
+        assert "other store" not in mix
