@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from svag_fast.ops.backends import check_name
 from svag_fast.ops.checks import PARAM_DTYPES, check_l, check_nonnegative
-from svag_fast.ops.step import RepeatedStep, StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.step import RepeatedStep, StepStats, step_coefficients, svag_coefficients, svag_step_
 
 Grads = list[Tensor]
 
@@ -165,8 +165,13 @@ class TwoBatchOptimizer(Optimizer):
         self.stats = StepStats.total(parts)
         taken = self.stats.finite if scaled else True
         for group in self.param_groups:
-            group["steps"] = group["steps"] + taken
-            group["time"] = group["time"] + taken * (group["lr"] / group["l"])
+            steps, time = group["steps"], group["time"]
+            if group.get("capturable"):  # in place: a replayed graph counts on
+                steps += taken
+                time += taken * (group["lr"] / group["l"])
+            else:
+                group["steps"] = steps + taken
+                group["time"] = time + taken * (group["lr"] / group["l"])
         return self.stats
 
     def _unscale(self, held: list[list[Tensor | None]] | None) -> bool:
@@ -242,6 +247,9 @@ class SVAG(TwoBatchOptimizer):
         weight_decay: the paper's lambda.
         compensated: keep in float32 what rounding the parameters loses (one float32 buffer a parameter): needed where
             ``lr / l`` is so small that a step is below one ulp of the parameters. Not for float64 parameters.
+        capturable: allow the step in a CUDA graph: ``lr`` becomes a 0-d float64 tensor on the parameters' device (one
+            that is given stays), which the kernel reads when it runs, so a replayed graph follows what a scheduler
+            writes there. Take a few steps before the capture. Needs backend ``cuda`` or ``triton`` in a graph.
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
@@ -259,10 +267,38 @@ class SVAG(TwoBatchOptimizer):
         l: float = 1,
         weight_decay: float = 0.0,
         compensated: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
     ) -> None:
-        defaults = {"lr": lr, "l": l, "weight_decay": weight_decay, "compensated": compensated, "backend": backend}
+        defaults = {
+            "lr": lr,
+            "l": l,
+            "weight_decay": weight_decay,
+            "compensated": compensated,
+            "capturable": capturable,
+            "backend": backend,
+        }
         super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        super()._reset()
+        # What a capturable step reads on each device, and the weight decay that was written there.
+        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with its own options; ``l`` must be the other groups' own."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["capturable"]:
+            for name in ("lr", "steps", "time"):
+                if not isinstance(group[name], Tensor):
+                    device = group["params"][0].device
+                    group[name] = torch.tensor(float(group[name]), dtype=torch.float64, device=device)
 
     def _dtypes(self, group: dict[str, Any]) -> tuple[torch.dtype, ...]:
         return tuple(d for d in PARAM_DTYPES if d != torch.float64 or not group["compensated"])
@@ -281,6 +317,19 @@ class SVAG(TwoBatchOptimizer):
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
     ) -> StepStats:
+        compensation = [self._compensation(p) for p in params] if group["compensated"] else None
+        if group["capturable"]:
+            return svag_step_(
+                params,
+                grads1,
+                grads2,
+                lr=0.0,  # the coefficients' is used
+                l=group["l"],
+                compensation=compensation,
+                skip_nonfinite=skip_nonfinite,
+                coefficients=self._coefficients(group, params[0].device),
+                backend=group["backend"],
+            )
         return self._steps.setdefault(id(group), RepeatedStep())(
             params,
             grads1,
@@ -288,10 +337,20 @@ class SVAG(TwoBatchOptimizer):
             lr=float(group["lr"]),
             l=group["l"],
             weight_decay=group["weight_decay"],
-            compensation=[self._compensation(p) for p in params] if group["compensated"] else None,
+            compensation=compensation,
             skip_nonfinite=skip_nonfinite,
             backend=group["backend"],
         )
+
+    def _coefficients(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        """Return the group's coefficients on the device, with lr copied there by the device itself."""
+        weight_decay = float(group["weight_decay"])
+        coefficients, written = self._on_device.get((id(group), device), (None, None))
+        if coefficients is None or written != weight_decay:
+            coefficients = step_coefficients(0.0, group["l"], weight_decay, device)
+            self._on_device[id(group), device] = coefficients, weight_decay
+        coefficients[0].copy_(group["lr"])
+        return coefficients
 
     def _compensation(self, p: Tensor) -> Tensor:
         state = self.state[p]

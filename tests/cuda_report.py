@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels: registers, spills, shared memory, and the instructions of the SASS.
 
-    python tests/cuda_report.py            the instruction mix of the float32 loops, as docs/roofline.md shows it
-    python tests/cuda_report.py --write    write tests/golden/cuda.json anew, after a change that is meant
+python tests/cuda_report.py            the instruction mix of the float32 loops, as docs/roofline.md shows it
+python tests/cuda_report.py --write    write tests/golden/cuda.json anew, after a change that is meant
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def nvcc_version() -> str:
 def _cuobjdump() -> str | None:
     spec = importlib.util.find_spec("triton")
     folders = [Path(p) / "backends/nvidia/bin" for p in (spec.submodule_search_locations or [])] if spec else []
-    return shutil.which("cuobjdump") or next((str(f / "cuobjdump") for f in folders if (f / "cuobjdump").exists()), None)
+    found = (str(f / "cuobjdump") for f in folders if (f / "cuobjdump").exists())
+    return shutil.which("cuobjdump") or next(found, None)
 
 
 def sources() -> list[Path]:
@@ -64,7 +65,7 @@ def sources() -> list[Path]:
 
 def digest() -> str:
     """Return a hash of all that a report depends on."""
-    files = sorted(p for suffix in ("*.cu", "*.cuh", "*.h") for p in CSRC.rglob(suffix))
+    files = [*sorted(CSRC.glob("*.h")), *sorted((CSRC / "cuda").iterdir())]
     parts = [nvcc_version().encode(), repr((ARCHS, FLAGS)).encode(), Path(__file__).read_bytes()]
     return hashlib.sha256(b"".join(parts + [p.read_bytes() for p in files])).hexdigest()[:16]
 

@@ -60,7 +60,7 @@ def test_growth_of_one_register_is_seen() -> None:
     assert grown({"registers": 60, "shared": 8}, {"registers": 60, "shared": 8}) == []
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.nightly), 120])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(a, marks=pytest.mark.nightly) for a in (90, 100, 120))])
 def test_the_float32_loop_moves_16_bytes_an_access(arch: int) -> None:
     """Params, both gradients and the compensation are read, params and compensation written, all by 128 bits."""
     text = cuda_report.float32_only((cuda_report.CSRC / "cuda" / "step.cu").read_text())

@@ -70,7 +70,7 @@ class HostKernels:
 
 def build(sources: list[Path], mode: str, cache: Path, extra: tuple[str, ...] = ()) -> Path:
     """Build a shared library from .cu and .cpp sources, or take the one in the cache if nothing has changed."""
-    headers = sorted([*HERE.rglob("*.h"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "runtime.cpp"])
+    headers = sorted([*HERE.rglob("*.h"), *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), HERE / "runtime.cpp"])
     digest = hashlib.sha256(repr((FLAGS, MODES[mode], extra, [str(s) for s in sources])).encode())
     for path in [*headers, *sources]:
         digest.update(path.read_bytes())
