@@ -18,6 +18,7 @@
 #ifdef SVAG_WITH_CUDA
 #include "cuda/error.h"
 #include "cuda/step.h"
+#include "cuda/step_per_sample.h"
 #endif
 
 namespace py = pybind11;
@@ -139,6 +140,24 @@ void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses
     py::gil_scoped_release unlocked;
     raise_for(svag_step_cuda(tensors.data(), static_cast<int64_t>(tensors.size()), options));
 }
+
+void cuda_step_per_sample(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
+                          const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, int64_t samples1,
+                          int64_t samples2, double rate, double c1, double c2, double weight_decay, int device,
+                          std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t sq_norms,
+                          std::uintptr_t stats) {
+    const auto tensors = step_tensors(params, grads1, grads2, {}, sizes, dtypes, dtypes);
+    const svag::CudaPerSampleOptions options{{rate, c1, c2, weight_decay},
+                                             samples1,
+                                             samples2,
+                                             device,
+                                             reinterpret_cast<void*>(stream),
+                                             reinterpret_cast<double*>(workspace),
+                                             reinterpret_cast<double*>(sq_norms),
+                                             reinterpret_cast<double*>(stats)};
+    py::gil_scoped_release unlocked;
+    raise_for(svag_step_per_sample_cuda(tensors.data(), static_cast<int64_t>(tensors.size()), options));
+}
 #endif
 
 }  // namespace
@@ -162,5 +181,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_step_workspace", [](const std::vector<int64_t>& sizes) {
         return svag_step_cuda_workspace(sizes.data(), static_cast<int64_t>(sizes.size()));
     });
+    m.def("cuda_step_per_sample", &cuda_step_per_sample);
+    m.def("cuda_step_per_sample_workspace",
+          [](const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, int64_t samples) {
+              return svag_step_per_sample_cuda_workspace(sizes.data(), dtypes.data(),
+                                                         static_cast<int64_t>(sizes.size()), samples);
+          });
 #endif
 }

@@ -82,3 +82,22 @@ def cuda_step(
     stats: int,
 ) -> None: ...
 def cuda_step_workspace(sizes: list[int]) -> int: ...
+def cuda_step_per_sample(
+    params: list[int],
+    grads1: list[int],
+    grads2: list[int],
+    sizes: list[int],
+    dtypes: list[int],
+    samples1: int,
+    samples2: int,
+    rate: float,
+    c1: float,
+    c2: float,
+    weight_decay: float,
+    device: int,
+    stream: int,
+    workspace: int,
+    sq_norms: int,
+    stats: int,
+) -> None: ...
+def cuda_step_per_sample_workspace(sizes: list[int], dtypes: list[int], samples: int) -> int: ...

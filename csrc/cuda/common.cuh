@@ -99,6 +99,68 @@ inline cudaLaunchConfig_t launch_config(int64_t blocks, cudaStream_t stream) {
     return config;
 }
 
+// Kernel parameters end at 4 KB before CUDA 12.1, at 32764 bytes since; a small table is cheaper to launch with.
+constexpr int kSmallTable = 76;
+#if CUDART_VERSION >= 12010
+constexpr int kLargeTable = 624;
+#else
+constexpr int kLargeTable = kSmallTable;
+#endif
+
+// A list's descriptors, passed to a kernel by value.
+template <int kCapacity>
+struct Table {
+    int count;
+    int first_partial;           // of the table's first block
+    int first_block[kCapacity];  // of each tensor, within the launch
+    StepTensor tensors[kCapacity];
+
+    // The tensor that a block works on: the last that starts at or before it.
+    __device__ __forceinline__ int tensor_of(int block) const {
+        int low = 0, high = count;
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (first_block[middle] <= block)
+                low = middle;
+            else
+                high = middle;
+        }
+        return low;
+    }
+};
+
+// Launch the kernel over the list, as many tensors at a time as a table holds; blocks(t) is a tensor's part of the grid.
+template <int kCapacity, class Pass, class Blocks>
+cudaError_t launch_table(void (*kernel)(Table<kCapacity>, Pass), const StepTensor* tensors, int64_t count,
+                         const Blocks& blocks, const Pass& pass, cudaStream_t stream) {
+    static_assert(sizeof(Table<kCapacity>) + sizeof(Pass) <= (kCapacity == kSmallTable ? 4096 : 32764),
+                  "the table must fit into the kernel's parameters");
+    Table<kCapacity> table;
+    int64_t partial = 0;
+    for (int64_t i = 0; i < count;) {
+        table.count = 0;
+        table.first_partial = static_cast<int>(partial);
+        int64_t grid = 0;
+        for (; i < count && table.count < kCapacity; ++i) {
+            if (tensors[i].size == 0) continue;
+            table.tensors[table.count] = tensors[i];
+            table.first_block[table.count++] = static_cast<int>(grid);
+            grid += blocks(tensors[i]);
+        }
+        if (grid == 0) break;
+        const cudaLaunchConfig_t config = launch_config(grid, stream);
+        const cudaError_t error = cudaLaunchKernelEx(&config, kernel, table, pass);
+        if (error != cudaSuccess) return error;
+        partial += grid;
+    }
+    return cudaSuccess;
+}
+
+constexpr unsigned kAllStats = (1u << kStatCount) - 1;
+
+// Add the partial sums [kStatCount][count] of all blocks in a fixed order, into the stats whose bit is set in `which`.
+cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream);
+
 // A status below zero is a CUDA error.
 inline int status_of(cudaError_t error) { return error == cudaSuccess ? kOk : -static_cast<int>(error); }
 

@@ -5,27 +5,11 @@
 namespace svag {
 namespace {
 
-// Kernel parameters end at 4 KB before CUDA 12.1, at 32764 bytes since; a small table is cheaper to launch with.
-constexpr int kSmallTable = 76;
-#if CUDART_VERSION >= 12010
-constexpr int kLargeTable = 624;
-#else
-constexpr int kLargeTable = kSmallTable;
-#endif
-
 // A block's span of one tensor. Short spans share a small list out over the GPU, long ones keep the partial sums of a
 // large list few. Chosen by the list alone, so the bits do not depend on the device.
 constexpr int64_t kShortSpan = 4096;
 constexpr int64_t kLongSpan = 32768;
 constexpr int64_t kManyBlocks = 8192;
-
-template <int kCapacity>
-struct Table {
-    int count;
-    int first_partial;           // of the table's first block
-    int first_block[kCapacity];  // of each tensor, within the launch
-    StepTensor tensors[kCapacity];
-};
 
 struct Pass {
     StepCoefficients<double> coefficients;
@@ -177,16 +161,9 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) shared.coefficients = coefficients_of(pass);
     __syncthreads();
     const int block = static_cast<int>(blockIdx.x);
-    int low = 0, high = table.count;  // the block's tensor: the last that starts at or before it
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (table.first_block[middle] <= block)
-            low = middle;
-        else
-            high = middle;
-    }
-    const StepTensor& t = table.tensors[low];
-    const int64_t begin = (block - table.first_block[low]) * pass.span;
+    const int i = table.tensor_of(block);
+    const StepTensor& t = table.tensors[i];
+    const int64_t begin = (block - table.first_block[i]) * pass.span;
     const int partial = table.first_partial + block;
     switch (pair(t.param_dtype, t.grad_dtype)) {
 #define SVAG_CASE(P, G, A, param, grad) \
@@ -226,8 +203,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-constexpr unsigned kGradientStats = 1u << kSqNorm1 | 1u << kSqNorm2 | 1u << kInner | 1u << kFinite;
 constexpr unsigned kWeightStats = 1u << kWeightSqNorm;
+constexpr unsigned kGradientStats = kAllStats & ~kWeightStats;
 
 bool supported(const StepTensor& t) {
     const bool dtypes = t.param_dtype == t.grad_dtype || t.grad_dtype == DType::float32;
@@ -250,39 +227,15 @@ Partition partition(int64_t count, SizeOf size_of) {
     }
 }
 
-// Launch the step over the list, as many tensors at a time as a table holds.
-template <int kCapacity>
-cudaError_t launch_step(const StepTensor* tensors, int64_t count, const Pass& pass, cudaStream_t stream) {
-    Table<kCapacity> table;
-    int64_t partial = 0;
-    for (int64_t i = 0; i < count;) {
-        table.count = 0;
-        table.first_partial = static_cast<int>(partial);
-        int64_t blocks = 0;
-        for (; i < count && table.count < kCapacity; ++i) {
-            if (tensors[i].size == 0) continue;
-            table.tensors[table.count] = tensors[i];
-            table.first_block[table.count++] = static_cast<int>(blocks);
-            blocks += blocks_of(tensors[i].size, pass.span);
-        }
-        if (blocks == 0) break;
-        const cudaLaunchConfig_t config = launch_config(blocks, stream);
-        const cudaError_t error = cudaLaunchKernelEx(&config, step_kernel<kCapacity>, table, pass);
-        if (error != cudaSuccess) return error;
-        partial += blocks;
-    }
-    return cudaSuccess;
-}
-
 cudaError_t launch_pass(const StepTensor* tensors, int64_t count, const Pass& pass, unsigned which,
                         const CudaStepOptions& options) {
     const auto stream = static_cast<cudaStream_t>(options.stream);
-    const cudaError_t error = count <= kSmallTable ? launch_step<kSmallTable>(tensors, count, pass, stream)
-                                                   : launch_step<kLargeTable>(tensors, count, pass, stream);
-    if (error != cudaSuccess) return error;
-    const cudaLaunchConfig_t config = launch_config(1, stream);
-    return cudaLaunchKernelEx(&config, finish_kernel, static_cast<const double*>(pass.partials), pass.partial_stride,
-                              which, options.stats);
+    const auto blocks = [&pass](const StepTensor& t) { return blocks_of(t.size, pass.span); };
+    const cudaError_t error =
+        count <= kSmallTable ? launch_table(step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
+                             : launch_table(step_kernel<kLargeTable>, tensors, count, blocks, pass, stream);
+    return error != cudaSuccess ? error
+                                : launch_finish(pass.partials, pass.partial_stride, which, options.stats, stream);
 }
 
 cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions& o) {
@@ -300,7 +253,7 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
     pass.span = parts.span;
     pass.partial_stride = parts.blocks;
     pass.partials = o.workspace;
-    if (!o.skip_nonfinite) return launch_pass(tensors, count, pass, kGradientStats | kWeightStats, o);
+    if (!o.skip_nonfinite) return launch_pass(tensors, count, pass, kAllStats, o);
     // Whether to update is known only after all gradients were read: a pass over them alone goes before.
     pass.weights = false;
     const cudaError_t error = launch_pass(tensors, count, pass, kGradientStats, o);
@@ -311,6 +264,12 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
 }
 
 }  // namespace
+
+cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream) {
+    const cudaLaunchConfig_t config = launch_config(1, stream);
+    return cudaLaunchKernelEx(&config, finish_kernel, partials, count, which, stats);
+}
+
 }  // namespace svag
 
 extern "C" int64_t svag_step_cuda_workspace(const int64_t* sizes, int64_t count) {

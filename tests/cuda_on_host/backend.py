@@ -37,6 +37,16 @@ class _StepOptions(ctypes.Structure):
     ]
 
 
+class _PerSampleOptions(ctypes.Structure):
+    _fields_ = [
+        ("coefficients", ctypes.c_double * 4),
+        ("samples1", ctypes.c_int64),
+        ("samples2", ctypes.c_int64),
+        ("device", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("stream", "workspace", "sq_norms", "stats")),
+    ]
+
+
 class HostModule:
     """What ``svag_fast._C`` offers for CUDA, with the same signatures."""
 
@@ -66,6 +76,40 @@ class HostModule:
         status = self.kernels.run("svag_step_cuda", tensors, ctypes.c_int64(len(params)), ctypes.byref(packed))
         if status:
             raise RuntimeError(f"svag_step_cuda returned {status}")
+
+    def cuda_step_per_sample_workspace(self, sizes: list[int], dtypes: list[int], samples: int) -> int:
+        function = self.kernels.library.svag_step_per_sample_cuda_workspace
+        function.restype = ctypes.c_int64
+        count = len(sizes)
+        return int(
+            function(
+                (ctypes.c_int64 * count)(*sizes),
+                (ctypes.c_int * count)(*dtypes),
+                ctypes.c_int64(count),
+                ctypes.c_int64(samples),
+            )
+        )
+
+    def cuda_step_per_sample(
+        self,
+        params: list[int],
+        grads1: list[int],
+        grads2: list[int],
+        sizes: list[int],
+        dtypes: list[int],
+        samples1: int,
+        samples2: int,
+        *options: float,
+    ) -> None:
+        none = [None] * len(params)
+        columns = (params, grads1, grads2 or none, none, sizes, dtypes, dtypes)
+        tensors = (_StepTensor * len(params))(*zip(*columns, strict=True))
+        packed = _PerSampleOptions((ctypes.c_double * 4)(*options[:4]), samples1, samples2, *options[4:])
+        status = self.kernels.run(
+            "svag_step_per_sample_cuda", tensors, ctypes.c_int64(len(params)), ctypes.byref(packed)
+        )
+        if status:
+            raise RuntimeError(f"svag_step_per_sample_cuda returned {status}")
 
 
 def load(mode: str, cache: Path) -> HostKernels:
