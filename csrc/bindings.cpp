@@ -13,6 +13,7 @@
 #include "cpu/adaptive_step.h"
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
+#include "cpu/step_per_sample.h"
 #include "cpu/triad.h"
 #include "cpu/weight_grad.h"
 #ifdef SVAG_WITH_CUDA
@@ -86,6 +87,21 @@ void adaptive_step(const Addresses& params, const Addresses& grads1, const Addre
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_adaptive_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
                                               reinterpret_cast<double*>(stats)));
+}
+
+void step_per_sample(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
+                     const std::vector<int64_t>& sizes, const std::vector<bool>& is_double, int64_t samples1,
+                     int64_t samples2, double rate, double c1, double c2, double weight_decay, int threads,
+                     std::uintptr_t sq_norms, std::uintptr_t stats) {
+    std::vector<svag::PerSampleTensor> tensors(params.size());
+    for (std::size_t i = 0; i < params.size(); ++i)
+        tensors[i] = {reinterpret_cast<void*>(params[i]), reinterpret_cast<const void*>(grads1[i]),
+                      reinterpret_cast<const void*>(grads2.empty() ? 0 : grads2[i]), sizes[i], is_double[i]};
+    const svag::StepOptions options{rate, c1, c2, weight_decay, false, threads};
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_step_per_sample)(tensors.data(), static_cast<int64_t>(tensors.size()), samples1, samples2,
+                                                options, reinterpret_cast<double*>(sq_norms),
+                                                reinterpret_cast<double*>(stats)));
 }
 
 // sizes: in the order of svag::WeightGradArgs, from `batch` to `dilation_w`. step: rate, c1, c2, weight decay for a step
@@ -175,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
         raise_for(SVAG_KERNEL(svag_triad)(reinterpret_cast<float*>(x), reinterpret_cast<const float*>(y),
                                           reinterpret_cast<const float*>(z), size, threads));
     });
+    m.def("step_per_sample", &step_per_sample);
     m.def("weight_grad", &weight_grad);
 #ifdef SVAG_WITH_CUDA
     m.def("cuda_step", &cuda_step);

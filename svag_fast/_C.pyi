@@ -41,6 +41,22 @@ def adaptive_step(
     threads: int,
     stats: int,
 ) -> None: ...
+def step_per_sample(
+    params: list[int],
+    grads1: list[int],
+    grads2: list[int],
+    sizes: list[int],
+    is_double: list[bool],
+    samples1: int,
+    samples2: int,
+    rate: float,
+    c1: float,
+    c2: float,
+    weight_decay: float,
+    threads: int,
+    sq_norms: int,
+    stats: int,
+) -> None: ...
 def weight_grad(
     inputs: int,
     output_grads: int,

@@ -2,15 +2,18 @@
 
 from svag_fast.ops.adaptive_step import svag_adaptive_step_
 from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.step_per_sample import PerSampleStep, svag_step_per_sample_
 from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
 from svag_fast.ops.weight_step import svag_weight_step_
 
 __all__ = [
+    "PerSampleStep",
     "StepStats",
     "WeightGrad",
     "svag_adaptive_step_",
     "svag_coefficients",
     "svag_step_",
+    "svag_step_per_sample_",
     "svag_weight_step_",
     "weight_grad_and_sq_norms",
 ]

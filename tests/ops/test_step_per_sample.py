@@ -1,0 +1,190 @@
+"""svag_step_per_sample_ against the means of the gradients followed by the fused step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from svag_fast import _C
+from svag_fast.ops import step_per_sample, svag_step_, svag_step_per_sample_
+from svag_fast.ops.backends import BackendError
+
+SHAPES = [(), (1,), (0, 3), (5, 7), (3, 2, 3, 3), (2048,), (16385,), (40000,)]
+STEP: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1}
+
+
+def make(
+    samples1: int, samples2: int, dtype: torch.dtype = torch.float64, shapes: list[tuple[int, ...]] = SHAPES
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(samples1)
+    draw = [
+        [torch.randn((*n, *s), generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+        for n in ((), (samples1,), (samples2,))
+    ]
+    return draw[0], draw[1], draw[2]
+
+
+def close(ours: Tensor, exact: Tensor, relative: float = 1e-12) -> None:
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    torch.testing.assert_close(ours, exact, rtol=0, atol=relative * scale)
+
+
+def norms(grads: list[Tensor]) -> Tensor:
+    return torch.stack([torch.stack([g[i].square().sum() for g in grads]).sum() for i in range(len(grads[0]))])
+
+
+def levels() -> list[str]:
+    names = ["portable", "avx2", "avx512"]
+    return ["reference", *names[: names.index(_C.best_simd_level()) + 1]]
+
+
+@pytest.fixture(params=levels())
+def backend(request: pytest.FixtureRequest) -> Any:
+    """The reference, or the kernel at one SIMD level."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    before = _C.simd_level()
+    _C.select_simd_level(request.param)
+    yield "cpu"
+    _C.select_simd_level(before)
+
+
+@pytest.mark.parametrize("l", [1, 3, 1e6])
+@pytest.mark.parametrize(("samples1", "samples2"), [(1, 1), (3, 5), (8, 8)])
+def test_equals_the_means_and_the_fused_step(backend: str, l: float, samples1: int, samples2: int) -> None:
+    params, grads1, grads2 = make(samples1, samples2)
+    expected = [p.clone() for p in params]
+    stats = svag_step_(
+        expected, [g.mean(0) for g in grads1], [g.mean(0) for g in grads2], l=l, backend="reference", **STEP
+    )
+    result = svag_step_per_sample_(params, grads1, grads2, l=l, backend=backend, **STEP)
+    for ours, exact in zip(params, expected, strict=True):
+        close(ours, exact)
+    close(result.sq_norms1, norms(grads1))
+    assert result.sq_norms2 is not None
+    close(result.sq_norms2, norms(grads2))
+    close(result.stats.raw, stats.raw)
+
+
+def test_without_a_second_batch_it_is_sgd(backend: str) -> None:
+    params, grads1, _ = make(4, 1)
+    expected = [p - STEP["lr"] * (g.mean(0) + STEP["weight_decay"] * p) for p, g in zip(params, grads1, strict=True)]
+    result = svag_step_per_sample_(params, grads1, None, l=1, backend=backend, **STEP)
+    for ours, exact in zip(params, expected, strict=True):
+        close(ours, exact)
+    assert result.sq_norms2 is None
+    assert result.stats.inner is None
+
+
+def test_at_l_1_an_inf_of_the_second_batch_never_reaches_the_params(backend: str) -> None:
+    params, grads1, grads2 = make(2, 2)
+    grads2[3][1, 0, 0] = float("inf")
+    result = svag_step_per_sample_(params, grads1, grads2, l=1, backend=backend, **STEP)
+    assert all(bool(p.isfinite().all()) for p in params)
+    assert not bool(result.stats.finite)
+    assert result.sq_norms2 is not None
+    assert result.sq_norms2.isfinite().tolist() == [True, False]
+
+
+def test_float32_within_twice_pytorchs_error(backend: str) -> None:
+    params, grads1, grads2 = make(64, 64, torch.float32)
+    exact, plain = [p.double() for p in params], [p.clone() for p in params]
+    svag_step_(
+        exact,
+        [g.double().mean(0) for g in grads1],
+        [g.double().mean(0) for g in grads2],
+        l=4,
+        backend="reference",
+        **STEP,
+    )
+    svag_step_(plain, [g.mean(0) for g in grads1], [g.mean(0) for g in grads2], l=4, backend="reference", **STEP)
+    result = svag_step_per_sample_(params, grads1, grads2, l=4, backend=backend, **STEP)
+
+    def error(tensors: list[Tensor]) -> float:
+        return sum(float((t - e).square().sum()) for t, e in zip(tensors, exact, strict=True)) ** 0.5
+
+    assert error(params) <= 2 * error(plain)
+    close(result.sq_norms1, norms([g.double() for g in grads1]), 1e-6)
+
+
+def test_squares_beyond_float32_are_finite(backend: str) -> None:
+    params, grads = [torch.zeros(100)], [torch.full((2, 100), 1e25)]
+    result = svag_step_per_sample_(params, grads, None, lr=1e-25, l=1, backend=backend)
+    close(result.sq_norms1, torch.full((2,), 1e52, dtype=torch.float64), 1e-6)
+    assert bool(result.stats.finite)
+
+
+def test_params_in_another_memory_order(backend: str) -> None:
+    params, grads1, grads2 = make(3, 3, shapes=[(4, 3, 5, 5), (6, 7)])
+    expected = [p.clone() for p in params]
+    svag_step_per_sample_(expected, grads1, grads2, l=3, backend=backend, **STEP)
+    turned = [params[0].contiguous(memory_format=torch.channels_last), params[1].t().contiguous().t()]
+    svag_step_per_sample_(turned, grads1, grads2, l=3, backend=backend, **STEP)
+    for ours, exact in zip(turned, expected, strict=True):
+        assert torch.equal(ours, exact)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            params, grads1, grads2 = make(5, 6, torch.float32)
+            result = svag_step_per_sample_(params, grads1, grads2, l=4, backend="cpu", **STEP)
+            results.append([*params, result.sq_norms1, result.sq_norms2, result.stats.raw])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+P, G = torch.randn(3, 4), torch.randn(5, 3, 4)
+BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "negative lr": (ValueError, "Invalid learning rate: -1", {"lr": -1.0}),
+    "l below 1": (ValueError, "Invalid l: 0.5", {"l": 0.5}),
+    "l infinite": (ValueError, "Invalid l: inf", {"l": float("inf")}),
+    "weight decay nan": (ValueError, "Invalid weight_decay: nan", {"weight_decay": float("nan")}),
+    "no second batch": (ValueError, "grads2 is None", {"grads2": None}),
+    "lengths": (ValueError, "grads1 has 2 tensors, but params has 1", {"grads1": [G, G]}),
+    "shape": (ValueError, r"grads2\[0\] has shape \[5, 4, 3\]", {"grads2": [G.mT]}),
+    "no samples": (ValueError, r"grads1\[0\] has 0 samples", {"grads1": [G[:0]]}),
+    "dtype": (TypeError, r"grads1\[0\] is torch.float64", {"grads1": [G.double()]}),
+    "device": (ValueError, r"grads1\[0\] is on meta", {"grads1": [G.to("meta")]}),
+    "sparse": (TypeError, r"grads1\[0\] is torch.sparse_coo", {"grads1": [G.to_sparse()]}),
+    "empty list": (ValueError, "params is empty", {"params": [], "grads1": [], "grads2": []}),
+    "backend": (BackendError, "unknown backend", {"backend": "gpu"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_nothing_is_written(case: str) -> None:
+    error, message, change = BAD[case]
+    param = P.clone()
+    arguments: dict[str, Any] = {"params": [param], "grads1": [G], "grads2": [G], "lr": 0.1, "l": 2}
+    with pytest.raises(error, match=message):
+        svag_step_per_sample_(**{**arguments, **change})
+    assert torch.equal(param, P)
+
+
+def test_numbers_of_samples_that_differ_in_a_list_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"grads1\[1\] has 4 samples and grads1\[0\] 5"):
+        svag_step_per_sample_([P.clone(), P.clone()], [G, G[:4]], [G, G], lr=0.1, l=2)
+
+
+def test_half_precision_goes_to_the_reference() -> None:
+    param = P.to(torch.bfloat16)
+    result = svag_step_per_sample_([param], [G.to(torch.bfloat16)], None, lr=0.1, l=1)
+    close(result.sq_norms1, norms([G.to(torch.bfloat16).double()]))
+    with pytest.raises(BackendError, match=r"params\[0\] is torch.bfloat16"):
+        svag_step_per_sample_([param], [G.to(torch.bfloat16)], None, lr=0.1, l=1, backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_opcheck(name: str) -> None:
+    params, grads1, grads2 = make(3, 2, shapes=[(4, 3), (5,)])
+    torch.library.opcheck(step_per_sample._op, (params, grads1, grads2, 0.1, 2.0, 0.1, name))
