@@ -7,7 +7,7 @@
 
 namespace svag {
 
-enum class LoopOrder : int { automatic = 0, samples_outside = 1, tiles_outside = 2 };
+enum class LoopOrder : int { samples_outside = 1, tiles_outside = 2 };
 
 // One SVAG step of the weight on the first two segments' gradients.
 struct WeightStep {

@@ -21,22 +21,38 @@ from torch import Tensor
 
 from svag_fast.ops.layer_product import LayerProduct, grad_format, sum_dtype
 
-# The loop order of svag::LoopOrder; the kernel chooses by the size of dW.
-AUTOMATIC, SAMPLES_OUTSIDE, TILES_OUTSIDE = range(3)
+# svag::LoopOrder
+SAMPLES_OUTSIDE, TILES_OUTSIDE = 1, 2
+
+# With the samples outside each chunk of them has its own dW, which must stay in a core's cache.
+_CACHED_GRAD_BYTES = 1 << 20
 
 
-def choose(weight_shape: Sequence[int], positions: int) -> str:
-    """Return "direct" or "gram" for a layer with ``positions`` (T) output positions a sample, by its operations."""
-    if len(weight_shape) == 4:
-        return "direct"
-    T, (d, p) = positions, weight_shape
-    return "gram" if T == 1 or T * p * d + 4 * T * T * (p + d) < (T + 8) * p * d else "direct"
+def choose(weight_shape: Sequence[int], positions: int, itemsize: int = 4) -> str:
+    """Return how a layer with ``positions`` (T) output positions a sample is served, by operations and cache.
+
+    "gram"; or the direct way with "samples outside" (narrow layers: dW in cache, a sample packed at a time) or with
+    "tiles outside" (wide layers: a tile of dW in the first-level cache while all samples pass by).
+    """
+    if len(weight_shape) == 2:
+        T, (d, p) = positions, weight_shape
+        if T == 1 or T * p * d + 4 * T * T * (p + d) < (T + 8) * p * d:
+            return "gram"
+    cached = math.prod(weight_shape) * itemsize <= _CACHED_GRAD_BYTES
+    return "samples outside" if cached else "tiles outside"
 
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Serve the call in the way that :func:`choose` names."""
+    way = _way(product)
+    if way == "gram":
+        return gram(product)
+    return direct(product, SAMPLES_OUTSIDE if way == "samples outside" else TILES_OUTSIDE)
+
+
+def _way(product: LayerProduct) -> str:
     positions = math.prod(product.output_grads.shape[2:] if product.inputs.dim() == 4 else product.inputs.shape[1:2])
-    return gram(product) if choose(product.weight_shape, positions) == "gram" else direct(product)
+    return choose(product.weight_shape, positions, sum_dtype(product.inputs).itemsize)
 
 
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +76,7 @@ def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     return grads.sum(0).view(shape), sq_norms, flat @ flat.T
 
 
-def direct(product: LayerProduct, loop_order: int = AUTOMATIC) -> tuple[Tensor, Tensor, Tensor]:
+def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
     shape = product.weight_shape
     grad = torch.empty(shape, dtype=sum_dtype(product.inputs), memory_format=grad_format(product.inputs, shape))
@@ -68,14 +84,13 @@ def direct(product: LayerProduct, loop_order: int = AUTOMATIC) -> tuple[Tensor, 
     return grad, sq_norms, gram
 
 
-def direct_step(
-    product: LayerProduct, weight: Tensor, step: Sequence[float], loop_order: int = AUTOMATIC
-) -> tuple[Tensor, Tensor, Tensor]:
+def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """The same, but a finished tile is not stored: the ``weight`` takes its ``step`` (rate, c1, c2, weight decay).
 
     Returns:
         The samples' squared norms, the two segments' inner products, the weight's squared norm before the step.
     """
+    loop_order = SAMPLES_OUTSIDE if _way(product) == "samples outside" else TILES_OUTSIDE
     return _call(product, weight, loop_order, step)
 
 

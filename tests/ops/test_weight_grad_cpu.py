@@ -138,5 +138,6 @@ def test_gram_form_of_rows_that_cancel_is_not_negative() -> None:
 def test_the_choice_follows_the_operations() -> None:
     assert choose([512, 512], 1) == "gram"
     assert choose([512, 512], 16) == "gram"
-    assert choose([512, 512], 64) == "direct"
-    assert choose([64, 64, 3, 3], 64) == "direct"
+    assert choose([512, 512], 64) == "samples outside"
+    assert choose([64, 64, 3, 3], 64) == "samples outside"
+    assert choose([512, 512, 3, 3], 16) == "tiles outside"

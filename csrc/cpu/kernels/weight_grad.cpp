@@ -12,8 +12,6 @@ namespace svag {
 namespace SVAG_SIMD {
 namespace {
 
-// With samples outside every chunk of samples has its own dW: up to this many bytes it stays in a core's cache.
-constexpr int64_t kCachedGradBytes = 512 * 1024;
 // Chunks of samples, whatever the number of threads: so the order of the sums never depends on it.
 constexpr int64_t kSampleChunks = 16;
 // Bytes of scratch memory are handed out in multiples of this.
@@ -67,10 +65,7 @@ class WeightGrad {
 
     int run() {
         const int64_t grad_bytes = args_.groups * plan_.tiles() * tile_ * static_cast<int64_t>(sizeof(T));
-        LoopOrder order = args_.loop_order;
-        if (order == LoopOrder::automatic)
-            order = grad_bytes <= kCachedGradBytes ? LoopOrder::samples_outside : LoopOrder::tiles_outside;
-        return order == LoopOrder::samples_outside ? samples_outside(grad_bytes) : tiles_outside();
+        return args_.loop_order == LoopOrder::samples_outside ? samples_outside(grad_bytes) : tiles_outside();
     }
 
   private:
