@@ -123,7 +123,8 @@ class Prediction:
             return [*said, "G can't be told from 0 there, so κ* and B* can't be had: average over more steps."]
         low, high = star.interval(self.confidence)
         said.append(
-            f"Linear scaling from B = {base.batch_size} must fail beyond κ* = {self.kappa['exact'].value:.3g}, beyond "
+            f"{'Linear' if state == 'found' else 'Were it one, linear'} scaling from B = {base.batch_size} must fail "
+            f"beyond κ* = {self.kappa['exact'].value:.3g}, beyond "
             f"B* = {star.value:.3g} ({100 * self.confidence:g} % interval {low:.3g} to {high:.3g}; C = {self.C:.4g})."
         )
         for other in self.outlook:
