@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops import svag_step_, svag_step_per_sample_, svag_weight_step_, weight_grad_and_sq_norms
+from svag_fast.ops.layer_product import layer_product
+from svag_fast.ops.weight_grad_cpu import TILES_OUTSIDE, direct, gram
 
 B = 128
 # Input channels, output channels, image, kernel, stride: those of docs/per_sample_norms.md, and PreResNet-32's others.
@@ -34,7 +36,8 @@ CONVOLUTIONS = {
     "512-512, 4x4": (512, 512, 4, 3, 1),
     "512-512, 2x2": (512, 512, 2, 3, 1),
 }
-LINEARS = {"512-512, T=1": (1, 512, 512), "512-512, T=16": (16, 512, 512), "256-1024, T=64": (64, 256, 1024)}
+# T, p, d; B = 128. Where direct and gram cross is what the choice's two constants were fitted to.
+LINEARS = {f"{p}-{d}, T={T}": (T, p, d) for T, p, d in ((1, 512, 512), (4, 512, 512), (16, 512, 512), (64, 256, 512))}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -85,17 +88,19 @@ def test_convolution(contest: Callable[..., None], benchmark: Any, layer: str, c
     contest(theirs.library if who == "library" else theirs.ours, ours=Layer(layer).ours, rounds=25)
 
 
-@pytest.mark.parametrize("contender", ["library"])
+@pytest.mark.parametrize("contender", ["library", "direct", "gram"])
 @pytest.mark.parametrize("layer", LINEARS)
 def test_linear(contest: Callable[..., None], benchmark: Any, layer: str, contender: str) -> None:
     benchmark.group = f"dW linear {layer}"
     T, p, d = LINEARS[layer]
     rows, grads = torch.randn(B, T, p), torch.randn(B, T, d)
-    contest(
-        lambda: grads.flatten(0, 1).T @ rows.flatten(0, 1),
-        ours=lambda: weight_grad_and_sq_norms(rows, grads, [d, p], backend="cpu"),
-        rounds=25,
-    )
+    product = layer_product(rows, grads, [d, p])
+    ways: dict[str, Callable[[], Any]] = {
+        "library": lambda: grads.flatten(0, 1).T @ rows.flatten(0, 1),
+        "direct": lambda: direct(product, TILES_OUTSIDE),
+        "gram": lambda: gram(product),
+    }
+    contest(ways[contender], ours=lambda: weight_grad_and_sq_norms(rows, grads, [d, p], backend="cpu"), rounds=25)
 
 
 @pytest.mark.parametrize("contender", ["product then fused step"])

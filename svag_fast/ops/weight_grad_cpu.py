@@ -6,7 +6,7 @@
 | gram   | Σ_{s,t} (a_s·a_t)(b_s·b_t) beside the library's weight gradient      | T p d + 4 T² (p + d)               |
 
 At T = 1 the second is |a|²|b|². The 8 is what squaring and adding a tile costs, in positions; the 4 is what small
-batched products lose against one large one: both fitted to measurements (docs/per_sample_norms.md). A convolution is
+batched products lose against one large one: both fitted to bench/test_weight_grad.py's linear layers. A convolution is
 always served by the direct way: it takes less time than the library's weight gradient alone, so no form of the norms
 beside that one can win, the products of pixels included.
 """
