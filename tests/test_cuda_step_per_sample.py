@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.backend import DEVICE, KERNEL_SOURCES, STREAM, HostModule, load
+from cuda_on_host.backend import DEVICE, KERNEL_SOURCES, STREAM, HostModule, cuda_on_host, load
 from cuda_on_host.build import HostKernels, asan_environment, build
 from torch import Tensor
 
 from svag_fast import svag_coefficients
+from svag_fast.ops.step_per_sample import svag_step_per_sample_
 
 MODE = os.environ.get("SVAG_TEST_CUDA", "race")
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -156,6 +157,27 @@ def test_a_list_longer_than_a_table_takes_several_launches(kernels: HostKernels)
     start = [p.clone() for p in params]
     check(params, start, grads1, grads2, 2, *step(kernels, params, grads1, grads2, 2))
     assert [launch[2] for launch in kernels.launches()] == [76, 24, 4, 1]
+
+
+@ran_on_host
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_the_op_gives_what_its_reference_gives(kernels: HostKernels, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator).to(dtype) for s in [(4, 3, 2, 2), (), (0,), (37,)]]
+    params[0] = params[0].to(memory_format=torch.channels_last)
+    grads1, grads2 = ([torch.randn(b, *p.shape, generator=generator).to(dtype) for p in params] for b in (3, 5))
+    results = []
+    with cuda_on_host(kernels):
+        for backend in ("reference", "cuda"):
+            stepped = [p.clone() for p in params]
+            sq_norms1, sq_norms2, stats = svag_step_per_sample_(
+                stepped, grads1, grads2, lr=LR, l=2, weight_decay=WEIGHT_DECAY, backend=backend
+            )
+            assert sq_norms2 is not None
+            results.append((torch.cat([sq_norms1, sq_norms2, stats.raw]), stepped))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    for mine, reference in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(mine, reference, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
 
 
 @ran_on_host

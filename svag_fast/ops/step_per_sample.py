@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svag_fast.ops.backends import implements, select
+from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import check_l, check_nonnegative, check_params
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.step import DTYPE_CODES, StepStats, svag_coefficients, svag_step_
 
 
 class PerSampleStep(NamedTuple):
@@ -51,7 +51,7 @@ def svag_step_per_sample_(
             B1 >= 1 for all.
         grads2: those on the second batch, [B2, *param's shape]; None only at ``l = 1``.
         lr, l, weight_decay: as in :func:`svag_fast.ops.svag_step_`.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cuda", "cpu" or "reference".
 
     Raises:
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
@@ -184,6 +184,41 @@ def _cpu(
         *svag_coefficients(l),
         weight_decay,
         torch.get_num_threads(),
+        sq_norms.data_ptr(),
+        raw.data_ptr(),
+    )
+    return sq_norms, raw
+
+
+@implements("svag_step_per_sample_", "cuda")
+def _cuda(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    lr: float,
+    l: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    from svag_fast import _C
+
+    lists = [_samples_like(grads, params) for grads in (grads1, grads2 or [])]
+    samples = [len(grads[0]) if grads else 0 for grads in lists]
+    sizes, codes = [p.numel() for p in params], [DTYPE_CODES[p.dtype] for p in params]
+    floats = _C.cuda_step_per_sample_workspace(sizes, codes, sum(samples))
+    sq_norms, raw, workspace = (params[0].new_empty(n, dtype=torch.float64) for n in (sum(samples), 5, floats))
+    _C.cuda_step_per_sample(
+        [p.data_ptr() for p in params],
+        [g.data_ptr() for g in lists[0]],
+        [g.data_ptr() for g in lists[1]],
+        sizes,
+        codes,
+        samples[0],
+        samples[1],
+        lr / l,
+        *svag_coefficients(l),
+        weight_decay,
+        *device_and_stream(params[0].device),
+        workspace.data_ptr(),
         sq_norms.data_ptr(),
         raw.data_ptr(),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from cuda_on_host.build import CSRC, HostKernels, build
 
 from svag_fast import _C
-from svag_fast.ops import backends, step
+from svag_fast.ops import backends, step, step_per_sample
 
 KERNEL_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 
@@ -123,15 +123,18 @@ def cuda_on_host(kernels: HostKernels) -> Iterator[None]:
     module = HostModule(kernels)
     names = [name for name in vars(HostModule) if name.startswith("cuda_")]
     before = {name: getattr(_C, name, None) for name in names}
-    row, device_and_stream = backends.BACKENDS["cuda"], step.device_and_stream
+    row, device_and_stream = backends.BACKENDS["cuda"], backends.device_and_stream
     backends.BACKENDS["cuda"] = backends.Backend("cuda", ("cpu",), lambda: None)
-    step.device_and_stream = lambda device: (DEVICE, STREAM)
+    for op in (step, step_per_sample):
+        op.device_and_stream = lambda device: (DEVICE, STREAM)
     for name in names:
         setattr(_C, name, getattr(module, name))
     try:
         yield
     finally:
-        backends.BACKENDS["cuda"], step.device_and_stream = row, device_and_stream
+        backends.BACKENDS["cuda"] = row
+        for op in (step, step_per_sample):
+            op.device_and_stream = device_and_stream
         for name, function in before.items():
             if function is None:
                 delattr(_C, name)
