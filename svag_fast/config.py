@@ -58,7 +58,8 @@ class Settings:
         device: where net and data live.
         threads: of the process that trains a run.
         rows: rows of metrics, evenly spaced over the effective steps.
-        evaluations: how many of the rows evaluate the net on the training and test data.
+        evaluations: how many of the rows evaluate the net on the test data; every third of them, the last among them,
+            on the training data too.
     """
 
     dataset: str = "digits"
@@ -69,8 +70,8 @@ class Settings:
     backend: str = "auto"
     device: str = "cpu"
     threads: int = 1
-    rows: int = 60
-    evaluations: int = 20
+    rows: int = 200
+    evaluations: int = 60
 
     def __post_init__(self) -> None:
         for name, known in (("dataset", TRAIN_SIZES), ("schedule", SCHEDULES), ("sampling", SAMPLINGS)):
@@ -138,6 +139,11 @@ class RunConfig(Settings):
         rows = self.row_steps
         count = min(self.evaluations, len(rows))
         return {rows[round(len(rows) * point / count) - 1] for point in range(1, count + 1)}
+
+    @property
+    def train_evaluation_steps(self) -> set[int]:
+        """Every third of `evaluation_steps`, counted from the last."""
+        return set(sorted(self.evaluation_steps, reverse=True)[::3])
 
     def lr_at(self, step: int) -> float:
         """The scheduled lr of step number `step` = 0, 1, ..."""

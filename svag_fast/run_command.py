@@ -104,8 +104,13 @@ def _number(text: str) -> int | float:
     type=click.Choice(SAMPLINGS),
     help="Images of a batch: distinct, or drawn with replacement.  [default: distinct]",
 )
-@click.option("--rows", type=int, metavar="N", help="Rows of metrics a run.  [default: 60]")
-@click.option("--evaluations", type=int, metavar="N", help="Rows that evaluate the net.  [default: 20]")
+@click.option("--rows", type=int, metavar="N", help="Rows of metrics a run.  [default: 200]")
+@click.option(
+    "--evaluations",
+    type=int,
+    metavar="N",
+    help="Rows that evaluate the net on the test data, every third on the training data too.  [default: 60]",
+)
 @click.option("--backend", metavar="NAME", help="Of the fused step: auto, or see `svag-fast info`.  [default: auto]")
 @click.option("--device", metavar="NAME", help="Where net and data live: cpu, cuda, cuda:1.  [default: cpu]")
 @click.option("--threads", type=int, metavar="N", help="Threads of each run's process.  [default: 1]")

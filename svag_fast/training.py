@@ -108,8 +108,8 @@ class Training:
         for p, grad in zip(self.gradients.params, grads, strict=True):
             p.grad = grad
 
-    def end_row(self, evaluate: bool) -> None:
-        """Add a row: means over the steps since the last one, and the evaluation where asked for."""
+    def end_row(self) -> None:
+        """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
         config, count = self.config, self.steps_summed
         stats = StepStats(self.raw_stats / count, has_second=True)
         loss1, loss2 = (self.losses / count).tolist()
@@ -127,25 +127,27 @@ class Training:
             "lr": self.optimizer.param_groups[0]["lr"],
             "samples_per_second": 2 * config.batch_size * count / self.seconds,
         }
-        self.rows.append(row | (self._evaluation() if evaluate else {}))
+        if self.step in config.evaluation_steps:
+            row |= self._test()
+        if self.step in config.train_evaluation_steps:
+            row |= self._train()
+        self.rows.append(row)
         self.seconds = 0.0
         self._clear_sums()
 
     def _first_row(self) -> Row:
         weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.gradients.params)
         start: Row = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
-        return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._evaluation()
+        return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._test() | self._train()
 
-    def _evaluation(self) -> Row:
+    def _train(self) -> Row:
         data, limit = self.data, EVALUATION_LIMIT
-        train_loss, train_accuracy = evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
-        test_loss, test_accuracy = evaluate(self.model, data.test_images, data.test_labels)
-        return {
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-        }
+        loss, accuracy = evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
+        return {"train_loss": loss, "train_accuracy": accuracy}
+
+    def _test(self) -> Row:
+        loss, accuracy = evaluate(self.model, self.data.test_images, self.data.test_labels)
+        return {"test_loss": loss, "test_accuracy": accuracy}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next: tensors and plain Python."""
@@ -217,7 +219,7 @@ def train(
             text = json.dumps({**identity, **(provenance or {})}, indent=2)
             with replace_file(folder / "config.json") as file:
                 file.write(text.encode() + b"\n")
-        row_steps, evaluation_steps = set(config.row_steps), config.evaluation_steps
+        row_steps = set(config.row_steps)
         events = _Events(folder) if tensorboard else None
         saved_at = mark = time.monotonic()
         stopped = False
@@ -226,7 +228,7 @@ def train(
             stopped = should_stop()
             if training.step in row_steps:
                 training.seconds += time.monotonic() - mark
-                training.end_row(evaluate=training.step in evaluation_steps)
+                training.end_row()
                 on_progress(training.step)
                 mark = time.monotonic()
             if stopped or training.step == config.steps or time.monotonic() - saved_at > checkpoint_seconds:

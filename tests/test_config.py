@@ -31,11 +31,12 @@ def test_rows_stand_at_the_same_effective_steps_for_every_l_and_the_last_at_the_
     run = RunConfig(**{**RUN, "l": l, "effective_steps": effective_steps})
     assert run.row_steps == sorted(set(run.row_steps))
     assert run.row_steps[-1] == run.steps == round(effective_steps * l)
-    assert len(run.row_steps) == min(60, effective_steps)
+    assert len(run.row_steps) == min(run.rows, effective_steps)
     sgd = RunConfig(**{**RUN, "l": 1, "effective_steps": effective_steps})
     assert [step / l for step in run.row_steps] == pytest.approx(sgd.row_steps, abs=0.5)
     assert run.evaluation_steps <= set(run.row_steps)
-    assert run.steps in run.evaluation_steps
+    assert run.train_evaluation_steps <= run.evaluation_steps
+    assert run.steps in run.train_evaluation_steps
 
 
 def test_schedules_are_functions_of_effective_steps():

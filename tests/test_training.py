@@ -65,7 +65,7 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l):
                 p -= 0.1 / l * (c1 * a + c2 * b + 0.02 * p)
         ours.take_step()
     ours.seconds = 1.0
-    ours.end_row(evaluate=False)
+    ours.end_row()
     row = ours.rows[-1]
     assert {name: row[name] for name in sums} == pytest.approx(sums, rel=1e-4)
     assert row["nsr"] == pytest.approx(row["noise_trace"] / row["grad_sq_norm"])
