@@ -45,7 +45,7 @@ packages() {
     fi
     touch "$venv.unfinished"
     rm -f "$venv/.packages" "$venv/.installed" "$venv/.peers"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -r "$here/dev.txt"
+    "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade -r "$here/dev.txt"
     touch "$venv/.packages"
     rm "$venv.unfinished"
 }

@@ -3,6 +3,8 @@
 #   dev.txt    to run, develop and test svag_fast
 #   bench.txt  the peers of `make bench` besides
 # For Python 3.10 and newer. torch pins its own CUDA libraries, and its CPU builds have none: they are left out.
+# Its CUDA builds pin their own triton as well; a bound lets the CPU build take the one that the compile reports
+# (tests/test_triton_compile.py) were made with.
 set -eu
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
@@ -14,6 +16,6 @@ lock() {
         pyproject.toml | grep -vE '^(nvidia-|cuda-|colorama)'
 }
 
-lock --extra test --extra lint > "$scratch/dev.txt"
+lock --extra test --extra lint | sed 's/^triton==[^ ]*/triton<=3.9.0/' > "$scratch/dev.txt"
 lock --extra bench -c "$scratch/dev.txt" | grep -vxFf "$scratch/dev.txt" > "$scratch/bench.txt"
 mv "$scratch/dev.txt" "$scratch/bench.txt" requirements/
