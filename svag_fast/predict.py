@@ -322,7 +322,10 @@ def _verdict(critical: Estimate | None, kappa: float, confidence: float) -> Verd
 def _series(run: Run) -> Series:
     def column(name: str) -> Array:
         if name not in run.metrics:
-            raise ValueError(f"{run.name}: no column {name!r} in metrics.csv; it has {', '.join(run.metrics)}")
+            # A run that has only begun has no metrics yet.
+            raise TooFewRowsError(
+                f"{run.name}: nothing in column {name!r} of metrics.csv; it has {', '.join(run.metrics)}"
+            )
         return run.metrics[name]
 
     return Series(
@@ -339,9 +342,8 @@ def _series(run: Run) -> Series:
 
 def _measure_if_possible(runs: Sequence[Run], last: float, tolerance: float) -> Baseline | None:
     """Return None where the runs have not come far enough to be measured; they only stand beside the prediction."""
-    series = [_series(run) for run in runs]
     try:
-        return measure(series, last=last, tolerance=tolerance)
+        return measure([_series(run) for run in runs], last=last, tolerance=tolerance)
     except TooFewRowsError:
         return None
 

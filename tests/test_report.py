@@ -134,3 +134,11 @@ def test_runs_too_short_to_foretell_from_are_reported_all_the_same(tmp_path: Pat
     found = make_report(tmp_path)
     assert found.prediction is None
     assert found.as_dict()["prediction"] is None
+
+
+def test_a_run_that_has_written_no_metrics_yet_is_reported_all_the_same(tmp_path: Path) -> None:
+    """An early report may find SGD runs of which only config.json is there."""
+    for batch_size in (8, 128):
+        (write_run(tmp_path, batch_size=batch_size) / "metrics.csv").unlink()
+    write_run(tmp_path, l=8)
+    assert make_report(tmp_path).prediction is None
