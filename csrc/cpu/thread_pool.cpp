@@ -1,7 +1,7 @@
 #include "cpu/thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -28,7 +28,7 @@ class Pool {
   public:
     void run(int64_t chunks, int threads, ChunkFunction function, void* context) {
         // A second caller, or a kernel that calls a kernel, does its own work rather than wait.
-        if (threads <= 1 || chunks <= 1 || busy_.exchange(true)) {
+        if (busy_.exchange(true)) {
             for (int64_t i = 0; i < chunks; ++i) function(context, i);
             return;
         }
@@ -97,10 +97,49 @@ Pool& pool() {
     return *existing;
 }
 
+// ---- the OpenMP team that PyTorch runs its own operators on
+
+// An entry of the OpenMP runtime's binary interface, which GCC's, LLVM's and Intel's runtimes all export.
+using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// After an operator OpenMP's threads spin for some milliseconds, waiting for the next: a kernel on threads of its own
+// would find the cores taken. Null where the process has loaded no OpenMP runtime for all to see, as PyTorch does.
+OpenMpParallel openmp() {
+    static const auto entry = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return entry;
+}
+
+// A forked child has none of the team's threads, and the runtime waits there for them for ever if its parent used them.
+std::atomic<bool> forked{false};
+const bool forks_are_seen = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+
+struct Shared {
+    ChunkFunction function;
+    void* context;
+    int64_t chunks;
+    std::atomic<int64_t> next{0};
+};
+
+void run_on_team(OpenMpParallel parallel, int64_t chunks, int threads, ChunkFunction function, void* context) {
+    Shared job{function, context, chunks};
+    // The team has the size that PyTorch gives it, whatever the chunks: another size would start threads anew.
+    parallel(
+        [](void* data) {
+            Shared& job = *static_cast<Shared*>(data);
+            for (int64_t i = job.next.fetch_add(1); i < job.chunks; i = job.next.fetch_add(1)) job.function(job.context, i);
+        },
+        &job, static_cast<unsigned>(threads), 0);
+}
+
 }  // namespace
 
 void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) {
-    if (chunks > 0) pool().run(chunks, threads, function, context);
+    if (threads <= 1 || chunks <= 1)
+        for (int64_t i = 0; i < chunks; ++i) function(context, i);
+    else if (const OpenMpParallel parallel = openmp(); parallel != nullptr && forks_are_seen && !forked)
+        run_on_team(parallel, chunks, threads, function, context);
+    else
+        pool().run(chunks, threads, function, context);
 }
 
 }  // namespace svag

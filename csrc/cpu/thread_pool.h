@@ -1,5 +1,6 @@
 // Runs independent chunks of one kernel on a few threads. Chunks are handed out in order to whoever is free,
-// the caller included, so a core that another process keeps busy delays one chunk, never the whole kernel.
+// the caller included, so a thread that gets less of a core does less. The threads are those of the OpenMP runtime
+// that PyTorch has loaded, otherwise a pool of our own.
 // Results must depend on the chunk alone, not on the thread: that makes them the same for any thread count.
 #pragma once
 

@@ -1,10 +1,15 @@
 """Fused operations: each file holds one op with its checks, its reference in PyTorch and its backends."""
 
+import contextlib
+
 from svag_fast.ops.adaptive_step import svag_adaptive_step_
 from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
 from svag_fast.ops.step_per_sample import PerSampleStep, svag_step_per_sample_
 from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
 from svag_fast.ops.weight_step import svag_weight_step_
+
+with contextlib.suppress(ImportError):  # said when a backend needs it; loaded now, so that it sees every later fork
+    import svag_fast._C  # noqa: F401
 
 __all__ = [
     "PerSampleStep",
