@@ -55,7 +55,7 @@ class Lists:
         self.flat = [torch.cat([t.flatten() for t in ts]) for ts in (self.params, self.grads1, self.grads2)]
 
     def kernel(self) -> Tensor:
-        return self.plan.run(self.grads1, self.grads2, [], LR, L, WEIGHT_DECAY, False)
+        return self.plan.run(self.grads1, self.grads2, [], LR / L, *svag_coefficients(L), WEIGHT_DECAY, False)
 
     def optimizer_step(self) -> Any:
         self.svag._held = [list(self.grads1)]

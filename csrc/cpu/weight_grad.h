@@ -28,8 +28,8 @@ struct WeightGradArgs {
     int64_t height, width, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
-    const double* weights;        // [batch]
-    const int64_t* order;         // [batch]: samples, segment by segment
+    const double* weights;        // [batch]; null: ones
+    const int64_t* order;         // [batch]: samples, segment by segment; null: as they come
     const int64_t* segment_ends;  // [segments]: where each ends in `order`
     int64_t segments;             // at least 1
 

@@ -155,6 +155,20 @@ def requested(name: str) -> str:
 
 
 @functools.cache
+def _automatic(op: str, device_type: str) -> list[tuple[str, _Implementation]]:
+    """What "auto" asks, in order, for tensors of one kind of device."""
+    rows = [(name, _implementations[op][name]) for name in BACKENDS if name in _implementations[op]]
+    return [
+        (name, implementation)
+        for name, implementation in rows
+        # The interpreter is for tests: it must be asked for.
+        if not (name == "triton" and device_type == "cpu")
+        and ({"*", device_type} & set(BACKENDS[name].device_types))
+        and BACKENDS[name].why_unavailable() is None
+    ]
+
+
+@functools.cache
 def _say_once(op: str, device_type: str, name: str) -> None:
     _log.info("%s on %s tensors: backend %r", op, device_type, name)
 
@@ -171,14 +185,14 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         BackendError: ``name`` is unknown or can't serve the call.
     """
     name = requested(name)
-    check_name(name)
     if name == "auto":
-        # The interpreter is for tests: it must be asked for.
-        on_cpu = not tensors or tensors[0].device.type == "cpu"
-        order = [n for n in BACKENDS if not (n == "triton" and on_cpu)]
-        name = next(n for n in order if why_not(op, n, tensors) is None)
-        _say_once(op, tensors[0].device.type if tensors else "cpu", name)
-    elif reason := why_not(op, name, tensors):
+        device_type = tensors[0].device.type if tensors else "cpu"
+        for name, implementation in _automatic(op, device_type):
+            if implementation.why_not(tensors) is None:
+                _say_once(op, device_type, name)
+                return implementation.function
+    check_name(name)
+    if reason := why_not(op, name, tensors):
         could = [n for n in BACKENDS if why_not(op, n, tensors) is None]
         raise BackendError(f"backend {name!r} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
     return _implementations[op][name].function

@@ -91,16 +91,18 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
         The samples' squared norms, the two segments' inner products, the weight's squared norm before the step.
     """
     loop_order = SAMPLES_OUTSIDE if _way(product) == "samples outside" else TILES_OUTSIDE
-    return _call(product, weight, loop_order, step)
+    sq_norms, gram, weight_sq_norm = _call(product, weight, loop_order, step)
+    assert weight_sq_norm is not None
+    return sq_norms, gram, weight_sq_norm
 
 
 def _call(
     product: LayerProduct, target: Tensor, loop_order: int, step: Sequence[float] = ()
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     from svag_fast import _C
 
     inputs, output_grads, shape, weights, segments, num_segments, geometry = product
-    dtype = sum_dtype(inputs)
+    dtype = target.dtype
     if len(shape) == 2:
         # A 1x1 convolution over an image of one row, channels last.
         inputs, output_grads = (t.movedim(-1, 1).unsqueeze(2) for t in (inputs, output_grads))
@@ -108,19 +110,20 @@ def _call(
         # Rows that the stride passes over need not be read.
         inputs = inputs[:, :, :: geometry.stride[0]][:, :, : output_grads.shape[2]]
         geometry = geometry._replace(stride=(1, geometry.stride[1]))
-    x, dy = inputs.to(dtype), output_grads.to(dtype)
-    B, G = x.shape[0], geometry.groups
-    sizes = [B, G, shape[1], shape[0] // G, *x.shape[2:], *dy.shape[2:], *(shape[2:] or (1, 1))]
-    sizes += [*geometry.stride, *geometry.padding, *geometry.dilation]
-    w = torch.ones(B, dtype=torch.float64) if weights is None else weights.double().contiguous()
-    if segments is None:
-        order, ends = torch.arange(B), [B]
-    else:
+    # What has been copied must live as long as the call.
+    x, dy = (t if t.dtype == dtype else t.to(dtype) for t in (inputs, output_grads))
+    w = None if weights is None else weights.double().contiguous()
+    order, ends, S = None, [x.shape[0]], 0
+    if segments is not None:
+        S = num_segments
         order = torch.argsort(segments, stable=True)
-        ends = torch.bincount(segments, minlength=num_segments).cumsum(0).tolist()
+        ends = torch.bincount(segments, minlength=S).cumsum(0).tolist()
+    (B, C, *image), G = x.shape, geometry.groups
+    sizes = [B, G, C // G, shape[0] // G, *image, *dy.shape[2:], *(shape[2:] or (1, 1))]
+    sizes += [*geometry.stride, *geometry.padding, *geometry.dilation]
     sq_norms = torch.empty(B, dtype=torch.float64)
-    gram = torch.empty((num_segments, num_segments) if segments is not None else (0, 0), dtype=torch.float64)
-    weight_sq_norm = torch.empty((), dtype=torch.float64)
+    gram = torch.empty((S, S), dtype=torch.float64)
+    weight_sq_norm = torch.empty((), dtype=torch.float64) if step else None
     _C.weight_grad(
         x.data_ptr(),
         dy.data_ptr(),
@@ -128,16 +131,16 @@ def _call(
         x.stride(),
         dy.stride(),
         sizes,
-        w.data_ptr(),
-        order.data_ptr(),
+        0 if w is None else w.data_ptr(),
+        0 if order is None else order.data_ptr(),
         ends,
         target.data_ptr(),
         [*target.stride(), 0, 0][:4],
         sq_norms.data_ptr(),
-        gram.data_ptr() if segments is not None else 0,
+        gram.data_ptr() if S else 0,
         loop_order,
         torch.get_num_threads(),
         step,
-        weight_sq_norm.data_ptr(),
+        0 if weight_sq_norm is None else weight_sq_norm.data_ptr(),
     )
     return sq_norms, gram, weight_sq_norm

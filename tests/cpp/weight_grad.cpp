@@ -18,6 +18,9 @@ const Shape kShapes[] = {
     {2, 1, 17, 13, 8, 8, 3, 1, 2, 2}, {18, 1, 33, 10, 1, 4, 1, 1, 0, 1}, {3, 1, 16, 32, 4, 4, 3, 1, 1, 1},
 };
 
+// Enough work for several threads, and several samples in a chunk.
+const Shape kLarge{40, 2, 16, 12, 7, 6, 3, 1, 1, 1};
+
 // The strides of [n, channels, height, width], dense, channels second or last.
 void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t* strides) {
     const int64_t second[] = {channels * height * width, height * width, width, 1};
@@ -151,13 +154,27 @@ SVAG_CHECK(weight_grad_follows_the_definition_in_float64) { compare_all<double>(
 SVAG_CHECK(weight_grad_reads_channels_last) { compare_all<float>(true, 3); }
 
 SVAG_CHECK(weight_grad_gives_the_same_bits_for_any_thread_count) {
+    for (const auto order : {svag::LoopOrder::samples_outside, svag::LoopOrder::tiles_outside}) {
+        Problem<float> one(kLarge, false, 2), many(kLarge, false, 2);
+        EXPECT(one.run(order, 1) == svag::kOk);
+        EXPECT(many.run(order, 3) == svag::kOk);
+        many.compare_with_the_definition();
+        EXPECT(one.grad == many.grad);
+        EXPECT(one.sq_norms == many.sq_norms);
+        EXPECT(one.gram == many.gram);
+    }
+}
+
+SVAG_CHECK(weight_grad_without_weights_or_order_takes_ones_and_the_samples_as_they_come) {
     for (const auto order : {svag::LoopOrder::samples_outside, svag::LoopOrder::tiles_outside})
         for (const Shape& shape : kShapes) {
-            Problem<float> one(shape, false, 2), many(shape, false, 2);
-            EXPECT(one.run(order, 1) == svag::kOk);
-            EXPECT(many.run(order, 3) == svag::kOk);
-            EXPECT(one.grad == many.grad);
-            EXPECT(one.sq_norms == many.sq_norms);
-            EXPECT(one.gram == many.gram);
+            Problem<float> given(shape, false, 1), left_out(shape, false, 1);
+            given.weights.assign(given.weights.size(), 1);
+            left_out.args.weights = nullptr;
+            left_out.args.order = nullptr;
+            EXPECT(given.run(order, 1) == svag::kOk);
+            EXPECT(left_out.run(order, 1) == svag::kOk);
+            EXPECT(given.grad == left_out.grad);
+            EXPECT(given.sq_norms == left_out.sq_norms);
         }
 }

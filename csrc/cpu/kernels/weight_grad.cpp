@@ -12,8 +12,12 @@ namespace svag {
 namespace SVAG_SIMD {
 namespace {
 
-// Chunks of samples, whatever the number of threads: so the order of the sums never depends on it.
+// Samples are cut into so many chunks at most, whatever the number of threads: so the order of the sums never depends
+// on it. A chunk has so many positions at least: clearing its dW and adding it up costs as much as some 8 of them.
 constexpr int64_t kSampleChunks = 16;
+constexpr int64_t kChunkPositions = 128;
+// Fewer multiply-adds (some 50 us) stay on one thread: a second one that has to wait for a core costs more.
+constexpr int64_t kSerial = 1 << 20;
 // Bytes of scratch memory are handed out in multiples of this.
 constexpr int64_t kAlign = 64;
 
@@ -64,6 +68,9 @@ class WeightGrad {
     }
 
     int run() {
+        const int64_t products = plan_.taps * plan_.tap_channels * args_.outputs * args_.groups;
+        const int64_t operations = args_.batch * args_.out_height * args_.out_width * products;
+        threads_ = operations < kSerial || args_.threads < 1 ? 1 : args_.threads;
         const int64_t grad_bytes = args_.groups * plan_.tiles() * tile_ * static_cast<int64_t>(sizeof(T));
         return args_.loop_order == LoopOrder::samples_outside ? samples_outside(grad_bytes) : tiles_outside();
     }
@@ -99,7 +106,10 @@ class WeightGrad {
     }
     void free_slot(int64_t slot) { __atomic_clear(busy_ + slot, __ATOMIC_RELEASE); }
 
-    int64_t slots() const { return args_.threads > 1 ? args_.threads : 1; }
+    int64_t sample_at(int64_t j) const { return args_.order == nullptr ? j : args_.order[j]; }
+    T weight_of(int64_t sample) const {
+        return args_.weights == nullptr ? T(1) : static_cast<T>(args_.weights[sample]);
+    }
 
     // ---- packing
 
@@ -292,11 +302,13 @@ class WeightGrad {
 
     int samples_outside(int64_t grad_bytes) {
         const int64_t S = args_.segments, tiles = args_.groups * plan_.tiles();
-        const int64_t length = ceil_div(args_.batch, kSampleChunks);
+        const int64_t fair = ceil_div(args_.batch, kSampleChunks);
+        const int64_t least = ceil_div(kChunkPositions, args_.out_height * args_.out_width);
+        const int64_t length = fair > least ? fair : least;
         int64_t count = 0, begin = 0;
         for (int64_t s = 0; s < S; begin = args_.segment_ends[s++])
             count += chunks_of(args_.segment_ends[s] - begin, length);
-        slots_ = slots();
+        slots_ = threads_;
         x_.put_samples_outside(plan_.merged);
         dy_.put_samples_outside(false);
         x_slot_ = aligned(x_.sample * sizeof(T) + kOverread);
@@ -322,9 +334,9 @@ class WeightGrad {
                 const int64_t from = begin + c * length, to = from + length;
                 *chunk++ = {s, from, to < args_.segment_ends[s] ? to : args_.segment_ends[s]};
             }
-        parallel_chunks(count, args_.threads, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->add_chunk(i); },
+        parallel_chunks(count, threads_, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->add_chunk(i); },
                         this);
-        parallel_chunks(tiles, args_.threads,
+        parallel_chunks(tiles, threads_,
                         [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->join_chunks(i); }, this);
         add_grams(tiles);
         std::free(memory_);
@@ -339,11 +351,11 @@ class WeightGrad {
         T* x = reinterpret_cast<T*>(slot_memory_ + slot * (x_slot_ + dy_slot_));
         T* dy = reinterpret_cast<T*>(slot_memory_ + slot * (x_slot_ + dy_slot_) + x_slot_);
         for (int64_t j = chunk.begin; j < chunk.end; ++j) {
-            const int64_t sample = args_.order[j];
-            const T weight = static_cast<T>(args_.weights[sample]);
+            const int64_t sample = sample_at(j);
+            const T weight = weight_of(sample);
             double squares = 0;
             T* dw = grad;
-            Prefetch next = prefetch_sample(args_.order[j + 1 < args_.batch ? j + 1 : j]);
+            Prefetch next = prefetch_sample(sample_at(j + 1 < args_.batch ? j + 1 : j));
             for (int64_t g = 0; g < args_.groups; ++g) {
                 pack_inputs(sample, g, x);
                 pack_output_grads(sample, g, dy);
@@ -389,7 +401,7 @@ class WeightGrad {
 
     int tiles_outside() {
         const int64_t S = args_.segments, tiles = args_.groups * plan_.tiles(), B = args_.batch;
-        slots_ = slots();
+        slots_ = threads_;
         x_.put_tiles_outside(plan_.merged, B);
         dy_.put_tiles_outside(false, B);
         x_slot_ = aligned(x_.block * x_.blocks * B * sizeof(T) + kOverread);
@@ -407,9 +419,9 @@ class WeightGrad {
         std::memset(busy_, 0, slots_);
         grams_ = gram_bytes == 0 ? nullptr : reinterpret_cast<double*>(take(gram_bytes));
         squares_ = reinterpret_cast<double*>(take(tiles * B * sizeof(double)));
-        parallel_chunks(B, args_.threads, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->pack_sample(i); },
+        parallel_chunks(B, threads_, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->pack_sample(i); },
                         this);
-        parallel_chunks(tiles, args_.threads, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->sum_tile(i); },
+        parallel_chunks(tiles, threads_, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->sum_tile(i); },
                         this);
         for (int64_t b = 0; b < B; ++b) {
             double sum = 0;
@@ -451,12 +463,12 @@ class WeightGrad {
         for (int64_t s = 0; s < S; ++s) {
             sums[s] = dw + s * tile_;
             for (; j < args_.segment_ends[s]; ++j) {
-                const int64_t sample = args_.order[j];
+                const int64_t sample = sample_at(j);
                 const T* x = packed_inputs(group, sample);
                 const T* dy = packed_output_grads(group, sample);
                 Prefetch next{reinterpret_cast<const char*>(x + x_offset), reinterpret_cast<const char*>(dy + dy_offset), x_step,
                               dy_step};
-                squares_[i * args_.batch + sample] = add_tile(x, dy, static_cast<T>(args_.weights[sample]), row_tile,
+                squares_[i * args_.batch + sample] = add_tile(x, dy, weight_of(sample), row_tile,
                                                               vector_tile, dw + s * tile_, next);
             }
         }
@@ -481,6 +493,7 @@ class WeightGrad {
 
     char* memory_ = nullptr;
     int64_t used_ = 0;
+    int threads_ = 1;
     int64_t slots_ = 1, slot_size_ = 0, x_slot_ = 0, dy_slot_ = 0;
     char* slot_memory_ = nullptr;
     char* busy_ = nullptr;
