@@ -18,7 +18,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 # What a run's config.json must say for its curve to be placed among the others.
 _NEEDED = ("batch_size", "lr", "weight_decay", "l", "seed", "effective_steps")
-_TEXT_COLUMNS = ("noise_source",)
+_TEXT_COLUMN = "noise_source"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Run:
     name: str
     config: dict[str, Any]
     metrics: dict[str, Array]
+    noise_source: str | None = None
+    """What G and N were estimated from, as metrics.csv says."""
 
     @property
     def batch_size(self) -> int:
@@ -153,12 +155,12 @@ def load_run(folder: Path) -> Run:
     missing = [key for key in _NEEDED if key not in config] if isinstance(config, dict) else list(_NEEDED)
     if missing:
         raise ValueError(f"{path}: no {', '.join(missing)} in it; is this the config of a run?")
-    return Run(folder.name, config, _load_metrics(folder / "metrics.csv"))
+    return Run(folder.name, config, *_load_metrics(folder / "metrics.csv"))
 
 
-def _load_metrics(path: Path) -> dict[str, Array]:
+def _load_metrics(path: Path) -> tuple[dict[str, Array], str | None]:
     if not path.exists():  # the run has only just started
-        return {"effective_step": np.empty(0), "lr": np.empty(0)}
+        return {"effective_step": np.empty(0), "lr": np.empty(0)}, None
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()  # a line without its end is still being written
     rows = list(csv.reader(lines))
@@ -167,8 +169,10 @@ def _load_metrics(path: Path) -> dict[str, Array]:
         if needed not in header:
             raise ValueError(f"{path}: no column {needed!r}; its first line is {lines[0]!r}")
     columns: dict[str, Array] = {}
+    source = None
     for index, name in enumerate(header):
-        if name in _TEXT_COLUMNS:
+        if name == _TEXT_COLUMN:
+            source = next((row[index] for row in reversed(rows[1:]) if row[index:]), None)
             continue
         values = np.empty(max(len(rows) - 1, 0))
         for number, row in enumerate(rows[1:]):
@@ -179,7 +183,7 @@ def _load_metrics(path: Path) -> dict[str, Array]:
         columns[name] = values
     if (np.diff(columns["effective_step"]) < 0).any():
         raise ValueError(f"{path}: effective_step goes back; are these two runs' rows in one file?")
-    return columns
+    return columns, source
 
 
 def _require_comparable(runs: list[Run]) -> None:

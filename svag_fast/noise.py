@@ -66,6 +66,38 @@ def from_sample_norms(sq_norms: Tensor, batch_grad_sq_norm: Scalar, *, populatio
     return NoiseEstimate(batch - noise, noise, sample)
 
 
+def from_two_batches_of_samples(
+    sq_norms: Tensor, sq_norm1: Scalar, sq_norm2: Scalar, inner: Scalar, *, population: int | None = None
+) -> NoiseEstimate:
+    """G, N_B and Tr Σ₁ from two independent batches of B whose per-sample squared norms are known too.
+
+    N_B and Tr Σ₁ are the means of the batches' own (`from_sample_norms`). G is the mean of ⟨g_i, g_j⟩ over all pairs
+    of the 2B samples: B of 2B − 1 pairs lie across the batches, G = (B ⟨g1, g2⟩ + (B − 1)(G1 + G2)/2)/(2B − 1).
+
+    Args:
+        sq_norms: [2B], of each sample's own gradient: the first batch's, then the second's. B >= 2.
+        sq_norm1, sq_norm2, inner: |g1|², |g2|² and ⟨g1, g2⟩ of the batches' mean gradients, as in StepStats.
+        population: n, where each batch is made of distinct samples from n; None for sampling with replacement.
+
+    Raises:
+        ValueError: sq_norms is not 1-D of an even length >= 4, or B > n.
+    """
+    if sq_norms.dim() != 1 or sq_norms.numel() < 4 or sq_norms.numel() % 2:
+        raise ValueError(f"sq_norms must have shape [2B] with B >= 2, got {list(sq_norms.shape)}")
+    B = sq_norms.numel() // 2
+    first = from_sample_norms(sq_norms[:B], sq_norm1, population=population)
+    second = from_sample_norms(sq_norms[B:], sq_norm2, population=population)
+    within = (first.grad_sq_norm + second.grad_sq_norm) / 2
+    across = _float64(inner, "inner", sq_norms.device)
+    assert first.sample_noise_trace is not None
+    assert second.sample_noise_trace is not None
+    return NoiseEstimate(
+        (B * across + (B - 1) * within) / (2 * B - 1),
+        (first.noise_trace + second.noise_trace) / 2,
+        (first.sample_noise_trace + second.sample_noise_trace) / 2,
+    )
+
+
 def from_two_batches(
     sq_norm1: Scalar,
     sq_norm2: Scalar,

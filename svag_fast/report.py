@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class Report:
             "confidence": self.confidence,
             "runs": len(self.runs),
             "finished": sum(run.finished for run in self.runs),
+            "noise": self.noise_sentences(),
             "prediction": None if self.prediction is None else self.prediction.as_dict(),
             "batch_sizes": [
                 {
@@ -122,11 +124,28 @@ class Report:
             table.add_section()
         return table
 
+    def noise_sentences(self) -> list[str]:
+        """Say for each batch size what N was estimated from, and what that cost."""
+        sentences = []
+        for (batch_size, _), runs in group_by_batch_size(self.runs).items():
+            sources = {run.noise_source for run in runs} - {None}
+            costs = [float(run.metrics["noise_cost"][0]) for run in runs if len(run.metrics.get("noise_cost", ()))]
+            if len(sources) == 1 and costs and all(map(math.isfinite, costs)):
+                names = {"per_sample": "per-sample norms of the same backward pass", "two_batches": "pairs of batches"}
+                source = names.get(str(*sources), str(*sources))
+                sentences.append(
+                    f"N at B = {batch_size} from {source}; measuring it added {100 * median(costs):.0f} % "
+                    "to the gradients' time (median of runs)."
+                )
+        return sentences
+
     def print(self, console: Console) -> None:
         """Print the table, then the verdict for each batch size in plain words."""
         from rich.padding import Padding
 
         console.print(self.table())
+        for sentence in self.noise_sentences():
+            console.print(sentence, highlight=False)
         for verdict in self.verdicts:
             console.print(f"[bold]B = {verdict.batch_size}, lr = {verdict.lr:g}[/bold]", highlight=False)
             for sentence in sentences(verdict):

@@ -176,7 +176,7 @@ def run(
 
 
 class _EarlyReport:
-    """Keeps the picture and the summary up to date while runs end, at a tenth of one core's time at most."""
+    """Keeps the picture and the summary up to date while runs end, at 3 % of one core's time at most."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -190,7 +190,7 @@ class _EarlyReport:
             return
         make_report(self.folder).save(self.folder)
         end = time.monotonic()
-        self.not_before = end + 10 * (end - start)
+        self.not_before = end + 30 * (end - start)
 
 
 def _tell(out: Path, console: Console) -> None:

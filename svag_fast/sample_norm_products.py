@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from svag_fast.ops.backends import select
-from svag_fast.ops.layer_product import Geometry, LayerProduct
+from svag_fast.ops.layer_product import Geometry
+from svag_fast.ops.weight_grad import unchecked_weight_grad
 from svag_fast.sample_norm_rules import Rule, Scope, register, without_autocast
 from svag_fast.sample_norm_tape import SampleGrads, Use, row_sq_norms
 
@@ -34,7 +34,7 @@ class LinearProduct:
     def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The gradient of a weight of the given shape, and |g_i|² [B]."""
         rows = (x.flatten(1, -2), b.flatten(1, -2)) if x.dim() > 2 else (x[:, None], b[:, None])
-        return _weight_grad(*rows, shape, Geometry())
+        return unchecked_weight_grad(*rows, shape, Geometry())
 
     def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """The samples' own gradients of the weight, [B, *shape]."""
@@ -47,13 +47,6 @@ class LinearProduct:
     def sample_bias_grads(self, b: Tensor) -> Tensor:
         """The samples' own gradients of the bias, [B, d]."""
         return b.flatten(1, -2).sum(1) if b.dim() > 2 else b
-
-
-def _weight_grad(x: Tensor, b: Tensor, shape: torch.Size, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """`svag_fast.ops.weight_grad_and_sq_norms` without its checks and dispatch, a third of a small layer's time."""
-    product = LayerProduct(x, b, list(shape), None, None, 0, geometry)
-    grad, sq_norms, _ = select("weight_grad_and_sq_norms", "auto", [x, b])(product)
-    return grad, sq_norms
 
 
 _LINEAR = LinearProduct()
@@ -116,7 +109,7 @@ class ConvProduct:
 
     def _planar(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         (sv, sh), (pv, ph), (dv, dh) = self.stride, self.padding, self.dilation
-        return _weight_grad(x, b, shape, Geometry((sv, sh), (pv, ph), (dv, dh), self.groups))
+        return unchecked_weight_grad(x, b, shape, Geometry((sv, sh), (pv, ph), (dv, dh), self.groups))
 
     def _by_depth_taps(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         B, O, depth, height, width = b.shape

@@ -24,6 +24,7 @@ from svag_fast.config import RunConfig
 from svag_fast.data import Dataset, draw_batch, load_dataset
 from svag_fast.files import replace_file
 from svag_fast.models import build_model
+from svag_fast.noise import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import StepStats, svag_coefficients
 from svag_fast.optim import SVAG
 from svag_fast.two_batches import TwoBatchGradients
@@ -33,7 +34,7 @@ EVALUATION_BATCH = 128
 
 COLUMNS = (
     "step", "effective_step", "time", "train_loss", "amplified_loss", "test_loss", "train_accuracy", "test_accuracy",
-    "grad_sq_norm", "noise_trace", "weight_sq_norm", "nsr", "noise_source", "lr", "samples_per_second",
+    "grad_sq_norm", "noise_trace", "weight_sq_norm", "nsr", "noise_source", "noise_cost", "lr", "samples_per_second",
 )  # fmt: skip
 
 Row = dict[str, "float | int | str | None"]
@@ -79,19 +80,22 @@ class Training:
         self.steps_summed = 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.config.device)
         self.raw_stats = torch.zeros(5, dtype=torch.float64, device=self.config.device)
+        self.sample_sq_norms = torch.zeros(2 * self.config.batch_size, dtype=torch.float64, device=self.config.device)
 
     def take_step(self) -> None:
         """One SVAG step on two fresh batches; at l = 1, where it is SGD on the first, the second measures the noise."""
         config = self.config
         images, labels = self._two_batches()
-        losses, grads1, grads2 = self.gradients(images, labels, freeze_statistics=config.l == 1)
-        self._put(grads1)
+        batches = self.gradients(images, labels, freeze_statistics=config.l == 1)
+        self._put(batches.grads1)
         self.optimizer.hold_gradient()
-        self._put(grads2)
+        self._put(batches.grads2)
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
         stats = self.optimizer.step()
-        self.losses += losses
+        self.losses += batches.losses
         self.raw_stats += stats.raw
+        if batches.sq_norms is not None:
+            self.sample_sq_norms += batches.sq_norms
         self.steps_summed += 1
         self.step += 1
 
@@ -114,16 +118,17 @@ class Training:
         stats = StepStats(self.raw_stats / count, has_second=True)
         loss1, loss2 = (self.losses / count).tolist()
         c1, c2 = svag_coefficients(config.l)
+        noise = self._noise(stats)
         row = dict.fromkeys(COLUMNS) | {
             "step": self.step,
             "effective_step": self.step / config.l,
             "time": self.optimizer.time,
             "amplified_loss": c1 * loss1 + c2 * loss2,
-            "grad_sq_norm": _number(stats.grad_sq_norm),
-            "noise_trace": _number(stats.noise_trace),
-            "weight_sq_norm": _number(stats.weight_sq_norm),
-            "nsr": _number(stats.nsr),
-            "noise_source": "two_batches",
+            "grad_sq_norm": float(noise.grad_sq_norm),
+            "noise_trace": float(noise.noise_trace),
+            "weight_sq_norm": float(stats.weight_sq_norm),
+            "nsr": float(noise.nsr),
+            "noise_source": self.noise_source,
             "lr": self.optimizer.param_groups[0]["lr"],
             "samples_per_second": 2 * config.batch_size * count / self.seconds,
         }
@@ -135,9 +140,32 @@ class Training:
         self.seconds = 0.0
         self._clear_sums()
 
+    @property
+    def noise_source(self) -> str:
+        """What G and N are estimated from: "per_sample" norms where the model has them, else "two_batches"."""
+        return "per_sample" if self.gradients.separable and self.config.batch_size > 1 else "two_batches"
+
+    def _noise_cost(self) -> float:
+        """The time that measuring adds, as a fraction of the time of the gradients that the step itself needs."""
+        if self.noise_source == "two_batches":
+            return 1.0 if self.config.l == 1 else 0.0  # SGD draws its second batch for the measurement alone
+        some = torch.arange(2 * self.config.batch_size) % len(self.data.train_labels)
+        some = some.to(self.config.device)
+        return self.gradients.norms_cost(self.data.train_images[some], self.data.train_labels[some])
+
+    def _noise(self, stats: StepStats) -> NoiseEstimate:
+        """G and N from the means over a row's steps, in which every estimator is linear."""
+        norms = (stats.sq_norm1, stats.sq_norm2, stats.inner)
+        if self.noise_source == "two_batches":
+            return from_two_batches(*norms)  # type: ignore[arg-type]
+        population = len(self.data.train_labels) if self.config.sampling == "distinct" else None
+        sq_norms = self.sample_sq_norms / self.steps_summed
+        return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
+
     def _first_row(self) -> Row:
         weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.gradients.params)
         start: Row = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
+        start |= {"noise_source": self.noise_source, "noise_cost": self._noise_cost()}
         return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._test() | self._train()
 
     def _train(self) -> Row:
@@ -161,6 +189,7 @@ class Training:
             "steps_summed": self.steps_summed,
             "losses": self.losses,
             "raw_stats": self.raw_stats,
+            "sample_sq_norms": self.sample_sq_norms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,6 +202,7 @@ class Training:
         self.steps_summed = state["steps_summed"]
         self.losses = state["losses"].to(self.config.device)
         self.raw_stats = state["raw_stats"].to(self.config.device)
+        self.sample_sq_norms = state["sample_sq_norms"].to(self.config.device)
 
 
 def train(
@@ -304,7 +334,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _stream_seed(config: RunConfig, stream: int) -> int:
     name = f"seed {config.seed}, batch size {config.batch_size}, l {config.l:g}, stream {stream}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-def _number(value: Tensor | None) -> float | None:
-    return None if value is None else float(value)

@@ -1,17 +1,21 @@
-"""The gradients of two batches at the same parameters: in one forward and backward where that is exact."""
+"""The gradients of two batches at the same parameters, with every sample's own squared norm where the model has it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svag_fast.models import FixedHeadNet, PreActBlock
+from svag_fast.ops.layer_product import Geometry
+from svag_fast.ops.weight_grad import unchecked_weight_grad
 
 # Modules that treat each sample of a batch by itself, each forward using a weight once.
 _SAMPLE_BY_SAMPLE = (nn.Sequential, nn.GroupNorm, nn.ReLU, nn.Identity, nn.AvgPool2d, FixedHeadNet, PreActBlock)
@@ -19,13 +23,29 @@ _SAMPLE_BY_SAMPLE = (nn.Sequential, nn.GroupNorm, nn.ReLU, nn.Identity, nn.AvgPo
 ONE_PASS_ELEMENTS = 64 * 64  # of both batches' images, on a CPU
 
 
+class BatchGradients(NamedTuple):
+    """What :class:`TwoBatchGradients` returns.
+
+    Attributes:
+        losses: [2], each batch's mean loss.
+        grads1, grads2: each batch's gradients, in the order of ``TwoBatchGradients.params``.
+        sq_norms: [2B] float64, |g_i|² of each sample's own gradient, or None where the model is not separable.
+    """
+
+    losses: Tensor
+    grads1: list[Tensor]
+    grads2: list[Tensor]
+    sq_norms: Tensor | None
+
+
 class TwoBatchGradients:
     """Cross-entropy gradients of two batches, by the cheapest way that is exact for the model.
 
     Where no module mixes samples and every trained weight is a plain convolution's, both batches go through one
-    forward and one backward pass, in which each convolution forms its weight gradient once for each half. Otherwise,
-    as with BatchNorm, whose statistics belong to one batch: two passes, one after the other. On a CPU large batches
-    take two passes as well: there is no overhead left to save, and half the activations fit better into the cache.
+    forward and one backward pass, in which each convolution forms its weight gradient once for each half, with its
+    samples' squared norms. Otherwise, as with BatchNorm, whose statistics belong to one batch: two passes, one after
+    the other, and no norms. On a CPU large batches take two passes as well: there is no overhead left to save, and half
+    the activations fit better into the cache.
 
     Args:
         model: maps images to logits. Its modules must stay the same while `self` lives.
@@ -37,10 +57,8 @@ class TwoBatchGradients:
         self.separable = _halves_are_separable(model)
         self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, *, freeze_statistics: bool = False
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return the two mean losses [2] and each batch's gradients, in the order of `params`.
+    def __call__(self, images: Tensor, labels: Tensor, *, freeze_statistics: bool = False) -> BatchGradients:
+        """Return both batches' losses and gradients.
 
         Args:
             images: [2B, ...]: the first batch, then the second.
@@ -48,72 +66,117 @@ class TwoBatchGradients:
             freeze_statistics: the second batch leaves BatchNorm's running statistics alone.
         """
         if self.separable and (images.is_cuda or images.numel() <= ONE_PASS_ELEMENTS):
-            return self._in_one_pass(images, labels)
+            losses, (grads1, grads2), sq_norms = self._by_parts(images, labels, 2)
+            return BatchGradients(losses, grads1, grads2, sq_norms)
         half = len(labels) // 2
-        loss1, grads1 = self.one(images[:half], labels[:half])
+        first, second = (images[:half], labels[:half]), (images[half:], labels[half:])
+        if self.separable:
+            loss1, (grads1,), sq_norms1 = self._by_parts(*first, 1)
+            loss2, (grads2,), sq_norms2 = self._by_parts(*second, 1)
+            return BatchGradients(torch.cat([loss1, loss2]), grads1, grads2, torch.cat([sq_norms1, sq_norms2]))
+        loss1, grads1 = self.one(*first)
         with _running_statistics_frozen(self.model, freeze_statistics):
-            loss2, grads2 = self.one(images[half:], labels[half:])
-        return torch.stack([loss1, loss2]), grads1, grads2
+            loss2, grads2 = self.one(*second)
+        return BatchGradients(torch.stack([loss1, loss2]), grads1, grads2, None)
 
     def one(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the mean loss (0-d) and the gradients of a single batch."""
+        """Return the mean loss (0-d) and the gradients of a single batch, by PyTorch alone."""
         loss = F.cross_entropy(self.model(images), labels)
         return loss.detach(), list(torch.autograd.grad(loss, self.params))
 
-    def _in_one_pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        twins = [p.detach().requires_grad_() for p in self.params]
-        with _by_halves(self._convolutions, dict(zip(self.params, twins, strict=True))):
+    def norms_cost(self, images: Tensor, labels: Tensor, *, repeats: int = 5) -> float:
+        """Return the time that the norms add to both batches' gradients by PyTorch alone, as a fraction of that time.
+
+        Measured here and now, in alternation, medians; below 0 where this way is the faster one. Only if separable.
+        """
+        half = len(labels) // 2
+
+        def plain() -> None:
+            self.one(images[:half], labels[:half])
+            self.one(images[half:], labels[half:])
+
+        ways: list[Callable[[], object]] = [plain, lambda: self(images, labels)]
+        times: list[list[float]] = [[], []]
+        for _ in range(repeats + 1):
+            for way, seconds in zip(ways, times, strict=True):
+                start = time.perf_counter()
+                way()
+                if images.is_cuda:
+                    torch.cuda.synchronize(images.device)
+                seconds.append(time.perf_counter() - start)
+        without, with_norms = (median(seconds[1:]) for seconds in times)  # the first round warms up
+        return with_norms / without - 1
+
+    def _by_parts(self, images: Tensor, labels: Tensor, parts: int) -> tuple[Tensor, list[list[Tensor]], Tensor]:
+        """The mean losses [parts] and gradients of equal parts of a batch, and |g_i|² [B], from one pass."""
+        tape = _Tape(parts)
+        with _taped(self._convolutions, tape):
             logits = self.model(images)
-        losses = F.cross_entropy(logits, labels, reduction="none").view(2, -1).mean(1)
-        grads = torch.autograd.grad(losses.sum(), [*self.params, *twins])
-        return losses.detach(), list(grads[: len(twins)]), list(grads[len(twins) :])
+        losses = F.cross_entropy(logits, labels, reduction="none").view(parts, -1).mean(1)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        rows = len(labels) // parts  # a mean loss gives each sample's gradient this divisor
+        return losses.detach(), [[g[p] for p in self.params] for g in tape.grads], tape.sq_norms() * float(rows) ** 2
 
 
-class _ConvolutionByHalves(torch.autograd.Function):
-    """conv2d whose first weight gets the gradient of the batch's first half, and its twin that of the second."""
+class _Tape:
+    """What one backward pass leaves: each part's weight gradients, and their samples' squared norms."""
+
+    def __init__(self, parts: int) -> None:
+        self.grads: list[dict[Tensor, Tensor]] = [{} for _ in range(parts)]
+        self._sq_norms: list[list[Tensor]] = [[] for _ in range(parts)]
+
+    def sq_norms(self) -> Tensor:
+        return torch.cat([torch.stack(norms).sum(0) for norms in self._sq_norms])
+
+    def record(self, part: int, weight: Tensor, grad: Tensor, sq_norms: Tensor) -> None:
+        self.grads[part][weight] = grad
+        self._sq_norms[part].append(sq_norms)
+
+
+class _TapedConvolution(torch.autograd.Function):
+    """conv2d whose weight gradients go to the tape, a part of the batch at a time, and not to the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, twin: Tensor, module: nn.Conv2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, module: nn.Conv2d, tape: _Tape) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.tape = weight, tape  # the very parameter: it is a key
         ctx.geometry = (module.stride, module.padding, module.dilation, module.groups)
         return F.conv2d(x, weight, None, *ctx.geometry)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        (grad_output,) = grad_outputs
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (b,) = grad_outputs
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        half = len(x) // 2
-
-        def convolution_backward(part: slice, of_input: bool) -> Tensor:
-            grads: tuple[Tensor, Tensor, None] = torch.ops.aten.convolution_backward(
-                grad_output[part], x[part], weight, None, stride, padding, dilation, False, (0, 0), groups,
-                (of_input, not of_input, False),
-            )  # fmt: skip
-            return grads[0] if of_input else grads[1]
-
-        grad_input = convolution_backward(slice(None), True) if ctx.needs_input_grad[0] else None
-        return (
-            grad_input,
-            convolution_backward(slice(half), False),
-            convolution_backward(slice(half, None), False),
-            None,
-        )
+        tape: _Tape = ctx.tape
+        parts = len(tape.grads)
+        rows = len(x) // parts
+        for i, (some_x, some_b) in enumerate(zip(torch.split(x, rows), torch.split(b, rows), strict=True)):
+            grad, sq_norms = unchecked_weight_grad(
+                some_x, some_b, weight.shape, Geometry(stride, padding, dilation, groups)
+            )
+            tape.record(i, ctx.weight, grad, sq_norms)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        x_grad: Tensor = torch.ops.aten.convolution_backward.default(
+            b, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
+        )[0]
+        return x_grad, None, None, None
 
 
 @contextmanager
-def _by_halves(convolutions: list[nn.Conv2d], twins: dict[Tensor, Tensor]) -> Iterator[None]:
+def _taped(convolutions: list[nn.Conv2d], tape: _Tape) -> Iterator[None]:
     def forward(module: nn.Conv2d, x: Tensor) -> Tensor:
-        result: Tensor = _ConvolutionByHalves.apply(x, module.weight, twins[module.weight], module)  # type: ignore[no-untyped-call]
+        result: Tensor = _TapedConvolution.apply(x, module.weight, module, tape)  # type: ignore[no-untyped-call]
         return result
 
     try:
         for module in convolutions:
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.__dict__["forward"] = MethodType(forward, module)
         yield
     finally:
         for module in convolutions:
-            del module.forward
+            module.__dict__.pop("forward", None)
 
 
 @contextmanager

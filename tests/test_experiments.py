@@ -49,7 +49,10 @@ def result(out):
     found = {}
     for name in RUNS:
         with (out / name / "metrics.csv").open() as file:
-            rows = [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
+            rows = [
+                {k: v for k, v in row.items() if k not in ("samples_per_second", "noise_cost")}
+                for row in csv.DictReader(file)
+            ]
         state = torch.load(out / name / "checkpoint.pt", weights_only=True)["state"]
         found[name] = rows, {k: v.numpy().tobytes() for k, v in state["model"].items()}
     return found

@@ -66,6 +66,31 @@ def test_two_batch_estimator_is_unbiased_by_enumeration(data, replacement):
     )
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+def test_two_batches_of_samples_are_unbiased_by_enumeration(data, replacement):
+    estimates = []
+    for one in all_batches(replacement=replacement, size=2):
+        for other in all_batches(replacement=replacement, size=2):
+            g = data[list(one + other)]
+            a, b = g[:2].mean(0), g[2:].mean(0)
+            estimates.append(
+                noise.from_two_batches_of_samples(
+                    g.square().sum(1), a @ a, b @ b, a @ b, population=None if replacement else N_DATA
+                )
+            )
+    torch.testing.assert_close(
+        mean_estimate(estimates), list(exact(data, 2, replacement=replacement)), rtol=1e-12, atol=0
+    )
+
+
+def test_with_replacement_g_of_two_batches_of_samples_is_the_mean_over_all_pairs():
+    g = torch.randn(10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b = g[:5].mean(0), g[5:].mean(0)
+    estimate = noise.from_two_batches_of_samples(g.square().sum(1), a @ a, b @ b, a @ b)
+    gram = g @ g.T
+    torch.testing.assert_close(estimate.grad_sq_norm, (gram.sum() - gram.trace()) / 90)
+
+
 def test_two_halves_of_one_draw_are_unbiased_by_enumeration(data):
     """The authors' sampling: 2B distinct samples cut in half; the halves are negatively correlated."""
     estimates, raw = [], []
@@ -172,6 +197,8 @@ def test_nsr_is_the_ratio():
         (lambda: noise.from_sample_norms(torch.ones(4), 1.0, population=3), "got 3"),
         (lambda: noise.from_sample_norms(torch.ones(4), torch.ones(2)), "batch_grad_sq_norm must be one number"),
         (lambda: noise.from_two_batches(1.0, 1.0, torch.ones(2)), "inner must be one number"),
+        (lambda: noise.from_two_batches_of_samples(torch.ones(3), 1.0, 1.0, 1.0), r"\[2B\] with B >= 2, got \[3\]"),
+        (lambda: noise.from_two_batches_of_samples(torch.ones(2), 1.0, 1.0, 1.0), r"\[2B\] with B >= 2, got \[2\]"),
         (lambda: noise.from_two_batches(1.0, 1.0, 1.0, disjoint=True), "needs batch_size and population"),
         (
             lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size=3, population=5, disjoint=True),

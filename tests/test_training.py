@@ -17,6 +17,7 @@ from svag_fast.training import COLUMNS, RunBusyError, Training, _alone_in, train
 
 BASE = RunConfig(batch_size=8, lr=0.1, l=2, seed=0, effective_steps=12, rows=6, evaluations=3)
 DIGITS = load_dataset("digits")
+TIMINGS = ("samples_per_second", "noise_cost")
 
 
 def config(**changes):
@@ -25,7 +26,17 @@ def config(**changes):
 
 def rows(folder):
     with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+
+
+def own_grads(training, images, labels):
+    """Each sample's own gradient [B, parameters], float64."""
+    params = training.gradients.params
+    rows = []
+    for image, label in zip(images, labels, strict=True):
+        grads = torch.autograd.grad(F.cross_entropy(training.model(image[None]), label[None]), params)
+        rows.append(torch.cat([g.flatten() for g in grads]).double())
+    return torch.stack(rows)
 
 
 def weights(folder):
@@ -56,8 +67,13 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l):
         g1, g2, x = (
             torch.cat([t.detach().double().flatten() for t in ts]) for ts in (grads1, grads2, plain.gradients.params)
         )
-        sums["grad_sq_norm"] += float(g1 @ g2) / 3
-        sums["noise_trace"] += float((g1 - g2).square().sum()) / 2 / 3
+        # All pairs of the 2B samples for G; each batch's own scatter for N, drawn without repetition.
+        B, n = len(labels) // 2, len(DIGITS.train_labels)
+        g = own_grads(plain, images, labels)
+        noise = [(rows - rows.mean(0)).square().sum() / (B - 1) * (n - B) / (n * B) for rows in (g[:B], g[B:])]
+        within = g1.square().sum() - noise[0] + g2.square().sum() - noise[1]
+        sums["grad_sq_norm"] += float(B * (g1 @ g2) + (B - 1) * within / 2) / (2 * B - 1) / 3
+        sums["noise_trace"] += float(noise[0] + noise[1]) / 2 / 3
         sums["weight_sq_norm"] += float(x.square().sum()) / 3
         sums["amplified_loss"] += (c1 * loss1 + c2 * loss2).item() / 3
         with torch.no_grad():
@@ -113,7 +129,7 @@ def test_evaluated_rows_hold_the_plain_mean_loss_and_accuracy_of_all_the_data(tm
 def test_rows_of_a_run(tmp_path):
     assert train(config(), tmp_path)
     got = rows(tmp_path)
-    assert list(got[0]) == [c for c in COLUMNS if c != "samples_per_second"]
+    assert list(got[0]) == [c for c in COLUMNS if c not in TIMINGS]
     assert [float(row["effective_step"]) for row in got] == [0, 2, 4, 6, 8, 10, 12]
     assert [row["test_accuracy"] != "" for row in got] == [True, False, True, False, True, False, True]
     assert [float(row["lr"]) for row in got] == pytest.approx([0.1] * 5 + [0.1, 0.01])
@@ -189,3 +205,17 @@ def test_tensorboard_gets_every_row_once_also_across_an_interruption(tmp_path):
 def test_a_run_that_diverges_ends_with_the_truth_in_its_rows(tmp_path):
     assert train(config(model="preresnet8-none", lr=1e6, effective_steps=4, rows=2), tmp_path)
     assert math.isnan(float(rows(tmp_path)[-1]["train_loss"]))
+
+
+def test_rows_say_where_the_noise_comes_from_and_what_it_cost():
+    source = {m: Training(config(model=m), DIGITS).rows[0] for m in ("digits-net", "preresnet8-bn")}
+    assert source["digits-net"]["noise_source"] == "per_sample"
+    assert math.isfinite(source["digits-net"]["noise_cost"])
+    assert (source["preresnet8-bn"]["noise_source"], source["preresnet8-bn"]["noise_cost"]) == ("two_batches", 0.0)
+    sgd = Training(config(model="preresnet8-bn", l=1), DIGITS)
+    assert sgd.rows[0]["noise_cost"] == 1.0
+    one = Training(config(batch_size=1), DIGITS)
+    one.take_step()
+    one.seconds = 1.0
+    one.end_row()
+    assert one.rows[-1]["noise_source"] == "two_batches"

@@ -105,6 +105,18 @@ def weight_grad_and_sq_norms(
     return WeightGrad(grad, sq_norms, None if segments is None else gram)
 
 
+def unchecked_weight_grad(
+    inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Return ``grad`` and ``sq_norms`` without the op's checks and dispatch: for a backward pass that knows its layer.
+
+    Rows of Linear must be [B, T, p] and [B, T, d]. For small layers the checks would cost more than the kernel.
+    """
+    product = LayerProduct(inputs, output_grads, list(weight_shape), None, None, 0, geometry)
+    grad, sq_norms, _ = select("weight_grad_and_sq_norms", "auto", [inputs, output_grads])(product)
+    return grad, sq_norms
+
+
 def sample_grads(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:
     """Return g_i = b_iᵀ a_i for every sample, [B, *weight_shape]: the formula that everything else is held against."""
     if len(weight_shape) == 2:
