@@ -70,6 +70,8 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
+        for leftover in out.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink()
         return
     if out.exists() and any(out.iterdir()):
         raise ExperimentError(f"{out} is not empty: --resume goes on with it, and --out chooses another folder.")

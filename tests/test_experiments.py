@@ -214,6 +214,14 @@ def test_resume_refuses_another_experiment_s_options(tmp_path):
         prepare_folder(tmp_path, ExperimentConfig(seeds=2), resume=True)
 
 
+def test_resume_clears_what_a_killed_process_left_half_written(tmp_path):
+    prepare_folder(tmp_path, ExperimentConfig(), resume=False)
+    leftover = tmp_path / ".convergence.png.0123abcd.tmp"
+    leftover.write_bytes(b"half a picture")
+    prepare_folder(tmp_path, ExperimentConfig(), resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.json"]
+
+
 def test_an_unwritable_place_is_told(tmp_path):
     (tmp_path / "file").write_text("x")
     answer = CliRunner().invoke(main, ["run", *OPTIONS, "--out", str(tmp_path / "file" / "x")])
