@@ -13,9 +13,9 @@ echo torch==2.13.0 > "$scratch/torch.txt"
 
 lock() {
     uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate -c "$scratch/torch.txt" "$@" \
-        pyproject.toml | grep -vE '^(nvidia-|cuda-|colorama)'
+        pyproject.toml | grep -vE '^(nvidia-|cuda-|colorama)' | sed 's/^triton==[^ ]*/triton<=3.9.0/'
 }
 
-lock --extra test --extra lint | sed 's/^triton==[^ ]*/triton<=3.9.0/' > "$scratch/dev.txt"
+lock --extra test --extra lint > "$scratch/dev.txt"
 lock --extra bench -c "$scratch/dev.txt" | grep -vxFf "$scratch/dev.txt" > "$scratch/bench.txt"
 mv "$scratch/dev.txt" "$scratch/bench.txt" requirements/
