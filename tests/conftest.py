@@ -16,6 +16,18 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+# `make test` hands whole files to its workers in this order: what takes longest first, so that they end together.
+LONGEST = (
+    "test_experiments.py", "test_battery.py", "test_selftest.py", "test_cuda_step.py", "test_triton_interpreter.py",
+    "test_triton_compile.py", "test_cuda_compile.py", "test_wheel.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
