@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,9 @@ def _loops(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
     return [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
 
 
-def compile_all() -> dict[str, dict[str, Report]]:
+def compile_all(archs: Sequence[int] = ARCHS) -> dict[str, dict[str, Report]]:
     """Return the report of every kernel on every architecture: kernel, then "sm_80" and so on."""
-    jobs = [(path, arch) for path in sources() for arch in ARCHS]
+    jobs = [(path, arch) for path in sources() for arch in archs]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda job: compile_source(job[0].read_text(), job[1]), jobs))
     table: dict[str, dict[str, Report]] = {}
@@ -121,12 +122,12 @@ def compile_all() -> dict[str, dict[str, Report]]:
     return table
 
 
-def cached(cache: Path) -> dict[str, dict[str, Report]]:
+def cached(cache: Path, archs: Sequence[int]) -> dict[str, dict[str, Report]]:
     """Return :func:`compile_all`, from ``cache`` if nothing has changed."""
-    path = cache / f"{digest()}.json"
+    path = cache / f"{digest()}-{'-'.join(map(str, archs))}.json"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(compile_all()))
+        partial.write_text(json.dumps(compile_all(archs)))
         partial.rename(path)
     table: dict[str, dict[str, Report]] = json.loads(path.read_text())
     return table
