@@ -41,8 +41,13 @@ def need(*tools: str) -> None:
             pytest.skip(f"needs {tool} (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user binutils)")
 
 
+# The default run's: compiled in 60 % of the time of setup.py's -O3, at which tests/ops run the kernels at every level.
+QUICK = "-O1"
+OPTIMISED = pytest.mark.parametrize("optimised", [QUICK, pytest.param("-O3", marks=pytest.mark.nightly)])
+
+
 class Builder:
-    """Compiles with setup.py's own flags; keeps the objects, by the content they were made of, for the next run."""
+    """Compiles with setup.py's own flags and those given; keeps the objects, by what they were made of."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,9 +116,10 @@ def test_every_kernel_has_its_checks(builder: Builder) -> None:
     assert {k.stem for k in kernels()} <= {c.stem for c in CHECKS}
 
 
-def test_selftest_passes_at_every_level_of_this_machine(builder: Builder) -> None:
+@OPTIMISED
+def test_selftest_passes_at_every_level_of_this_machine(builder: Builder, optimised: str) -> None:
     need("g++")
-    program = builder.selftest("g++", platform.machine(), link=("-static",))
+    program = builder.selftest("g++", platform.machine(), optimised, link=("-static",))
     passed = run(program)
     best = passed[0].removeprefix("best level: ")
     levels = list(builder.setup.simd_levels())
@@ -128,24 +134,26 @@ def test_selftest_passes_at_every_level_of_this_machine(builder: Builder) -> Non
 )
 def test_selftest_passes_on_an_emulated_x86_64(builder: Builder, cpu: str, level: str) -> None:
     need("g++", "qemu-x86_64")
-    program = builder.selftest("g++", "x86_64", link=("-static",))
+    program = builder.selftest("g++", "x86_64", QUICK, link=("-static",))
     passed = run("qemu-x86_64", "-cpu", cpu, program, *WITHOUT_FORK)
     assert passed[0] == f"best level: {level}"
     assert f"{level} step_follows_the_formula" in passed
 
 
-def test_selftest_passes_on_an_emulated_aarch64(builder: Builder) -> None:
+@OPTIMISED
+def test_selftest_passes_on_an_emulated_aarch64(builder: Builder, optimised: str) -> None:
     need("aarch64-linux-gnu-g++", "qemu-aarch64")
-    program = builder.selftest("aarch64-linux-gnu-g++", "aarch64", link=("-static",))
+    program = builder.selftest("aarch64-linux-gnu-g++", "aarch64", optimised, link=("-static",))
     passed = run("qemu-aarch64", program, *WITHOUT_FORK)
     assert passed[0] == "best level: portable"
     assert "portable step_follows_the_formula" in passed
 
 
 # A weak symbol compiled for AVX2 could be the copy that the linker keeps for the portable level as well.
-def test_kernel_objects_define_one_strong_symbol_a_kernel_and_no_weak_one(builder: Builder) -> None:
+@OPTIMISED
+def test_kernel_objects_define_one_strong_symbol_a_kernel_and_no_weak_one(builder: Builder, optimised: str) -> None:
     need("g++", "nm")
-    for (_, level), target in builder.kernels("g++", platform.machine(), []).items():
+    for (_, level), target in builder.kernels("g++", platform.machine(), [optimised]).items():
         lines = subprocess.run(["nm", "--defined-only", target], capture_output=True, text=True, check=True).stdout
         symbols = [line.split()[-2:] for line in lines.splitlines()]
         assert [name for kind, name in symbols if kind in "WVuC"] == []
