@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_host.backend import KERNEL_SOURCES
 from cuda_on_host.build import HERE, CudaOnHostError, HostKernels, asan_environment, build
 from torch import Tensor
 
@@ -119,3 +120,15 @@ def test_conversions_of_16_bit_types_are_torchs_own(kernels: HostKernels) -> Non
     kernels.library.convert_from_float(address(values), address(halves), address(bfloats), len(values))
     assert torch.equal(halves.view(torch.int16), values.half().view(torch.int16))
     assert torch.equal(bfloats.view(torch.int16), values.bfloat16().view(torch.int16))
+
+
+@pytest.mark.kernels("step_kernel", "finish_kernel", "per_sample_step_kernel", "finish_norms_kernel", ran="host")
+@pytest.mark.timeout(900)  # half a minute alone, but much more where other work shares the cores
+def test_no_kernel_accesses_out_of_bounds(cache: Path) -> None:
+    """The kernels' own tests once more, in a process where AddressSanitizer watches every access."""
+    build(KERNEL_SOURCES, "address", cache)  # not under the sanitizer
+    files = sorted(Path(__file__).parent.glob("test_cuda_step*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *map(str, files)]
+    environment = os.environ | asan_environment() | {"SVAG_TEST_CUDA": "address"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -1,20 +1,18 @@
 """The CUDA step, its own source run on the host: against the formula in float64, in any order of blocks and threads.
 
-Run again in a process with AddressSanitizer (``SVAG_TEST_CUDA=address``) by the last test here.
+Run again in a process with AddressSanitizer (``SVAG_TEST_CUDA=address``) by tests/test_cuda_on_host.py.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.backend import DEVICE, KERNEL_SOURCES, STREAM, HostModule, cuda_on_host, load
-from cuda_on_host.build import HostKernels, asan_environment, build
+from cuda_on_host.backend import DEVICE, STREAM, HostModule, cuda_on_host, load
+from cuda_on_host.build import HostKernels
 from torch import Tensor
 
 from svag_fast import SVAG, svag_coefficients
@@ -247,17 +245,6 @@ def test_what_the_kernel_cannot_serve_is_a_status_and_nothing_is_launched(kernel
     with pytest.raises(RuntimeError, match="returned -101"):  # cudaErrorInvalidDevice
         module.cuda_step(*same, *tail, 5, 0, workspace.data_ptr(), workspace.data_ptr())
     assert kernels.launches() == []
-
-
-@ran_on_host
-@pytest.mark.skipif(ASAN, reason="this is the process with AddressSanitizer")
-def test_no_access_is_out_of_bounds(pytestconfig: pytest.Config, built: HostKernels) -> None:
-    """The whole file once more, where AddressSanitizer watches every access."""
-    build(KERNEL_SOURCES, "address", Path(pytestconfig.cache.mkdir("cuda_on_host")))  # not under the sanitizer
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
-    environment = os.environ | asan_environment() | {"SVAG_TEST_CUDA": "address"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
 def steps_under_a_schedule(capturable: bool, device: str, replay: bool = False) -> tuple[list[Tensor], SVAG]:

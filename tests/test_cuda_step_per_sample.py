@@ -1,19 +1,17 @@
 """The CUDA step from per-sample gradients, its own source run on the host, against float64.
 
-Run again in a process with AddressSanitizer (``SVAG_TEST_CUDA=address``) by the last test here.
+Run again in a process with AddressSanitizer (``SVAG_TEST_CUDA=address``) by tests/test_cuda_on_host.py.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.backend import DEVICE, KERNEL_SOURCES, STREAM, HostModule, cuda_on_host, load
-from cuda_on_host.build import HostKernels, asan_environment, build
+from cuda_on_host.backend import DEVICE, STREAM, HostModule, cuda_on_host, load
+from cuda_on_host.build import HostKernels
 from torch import Tensor
 
 from svag_fast import svag_coefficients
@@ -178,14 +176,3 @@ def test_the_op_gives_what_its_reference_gives(kernels: HostKernels, dtype: torc
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
     for mine, reference in zip(results[1][1], results[0][1], strict=True):
         torch.testing.assert_close(mine, reference, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
-
-
-@ran_on_host
-@pytest.mark.skipif(MODE == "address", reason="this is the process with AddressSanitizer")
-def test_no_access_is_out_of_bounds(pytestconfig: pytest.Config) -> None:
-    """The whole file once more, where AddressSanitizer watches every access."""
-    build(KERNEL_SOURCES, "address", Path(pytestconfig.cache.mkdir("cuda_on_host")))  # not under the sanitizer
-    environment = os.environ | asan_environment() | {"SVAG_TEST_CUDA": "address"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
