@@ -121,7 +121,8 @@ def test_euler_maruyama(benchmark, name, dtype):
     run = MAKERS[name](DTYPES[dtype])
     run()
     benchmark.pedantic(run, rounds=3, iterations=1)
-    benchmark.extra_info["ns_per_trajectory_step"] = benchmark.stats.stats.median / (N * STEPS) * 1e9
+    if not benchmark.disabled:
+        benchmark.extra_info["ns_per_trajectory_step"] = benchmark.stats.stats.median / (N * STEPS) * 1e9
 
 
 SAMPLES, BATCH = 1024, 32
