@@ -20,7 +20,7 @@ from svag_fast.ops.backends import BACKENDS, BackendError
 
 def info(*arguments: str, module: str = "svag_fast.info", **environment: str) -> str:
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
