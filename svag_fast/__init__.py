@@ -12,6 +12,7 @@ _LAZY: dict[str, str] = {
     "SVAGAdam": "svag_fast.adaptive",
     "SVAGRMSprop": "svag_fast.adaptive",
     "RunningMean": "svag_fast.noise",
+    "RunningNoise": "svag_fast.running_noise",
     "SampleNorms": "svag_fast.sample_norms",
     "UnsupportedModule": "svag_fast.sample_norms",
     "by_vmap": "svag_fast.sample_norms",

@@ -1,0 +1,159 @@
+"""Means of an optimizer's step statistics over training, with standard errors that know about autocorrelation.
+
+noise = svag_fast.RunningNoise()
+for ...:
+    noise.update(optimizer.step())
+noise.nsr.mean, noise.nsr.standard_error
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svag_fast.noise import MeanError, RunningMean, mean_standard_error
+from svag_fast.ops.step import StepStats
+
+_SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
+
+
+class RunningNoise:
+    """G, N, R and nsr = N/G over the steps whose `StepStats` it was given, in constant memory.
+
+    `update` does not synchronise a device: 256 steps' statistics are fetched at a time, or when something is read. A
+    step with an inf or nan gradient (`StepStats.finite` false, as where a gradient scaler overflowed) is counted in
+    `skipped` and enters no mean. Start a new object where the learning rate changes: the errors are those of a
+    stationary series.
+    """
+
+    _MAX_PENDING = 256
+
+    def __init__(self) -> None:
+        self._pending: list[Tensor] = []
+        self._means = {name: RunningMean() for name in _SERIES}
+        self._co_scatter = 0.0
+        self._skipped = 0
+
+    def update(self, stats: StepStats) -> None:
+        """Take one step's statistics.
+
+        Raises:
+            TypeError: not a StepStats.
+            ValueError: the step had no second gradient (l = 1 without one), so that nothing tells noise from signal.
+        """
+        if not isinstance(stats, StepStats):
+            raise TypeError(f"stats is a {type(stats).__name__}: expected the StepStats that step() returns")
+        if not stats.has_second:
+            raise ValueError("stats has one gradient: G and N need two batches' gradients a step")
+        self._pending.append(stats.raw.detach().clone())
+        if len(self._pending) >= self._MAX_PENDING:
+            self._fold()
+
+    @property
+    def steps(self) -> int:
+        """How many steps entered the means."""
+        self._fold()
+        return self._means["noise_trace"].count
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out for an inf or nan."""
+        self._fold()
+        return self._skipped
+
+    @property
+    def grad_sq_norm(self) -> MeanError:
+        """G = |∇L|²: mean of the unbiased ⟨g1, g2⟩."""
+        return self._estimate("grad_sq_norm")
+
+    @property
+    def noise_trace(self) -> MeanError:
+        """N = Tr Σ of a batch gradient: mean of the unbiased |g1 − g2|²/2."""
+        return self._estimate("noise_trace")
+
+    @property
+    def weight_sq_norm(self) -> MeanError:
+        """R = |x|² before the steps."""
+        return self._estimate("weight_sq_norm")
+
+    @property
+    def nsr(self) -> MeanError:
+        """N/G as the ratio of the two means (a mean of ratios would be biased).
+
+        Its error is that of the mean of N_t − nsr G_t, divided by |G| (delta method): trust it where G is several of
+        its own standard errors away from 0.
+        """
+        G, N = self.grad_sq_norm, self.noise_trace
+        steps = self.steps
+        if steps == 0 or G.mean == 0.0:
+            return MeanError(math.nan, math.nan, float(steps))
+        ratio = N.mean / G.mean
+        if steps < 2:
+            return MeanError(ratio, math.nan, float(steps))
+        grad, noise = (self._means[name] for name in _SERIES[:2])
+        # Both have the same blocks of steps.
+        states = grad.state_dict(), noise.state_dict()
+        residuals = [n - ratio * g for g, n in zip(states[0]["blocks"], states[1]["blocks"], strict=True)]
+        covered = len(residuals) * states[0]["block_size"]
+        error = mean_standard_error(residuals).standard_error * math.sqrt(covered / steps)
+        covariance = self._co_scatter / (steps - 1)
+        variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
+        effective = variance / error**2 if error > 0 else float(steps)
+        return MeanError(ratio, error / abs(G.mean), effective)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state in plain Python numbers, lists and dicts."""
+        self._fold()
+        means = {name: mean.state_dict() for name, mean in self._means.items()}
+        return {**means, "co_scatter": self._co_scatter, "skipped": self._skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        entries = {*_SERIES, "co_scatter", "skipped"}
+        if set(state) != entries:
+            raise ValueError(
+                f"the state of a RunningNoise has the entries {sorted(entries)}; missing or unknown: "
+                f"{sorted(set(state) ^ entries)}"
+            )
+        for name, kind in (("co_scatter", float), ("skipped", int)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
+        means = {name: RunningMean() for name in _SERIES}
+        for name, mean in means.items():
+            mean.load_state_dict(state[name])
+        self._pending = []
+        self._means, self._co_scatter, self._skipped = means, state["co_scatter"], state["skipped"]
+
+    def _estimate(self, name: str) -> MeanError:
+        self._fold()
+        return self._means[name].estimate()
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        # One transfer; StepStats.raw's own order.
+        rows = torch.stack([raw.to(self._pending[0].device) for raw in self._pending]).tolist()
+        self._pending = []
+        grad, noise, weight = (self._means[name] for name in _SERIES)
+        for sq_norm1, sq_norm2, inner, weight_sq_norm, finite in rows:
+            if not finite:
+                self._skipped += 1
+                continue
+            # Each difference by itself: exact where the norms are close.
+            trace = ((sq_norm1 - inner) + (sq_norm2 - inner)) / 2
+            grad_before = grad.mean if grad.count else 0.0
+            grad.add(inner)
+            noise.add(trace)
+            weight.add(weight_sq_norm)
+            self._co_scatter += (inner - grad_before) * (trace - noise.mean)
+
+    def __repr__(self) -> str:
+        G, N, nsr = self.grad_sq_norm, self.noise_trace, self.nsr
+        return (
+            f"RunningNoise({self.steps} steps: G = {G.mean:.4g} ± {G.standard_error:.2g}, "
+            f"N = {N.mean:.4g} ± {N.standard_error:.2g}, nsr = {nsr.mean:.4g} ± {nsr.standard_error:.2g})"
+        )
