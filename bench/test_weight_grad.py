@@ -1,8 +1,9 @@
 """The kernel alone against PyTorch's weight gradient alone, layer by layer; ours returns all per-sample norms too.
 
 B = 128. Target: a ratio of at least 1.0 for both of PyTorch's memory formats (contender / ours: ours is no slower than
-the better of the two). The other groups: a layer's step in one pass against the product followed by the fused step, and
-the step on per-sample gradients against plain PyTorch.
+the better of the two). The other groups: the ways that the choice is between, for few pixels and for Linear, at B = 128
+and 8; a layer's step in one pass against the product followed by the fused step; and the step on per-sample gradients
+against plain PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from svag_fast.ops import svag_step_, svag_step_per_sample_, svag_weight_step_, weight_grad_and_sq_norms
 from svag_fast.ops.layer_product import layer_product
-from svag_fast.ops.weight_grad_cpu import TILES_OUTSIDE, direct, gram
+from svag_fast.ops.weight_grad_cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, direct, gram, pixel_gram
 
 B = 128
 # Input channels, output channels, image, kernel, stride: those of docs/per_sample_norms.md, and PreResNet-32's others.
@@ -36,22 +37,42 @@ CONVOLUTIONS = {
     "512-512, 4x4": (512, 512, 4, 3, 1),
     "512-512, 2x2": (512, 512, 2, 3, 1),
 }
-# T, p, d; B = 128. Where direct and gram cross is what the choice's two constants were fitted to.
-LINEARS = {f"{p}-{d}, T={T}": (T, p, d) for T, p, d in ((1, 512, 512), (4, 512, 512), (16, 512, 512), (64, 256, 512))}
+# Where direct and pixel-gram cross, and direct and gram (T, p, d), is what the constants of the choice were fitted to.
+FEW_PIXELS = {
+    "512-512, 1x1": (512, 512, 1, 3, 1),
+    "512-512, 2x2": (512, 512, 2, 3, 1),
+    "512-512, 4x4": (512, 512, 4, 3, 1),
+    "256-512, 8x8, stride 2": (256, 512, 8, 3, 2),
+    "256-256, 8x8": (256, 256, 8, 3, 1),
+    "128-128, 8x8": (128, 128, 8, 3, 1),
+    "64-64, 8x8": (64, 64, 8, 3, 1),
+    "64-64, 4x4": (64, 64, 4, 3, 1),
+    "64-64, 2x2": (64, 64, 2, 3, 1),
+    "32-32, 4x4": (32, 32, 4, 3, 1),
+    "256-512, 1x1 kernel, stride 2": (256, 512, 8, 1, 2),
+    "128-256, 1x1 kernel, 8x8": (128, 256, 8, 1, 1),
+}
+LINEARS = {
+    f"{p}-{d}, T={T}": (T, p, d)
+    for T, p, d in (
+        *((1, 512, 512), (4, 512, 512), (16, 512, 512), (16, 128, 128), (32, 512, 512), (32, 64, 64)),
+        *((64, 256, 512), (64, 512, 512), (64, 1024, 1024), (64, 64, 192)),
+    )
+}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class Layer:
     """One convolution's rows in one memory format."""
 
-    def __init__(self, name: str, memory_format: torch.memory_format = torch.contiguous_format) -> None:
-        inputs, outputs, size, kernel, stride = CONVOLUTIONS[name]
+    def __init__(self, name: str, memory_format: torch.memory_format = torch.contiguous_format, batch: int = B) -> None:
+        inputs, outputs, size, kernel, stride = (CONVOLUTIONS | FEW_PIXELS)[name]
         generator = torch.Generator().manual_seed(0)
         out = (size - 1) // stride + 1
         self.stride, self.padding = stride, kernel // 2
         x, dy, weight = (
             torch.randn(shape, generator=generator).contiguous(memory_format=memory_format)
-            for shape in ((B, inputs, size, size), (B, outputs, out, out), (outputs, inputs, kernel, kernel))
+            for shape in ((batch, inputs, size, size), (batch, outputs, out, out), (outputs, inputs, kernel, kernel))
         )
         self.x, self.dy, self.weight = x, dy, weight
 
@@ -88,19 +109,37 @@ def test_convolution(contest: Callable[..., None], benchmark: Any, layer: str, c
     contest(theirs.library if who == "library" else theirs.ours, ours=Layer(layer).ours, rounds=25)
 
 
+@pytest.mark.parametrize("contender", ["library", "direct", "pixel-gram"])
+@pytest.mark.parametrize("batch", [128, 8])
+@pytest.mark.parametrize("layer", FEW_PIXELS)
+def test_few_pixels(contest: Callable[..., None], benchmark: Any, layer: str, batch: int, contender: str) -> None:
+    benchmark.group = f"dW {layer}, B={batch}"
+    rows = Layer(layer, batch=batch)
+    shape = rows.weight.shape
+    product = layer_product(rows.x, rows.dy, shape, stride=rows.stride, padding=rows.padding)
+    order = SAMPLES_OUTSIDE if rows.weight.numel() <= 1 << 18 else TILES_OUTSIDE
+    ways: dict[str, Callable[[], Any]] = {
+        "library": rows.library,
+        "direct": lambda: direct(product, order),
+        "pixel-gram": lambda: pixel_gram(product),
+    }
+    contest(ways[contender], ours=rows.ours, rounds=9)
+
+
 @pytest.mark.parametrize("contender", ["library", "direct", "gram"])
+@pytest.mark.parametrize("batch", [128, 8])
 @pytest.mark.parametrize("layer", LINEARS)
-def test_linear(contest: Callable[..., None], benchmark: Any, layer: str, contender: str) -> None:
-    benchmark.group = f"dW linear {layer}"
+def test_linear(contest: Callable[..., None], benchmark: Any, layer: str, batch: int, contender: str) -> None:
+    benchmark.group = f"dW linear {layer}, B={batch}"
     T, p, d = LINEARS[layer]
-    rows, grads = torch.randn(B, T, p), torch.randn(B, T, d)
+    rows, grads = torch.randn(batch, T, p), torch.randn(batch, T, d)
     product = layer_product(rows, grads, [d, p])
     ways: dict[str, Callable[[], Any]] = {
         "library": lambda: grads.flatten(0, 1).T @ rows.flatten(0, 1),
         "direct": lambda: direct(product, TILES_OUTSIDE),
         "gram": lambda: gram(product),
     }
-    contest(ways[contender], ours=lambda: weight_grad_and_sq_norms(rows, grads, [d, p], backend="cpu"), rounds=25)
+    contest(ways[contender], ours=lambda: weight_grad_and_sq_norms(rows, grads, [d, p], backend="cpu"), rounds=9)
 
 
 @pytest.mark.parametrize("contender", ["product then fused step"])

@@ -25,9 +25,9 @@ def rows(name: str) -> list[str]:
         d, p = weight.shape[0], weight[0].numel()
         T = output.shape[2:].numel() if output.dim() == 4 else 1
         # Products of pixels: one for each pair of pixels, then a sum over the taps for each pair of positions.
-        taps = weight[0, 0].numel() if weight.dim() == 4 else 1
-        pixels = T * T * (p // taps + taps + d)
-        million = [f"{n / 1e6:.2f}" for n in (T * p * d, T * T * (p + d), pixels)]
+        taps, pairs = weight[0, 0].numel() if weight.dim() == 4 else 1, T * (T + 1) // 2
+        pixels = pairs * (p // taps + taps + d)
+        million = [f"{n / 1e6:.2f}" for n in (T * p * d, pairs * (p + d), pixels)]
         row = f"| {list(weight.shape)} | {T} | {' | '.join(million)} | {choose(weight.shape, T)} |"
         counts[row] = counts.get(row, 0) + 1
 

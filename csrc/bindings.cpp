@@ -16,6 +16,7 @@
 #include "cpu/step_per_sample.h"
 #include "cpu/triad.h"
 #include "cpu/weight_grad.h"
+#include "cpu/weight_gram.h"
 #ifdef SVAG_WITH_CUDA
 #include "cuda/error.h"
 #include "cuda/step.h"
@@ -104,22 +105,29 @@ void step_per_sample(const Addresses& params, const Addresses& grads1, const Add
                                                 reinterpret_cast<double*>(stats)));
 }
 
-// sizes: in the order of svag::WeightGradArgs, from `batch` to `dilation_w`. step: rate, c1, c2, weight decay for a step
-// of the weight, whose address `grad` then is; or empty.
-void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double,
-                 const std::array<int64_t, 4>& input_strides, const std::array<int64_t, 4>& output_strides,
-                 const std::array<int64_t, 16>& sizes, std::uintptr_t weights, std::uintptr_t order,
-                 const std::vector<int64_t>& segment_ends, std::uintptr_t grad,
-                 const std::array<int64_t, 4>& grad_strides, std::uintptr_t sq_norms, std::uintptr_t segment_gram,
+using FourStrides = std::array<int64_t, 4>;
+// In the order of svag::LayerOperands, from `batch` to `dilation_w`.
+using LayerSizes = std::array<int64_t, 16>;
+
+void set_operands(svag::LayerOperands& operands, std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double,
+                  const FourStrides& input_strides, const FourStrides& output_strides, const LayerSizes& sizes) {
+    operands.inputs = reinterpret_cast<const void*>(inputs);
+    operands.output_grads = reinterpret_cast<const void*>(output_grads);
+    operands.is_double = is_double;
+    std::copy(input_strides.begin(), input_strides.end(), operands.input_strides);
+    std::copy(output_strides.begin(), output_strides.end(), operands.output_strides);
+    static_assert(offsetof(svag::LayerOperands, dilation_w) - offsetof(svag::LayerOperands, batch) == 15 * 8, "");
+    std::copy(sizes.begin(), sizes.end(), &operands.batch);
+}
+
+// step: rate, c1, c2, weight decay for a step of the weight, whose address `grad` then is; or empty.
+void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double, const FourStrides& input_strides,
+                 const FourStrides& output_strides, const LayerSizes& sizes, std::uintptr_t weights,
+                 std::uintptr_t order, const std::vector<int64_t>& segment_ends, std::uintptr_t grad,
+                 const FourStrides& grad_strides, std::uintptr_t sq_norms, std::uintptr_t segment_gram,
                  int loop_order, int threads, const std::vector<double>& step, std::uintptr_t weight_sq_norm) {
     svag::WeightGradArgs args{};
-    args.inputs = reinterpret_cast<const void*>(inputs);
-    args.output_grads = reinterpret_cast<const void*>(output_grads);
-    args.is_double = is_double;
-    std::copy(input_strides.begin(), input_strides.end(), args.input_strides);
-    std::copy(output_strides.begin(), output_strides.end(), args.output_strides);
-    static_assert(offsetof(svag::WeightGradArgs, dilation_w) - offsetof(svag::WeightGradArgs, batch) == 15 * 8, "");
-    std::copy(sizes.begin(), sizes.end(), &args.batch);
+    set_operands(args, inputs, output_grads, is_double, input_strides, output_strides, sizes);
     args.weights = reinterpret_cast<const double*>(weights);
     args.order = reinterpret_cast<const int64_t*>(order);
     args.segment_ends = segment_ends.data();
@@ -137,6 +145,16 @@ void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_dou
     }
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_weight_grad)(args));
+}
+
+void weight_gram(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double, const FourStrides& input_strides,
+                 const FourStrides& output_strides, const LayerSizes& sizes, std::uintptr_t sq_norms, int threads) {
+    svag::WeightGramArgs args{};
+    set_operands(args, inputs, output_grads, is_double, input_strides, output_strides, sizes);
+    args.sq_norms = reinterpret_cast<double*>(sq_norms);
+    args.threads = threads;
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_weight_gram)(args));
 }
 
 #ifdef SVAG_WITH_CUDA
@@ -193,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("step_per_sample", &step_per_sample);
     m.def("weight_grad", &weight_grad);
+    m.def("weight_gram", &weight_gram);
 #ifdef SVAG_WITH_CUDA
     m.def("cuda_step", &cuda_step);
     m.def("cuda_step_workspace", [](const std::vector<int64_t>& sizes) {

@@ -76,6 +76,16 @@ def weight_grad(
     step: Sequence[float],
     weight_sq_norm: int,
 ) -> None: ...
+def weight_gram(
+    inputs: int,
+    output_grads: int,
+    is_double: bool,
+    input_strides: Sequence[int],
+    output_strides: Sequence[int],
+    sizes: Sequence[int],
+    sq_norms: int,
+    threads: int,
+) -> None: ...
 
 # Only in a build with CUDA:
 def cuda_step(

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/layer_operands.h"
 #include "cpu/simd_level.h"
 
 namespace svag {
@@ -16,18 +17,7 @@ struct WeightStep {
     double* weight_sq_norm;  // one value, written: before the step
 };
 
-// Linear is a 1x1 convolution over an image of one row: T columns, channels last.
-// Strides count elements, in the order sample (or output channel), channel, row, column.
-struct WeightGradArgs {
-    const void* inputs;
-    const void* output_grads;
-    bool is_double;  // float64, else float32: of inputs, output_grads, weights and grad
-    int64_t input_strides[4], output_strides[4];
-    int64_t batch, groups;
-    int64_t channels, outputs;  // of one group
-    int64_t height, width, out_height, out_width;
-    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-
+struct WeightGradArgs : LayerOperands {
     const double* weights;        // [batch]; null: ones
     const int64_t* order;         // [batch]: samples, segment by segment; null: as they come
     const int64_t* segment_ends;  // [segments]: where each ends in `order`
@@ -37,7 +27,7 @@ struct WeightGradArgs {
     void* grad;
     int64_t grad_strides[4];
     const WeightStep* step;
-    double* sq_norms;      // [batch], written
+    double* sq_norms;      // [batch], written; null with tiles outside: no norms, and sums run over several samples
     double* segment_gram;  // [segments, segments], written; may be null without a step
     LoopOrder loop_order;
     int threads;

@@ -1,5 +1,6 @@
 // The inner product of the weight gradient: M scalars times N vectors a pixel, summed in registers over one sample's
-// pixels, then squared into the sample's norm and added, weighted, to the batch's tile.
+// pixels, then squared into the sample's norm and added, weighted, to the batch's tile. Without norms one sum may run
+// over several samples.
 #pragma once
 
 #include "cpu/simd.h"
@@ -24,13 +25,14 @@ struct Tap {
     int64_t rows, columns;
 };
 
-// `a` is read a scalar, `v` a vector at a time; strides from a row to the next and from a pixel to the next.
+// `a` is read a scalar, `v` a vector at a time; strides from a sample, a row, a pixel to the next.
 template <class T>
 struct TileOperands {
     const T* a;
     const T* v;
     int64_t a_row, a_pixel, v_row, v_pixel;
     T weight;
+    int64_t samples, a_sample, v_sample;
 };
 
 // Memory that will be needed next, fetched into the second-level cache a little at each pixel.
@@ -57,24 +59,25 @@ void tile_product(const TileOperands<T>& o, const Tap& tap, const VectorBits<T>&
 #pragma GCC unroll 32
         for (int n = 0; n < N; ++n) sums[m][n] = V{};
     const char *first = next.first, *second = next.second;
-    for (int64_t row = 0; row < tap.rows; ++row) {
-        const T* a = o.a + tap.a + row * o.a_row;
-        const T* v = o.v + tap.v + row * o.v_row;
-        for (int64_t i = 0; i < tap.columns; ++i, a += o.a_pixel, v += o.v_pixel) {
-            __builtin_prefetch(first, 0, 2);
-            __builtin_prefetch(second, 0, 2);
-            first += next.first_step;
-            second += next.second_step;
-            asm("" : "+r"(first), "+r"(second));  // or the compiler keeps both in one vector register
-            V x[N];
+    for (int64_t sample = 0; sample < o.samples; ++sample)
+        for (int64_t row = 0; row < tap.rows; ++row) {
+            const T* a = o.a + tap.a + sample * o.a_sample + row * o.a_row;
+            const T* v = o.v + tap.v + sample * o.v_sample + row * o.v_row;
+            for (int64_t i = 0; i < tap.columns; ++i, a += o.a_pixel, v += o.v_pixel) {
+                __builtin_prefetch(first, 0, 2);
+                __builtin_prefetch(second, 0, 2);
+                first += next.first_step;
+                second += next.second_step;
+                asm("" : "+r"(first), "+r"(second));  // or the compiler keeps both in one vector register
+                V x[N];
 #pragma GCC unroll 32
-            for (int n = 0; n < N; ++n) x[n] = load_raw<V>(v + n * W);
+                for (int n = 0; n < N; ++n) x[n] = load_raw<V>(v + n * W);
 #pragma GCC unroll 32
-            for (int m = 0; m < M; ++m)
+                for (int m = 0; m < M; ++m)
 #pragma GCC unroll 32
-                for (int n = 0; n < N; ++n) sums[m][n] += a[m] * x[n];
+                    for (int n = 0; n < N; ++n) sums[m][n] += a[m] * x[n];
+            }
         }
-    }
     next.first = first;
     next.second = second;
     V square[4] = {};

@@ -1,14 +1,16 @@
 """The CPU's ways to a layer's weight gradient with per-sample norms, and the one place that chooses among them.
 
-| way    | what it does                                                        | multiply-adds a sample             |
-| ------ | ------------------------------------------------------------------- | ---------------------------------- |
-| direct | b_iᵀ a_i in register tiles, squared and added (a C++ kernel)         | (T + 8) p d                        |
-| gram   | Σ_{s,t} (a_s·a_t)(b_s·b_t) beside the library's weight gradient      | T p d + 4 T² (p + d)               |
+| way        | what it does                                              | cost a sample, in multiply-adds      |
+| ---------- | --------------------------------------------------------- | ------------------------------------ |
+| direct     | b_iᵀ a_i in register tiles, squared, then added           | (T + 4) p d                          |
+| pixel-gram | tiles summed over samples; norms from products of pixels  | T p d + 4 (T(T+1)/2) (G (C + K) + d) |
+| gram       | Linear: the library's product; norms from those of rows   | (T p d + 5 (T(T+1)/2) (p + d)) / 1.5 |
 
-At T = 1 the second is |a|²|b|². The 8 is what squaring and adding a tile costs, in positions; the 4 is what small
-batched products lose against one large one: both fitted to bench/test_weight_grad.py's linear layers. A convolution is
-always served by the direct way: it takes less time than the library's weight gradient alone, so no form of the norms
-beside that one can win, the products of pixels included.
+p = K C: K taps of C channels in each of G groups. The constants are ratios of measured times
+(bench/test_weight_grad.py, docs/per_sample_norms.md): squaring and adding a sample's tile costs as much as 4 positions;
+a product of the Gram forms, in float64 and of short rows, as much as 4 or 5; the library's matrix product is 1.5 times
+faster than tiles of a single tap. For convolutions the tiles took less time than the library's weight gradient on most
+shapes, small 1x1 kernels excepted, so no convolution goes by the library.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.layer_product import LayerProduct, grad_format, sum_dtype
+from svag_fast.ops.weight_gram_cpu import gram_sq_norms
 
 # svag::LoopOrder
 SAMPLES_OUTSIDE, TILES_OUTSIDE = 1, 2
@@ -28,18 +31,27 @@ SAMPLES_OUTSIDE, TILES_OUTSIDE = 1, 2
 _CACHED_GRAD_BYTES = 1 << 20
 
 
-def choose(weight_shape: Sequence[int], positions: int, itemsize: int = 4) -> str:
+# What a way costs beside multiply-adds: see the table above.
+_TILE_END, _PIXEL_PRODUCT, _ROW_PRODUCT, _LIBRARY_SPEED = 4, 4, 5, 1.5
+
+
+def choose(weight_shape: Sequence[int], positions: int, itemsize: int = 4, groups: int = 1) -> str:
     """Return how a layer with ``positions`` (T) output positions a sample is served, by operations and cache.
 
-    "gram"; or the direct way with "samples outside" (narrow layers: dW in cache, a sample packed at a time) or with
-    "tiles outside" (wide layers: a tile of dW in the first-level cache while all samples pass by).
+    "gram" (Linear alone), "pixel-gram" (convolutions alone), or the direct way with "samples outside" (narrow layers:
+    dW in cache, a sample packed at a time) or with "tiles outside" (wide layers: a tile of dW in the first-level cache
+    while all samples pass by).
     """
+    T, pairs = positions, positions * (positions + 1) // 2
+    elements = math.prod(weight_shape)
+    d, C = weight_shape[:2]
+    direct_cost = (T + _TILE_END) * elements
     if len(weight_shape) == 2:
-        T, (d, p) = positions, weight_shape
-        if T == 1 or T * p * d + 4 * T * T * (p + d) < (T + 8) * p * d:
+        if T == 1 or T * elements + _ROW_PRODUCT * pairs * (C + d) < _LIBRARY_SPEED * direct_cost:
             return "gram"
-    cached = math.prod(weight_shape) * itemsize <= _CACHED_GRAD_BYTES
-    return "samples outside" if cached else "tiles outside"
+    elif T * elements + _PIXEL_PRODUCT * pairs * (groups * (C + math.prod(weight_shape[2:])) + d) < direct_cost:
+        return "pixel-gram"
+    return "samples outside" if elements * itemsize <= _CACHED_GRAD_BYTES else "tiles outside"
 
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,24 +59,22 @@ def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     way = _way(product)
     if way == "gram":
         return gram(product)
+    if way == "pixel-gram":
+        return pixel_gram(product)
     return direct(product, SAMPLES_OUTSIDE if way == "samples outside" else TILES_OUTSIDE)
 
 
 def _way(product: LayerProduct) -> str:
     positions = math.prod(product.output_grads.shape[2:] if product.inputs.dim() == 4 else product.inputs.shape[1:2])
-    return choose(product.weight_shape, positions, sum_dtype(product.inputs).itemsize)
+    return choose(product.weight_shape, positions, sum_dtype(product.inputs).itemsize, product.geometry.groups)
 
 
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear's norms from the products of rows, its gradient by the library's matrix product."""
+    """Linear's norms from products of rows, its gradient by the library's matrix product."""
     inputs, output_grads, shape, weights, segments, num_segments, _ = product
     dtype = sum_dtype(inputs)
     a, b = inputs.to(dtype), output_grads.to(dtype)
-    if a.shape[1] == 1:
-        sq_norms = a.square().sum((1, 2)).double() * b.square().sum((1, 2)).double()
-    else:
-        # Rounding may leave a sum of products a little below 0 where the gradient cancels.
-        sq_norms = (a @ a.mT * (b @ b.mT)).sum((1, 2), dtype=torch.float64).clamp_(min=0)
+    sq_norms = gram_sq_norms(product)
     if weights is not None:
         b = b * weights.to(dtype)[:, None, None]
     if segments is None:
@@ -74,6 +84,14 @@ def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     )
     flat = grads.flatten(1).double()
     return grads.sum(0).view(shape), sq_norms, flat @ flat.T
+
+
+def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
+    """The norms from products of pixels; the gradient's tiles summed over samples without squaring each."""
+    shape = product.weight_shape
+    grad = torch.empty(shape, dtype=sum_dtype(product.inputs), memory_format=grad_format(product.inputs, shape))
+    _, segment_gram, _ = _call(product, grad, TILES_OUTSIDE, norms=False)
+    return grad, gram_sq_norms(product), segment_gram
 
 
 def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +115,7 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
 
 
 def _call(
-    product: LayerProduct, target: Tensor, loop_order: int, step: Sequence[float] = ()
+    product: LayerProduct, target: Tensor, loop_order: int, step: Sequence[float] = (), *, norms: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from svag_fast import _C
 
@@ -136,7 +154,7 @@ def _call(
         ends,
         target.data_ptr(),
         [*target.stride(), 0, 0][:4],
-        sq_norms.data_ptr(),
+        sq_norms.data_ptr() if norms else 0,
         gram.data_ptr() if S else 0,
         loop_order,
         torch.get_num_threads(),

@@ -132,7 +132,8 @@ struct Problem {
                             product_sizes[s * S + t] += segment_size[s] * segment_size[t];
                         }
                 }
-        for (size_t b = 0; b < B; ++b) EXPECT_NEAR(sq_norms[b], sq[b], 3 * rounding * sq_size[b]);
+        for (size_t b = 0; a.sq_norms != nullptr && b < B; ++b)
+            EXPECT_NEAR(sq_norms[b], sq[b], 3 * rounding * sq_size[b]);
         for (size_t k = 0; k < S * S; ++k) EXPECT_NEAR(gram[k], products[k], 3 * rounding * product_sizes[k]);
     }
 };
@@ -176,5 +177,24 @@ SVAG_CHECK(weight_grad_without_weights_or_order_takes_ones_and_the_samples_as_th
             EXPECT(left_out.run(order, 1) == svag::kOk);
             EXPECT(given.grad == left_out.grad);
             EXPECT(given.sq_norms == left_out.sq_norms);
+        }
+}
+
+SVAG_CHECK(weight_grad_without_norms_sums_over_several_samples) {
+    for (int segments = 1; segments <= 3; ++segments)
+        for (const bool channels_last : {false, true}) {
+            for (const Shape& shape : kShapes) {
+                Problem<double> problem(shape, channels_last, segments);
+                problem.args.sq_norms = nullptr;
+                EXPECT(problem.run(svag::LoopOrder::tiles_outside, 1) == svag::kOk);
+                problem.compare_with_the_definition();
+            }
+            Problem<float> one(kLarge, channels_last, segments), many(kLarge, channels_last, segments);
+            one.args.sq_norms = many.args.sq_norms = nullptr;
+            EXPECT(one.run(svag::LoopOrder::tiles_outside, 1) == svag::kOk);
+            EXPECT(many.run(svag::LoopOrder::tiles_outside, 3) == svag::kOk);
+            many.compare_with_the_definition();
+            EXPECT(one.grad == many.grad);
+            EXPECT(one.gram == many.gram);
         }
 }

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "cpu/scratch_slots.h"
 #include "cpu/thread_pool.h"
 #include "cpu/weight_grad_pack.h"
 #include "cpu/weight_grad_plan.h"
@@ -18,6 +19,9 @@ constexpr int64_t kSampleChunks = 16;
 constexpr int64_t kChunkPositions = 128;
 // Fewer multiply-adds (some 50 us) stay on one thread: a second one that has to wait for a core costs more.
 constexpr int64_t kSerial = 1 << 20;
+// Where no norms are asked for, a tile's sum runs over samples until it has met this many positions: what adding it to
+// dW costs is then small, and a sum is still short enough to round little.
+constexpr int64_t kRunPositions = 64;
 // Bytes of scratch memory are handed out in multiples of this.
 constexpr int64_t kAlign = 64;
 
@@ -98,13 +102,6 @@ class WeightGrad {
         used_ += aligned(bytes);
         return taken;
     }
-
-    // A scratch slot for the running chunk: at most `threads` chunks run at once.
-    int64_t take_slot() {
-        for (int64_t i = 0;; i = (i + 1) % slots_)
-            if (!__atomic_test_and_set(busy_ + i, __ATOMIC_ACQUIRE)) return i;
-    }
-    void free_slot(int64_t slot) { __atomic_clear(busy_ + slot, __ATOMIC_RELEASE); }
 
     int64_t sample_at(int64_t j) const { return args_.order == nullptr ? j : args_.order[j]; }
     T weight_of(int64_t sample) const {
@@ -192,9 +189,10 @@ class WeightGrad {
         }
     }
 
-    // x and dy: the packed operands of one sample and group. Returns the sample's squares in this tile.
-    double add_tile(const T* x, const T* dy, T weight, int64_t row_tile, int64_t vector_tile, T* dw,
-                    Prefetch& next) const {
+    // x and dy: the packed operands of one group of a sample, or of several, which are then summed before they are
+    // squared. Returns the squares in this tile.
+    double add_tile(const T* x, const T* dy, T weight, int64_t row_tile, int64_t vector_tile, T* dw, Prefetch& next,
+                    int64_t samples = 1) const {
         const bool last_row = row_tile + 1 == plan_.row_tiles, last_vector = vector_tile + 1 == plan_.vector_tiles;
         const TileProduct<T> product = products_[last_row][last_vector];
         const VectorBits<T>& mask = last_vector ? last_lanes_ : all_lanes_;
@@ -202,8 +200,9 @@ class WeightGrad {
         dy += (plan_.swapped ? vector_tile : row_tile) * dy_.tile;
         const int64_t x_row = args_.stride_h * x_.row, x_pixel = args_.stride_w * x_.pixel;
         const TileOperands<T> operands =
-            plan_.swapped ? TileOperands<T>{x, dy, x_row, x_pixel, dy_.row, dy_.pixel, weight}
-                          : TileOperands<T>{dy, x, dy_.row, dy_.pixel, x_row, x_pixel, weight};
+            plan_.swapped
+                ? TileOperands<T>{x, dy, x_row, x_pixel, dy_.row, dy_.pixel, weight, samples, x_.sample, dy_.sample}
+                : TileOperands<T>{dy, x, dy_.row, dy_.pixel, x_row, x_pixel, weight, samples, dy_.sample, x_.sample};
         V squares{};
         for (int64_t tap = 0; tap < plan_.taps; ++tap)
             product(operands, taps_[tap], mask, dw + tap * plan_.template tile_size<T>(), squares, next);
@@ -323,8 +322,7 @@ class WeightGrad {
         chunk_grad_ = aligned(grad_bytes);
         grads_ = take(count * chunk_grad_);
         slot_memory_ = take(slots_ * (x_slot_ + dy_slot_));
-        busy_ = take(slots_);
-        std::memset(busy_, 0, slots_);
+        busy_ = ScratchSlots(take(slots_), slots_);
         grams_ = gram_bytes == 0 ? nullptr : reinterpret_cast<double*>(take(gram_bytes));
         segment_tiles_ = reinterpret_cast<T**>(take(tiles * S * sizeof(T*)));
         SampleChunk* chunk = chunks_;
@@ -347,7 +345,7 @@ class WeightGrad {
         const SampleChunk& chunk = chunks_[i];
         T* grad = reinterpret_cast<T*>(grads_ + i * chunk_grad_);
         std::memset(grad, 0, chunk_grad_);
-        const int64_t slot = take_slot();
+        const int64_t slot = busy_.take();
         T* x = reinterpret_cast<T*>(slot_memory_ + slot * (x_slot_ + dy_slot_));
         T* dy = reinterpret_cast<T*>(slot_memory_ + slot * (x_slot_ + dy_slot_) + x_slot_);
         for (int64_t j = chunk.begin; j < chunk.end; ++j) {
@@ -365,7 +363,7 @@ class WeightGrad {
             }
             args_.sq_norms[sample] = squares;
         }
-        free_slot(slot);
+        busy_.free(slot);
     }
 
     // The next sample's memory, spread over all pixels of this one's tiles; what is not dense is left alone.
@@ -409,71 +407,84 @@ class WeightGrad {
         const int64_t tile_bytes = aligned(S * tile_ * sizeof(T)) + aligned(S * sizeof(T*));
         const int64_t gram_bytes = tiles * gram_part() * static_cast<int64_t>(sizeof(double));
         if (int status = allocate(args_.groups * (x_slot_ + dy_slot_) + slots_ * tile_bytes + aligned(slots_) +
-                                  aligned(gram_bytes) + aligned(tiles * B * sizeof(double))))
+                                  aligned(gram_bytes) + (norms() ? aligned(tiles * B * sizeof(double)) : 0)))
             return status;
         x_memory_ = take(args_.groups * x_slot_);
         dy_memory_ = take(args_.groups * dy_slot_);
         slot_memory_ = take(slots_ * tile_bytes);
         slot_size_ = tile_bytes;
-        busy_ = take(slots_);
-        std::memset(busy_, 0, slots_);
+        busy_ = ScratchSlots(take(slots_), slots_);
         grams_ = gram_bytes == 0 ? nullptr : reinterpret_cast<double*>(take(gram_bytes));
-        squares_ = reinterpret_cast<double*>(take(tiles * B * sizeof(double)));
+        if (norms()) squares_ = reinterpret_cast<double*>(take(tiles * B * sizeof(double)));
         parallel_chunks(B, threads_, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->pack_sample(i); },
                         this);
         parallel_chunks(tiles, threads_, [](void* self, int64_t i) { static_cast<WeightGrad*>(self)->sum_tile(i); },
                         this);
-        for (int64_t b = 0; b < B; ++b) {
+        for (int64_t j = 0; norms() && j < B; ++j) {
             double sum = 0;
-            for (int64_t i = 0; i < tiles; ++i) sum += squares_[i * B + b];
-            args_.sq_norms[b] = sum;
+            for (int64_t i = 0; i < tiles; ++i) sum += squares_[i * B + j];
+            args_.sq_norms[sample_at(j)] = sum;
         }
         add_grams(tiles);
         std::free(memory_);
         return kOk;
     }
 
-    T* packed_inputs(int64_t group, int64_t sample) const {
-        return reinterpret_cast<T*>(x_memory_ + group * x_slot_) + sample * x_.sample;
+    bool norms() const { return args_.sq_norms != nullptr; }
+
+    // Samples lie in args.order's order.
+    T* packed_inputs(int64_t group, int64_t j) const {
+        return reinterpret_cast<T*>(x_memory_ + group * x_slot_) + j * x_.sample;
     }
-    T* packed_output_grads(int64_t group, int64_t sample) const {
-        return reinterpret_cast<T*>(dy_memory_ + group * dy_slot_) + sample * dy_.sample;
+    T* packed_output_grads(int64_t group, int64_t j) const {
+        return reinterpret_cast<T*>(dy_memory_ + group * dy_slot_) + j * dy_.sample;
     }
 
-    void pack_sample(int64_t sample) {
+    void pack_sample(int64_t j) {
+        const int64_t sample = sample_at(j);
         for (int64_t g = 0; g < args_.groups; ++g) {
-            pack_inputs(sample, g, packed_inputs(g, sample));
-            pack_output_grads(sample, g, packed_output_grads(g, sample));
+            T* dy = packed_output_grads(g, j);
+            pack_inputs(sample, g, packed_inputs(g, j));
+            pack_output_grads(sample, g, dy);
+            if (!norms() && weight_of(sample) != 1) scale(dy, weight_of(sample));
         }
+    }
+
+    // A sample that is not squared by itself takes its weight here.
+    void scale(T* dy, T weight) const {
+        const int64_t used = args_.out_height * dy_.row;
+        for (int64_t block = 0; block < dy_.blocks; ++block)
+            for (int64_t k = 0; k < used; ++k) dy[block * dy_.tile + k] *= weight;
     }
 
     void sum_tile(int64_t i) {
         const int64_t S = args_.segments, group = i / plan_.tiles(), inner = i % plan_.tiles();
         const int64_t vector_tile = inner / plan_.row_tiles, row_tile = inner % plan_.row_tiles;
-        const int64_t slot = take_slot();
+        const int64_t slot = busy_.take();
         T* dw = reinterpret_cast<T*>(slot_memory_ + slot * slot_size_);
         T** sums = reinterpret_cast<T**>(slot_memory_ + slot * slot_size_ + aligned(S * tile_ * sizeof(T)));
         std::memset(dw, 0, S * tile_ * sizeof(T));
-        // Next to a sample's block lies, in the usual order, the next sample's.
-        const int64_t x_offset = (plan_.swapped ? row_tile : vector_tile) * x_.tile + x_.sample;
-        const int64_t dy_offset = (plan_.swapped ? vector_tile : row_tile) * dy_.tile + dy_.sample;
+        // Next to a sample's block lies the next sample's.
+        const int64_t x_offset = (plan_.swapped ? row_tile : vector_tile) * x_.tile;
+        const int64_t dy_offset = (plan_.swapped ? vector_tile : row_tile) * dy_.tile;
         const int64_t x_step = ceil_div(x_.block * int64_t(sizeof(T)), pixels_);
         const int64_t dy_step = ceil_div(dy_.block * int64_t(sizeof(T)), pixels_);
-        int64_t j = 0;
-        for (int64_t s = 0; s < S; ++s) {
+        const int64_t run = norms() ? 1 : ceil_div(kRunPositions, args_.out_height * args_.out_width);
+        for (int64_t s = 0, j = 0; s < S; ++s) {
             sums[s] = dw + s * tile_;
-            for (; j < args_.segment_ends[s]; ++j) {
-                const int64_t sample = sample_at(j);
-                const T* x = packed_inputs(group, sample);
-                const T* dy = packed_output_grads(group, sample);
-                Prefetch next{reinterpret_cast<const char*>(x + x_offset), reinterpret_cast<const char*>(dy + dy_offset), x_step,
-                              dy_step};
-                squares_[i * args_.batch + sample] = add_tile(x, dy, weight_of(sample), row_tile,
-                                                              vector_tile, dw + s * tile_, next);
+            for (int64_t samples; j < args_.segment_ends[s]; j += samples) {
+                samples = args_.segment_ends[s] - j < run ? args_.segment_ends[s] - j : run;
+                const T weight = norms() ? weight_of(sample_at(j)) : T(1);
+                const T* x = packed_inputs(group, j);
+                const T* dy = packed_output_grads(group, j);
+                Prefetch next{reinterpret_cast<const char*>(x + x_offset + samples * x_.sample),
+                              reinterpret_cast<const char*>(dy + dy_offset + samples * dy_.sample), x_step, dy_step};
+                const double squares = add_tile(x, dy, weight, row_tile, vector_tile, dw + s * tile_, next, samples);
+                if (norms()) squares_[i * args_.batch + j] = squares;
             }
         }
         finish_item(i, sums, grams_ == nullptr ? nullptr : grams_ + i * gram_part());
-        free_slot(slot);
+        busy_.free(slot);
     }
 
     void finish_item(int64_t i, T* const* sums, double* gram) const {
@@ -496,7 +507,7 @@ class WeightGrad {
     int threads_ = 1;
     int64_t slots_ = 1, slot_size_ = 0, x_slot_ = 0, dy_slot_ = 0;
     char* slot_memory_ = nullptr;
-    char* busy_ = nullptr;
+    ScratchSlots busy_;
     SampleChunk* chunks_ = nullptr;
     int64_t chunk_count_ = 0, chunk_grad_ = 0;
     char *grads_ = nullptr, *x_memory_ = nullptr, *dy_memory_ = nullptr;

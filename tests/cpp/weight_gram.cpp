@@ -1,0 +1,152 @@
+#include "cpu/weight_gram.h"
+
+#include <cmath>
+
+#include "selftest.h"
+#include "tensor_list.h"
+
+namespace {
+
+struct Shape {
+    int64_t batch, groups, channels, outputs, height, width, kernel, stride, pad, dilation;
+    int64_t out(int64_t n) const { return (n + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1; }
+};
+
+// Rows that don't fill a tile or a vector, windows that leave the image, groups, rows that the stride passes over, an
+// image of one pixel.
+const Shape kShapes[] = {
+    {3, 1, 1, 1, 1, 1, 1, 1, 0, 1},   {4, 1, 5, 7, 6, 5, 3, 1, 1, 1},  {5, 2, 3, 9, 7, 6, 3, 2, 1, 1},
+    {2, 1, 17, 13, 8, 8, 3, 1, 2, 2}, {9, 1, 33, 10, 1, 14, 1, 1, 0, 1}, {3, 1, 16, 32, 4, 4, 3, 1, 1, 1},
+    {2, 3, 4, 6, 7, 5, 1, 2, 0, 1},   {2, 1, 4, 3, 2, 3, 1, 2, 1, 1},
+};
+
+void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t* strides) {
+    const int64_t second[] = {channels * height * width, height * width, width, 1};
+    const int64_t last[] = {channels * height * width, 1, width * channels, channels};
+    for (int i = 0; i < 4; ++i) strides[i] = channels_last ? last[i] : second[i];
+}
+
+template <class T>
+struct Problem {
+    svag::WeightGramArgs args{};
+    std::vector<T> inputs, output_grads;
+    std::vector<double> sq_norms;
+
+    Problem(const Shape& s, bool channels_last, double scale = 1) {
+        const int64_t oh = s.out(s.height), ow = s.out(s.width);
+        const int64_t in_channels = s.groups * s.channels, out_channels = s.groups * s.outputs;
+        selftest::Random random(23);
+        const auto fill = [&random, scale](auto& v, int64_t n) {
+            v.resize(static_cast<size_t>(n));
+            for (auto& e : v) e = static_cast<T>(scale * random.uniform());
+        };
+        fill(inputs, s.batch * in_channels * s.height * s.width);
+        fill(output_grads, s.batch * out_channels * oh * ow);
+        sq_norms.assign(static_cast<size_t>(s.batch), NAN);
+        args.inputs = inputs.data();
+        args.output_grads = output_grads.data();
+        args.is_double = sizeof(T) == sizeof(double);
+        set_strides(in_channels, s.height, s.width, channels_last, args.input_strides);
+        set_strides(out_channels, oh, ow, channels_last, args.output_strides);
+        args.batch = s.batch, args.groups = s.groups, args.channels = s.channels, args.outputs = s.outputs;
+        args.height = s.height, args.width = s.width, args.out_height = oh, args.out_width = ow;
+        args.kernel_h = args.kernel_w = s.kernel, args.stride_h = args.stride_w = s.stride;
+        args.pad_h = args.pad_w = s.pad, args.dilation_h = args.dilation_w = s.dilation;
+        args.sq_norms = sq_norms.data();
+    }
+
+    int run(int threads) {
+        args.threads = threads;
+        return SVAG_KERNEL(svag_weight_gram)(args);
+    }
+
+    // The sample's gradient of one weight, as the definition says.
+    double sample_grad(int64_t b, int64_t o, int64_t c, int64_t ky, int64_t kx) const {
+        const auto& a = args;
+        const int64_t in_channel = o / a.outputs * a.channels + c;
+        double sum = 0;
+        for (int64_t y = 0; y < a.out_height; ++y)
+            for (int64_t x = 0; x < a.out_width; ++x) {
+                const int64_t row = y * a.stride_h - a.pad_h + ky * a.dilation_h;
+                const int64_t column = x * a.stride_w - a.pad_w + kx * a.dilation_w;
+                if (row < 0 || row >= a.height || column < 0 || column >= a.width) continue;
+                const int64_t *i = a.input_strides, *d = a.output_strides;
+                sum += static_cast<double>(inputs[static_cast<size_t>(b * i[0] + in_channel * i[1] + row * i[2] + column * i[3])]) *
+                       static_cast<double>(output_grads[static_cast<size_t>(b * d[0] + o * d[1] + y * d[2] + x * d[3])]);
+            }
+        return sum;
+    }
+
+    double sq_norm(int64_t b) const {
+        double sum = 0;
+        for (int64_t o = 0; o < args.groups * args.outputs; ++o)
+            for (int64_t c = 0; c < args.channels; ++c)
+                for (int64_t tap = 0; tap < args.kernel_h * args.kernel_w; ++tap) {
+                    const double g = sample_grad(b, o, c, tap / args.kernel_w, tap % args.kernel_w);
+                    sum += g * g;
+                }
+        return sum;
+    }
+};
+
+template <class T>
+void compare_all(double scale, double tolerance) {
+    for (const Shape& shape : kShapes)
+        for (const bool channels_last : {false, true}) {
+            Problem<T> problem(shape, channels_last, scale);
+            EXPECT(problem.run(1) == svag::kOk);
+            for (int64_t b = 0; b < shape.batch; ++b) {
+                const double exact = problem.sq_norm(b);
+                EXPECT_NEAR(problem.sq_norms[static_cast<size_t>(b)], exact, tolerance * exact);
+            }
+        }
+}
+
+}  // namespace
+
+SVAG_CHECK(weight_gram_follows_the_definition_in_float64) { compare_all<double>(1, 1e-12); }
+SVAG_CHECK(weight_gram_follows_the_definition_in_float32) { compare_all<float>(1, 1e-7); }
+SVAG_CHECK(weight_gram_of_large_float32_rows_does_not_overflow) { compare_all<float>(1e30, 1e-12); }
+
+// Rows alike but for a little, output gradients whose sum over the positions is nearly 0.
+SVAG_CHECK(weight_gram_of_rows_that_cancel_keeps_its_digits) {
+    const int64_t positions = 9, channels = 24, outputs = 16;
+    for (const bool channels_last : {false, true}) {
+        Problem<float> problem(Shape{4, 1, channels, outputs, 3, 3, 1, 1, 0, 1}, channels_last);
+        for (float& x : problem.inputs) x = 3 + x / 32;
+        for (int64_t b = 0; b < 4; ++b)
+            for (int64_t o = 0; o < outputs; ++o) {
+                const auto at = [&](int64_t t) -> float& {
+                    const int64_t* d = problem.args.output_strides;
+                    return problem.output_grads[static_cast<size_t>(b * d[0] + o * d[1] + t * d[3])];
+                };
+                float mean = 0;
+                for (int64_t t = 0; t < positions; ++t) mean += at(t) / static_cast<float>(positions);
+                for (int64_t t = 0; t < positions; ++t) at(t) -= mean;
+            }
+        EXPECT(problem.run(1) == svag::kOk);
+        for (int64_t b = 0; b < 4; ++b) {
+            const double exact = problem.sq_norm(b);
+            EXPECT_NEAR(problem.sq_norms[static_cast<size_t>(b)], exact, 1e-10 * exact);
+        }
+    }
+}
+
+SVAG_CHECK(weight_gram_of_rows_that_cancel_is_not_negative) {
+    Problem<float> problem(Shape{40, 1, 33, 17, 1, 2, 1, 1, 0, 1}, true);
+    for (size_t b = 0; b < 40; ++b)
+        for (size_t c = 0; c < 33; ++c) problem.inputs[(2 * b + 1) * 33 + c] = problem.inputs[2 * b * 33 + c];
+    for (size_t b = 0; b < 40; ++b)
+        for (size_t o = 0; o < 17; ++o) problem.output_grads[(2 * b + 1) * 17 + o] = -problem.output_grads[2 * b * 17 + o];
+    EXPECT(problem.run(1) == svag::kOk);
+    for (const double n : problem.sq_norms) EXPECT(n >= 0 && n < 1e-12);
+}
+
+SVAG_CHECK(weight_gram_gives_the_same_bits_for_any_thread_count) {
+    for (const Shape& shape : kShapes) {
+        Problem<float> one(shape, false), many(shape, false);
+        EXPECT(one.run(1) == svag::kOk);
+        EXPECT(many.run(3) == svag::kOk);
+        EXPECT(one.sq_norms == many.sq_norms);
+    }
+}
