@@ -56,6 +56,11 @@ class Block(nn.Module):
         return self.head(x + self.mlp(self.norm2(x)))
 
 
+def block():
+    torch.manual_seed(0)
+    return Block()
+
+
 def mlp():
     return nn.Sequential(nn.Linear(10, 12), nn.ReLU(inplace=True), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))
 
@@ -65,10 +70,12 @@ NETS = {
     "vgg": lambda: (models.vgg(11, "gn", generator=torch.Generator().manual_seed(0)), randn(2, 3, 32, 32)),
     "digits": lambda: (models.digits_net(generator=torch.Generator().manual_seed(0)), randn(5, 1, 8, 8)),
     "mlp": lambda: (mlp(), randn(6, 10)),
+    "transformer block": lambda: (block(), torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(1))),
     "affine convolutions": lambda: (small_net(), randn(4, 2, 6, 6)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS.keys())
 def test_whole_nets_against_vmap_of_grad(net):
     """Norms of every parameter and of all together, and the batch's gradient, in float64."""
