@@ -28,7 +28,7 @@ def rows(name: str) -> list[str]:
         taps, pairs = weight[0, 0].numel() if weight.dim() == 4 else 1, T * (T + 1) // 2
         pixels = pairs * (p // taps + taps + d)
         million = [f"{n / 1e6:.2f}" for n in (T * p * d, pairs * (p + d), pixels)]
-        row = f"| {list(weight.shape)} | {T} | {' | '.join(million)} | {choose(weight.shape, T)} |"
+        row = f"| {list(weight.shape)} | {T} | {' | '.join(million)} | {choose(tuple(weight.shape), T)} |"
         counts[row] = counts.get(row, 0) + 1
 
     model = build_model(name, in_channels=3, num_classes=10)

@@ -15,12 +15,14 @@ shapes, small 1x1 kernels excepted, so no convolution goes by the library.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from svag_fast.ops.cpu_layout import cpu_layout
 from svag_fast.ops.layer_product import LayerProduct, grad_format, sum_dtype
 from svag_fast.ops.weight_gram_cpu import gram_sq_norms
 
@@ -35,7 +37,8 @@ _CACHED_GRAD_BYTES = 1 << 20
 _TILE_END, _PIXEL_PRODUCT, _ROW_PRODUCT, _LIBRARY_SPEED = 4, 4, 5, 1.5
 
 
-def choose(weight_shape: Sequence[int], positions: int, itemsize: int = 4, groups: int = 1) -> str:
+@functools.lru_cache(maxsize=1024)
+def choose(weight_shape: tuple[int, ...], positions: int, itemsize: int = 4, groups: int = 1) -> str:
     """Return how a layer with ``positions`` (T) output positions a sample is served, by operations and cache.
 
     "gram" (Linear alone), "pixel-gram" (convolutions alone), or the direct way with "samples outside" (narrow layers:
@@ -66,7 +69,8 @@ def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
 def _way(product: LayerProduct) -> str:
     positions = math.prod(product.output_grads.shape[2:] if product.inputs.dim() == 4 else product.inputs.shape[1:2])
-    return choose(product.weight_shape, positions, sum_dtype(product.inputs).itemsize, product.geometry.groups)
+    itemsize = 8 if product.inputs.dtype == torch.float64 else 4
+    return choose(tuple(product.weight_shape), positions, itemsize, product.geometry.groups)
 
 
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,34 +125,25 @@ def _call(
 
     inputs, output_grads, shape, weights, segments, num_segments, geometry = product
     dtype = target.dtype
-    if len(shape) == 2:
-        # A 1x1 convolution over an image of one row, channels last.
-        inputs, output_grads = (t.movedim(-1, 1).unsqueeze(2) for t in (inputs, output_grads))
-    elif shape[2] == 1 and geometry.padding[0] == 0 and geometry.stride[0] > 1:
-        # Rows that the stride passes over need not be read.
-        inputs = inputs[:, :, :: geometry.stride[0]][:, :, : output_grads.shape[2]]
-        geometry = geometry._replace(stride=(1, geometry.stride[1]))
     # What has been copied must live as long as the call.
     x, dy = (t if t.dtype == dtype else t.to(dtype) for t in (inputs, output_grads))
+    layout = cpu_layout(x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
     w = None if weights is None else weights.double().contiguous()
     order, ends, S = None, [x.shape[0]], 0
     if segments is not None:
         S = num_segments
         order = torch.argsort(segments, stable=True)
         ends = torch.bincount(segments, minlength=S).cumsum(0).tolist()
-    (B, C, *image), G = x.shape, geometry.groups
-    sizes = [B, G, C // G, shape[0] // G, *image, *dy.shape[2:], *(shape[2:] or (1, 1))]
-    sizes += [*geometry.stride, *geometry.padding, *geometry.dilation]
-    sq_norms = torch.empty(B, dtype=torch.float64)
+    sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
     gram = torch.empty((S, S), dtype=torch.float64)
     weight_sq_norm = torch.empty((), dtype=torch.float64) if step else None
     _C.weight_grad(
         x.data_ptr(),
         dy.data_ptr(),
         dtype == torch.float64,
-        x.stride(),
-        dy.stride(),
-        sizes,
+        layout.input_strides,
+        layout.output_strides,
+        layout.sizes,
         0 if w is None else w.data_ptr(),
         0 if order is None else order.data_ptr(),
         ends,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svag_fast.ops.cpu_layout import cpu_layout
 from svag_fast.ops.layer_product import LayerProduct, sum_dtype
 
 
@@ -19,21 +20,16 @@ def gram_sq_norms(product: LayerProduct) -> Tensor:
 
     inputs, output_grads, shape, *_, geometry = product
     dtype = sum_dtype(inputs)
-    if len(shape) == 2:
-        # A 1x1 convolution over an image of one row, channels last.
-        inputs, output_grads = (t.movedim(-1, 1).unsqueeze(2) for t in (inputs, output_grads))
     x, dy = inputs.to(dtype), output_grads.to(dtype)
-    B, G = x.shape[0], geometry.groups
-    sizes = [B, G, shape[1], shape[0] // G, *x.shape[2:], *dy.shape[2:], *(shape[2:] or (1, 1))]
-    sizes += [*geometry.stride, *geometry.padding, *geometry.dilation]
-    sq_norms = torch.empty(B, dtype=torch.float64)
+    layout = cpu_layout(x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
+    sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
     _C.weight_gram(
         x.data_ptr(),
         dy.data_ptr(),
         dtype == torch.float64,
-        x.stride(),
-        dy.stride(),
-        sizes,
+        layout.input_strides,
+        layout.output_strides,
+        layout.sizes,
         sq_norms.data_ptr(),
         torch.get_num_threads(),
     )

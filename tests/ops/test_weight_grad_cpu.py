@@ -267,15 +267,15 @@ def test_squares_beyond_float32_come_out_as_inf_and_never_as_nan(loop_order: int
 
 
 def test_the_choice_follows_the_operations() -> None:
-    assert choose([512, 512], 1) == "gram"
-    assert choose([512, 512], 16) == "gram"
-    assert choose([512, 512], 256) == "samples outside"
-    assert choose([64, 64, 3, 3], 64) == "samples outside"
-    assert choose([256, 256, 3, 3], 64) == "tiles outside"
-    assert choose([512, 512, 3, 3], 16) == "pixel-gram"
-    assert choose([512, 512, 3, 3], 4) == "pixel-gram"
+    assert choose((512, 512), 1) == "gram"
+    assert choose((512, 512), 16) == "gram"
+    assert choose((512, 512), 256) == "samples outside"
+    assert choose((64, 64, 3, 3), 64) == "samples outside"
+    assert choose((256, 256, 3, 3), 64) == "tiles outside"
+    assert choose((512, 512, 3, 3), 16) == "pixel-gram"
+    assert choose((512, 512, 3, 3), 4) == "pixel-gram"
 
 
 def test_the_choice_counts_every_groups_products() -> None:
     """Depthwise layers have a Gram matrix a channel: no fewer operations than the gradient itself."""
-    assert choose([512, 1, 3, 3], 4, groups=512) == "samples outside"
+    assert choose((512, 1, 3, 3), 4, groups=512) == "samples outside"
