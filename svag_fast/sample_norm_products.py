@@ -33,8 +33,9 @@ class LinearProduct:
 
     def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The gradient of a weight of the given shape, and |g_i|² [B]."""
-        rows = (x.flatten(1, -2), b.flatten(1, -2)) if x.dim() > 2 else (x[:, None], b[:, None])
-        return unchecked_weight_grad(*rows, shape, Geometry())
+        if x.dim() == 2:  # one position: |b aᵀ|² = |b|²|a|², by fewer calls than the op's
+            return b.T @ x, row_sq_norms(b) * row_sq_norms(x)
+        return unchecked_weight_grad(x.flatten(1, -2), b.flatten(1, -2), shape, Geometry())
 
     def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """The samples' own gradients of the weight, [B, *shape]."""

@@ -220,9 +220,11 @@ def sample_chunks(batch_size: int, numel: int) -> list[slice]:
 
 
 def row_sq_norms(rows: Tensor) -> Tensor:
-    """|row_i|² [B] as float64 of [B, ...], each row's squares added in at least float32."""
+    """|row_i|² [B] as float64 of [B, ...], each row's squares added in at least float32, without a copy of the rows."""
     rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(1).double()
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    return torch.linalg.vector_norm(rows, dim=1).double().square()
 
 
 def _current_task() -> int:
