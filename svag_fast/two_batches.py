@@ -112,10 +112,11 @@ class TwoBatchGradients:
         tape = _Tape(parts)
         with _taped(self._convolutions, tape):
             logits = self.model(images)
-        losses = F.cross_entropy(logits, labels, reduction="none").view(parts, -1).mean(1)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        rows = len(labels) // parts  # a mean loss gives each sample's gradient this divisor
-        return losses.detach(), [[g[p] for p in self.params] for g in tape.grads], tape.sq_norms() * float(rows) ** 2
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        rows = len(labels) // parts
+        torch.autograd.backward(losses, torch.full_like(losses, 1 / rows))  # of each part's mean
+        grads = [[part[p] for p in self.params] for part in tape.grads]
+        return losses.detach().view(parts, -1).mean(1), grads, tape.sq_norms() * float(rows) ** 2
 
 
 class _Tape:
