@@ -3,14 +3,14 @@
 | way        | what it does                                              | cost a sample, in multiply-adds      |
 | ---------- | --------------------------------------------------------- | ------------------------------------ |
 | direct     | b_iᵀ a_i in register tiles, squared, then added           | (T + 4) p d                          |
-| pixel-gram | tiles summed over samples; norms from products of pixels  | T p d + 4 (T(T+1)/2) (G (C + K) + d) |
-| gram       | Linear: the library's product; norms from those of rows   | (T p d + 5 (T(T+1)/2) (p + d)) / 1.5 |
+| pixel-gram | tiles summed over samples; norms from products of pixels  | T p d + 8 (T(T+1)/2) (G (C + K) + d) |
+| gram       | Linear: the library's product; norms from those of rows   | (T p d + 3 (T(T+1)/2) (p + d)) / 1.5 |
 
-p = K C: K taps of C channels in each of G groups. The constants are ratios of measured times
-(bench/test_weight_grad.py, docs/per_sample_norms.md): squaring and adding a sample's tile costs as much as 4 positions;
-a product of the Gram forms, in float64 and of short rows, as much as 4 or 5; the library's matrix product is 1.5 times
-faster than tiles of a single tap. For convolutions the tiles took less time than the library's weight gradient on most
-shapes, small 1x1 kernels excepted, so no convolution goes by the library.
+p = K C: K taps of C channels in each of G groups. The constants are ratios of times of bench/test_weight_grad.py,
+listed in docs/per_sample_norms.md: squaring and adding a sample's tile costs as much as 4 positions; a product of
+pixels (in float64, of small matrices) as much as 8 multiply-adds of a tile; one of rows as much as 3 of the library's,
+whose matrix product is 1.5 times faster than tiles of a single tap. In that bench the library's weight gradient of a
+convolution was faster than both other ways for small 1x1 kernels alone, so no convolution goes by it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ SAMPLES_OUTSIDE, TILES_OUTSIDE = 1, 2
 # With the samples outside each chunk of them has its own dW, which must stay in a core's cache.
 _CACHED_GRAD_BYTES = 1 << 20
 
-
 # What a way costs beside multiply-adds: see the table above.
-_TILE_END, _PIXEL_PRODUCT, _ROW_PRODUCT, _LIBRARY_SPEED = 4, 4, 5, 1.5
+_TILE_END, _PIXEL_PRODUCT, _ROW_PRODUCT, _LIBRARY_SPEED = 4, 8, 3, 1.5
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,7 +53,11 @@ def choose(weight_shape: tuple[int, ...], positions: int, itemsize: int = 4, gro
             return "gram"
     elif T * elements + _PIXEL_PRODUCT * pairs * (groups * (C + math.prod(weight_shape[2:])) + d) < direct_cost:
         return "pixel-gram"
-    return "samples outside" if elements * itemsize <= _CACHED_GRAD_BYTES else "tiles outside"
+    return "samples outside" if _stays_cached(weight_shape, itemsize) else "tiles outside"
+
+
+def _stays_cached(weight_shape: Sequence[int], itemsize: int) -> bool:
+    return math.prod(weight_shape) * itemsize <= _CACHED_GRAD_BYTES
 
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +115,9 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
     Returns:
         The samples' squared norms, the two segments' inner products, the weight's squared norm before the step.
     """
-    loop_order = SAMPLES_OUTSIDE if _way(product) == "samples outside" else TILES_OUTSIDE
+    way = _way(product)
+    cached = way == "pixel-gram" and _stays_cached(product.weight_shape, sum_dtype(product.inputs).itemsize)
+    loop_order = SAMPLES_OUTSIDE if cached or way == "samples outside" else TILES_OUTSIDE
     sq_norms, gram, weight_sq_norm = _call(product, weight, loop_order, step)
     assert weight_sq_norm is not None
     return sq_norms, gram, weight_sq_norm

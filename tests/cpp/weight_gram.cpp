@@ -13,11 +13,11 @@ struct Shape {
 };
 
 // Rows that don't fill a tile or a vector, windows that leave the image, groups, rows that the stride passes over, an
-// image of one pixel.
+// image of one pixel, rows longer than a float32 sum runs.
 const Shape kShapes[] = {
     {3, 1, 1, 1, 1, 1, 1, 1, 0, 1},   {4, 1, 5, 7, 6, 5, 3, 1, 1, 1},  {5, 2, 3, 9, 7, 6, 3, 2, 1, 1},
     {2, 1, 17, 13, 8, 8, 3, 1, 2, 2}, {9, 1, 33, 10, 1, 14, 1, 1, 0, 1}, {3, 1, 16, 32, 4, 4, 3, 1, 1, 1},
-    {2, 3, 4, 6, 7, 5, 1, 2, 0, 1},   {2, 1, 4, 3, 2, 3, 1, 2, 1, 1},
+    {2, 3, 4, 6, 7, 5, 1, 2, 0, 1},   {2, 1, 4, 3, 2, 3, 1, 2, 1, 1},  {2, 1, 2100, 3, 1, 6, 1, 1, 0, 1},
 };
 
 void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t* strides) {
