@@ -224,7 +224,8 @@ def row_sq_norms(rows: Tensor) -> Tensor:
     rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
-    return torch.linalg.vector_norm(rows, dim=1).double().square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.double().square()
 
 
 def _current_task() -> int:
