@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "cpu/adaptive_step.h"
+#include "cpu/affine_walk.h"
+#include "cpu/philox_normal.h"
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
 #include "cpu/step_per_sample.h"
@@ -157,6 +159,23 @@ void weight_gram(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_dou
     raise_for(SVAG_KERNEL(svag_weight_gram)(args));
 }
 
+using Key = std::array<uint32_t, 2>;
+
+void philox_normal(std::uintptr_t out, bool is_double, int64_t size, int64_t first, const Key& key, uint64_t draw) {
+    const svag::NormalStream stream{{key[0], key[1]}, draw};
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_philox_normal)(reinterpret_cast<void*>(out), is_double, size, first, stream));
+}
+
+void affine_walk(std::uintptr_t x, bool is_double, int64_t size, int64_t steps, double keep, double shift, double slope,
+                 double spread, const std::vector<double>& weights, const Key& key, uint64_t draw, int threads) {
+    const svag::AffineWalk walk{reinterpret_cast<void*>(x), is_double, size, steps, keep, shift, slope, spread,
+                                weights.data(), static_cast<int64_t>(weights.size()), {{key[0], key[1]}, draw},
+                                threads};
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_affine_walk)(walk));
+}
+
 #ifdef SVAG_WITH_CUDA
 void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
                const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
@@ -212,6 +231,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("step_per_sample", &step_per_sample);
     m.def("weight_grad", &weight_grad);
     m.def("weight_gram", &weight_gram);
+    m.def("philox_normal", &philox_normal);
+    m.def("affine_walk", &affine_walk);
 #ifdef SVAG_WITH_CUDA
     m.def("cuda_step", &cuda_step);
     m.def("cuda_step_workspace", [](const std::vector<int64_t>& sizes) {

@@ -86,6 +86,21 @@ def weight_gram(
     sq_norms: int,
     threads: int,
 ) -> None: ...
+def philox_normal(out: int, is_double: bool, size: int, first: int, key: tuple[int, int], draw: int) -> None: ...
+def affine_walk(
+    x: int,
+    is_double: bool,
+    size: int,
+    steps: int,
+    keep: float,
+    shift: float,
+    slope: float,
+    spread: float,
+    weights: Sequence[float],
+    key: tuple[int, int],
+    draw: int,
+    threads: int,
+) -> None: ...
 
 # Only in a build with CUDA:
 def cuda_step(

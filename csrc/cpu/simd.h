@@ -52,6 +52,7 @@ struct Simd<double> {
 using VFloat = Simd<float>::V;
 using VDouble = Simd<double>::V;
 typedef uint32_t VBits __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VWord __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VHalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef float VHalfFloat __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -63,6 +64,7 @@ SVAG_INLINE V load_raw(const P* p) {
 }
 
 SVAG_INLINE VBits select(VBits mask, VBits a, VBits b) { return (mask & a) | (~mask & b); }
+SVAG_INLINE VWord select(VWord mask, VWord a, VWord b) { return (mask & a) | (~mask & b); }
 
 SVAG_INLINE VFloat widen(VHalfBits h, bfloat16) {
     return (VFloat)(__builtin_convertvector(h, VBits) << 16);
@@ -146,6 +148,24 @@ template <>
 struct Io<bfloat16, float> : Io16<bfloat16> {};
 template <>
 struct Io<float16, float> : Io16<float16> {};
+
+// Correctly rounded, unlike the vector libraries' own.
+#if SVAG_LEVEL == SVAG_LEVEL_avx512
+SVAG_INLINE VFloat square_root(VFloat v) { return (VFloat)_mm512_maskz_sqrt_ps(0xffff, v); }
+SVAG_INLINE VDouble square_root(VDouble v) { return (VDouble)_mm512_maskz_sqrt_pd(0xff, v); }
+#elif SVAG_LEVEL == SVAG_LEVEL_avx2
+SVAG_INLINE VFloat square_root(VFloat v) { return (VFloat)_mm256_sqrt_ps(v); }
+SVAG_INLINE VDouble square_root(VDouble v) { return (VDouble)_mm256_sqrt_pd(v); }
+#else
+SVAG_INLINE VFloat square_root(VFloat v) {
+    for (unsigned i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+}
+SVAG_INLINE VDouble square_root(VDouble v) {
+    for (unsigned i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = __builtin_sqrt(v[i]);
+    return v;
+}
+#endif
 
 // The sum of a vector's lanes in float64, in lane order.
 template <class V>

@@ -3,6 +3,8 @@
 import contextlib
 
 from svag_fast.ops.adaptive_step import svag_adaptive_step_
+from svag_fast.ops.affine_walk import AffineStep, affine_walk_
+from svag_fast.ops.philox_normal import philox_normal_
 from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
 from svag_fast.ops.step_per_sample import PerSampleStep, svag_step_per_sample_
 from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
@@ -12,9 +14,12 @@ with contextlib.suppress(ImportError):  # said when a backend needs it; loaded n
     import svag_fast._C  # noqa: F401
 
 __all__ = [
+    "AffineStep",
     "PerSampleStep",
     "StepStats",
     "WeightGrad",
+    "affine_walk_",
+    "philox_normal_",
     "svag_adaptive_step_",
     "svag_coefficients",
     "svag_step_",

@@ -1,4 +1,4 @@
-"""Ensembles of trajectories, in blocks that stay in the cache, a thread a block.
+"""Ensembles of trajectories, in blocks that stay in the cache, a thread a block; with Gaussian noise in registers.
 
 The numbers depend on the seed alone, not on the number of threads.
 """
@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svag_fast.ops.affine_walk import AffineStep, affine_walk_
+from svag_fast.ops.philox_normal import GROUP
+from svag_fast.sde.affine import AffineProblem
 from svag_fast.sde.draws import Draws
+from svag_fast.sde.laws import Gaussian
 from svag_fast.sde.problem import Problem
-from svag_fast.sde.processes import Process
+from svag_fast.sde.processes import NGD, SDE2, SGD, SVAG, EulerMaruyama, Process
 
 BLOCK_ELEMENTS = 1 << 14
 """Numbers in a block: its state and noise stay in the first two levels of cache, and torch keeps it on one thread."""
@@ -54,11 +58,15 @@ def simulate(
     if trajectories < 1:
         raise ValueError(f"Invalid trajectories: {trajectories}, expected at least 1")
     states = x0.detach().repeat(trajectories, *[1] * x0.dim())
-    blocks = torch.split(states, max(1, BLOCK_ELEMENTS // max(1, x0.numel())))
+    step = affine_step(process, problem)
+    if step and x0.dim() == 0 and x0.device.type == "cpu" and x0.dtype in (torch.float32, torch.float64):
+        return affine_walk_(states, step, steps, key=Draws(seed).key, threads=threads)
+    rows = max(1, BLOCK_ELEMENTS // max(1, x0.numel()) // GROUP) * GROUP
+    blocks = torch.split(states, rows)
 
     @torch.no_grad()
     def run(number: int) -> None:
-        draws = Draws(seed, number, x0.device)
+        draws = Draws(seed, 0, x0.device, first=number * rows * x0.numel())
         for _ in range(steps):
             process.step_(problem, blocks[number], draws)
 
@@ -70,6 +78,27 @@ def simulate(
     finally:
         torch.set_num_threads(before)
     return states
+
+
+def affine_step(process: Process, problem: Problem) -> AffineStep | None:
+    """One step as a map that is affine in x and in Gaussian noise, where it is that; None where it isn't.
+
+    Of the library's own classes alone: a subclass may do something else.
+    """
+    if type(process) not in (SGD, SVAG, NGD, EulerMaruyama, SDE2) or type(problem) is not AffineProblem:
+        return None
+    (estimate,) = process.estimates
+    if estimate.weights and not isinstance(problem.law, Gaussian):
+        return None
+    h, mean_weight = process.step_size, sum(estimate.weights) if estimate.weights else 1.0
+    boost = 1 + process.hessian_weight * (problem.curvature + process.weight_decay)
+    return AffineStep(
+        keep=1 - h * boost * (mean_weight * problem.curvature + process.weight_decay),
+        shift=h * boost * mean_weight * problem.offset,
+        slope=-h * problem.noise_slope,
+        spread=-h * problem.noise_offset,
+        weights=estimate.weights or (estimate.noise_scale,),
+    )
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

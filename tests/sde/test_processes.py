@@ -19,6 +19,7 @@ from svag_fast.sde import (
     Draws,
     EulerMaruyama,
     Gamma,
+    Gaussian,
     GradientFlow,
     OneBatchSVAG,
     additive_quadratic,
@@ -159,6 +160,33 @@ def test_ensembles_have_the_exact_moments(name, dtype):
             mean, error = mean_and_error(x**power)
             floor = 1e-6 if dtype == torch.float32 else 1e-12
             assert abs(mean - exact[power]) < 4.5 * error + floor, (process, power)
+
+
+class Plain(AffineProblem):
+    """A subclass, which the fused walk leaves alone: stepped by its own gradients."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("process", [p for p in PROCESSES if not isinstance(p, GD | OneBatchSVAG)])
+def test_the_fused_walk_takes_the_same_steps_with_the_same_normals(process, dtype):
+    """Path by path, not in law alone: what common random numbers need."""
+    start = torch.tensor(1.0, dtype=dtype)
+    parameters = {"curvature": 1.1, "offset": 0.3, "noise_slope": 0.4, "noise_offset": -0.5}
+    fused, plain = (
+        simulate(process, kind(**parameters), start, 0.5, trajectories=17_000, seed=5)
+        for kind in (AffineProblem, Plain)
+    )
+    torch.testing.assert_close(fused, plain, rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
+def test_skewed_noise_is_coupled_with_the_gaussian_twin():
+    """The same seed gives both the same normals: the exponential law is an increasing function of them (0.90)."""
+    problem, start = additive_quadratic(1.0, 0.7, Gamma()), torch.tensor(0.0, dtype=torch.float64)
+    skewed, twin = (
+        simulate(SGD(0.25), p, start, 0.25, trajectories=20_000, seed=2)
+        for p in (problem, problem.with_law(Gaussian()))
+    )
+    assert torch.corrcoef(torch.stack([skewed, twin]))[0, 1] == pytest.approx(0.903, abs=0.01)
 
 
 def test_sde2_and_euler_maruyama_reach_their_sdes_as_h_shrinks():

@@ -12,13 +12,9 @@ using AdaptivePass = Pass<AdaptiveTensor, AdaptiveOptions>;
 #if SVAG_LEVEL == SVAG_LEVEL_avx512
 SVAG_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) { return (VFloat)_mm512_fmadd_ps(a, b, c); }
 SVAG_INLINE VDouble multiply_add(VDouble a, VDouble b, VDouble c) { return (VDouble)_mm512_fmadd_pd(a, b, c); }
-SVAG_INLINE VFloat square_root(VFloat v) { return (VFloat)_mm512_maskz_sqrt_ps(0xffff, v); }
-SVAG_INLINE VDouble square_root(VDouble v) { return (VDouble)_mm512_maskz_sqrt_pd(0xff, v); }
 #elif SVAG_LEVEL == SVAG_LEVEL_avx2
 SVAG_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) { return (VFloat)_mm256_fmadd_ps(a, b, c); }
 SVAG_INLINE VDouble multiply_add(VDouble a, VDouble b, VDouble c) { return (VDouble)_mm256_fmadd_pd(a, b, c); }
-SVAG_INLINE VFloat square_root(VFloat v) { return (VFloat)_mm256_sqrt_ps(v); }
-SVAG_INLINE VDouble square_root(VDouble v) { return (VDouble)_mm256_sqrt_pd(v); }
 #else
 template <class A>
 SVAG_INLINE A multiply_add_one(A a, A b, A c) {
@@ -32,14 +28,6 @@ template <class V>
 SVAG_INLINE V multiply_add(V a, V b, V c) {
     for (unsigned i = 0; i < sizeof c / sizeof c[0]; ++i) c[i] = multiply_add_one(a[i], b[i], c[i]);
     return c;
-}
-SVAG_INLINE VFloat square_root(VFloat v) {
-    for (unsigned i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = __builtin_sqrtf(v[i]);
-    return v;
-}
-SVAG_INLINE VDouble square_root(VDouble v) {
-    for (unsigned i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = __builtin_sqrt(v[i]);
-    return v;
 }
 #endif
 

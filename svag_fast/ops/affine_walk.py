@@ -1,0 +1,91 @@
+"""Ensembles of random walks whose step and noise are affine in the state, all steps in one pass over the ensemble."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from svag_fast.ops.backends import implements, select
+from svag_fast.ops.philox_normal import Key, check_stream, philox_normal_
+
+
+@dataclass(frozen=True)
+class AffineStep:
+    """``x <- keep x + shift + (slope x + spread) e``, ``e = sum_j weights[j] z_j`` of fresh standard normals z_j."""
+
+    keep: float
+    shift: float
+    slope: float
+    spread: float
+    weights: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "shift", "slope", "spread"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"Invalid {name}: {getattr(self, name)}, expected a finite number")
+        if not self.weights or not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"Invalid weights: {self.weights}, expected at least one finite number")
+
+
+def affine_walk_(
+    x: Tensor,
+    step: AffineStep,
+    steps: int,
+    *,
+    key: Key,
+    draw: int = 0,
+    threads: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Take every trajectory in `x` through `steps` steps, in place.
+
+    Trajectory i takes the normals of element i in draws ``draw + k K + j`` of the stream `key`, k the step, j the
+    normal within it and K their number (:mod:`svag_fast.ops.philox_normal`): the result depends on nothing else.
+
+    Args:
+        x: float32 or float64, contiguous, any shape: one trajectory an element.
+        step: what a step is.
+        steps: how many, 0 or more.
+        key: two integers in [0, 2^32).
+        draw: the first step's first draw.
+        threads: at most so many; default ``torch.get_num_threads()``.
+        backend: a row of the table of backends.
+
+    Returns:
+        `x`.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these.
+        BackendError: the backend can't serve the call.
+    """
+    check_stream(x, "x", key=key, draw=draw)
+    if x.numel() > 2**33:
+        raise ValueError(f"Invalid x: {x.numel()} elements, expected at most 2^33")
+    if steps < 0 or draw + steps * len(step.weights) > 2**64:
+        raise ValueError(f"Invalid steps: {steps}, expected at least 0, and fewer than 2^64 draws")
+    if threads is not None and threads < 1:
+        raise ValueError(f"Invalid threads: {threads}, expected at least 1")
+    walk = select("affine_walk_", backend, [x])
+    walk(x, step, steps, key, draw, threads or torch.get_num_threads())
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+@implements("affine_walk_", "reference")
+def _reference(x: Tensor, step: AffineStep, steps: int, key: Key, draw: int, threads: int) -> None:
+    for _ in range(steps):
+        e = torch.zeros_like(x)
+        for weight in step.weights:
+            e += weight * philox_normal_(torch.empty_like(x), key=key, draw=draw, backend="reference")
+            draw += 1
+        x.copy_((step.keep * x + step.shift) + (step.slope * x + step.spread) * e)
+
+
+@implements("affine_walk_", "cpu")
+def _cpu(x: Tensor, step: AffineStep, steps: int, key: Key, draw: int, threads: int) -> None:
+    from svag_fast import _C
+
+    _C.affine_walk(x.data_ptr(), x.dtype == torch.float64, x.numel(), steps, *astuple(step), key, draw, threads)
