@@ -6,6 +6,7 @@ from svag_fast.sde.affine import (
     constant_poisson_gradient,
     multiplicative_quadratic,
 )
+from svag_fast.sde.circle_toy import CircleToy
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gamma, Gaussian, Poisson
 from svag_fast.sde.moments import process_moments, sde_moments
@@ -34,6 +35,7 @@ __all__ = [
     "SGD",
     "SVAG",
     "AffineProblem",
+    "CircleToy",
     "Draws",
     "EulerMaruyama",
     "Gamma",

@@ -27,6 +27,13 @@ from svag_fast.sde.laws import Gaussian, Law
 from svag_fast.theory import Norms
 
 
+def sde_weight_sq_norm(r0: float, time: float, *, diffusion: float, weight_decay: float) -> float:
+    """R at `time` of ``dR/dt = -2 weight_decay R + diffusion/R``: eq. 9 where R E Tr Sigma-bar is a constant."""
+    decay = -4 * weight_decay * time
+    relaxed = 2 * diffusion * time if weight_decay == 0 else -math.expm1(decay) * diffusion / (2 * weight_decay)
+    return math.sqrt(r0**2 * math.exp(decay) + relaxed)
+
+
 @dataclass(frozen=True)
 class ScaleInvariantToy:
     """The problem of this module's docstring; states are ensembles [n, dim].
@@ -100,10 +107,8 @@ class ScaleInvariantToy:
 
     def sde_weight_sq_norm(self, r0: float, time: float, *, lr: float, weight_decay: float) -> float:
         """R of the SDE (6) at `time`, exact for every trajectory, from R = `r0`: eq. 9 solved."""
-        growth = lr * self.noise_std**2 * (self.dim - 1)
-        decay = -4 * weight_decay * time
-        relaxed = 2 * growth * time if weight_decay == 0 else -math.expm1(decay) * growth / (2 * weight_decay)
-        return math.sqrt(r0**2 * math.exp(decay) + relaxed)
+        diffusion = lr * self.noise_std**2 * (self.dim - 1)
+        return sde_weight_sq_norm(r0, time, diffusion=diffusion, weight_decay=weight_decay)
 
     def sde_equilibrium(self, *, lr: float, weight_decay: float) -> Norms:
         """The SDE's equilibrium, exact: eq. 12 with N = noise_std^2 (d-1)/R, and the von Mises-Fisher law for G."""

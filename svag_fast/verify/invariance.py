@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from svag_fast.models import build_model, scale_invariance_report
-from svag_fast.verify.check import Check, Outcome, Settings
+from svag_fast.verify.check import Check, Outcome, Settings, one_thread
 
 FAST = ("digits-net", "preresnet8-gn", "preresnet8-bn", "vgg11-gn")
 FULL = (
@@ -21,6 +21,7 @@ FULL = (
 PLAIN = ("preresnet8-none",)
 
 
+@one_thread()
 def nets(settings: Settings) -> Outcome:
     """Relative violations on one batch in float64; nets without normalisation must be seen to fail."""
     outcome = Outcome()

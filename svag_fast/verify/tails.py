@@ -17,6 +17,7 @@ BLOCKS = (10, 100, 1000)
 SOURCE = "App. B.3"
 
 
+@one_thread()
 def known_laws(settings: Settings) -> Outcome:
     """I.i.d. Gaussian: 2; Cauchy: 1; Gaussians of log-normal variances: the formula. 1/alpha over repetitions."""
     outcome = Outcome(data={"bars": []})
