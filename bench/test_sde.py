@@ -1,16 +1,19 @@
 """Euler-Maruyama of geometric Brownian motion by ours, torchsde and diffrax, and NGD's step on a small net.
 
     python -m pytest bench/test_sde.py --benchmark-only
+    python -m pytest bench/test_sde.py -k alternation          the figures to quote
 
 Each group runs the same work: N trajectories, STEPS steps, the same SDE dX = -X dt + 0.3 X dW, one Gaussian a step and
-trajectory, on one thread each (diffrax on those that XLA takes). ``extra_info`` gives nanoseconds a trajectory-step;
-the group's floor is what drawing the Gaussians alone costs. The last test prints medians of runs in alternation, the
-figures to quote.
+trajectory, on one thread each (diffrax on those that XLA takes). ``extra_info`` gives nanoseconds a trajectory-step.
+Beside them, what the Gaussians alone cost from our counters, from torch and from numpy. The last test prints ratios of
+CPU times, medians over rounds in alternation: another process's load does not enter, and a second thread is paid for.
 """
 
 import statistics
 import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torchsde
@@ -19,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from svag_fast.models import digits_net
 from svag_fast.sde import NGD, Draws, EulerMaruyama, NetworkProblem, multiplicative_quadratic, simulate
-from svag_fast.sde.simulate import BLOCK_ELEMENTS
 
 N, STEPS = 100_000, 64
 LR, DRIFT, VOLATILITY = 0.25, 1.0, 0.3
@@ -44,13 +46,19 @@ def ours(dtype):
     return lambda: simulate(process, PROBLEM, start, 1.0, trajectories=N, threads=THREADS)
 
 
-def normals_alone(dtype):
-    """The floor: the same Gaussians drawn in the same blocks on one thread, nothing done with them."""
-    buffer, draws = torch.empty(BLOCK_ELEMENTS, dtype=dtype), Draws(0)
+def normals_alone(dtype, source):
+    """As many Gaussians, in blocks that stay in the cache, nothing done with them."""
+    buffer = torch.empty(1 << 14, dtype=dtype)
+    draws, generator = Draws(0), np.random.Generator(np.random.SFC64(0))
+    fill = {
+        "ours": lambda: draws.normal_(buffer),
+        "torch": buffer.normal_,
+        "numpy": lambda: generator.standard_normal(dtype=buffer.numpy().dtype, out=buffer.numpy()),
+    }[source]
 
     def run():
-        for _ in range(N * STEPS // BLOCK_ELEMENTS):
-            draws.normal_(buffer)
+        for _ in range(N * STEPS // len(buffer)):
+            fill()
 
     return run
 
@@ -108,7 +116,9 @@ def by_diffrax(dtype):
 
 MAKERS = {
     "ours": ours,
-    "floor: normals alone, one thread": normals_alone,
+    "normals alone, our counters": partial(normals_alone, source="ours"),
+    "normals alone, torch": partial(normals_alone, source="torch"),
+    "normals alone, numpy SFC64": partial(normals_alone, source="numpy"),
     "torchsde": by_torchsde,
     "diffrax": by_diffrax,
 }
@@ -208,7 +218,7 @@ def test_ngd_step(benchmark, name):
 
 @pytest.mark.parametrize("group", ["float32", "float64", "ngd"])
 def test_ratios_in_alternation(group, capsys):
-    """Medians over five alternating rounds of each peer's time over ours."""
+    """Medians over five alternating rounds of each peer's CPU time over ours."""
     makers = STEPPERS if group == "ngd" else {name: (lambda m=m: m(DTYPES[group])) for name, m in MAKERS.items()}
     runs = {name: make() for name, make in makers.items()}
     ratios = {name: [] for name in runs}
@@ -218,9 +228,9 @@ def test_ratios_in_alternation(group, capsys):
     for _ in range(5):
         took = {}
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            took[name] = time.perf_counter() - start
+            took[name] = time.process_time() - start
         own.append(took["ours"])
         for name in runs:
             ratios[name].append(took[name] / took["ours"])

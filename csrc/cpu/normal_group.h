@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the Box-Muller
 // transform (1958), a vector of counters at a time. Included by files under cpu/kernels/ alone, each compiled once a level.
-// The polynomials interpolate at Chebyshev's nodes; relative errors are below 5.3e-8 (float32) and 4e-17 (float64).
+// The polynomials interpolate at Chebyshev's nodes; relative errors are below 3.6e-8 (float32) and 4e-17 (float64).
 #pragma once
 
 #if defined(__SSE2__)
@@ -14,6 +14,7 @@ namespace svag {
 namespace SVAG_SIMD {
 namespace {
 
+typedef int64_t VLong __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VInt __attribute__((vector_size(kVectorBytes)));
 
 // The product of the lower halves of each lane, in full.
@@ -66,17 +67,14 @@ SVAG_INLINE void box_muller(VBits radius_word, VBits angle_word, VFloat* z0, VFl
     const VInt shifted = (VInt)u - 0x3f3504f3;
     const VInt exponent = shifted >> 23;
     const VFloat f = (VFloat)((VInt)u - (exponent << 23)) - 1.0f;
-    VFloat p = VFloat{} + 0.08533313125371933f;
-    p = p * f - 0.14269258081912994f;
-    p = p * f + 0.14977401494979858f;
-    p = p * f - 0.1657799333333969f;
-    p = p * f + 0.19955933094024658f;
-    p = p * f - 0.250013530254364f;
-    p = p * f + 0.33334192633628845f;
-    p = p * f - 0.4999999701976776f;
-    p = p * f + 1.0f;
-    const VFloat log_u = __builtin_convertvector(exponent, VFloat) * 0.6931471805599453f + p * f;
-    const VFloat radius = square_root(log_u * -2.0f);
+    // -2 log(1 + f) = -4 atanh(y), y = f/(2 + f)
+    const VFloat y = f / (f + 2.0f), z = y * y;
+    VFloat p = VFloat{} - 0.5985474586486816f;
+    p = p * z - 0.7994948029518127f;
+    p = p * z - 1.3333363533020020f;
+    p = p * z - 4.0f;
+    const VFloat e = __builtin_convertvector(exponent, VFloat);
+    const VFloat radius = square_root(e * -1.3862943611198906f + p * y);
     // The angle is (q + t) pi/2, q the word's two upper bits and t in [-1/2, 1/2] the others.
     const VFloat t = __builtin_convertvector((VInt)(angle_word << 2), VFloat) * 0x1p-32f;
     const VFloat s = t * t;
@@ -89,8 +87,8 @@ SVAG_INLINE void box_muller(VBits radius_word, VBits angle_word, VFloat* z0, VFl
     cosine = cosine * s + 0.25366920232772827f;
     cosine = cosine * s - 1.2337005138397217f;
     cosine = cosine * s + 1.0f;
-    const VBits odd = (VBits)((VInt)(angle_word << 1) >> 31), sign = VBits{} + 0x80000000u;
-    const VBits first = select(odd, (VBits)sine, (VBits)cosine), second = select(odd, (VBits)cosine, (VBits)sine);
+    const VInt odd = (VInt)(angle_word << 1) >> 31;
+    const VBits first = (VBits)(odd ? sine : cosine), second = (VBits)(odd ? cosine : sine), sign = VBits{} + 0x80000000u;
     *z0 = radius * (VFloat)(first ^ ((angle_word + 0x40000000u) & sign));
     *z1 = radius * (VFloat)(second ^ (angle_word & sign));
 }
@@ -101,19 +99,17 @@ SVAG_INLINE void box_muller(VWord radius_word, VWord angle_word, VDouble* z0, VD
     const VDouble u = 2.0 - (VDouble)((radius_word >> 12) | one);
     const VWord exponent = ((VWord)u + (one - 0x3fe6a09e667f3bcdu)) >> 52;
     const VDouble f = (VDouble)((VWord)u - ((exponent - 1023u) << 52)) - 1.0;
-    // log(1 + f) = 2 atanh(f/(2 + f))
     const VDouble y = f / (f + 2.0), z = y * y;
-    VDouble p = VDouble{} + 0.07406530960807016;
-    p = p * z + 0.07656103662194594;
-    p = p * z + 0.09091821836324158;
-    p = p * z + 0.11111098418003659;
-    p = p * z + 0.14285714381354733;
-    p = p * z + 0.19999999999646603;
-    p = p * z + 0.3333333333333383;
-    p = p * z + 1.0;
+    VDouble p = VDouble{} - 0.29626123843228065;
+    p = p * z - 0.30624414648778374;
+    p = p * z - 0.36367287345296633;
+    p = p * z - 0.44444393672014637;
+    p = p * z - 0.5714285752541893;
+    p = p * z - 0.7999999999858641;
+    p = p * z - 1.3333333333333533;
+    p = p * z - 4.0;
     const VDouble e = (VDouble)(exponent | 0x4330000000000000u) - (0x1p52 + 1023);
-    const VDouble log_u = e * 0.6931471805599453 + p * y * 2.0;
-    const VDouble radius = square_root(log_u * -2.0);
+    const VDouble radius = square_root(e * -1.3862943611198906 + p * y);
     const VDouble t = (VDouble)(((angle_word << 2) >> 12) | one) - 1.5;
     const VDouble s = t * t;
     VDouble sine = VDouble{} + 5.633933781537854e-08;
@@ -131,46 +127,68 @@ SVAG_INLINE void box_muller(VWord radius_word, VWord angle_word, VDouble* z0, VD
     cosine = cosine * s + 0.2536695079010467;
     cosine = cosine * s - 1.2337005501361697;
     cosine = cosine * s + 1.0;
-    const VWord odd = VWord{} - ((angle_word >> 62) & 1u), sign = VWord{} + 0x8000000000000000u;
-    const VWord first = select(odd, (VWord)sine, (VWord)cosine), second = select(odd, (VWord)cosine, (VWord)sine);
+    const VLong odd = (VLong)(VWord{} - ((angle_word >> 62) & 1u));
+    const VWord first = (VWord)(odd ? sine : cosine), second = (VWord)(odd ? cosine : sine);
+    const VWord sign = VWord{} + 0x8000000000000000u;
     *z0 = radius * (VDouble)(first ^ ((angle_word + 0x4000000000000000u) & sign));
     *z1 = radius * (VDouble)(second ^ (angle_word & sign));
 }
 
-// The normals of a slice of a group: `width` neighbouring counters. Number j of counter i is element 16 j + i of its
-// group, so `per_counter` vectors whose lanes are neighbouring elements.
+// The numbers of a slice of a group: `width` neighbouring counters, `words` vectors of random bits. Number j of counter
+// i is element 16 j + i of its group.
 template <class A>
-struct Normals;
+struct Slice;
 
 template <>
-struct Normals<float> {
-    static constexpr int per_counter = 4;
-    static constexpr int64_t group = per_counter * kNormalCounters;
+struct Slice<float> {
+    using Bits = VBits;
+    static constexpr int words = 4, per_counter = 4;
 
-    static SVAG_INLINE void draw(uint32_t counter, uint64_t draw, const RoundKeys& keys, VFloat* z) {
+    static SVAG_INLINE void draw(uint32_t counter, uint64_t draw, const RoundKeys& keys, VBits* bits) {
         // Even counters in one vector of 64-bit lanes, odd ones in another: the words then interleave by a shift.
         VWord even;
         for (unsigned i = 0; i < kVectorBytes / 8; ++i) even[i] = counter + 2 * i;
         const Words x = philox(even, draw, keys), y = philox(even + 1u, draw, keys);
-        VBits words[4];
-        for (int j = 0; j < 4; ++j) words[j] = (VBits)((x.w[j] & 0xffffffffu) | (y.w[j] << 32));
-        box_muller(words[0], words[1], z, z + 1);
-        box_muller(words[2], words[3], z + 2, z + 3);
+        for (int j = 0; j < words; ++j) bits[j] = (VBits)((x.w[j] & 0xffffffffu) | (y.w[j] << 32));
     }
 };
 
 template <>
-struct Normals<double> {
-    static constexpr int per_counter = 2;
-    static constexpr int64_t group = per_counter * kNormalCounters;
+struct Slice<double> {
+    using Bits = VWord;
+    static constexpr int words = 2, per_counter = 2;
 
-    static SVAG_INLINE void draw(uint32_t counter, uint64_t draw, const RoundKeys& keys, VDouble* z) {
+    static SVAG_INLINE void draw(uint32_t counter, uint64_t draw, const RoundKeys& keys, VWord* bits) {
         VWord index;
         for (unsigned i = 0; i < kVectorBytes / 8; ++i) index[i] = counter + i;
         const Words x = philox(index, draw, keys);
-        box_muller((x.w[0] & 0xffffffffu) | (x.w[1] << 32), (x.w[2] & 0xffffffffu) | (x.w[3] << 32), z, z + 1);
+        for (int j = 0; j < words; ++j) bits[j] = (x.w[2 * j] & 0xffffffffu) | (x.w[2 * j + 1] << 32);
     }
 };
+
+template <class A>
+constexpr int64_t kGroup = Slice<A>::per_counter * kNormalCounters;
+
+// Groups whose numbers are made together: enough independent work to keep a core's pipelines full.
+constexpr int64_t kTile = 4;
+
+// Fill `out` with the numbers of `groups` <= kTile groups. Bits first, then numbers: each loop's turns are independent.
+template <class A>
+void fill_groups(A* out, int64_t groups, uint32_t counter, uint64_t draw, const RoundKeys& keys) {
+    constexpr int width = Simd<A>::width, slices = kNormalCounters / width, words = Slice<A>::words;
+    typename Slice<A>::Bits bits[kTile * slices][words];
+    for (int64_t s = 0; s < groups * slices; ++s)
+        Slice<A>::draw(counter + static_cast<uint32_t>(s * width), draw, keys, bits[s]);
+    for (int64_t s = 0; s < groups * slices; ++s) {
+        A* to = out + s / slices * kGroup<A> + s % slices * width;
+        for (int j = 0; j < words; j += 2) {
+            typename Simd<A>::V z[2];
+            box_muller(bits[s][j], bits[s][j + 1], z, z + 1);
+            std::memcpy(to + j * kNormalCounters, &z[0], sizeof z[0]);
+            std::memcpy(to + (j + 1) * kNormalCounters, &z[1], sizeof z[1]);
+        }
+    }
+}
 
 }  // namespace
 }  // namespace SVAG_SIMD

@@ -64,7 +64,6 @@ SVAG_INLINE V load_raw(const P* p) {
 }
 
 SVAG_INLINE VBits select(VBits mask, VBits a, VBits b) { return (mask & a) | (~mask & b); }
-SVAG_INLINE VWord select(VWord mask, VWord a, VWord b) { return (mask & a) | (~mask & b); }
 
 SVAG_INLINE VFloat widen(VHalfBits h, bfloat16) {
     return (VFloat)(__builtin_convertvector(h, VBits) << 16);

@@ -91,7 +91,7 @@ def grid(settings: Settings) -> Outcome:
 
 def order_two(settings: Settings) -> Outcome:
     """SDE2's equilibrium relation with the term lr G, and its R beside SGD's and the SDE's, over learning rates."""
-    outcome = Outcome(data={"curves": []})
+    outcome = Outcome(data={"curves": []}, checks=[_order_two_dynamics(settings)])
     kappas = [4.0, 16.0] if settings.fast else [1.0, 2.0, 4.0, 8.0, 16.0]
     n, steps = settings.choose(1_000, 5_000), ((2.0, 1.0) if settings.fast else (1.0, 0.5))
     for kappa in kappas:
@@ -129,6 +129,24 @@ def order_two(settings: Settings) -> Outcome:
             )
         )
     return outcome
+
+
+def _order_two_dynamics(settings: Settings) -> Check:
+    """d/dt E|X|² = -(2λ + ηλ²) R + ηG + ηN from a fixed x: one Euler-Maruyama step of time h, its h |drift|² taken off."""
+    kappa, h = 4.0, 1e-3
+    toy, lr = _scaled(kappa), LR * kappa
+    x = torch.tensor([2.8, 0.3, -0.4, 0.3], dtype=torch.float64)
+    g, noise, r = (float(s) for s in toy.statistics(x[None]))
+    ends = simulate(
+        SDE2(lr, DECAY, h=h), toy, x, h, trajectories=settings.choose(100_000, 1_000_000), seed=settings.seed
+    )
+    grad_f = toy.mean_grad(x[None]) + DECAY * x
+    drift = grad_f + lr / 2 * (toy.hessian_product(x[None], grad_f) + DECAY * grad_f)
+    rate = (ends.square().sum(1) - r) / h - h * float(drift.square().sum())
+    mean, error = mean_and_error(rate)
+    expected = -(2 * DECAY + lr * DECAY**2) * r + lr * g + lr * noise
+    name = f"toy, lr {lr:g}, d/dt E|X|² of SDE2 at one x (ηG is {g / noise:.1f} ηN)"
+    return z_check("Theorem E.4", name, mean, error, expected)
 
 
 def _never_contradicted(source: str, prop: str, certificates: tuple[str, ...], rows: list[dict[str, Any]]) -> Check:

@@ -12,6 +12,7 @@ from svag_fast.sde import (
     SGD,
     SVAG,
     AffineProblem,
+    CircleToy,
     Gamma,
     Gaussian,
     LinearRegression,
@@ -33,11 +34,15 @@ SCALAR = {
     "Ornstein-Uhlenbeck": additive_quadratic(1.0, 1.5, Gamma()),
     "geometric Brownian": multiplicative_quadratic(1.0, 1.0, Gamma()),
 }
+CIRCLE = CircleToy((-0.5, -0.5, 2.0, 0.4))  # skewed, with a mean
 POWERS = {1: "x", 2: "x²", 3: "x³", 4: "x⁴"}
 
 
 def exact(settings: Settings) -> Outcome:
-    """Closed forms: the largest error over effective steps against l, on two scalar problems and a regression."""
+    """Closed forms: the largest error over effective steps against l, on two scalar problems and a regression.
+
+    On a scale-invariant toy, with weight decay, the error at the end.
+    """
     outcome = Outcome(data={"curves": []})
     ls = [float(2**k) for k in range(3, 11)]
     for name, problem in SCALAR.items():
@@ -56,6 +61,12 @@ def exact(settings: Settings) -> Outcome:
     for label, weights in (("the loss", loss), ("x₁²", _entry(0, 0)), ("x₂", _entry(1, 3))):
         errors = [float((gap * weights).sum((1, 2)).abs().max()) for gap in paths]
         _slope_check(outcome, f"linear regression in 3 dimensions, g = {label}, closed form", ls, np.array(errors))
+    ls, start = ls[:-2], torch.tensor([0.8, 0.6], dtype=torch.float64)
+    for label, function, frequency in (("|x|²", _identity, 0), ("x₁", np.sqrt, 1), ("cos 2θ", np.ones_like, 2)):
+        limit_x = CIRCLE.sde_mean(start, TIME, function, lr=LR, weight_decay=DECAY, frequency=frequency)
+        ends = [CIRCLE.process_mean(SVAG(LR, DECAY, l=l), start, TIME, function, frequency=frequency) for l in ls]
+        errors = [(end - limit_x).real for end in ends]
+        _slope_check(outcome, f"scale-invariant toy on the plane, g = {label}, closed form", ls, np.array(errors))
     return outcome
 
 
@@ -197,6 +208,10 @@ def _regression() -> tuple[LinearRegression, torch.Tensor]:
     features = torch.randn(8, 3, dtype=torch.float64, generator=generator)
     targets = features.sum(1) + torch.randn(8, dtype=torch.float64, generator=generator)
     return LinearRegression(features, targets, batch_size=1), torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+
+
+def _identity(r: np.ndarray) -> np.ndarray:
+    return r
 
 
 def _entry(row: int, column: int) -> torch.Tensor:

@@ -10,47 +10,46 @@ namespace {
 // Trajectories that one thread takes at a time.
 constexpr int64_t kChunk = 2048;
 
-// All steps of the group at x, its trajectories in registers.
+// All steps of the trajectories at x, `groups` <= kTile groups of them, which stay in the first level of cache.
 template <class A>
-void walk_group(A* x, int64_t first, const AffineWalk& walk, const RoundKeys& keys) {
+void walk_groups(A* x, int64_t groups, uint32_t counter, const AffineWalk& walk, const RoundKeys& keys) {
     using V = typename Simd<A>::V;
-    constexpr int count = Normals<A>::per_counter;
-    const A keep = A(walk.keep), shift = A(walk.shift), slope = A(walk.slope), spread = A(walk.spread);
-    const auto counter = static_cast<uint32_t>(first / Normals<A>::group * kNormalCounters);
-    for (int lane = 0; lane < kNormalCounters; lane += Simd<A>::width) {
-        V state[count];
-        for (int j = 0; j < count; ++j) state[j] = load_raw<V>(x + j * kNormalCounters + lane);
-        uint64_t draw = walk.stream.draw;
-        for (int64_t step = 0; step < walk.steps; ++step) {
-            V noise[count];
-            Normals<A>::draw(counter + lane, draw++, keys, noise);
-            for (int j = 0; j < count; ++j) noise[j] *= A(walk.weights[0]);
-            for (int64_t w = 1; w < walk.weight_count; ++w) {
-                V more[count];
-                Normals<A>::draw(counter + lane, draw++, keys, more);
-                for (int j = 0; j < count; ++j) noise[j] += A(walk.weights[w]) * more[j];
-            }
-            for (int j = 0; j < count; ++j)
-                state[j] = (keep * state[j] + shift) + (slope * state[j] + spread) * noise[j];
+    // A single weight goes into the noise's coefficients.
+    const double scale = walk.weight_count == 1 ? walk.weights[0] : 1;
+    const A keep = A(walk.keep), shift = A(walk.shift), slope = A(walk.slope * scale), spread = A(walk.spread * scale);
+    const int64_t size = groups * kGroup<A>;
+    A noise[kTile * kGroup<A>], more[kTile * kGroup<A>];
+    uint64_t draw = walk.stream.draw;
+    for (int64_t step = 0; step < walk.steps; ++step) {
+        fill_groups(noise, groups, counter, draw++, keys);
+        for (int64_t w = 1; w < walk.weight_count; ++w) {
+            fill_groups(more, groups, counter, draw++, keys);
+            const A first = w == 1 ? A(walk.weights[0]) : A(1), weight = A(walk.weights[w]);
+            for (int64_t i = 0; i < size; ++i) noise[i] = first * noise[i] + weight * more[i];
         }
-        for (int j = 0; j < count; ++j) std::memcpy(x + j * kNormalCounters + lane, &state[j], sizeof state[j]);
+        for (int64_t i = 0; i < size; i += Simd<A>::width) {
+            const V at = load_raw<V>(x + i);
+            const V moved = (keep * at + shift) + (slope * at + spread) * load_raw<V>(noise + i);
+            std::memcpy(x + i, &moved, sizeof moved);
+        }
     }
 }
 
 template <class A>
 void walk_chunk(void* context, int64_t chunk) {
     const AffineWalk& walk = *static_cast<const AffineWalk*>(context);
-    constexpr int64_t group = Normals<A>::group;
+    constexpr int64_t tile = kTile * kGroup<A>;
     const RoundKeys keys(walk.stream.key);
     const int64_t end = walk.size - chunk * kChunk < kChunk ? walk.size : (chunk + 1) * kChunk;
-    for (int64_t i = chunk * kChunk; i < end; i += group) {
+    for (int64_t i = chunk * kChunk; i < end; i += tile) {
         A* x = static_cast<A*>(walk.x) + i;
-        if (end - i >= group) {
-            walk_group(x, i, walk, keys);
+        const auto counter = static_cast<uint32_t>(i / kGroup<A> * kNormalCounters);
+        if (end - i >= tile) {
+            walk_groups(x, kTile, counter, walk, keys);
         } else {
-            A rest[group] = {};
+            A rest[tile] = {};
             std::memcpy(rest, x, static_cast<size_t>(end - i) * sizeof(A));
-            walk_group(rest, i, walk, keys);
+            walk_groups(rest, (end - i + kGroup<A> - 1) / kGroup<A>, counter, walk, keys);
             std::memcpy(x, rest, static_cast<size_t>(end - i) * sizeof(A));
         }
     }

@@ -8,21 +8,17 @@ namespace {
 
 template <class A>
 void fill(A* out, int64_t size, int64_t first, const NormalStream& stream) {
-    using V = typename Simd<A>::V;
-    constexpr int64_t group = Normals<A>::group;
+    constexpr int64_t tile = kTile * kGroup<A>;
     const RoundKeys keys(stream.key);
-    A buffer[group];
-    for (int64_t i = 0; i < size; i += group) {
-        const bool whole = size - i >= group;
-        A* to = whole ? out + i : buffer;
-        const auto counter = static_cast<uint32_t>((first + i) / group * kNormalCounters);
-        for (int lane = 0; lane < kNormalCounters; lane += Simd<A>::width) {
-            V z[Normals<A>::per_counter];
-            Normals<A>::draw(counter + lane, stream.draw, keys, z);
-            for (int j = 0; j < Normals<A>::per_counter; ++j)
-                std::memcpy(to + j * kNormalCounters + lane, &z[j], sizeof z[j]);
+    for (int64_t i = 0; i < size; i += tile) {
+        const auto counter = static_cast<uint32_t>((first + i) / kGroup<A> * kNormalCounters);
+        if (size - i >= tile) {
+            fill_groups(out + i, kTile, counter, stream.draw, keys);
+        } else {
+            A rest[tile];
+            fill_groups(rest, (size - i + kGroup<A> - 1) / kGroup<A>, counter, stream.draw, keys);
+            std::memcpy(out + i, rest, static_cast<size_t>(size - i) * sizeof(A));
         }
-        if (!whole) std::memcpy(out + i, buffer, static_cast<size_t>(size - i) * sizeof(A));
     }
 }
 
