@@ -132,7 +132,7 @@ def order_two(settings: Settings) -> Outcome:
 
 
 def _order_two_dynamics(settings: Settings) -> Check:
-    """d/dt E|X|² = -(2λ + ηλ²) R + ηG + ηN from a fixed x: one Euler-Maruyama step of time h, its h |drift|² taken off."""
+    """d/dt E|X|² = -(2λ + ηλ²) R + ηG + ηN from a fixed x: one step of time h, its h |drift|² taken off."""
     kappa, h = 4.0, 1e-3
     toy, lr = _scaled(kappa), LR * kappa
     x = torch.tensor([2.8, 0.3, -0.4, 0.3], dtype=torch.float64)

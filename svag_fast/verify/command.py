@@ -71,6 +71,8 @@ def _with_progress(settings: Settings, names: list[str]) -> dict[str, Outcome]:
 
 def _print(outcomes: Mapping[str, Outcome], seconds: float, out: Path) -> None:
     console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log or a pipe: rows rather than columns of words
     for name, outcome in outcomes.items():
         table = Table(
             title=GROUPS[name].title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False

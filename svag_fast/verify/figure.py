@@ -1,4 +1,4 @@
-"""verify.png: what the battery found, in six panels."""
+"""verify.png: what the battery found, in eight panels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from svag_fast.plots import GREY, INK, SGD_COLOR, l_colors, save, style
 from svag_fast.verify.check import Z_BOUND, Outcome
+from svag_fast.verify.invariance import TOLERANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,15 +23,15 @@ def draw(outcomes: Mapping[str, Outcome], path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     with style():
-        figure = Figure(figsize=(19, 11), layout="constrained")
-        axes = figure.subplots(2, 3)
-        panels = (_errors, _sides, _order_two, _certificates, _tails, _scores)
+        figure = Figure(figsize=(25, 11.5), layout="constrained")
+        axes = figure.subplots(2, 4)
+        panels = (_errors, _sides, _order_two, _scores, _certificates, _scaling, _tails, _invariance)
         for ax, panel in zip(axes.flat, panels, strict=True):
             panel(ax, outcomes)
         checks = [check for outcome in outcomes.values() for check in outcome.checks]
         failed = sum(not check.passed for check in checks)
         verdict = f"all {len(checks)} checks pass" if not failed else f"{failed} of {len(checks)} checks FAIL"
-        figure.suptitle(f"The paper's theorems, checked: {verdict}", fontsize=18, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(f"The paper's theorems, checked: {verdict}", fontsize=20, fontweight="bold", x=0.01, ha="left")
         save(figure, path)
 
 
@@ -70,12 +71,26 @@ def _errors(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
 def _sides(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     ax.set_title("Equations 11, 12: both sides at equilibrium")
     rows = _data(outcomes, "equilibrium-toy", "sides") + _data(outcomes, "norms-network", "sides")
-    for height, row in enumerate(rows):
-        ratio = float(row["left"]) / float(row["right"])
-        ax.plot(ratio, -height, "o", color=SGD_COLOR if "SGD" in str(row["name"]) else BLUE, markersize=9)
     ax.axvline(1, color=INK, linewidth=1)
-    ax.set_yticks([-i for i in range(len(rows))], [str(row["name"]) for row in rows], fontsize=10)
-    ax.set(xlim=(0.8, 1.2), xlabel="λ(2 − ηλ/l)R  over  (η/l)G + ηN")
+    for height, row in enumerate(rows):
+        color = SGD_COLOR if "SGD" in row["name"] else BLUE
+        ax.errorbar(row["ratio"], -height, xerr=2 * row["error"], fmt="o", color=color, ms=8, capsize=4, linewidth=1.8)
+        _row_label(ax, row["name"], -height)
+    _rows(ax, len(rows))
+    widest = max([0.02, *(abs(row["ratio"] - 1) + 2 * row["error"] for row in rows)])
+    ax.set(xlim=(1 - 1.2 * widest, 1 + 1.2 * widest), xlabel="λ(2 − ηλ/l)R  over  (η/l)G + ηN   (±2 s.e.)")
+
+
+def _row_label(ax: Axes, text: str, height: float) -> None:
+    """Write a row's name above its marks, inside the axes: labels on the left would take the panel's width."""
+    ax.annotate(
+        text, (0, height), xycoords=("axes fraction", "data"), xytext=(6, 9), textcoords="offset points", fontsize=11
+    )
+
+
+def _rows(ax: Axes, count: int) -> None:
+    ax.set_yticks([])
+    ax.set_ylim(0.6 - max(count, 1), 0.8)
 
 
 def _order_two(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
@@ -109,15 +124,61 @@ def _certificates(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     ax.legend(loc="upper right")
 
 
+def _scaling(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
+    ax.set_title("Theorems 5.5, 5.6: linear scaling from B to κB (toy)")
+    pairs = _data(outcomes, "certificates", "pairs")
+    colors = {"holds": BLUE, "undecided": GREY, "fails": SGD_COLOR}
+    for pair in pairs:
+        at = (pair["base"], pair["base"] * pair["kappa"])
+        ax.plot(*at, "s", color=colors[pair["LSI"]], markersize=22, alpha=0.35, markeredgewidth=0)
+        if "fails" in (pair["5.5"], pair["5.6"]):
+            ax.plot(*at, "X", color=INK, markersize=9)
+    for verdict, color in colors.items():
+        ax.plot([], [], "s", color=color, alpha=0.35, markersize=12, label=f"measured: {verdict}")
+    ax.plot([], [], "X", color=INK, markersize=9, label="certified to fail")
+    ax.set(xscale="log", yscale="log", xlabel="B (the base, in units of the smallest)", ylabel="κB")
+    for axis, name in ((ax.xaxis, "base"), (ax.yaxis, "kappa")):
+        ticks = sorted({pair["base"] * (pair["kappa"] if name == "kappa" else 1) for pair in pairs})
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.margins(0.15)
+    ax.legend(fontsize=11, loc="lower right")
+
+
 def _tails(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     ax.set_title("App. B.3: “tail index” α (2: Gaussian tails)")
     bars = _data(outcomes, "tail-known", "bars") + _data(outcomes, "tail-network", "bars")
-    for height, bar in enumerate(bars):
-        name = str(bar["name"])
-        ax.plot(bar["alpha"], -height, "o", color=SGD_COLOR if "SGD" in name else BLUE, markersize=8)
-    ax.set_yticks([-i for i in range(len(bars))], [str(bar["name"]) for bar in bars], fontsize=9)
+    names = list(dict.fromkeys(bar["name"] for bar in bars))
+    markers = {10: "o", 100: "s", 1000: "^"}
     ax.axvline(2, color=INK, linewidth=1)
-    ax.set(xlim=(0.8, 2.2), xlabel="α")
+    for bar in bars:
+        height = -names.index(bar["name"])
+        color = SGD_COLOR if "SGD" in bar["name"] else BLUE
+        if "expected" in bar:
+            ax.plot(bar["expected"], height, "|", color=INK, markersize=26, markeredgewidth=1.5)
+        ax.plot(bar["alpha"], height, markers[bar["block"]], color=color, markersize=9, alpha=0.85)
+    for height, name in enumerate(names):
+        _row_label(ax, name, -height)
+    for block, marker in markers.items():
+        ax.plot([], [], marker, color=BLUE, label=f"blocks of {block}")
+    ax.plot([], [], "|", color=INK, markersize=14, label="formula")
+    _rows(ax, len(names))
+    ax.set(xlim=(0.8, 2.5), xlabel="α")
+    ax.legend(fontsize=11, loc="lower right")
+
+
+def _invariance(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
+    ax.set_title("Scale invariance of the shipped nets")
+    nets = _data(outcomes, "scale-invariance", "nets")
+    for height, net in enumerate(nets):
+        color = BLUE if net["claimed"] else GREY
+        ax.plot(net["violation"], -height, "o", color=color, markersize=8)
+    ax.set_yticks([-i for i in range(len(nets))], [net["name"] for net in nets], fontsize=10)
+    ax.axvline(TOLERANCE, color=INK, linewidth=1, linestyle="--")
+    ax.plot([], [], "o", color=BLUE, label="claims it")
+    ax.plot([], [], "o", color=GREY, label="does not (contrast)")
+    ax.set(xscale="log", xlabel="largest relative violation of L(cx) = L(x) and of the gradient's laws")
+    ax.legend(fontsize=11, loc="lower right")
 
 
 def _scores(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:

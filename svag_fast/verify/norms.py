@@ -78,7 +78,7 @@ def toy_equilibrium(settings: Settings) -> Outcome:
         left = (2 - lr * decay / l) * decay * r
         right = lr / l * g + lr * noise
         residual, error = mean_and_error((left - right) / found.right.value)
-        outcome.data["sides"].append({"name": name, "left": found.left.value, "right": found.right.value})
+        outcome.data["sides"].append({"name": name, "ratio": found.ratio.value, "error": error})
         outcome.checks.append(
             z_check(source, f"{name}: relative difference of the sides of R, G, N", residual, error, 0.0)
         )
@@ -137,7 +137,8 @@ def _network_equilibrium(outcome: Outcome, problem: NetworkProblem, settings: Se
     drift = (float(x @ x) - r[0]) / (steps * lr)
     left, right = (2 - lr * decay) * decay * r, lr * (g + noise)
     off = mean_standard_error((left - right) / right.mean())
-    outcome.data["sides"].append({"name": "digits net, SGD", "left": float(left.mean()), "right": float(right.mean())})
+    ratio = float(left.mean() / right.mean())
+    outcome.data["sides"].append({"name": "digits net, SGD", "ratio": ratio, "error": off.standard_error})
     relative_drift = drift / right.mean()
     residual = Estimate(off.mean, off.standard_error)
     return [

@@ -42,11 +42,12 @@ def known_laws(settings: Settings) -> Outcome:
             off = values[:, 0] - values[:, 1]
             expected = values[:, 1].mean().item()
             error = off.std().item() / math.sqrt(repeats)
-            label = "Gaussians of log-normal variances" if name == "unequal" else f"i.i.d. {name}"
+            label = "Gaussians of unequal variances" if name == "unequal" else f"i.i.d. {name}"
             outcome.checks.append(
                 z_check(SOURCE, f"{label}, blocks of {block}: 1/α", expected + off.mean().item(), error, expected)
             )
-            outcome.data["bars"].append({"name": f"{label}, K1 = {block}", "alpha": 1 / values[:, 0].mean().item()})
+            alpha = 1 / values[:, 0].mean().item()
+            outcome.data["bars"].append({"name": label, "block": block, "alpha": alpha, "expected": 1 / expected})
     return outcome
 
 
@@ -59,8 +60,8 @@ def network(settings: Settings) -> Outcome:
         x, draws = problem.state(), Draws(settings.seed, 4)
         grad = problem.mean_grad(x)
         kinds: dict[str, Callable[[], Tensor]] = {
-            "SGD's noise (B = 128)": lambda: problem.batch_grad(x, (1.0,), draws) - grad,
-            "Gaussian noise of the same covariance": lambda: problem.gaussian_grad(x, 1.0, draws) - grad,
+            "SGD's noise": lambda: problem.batch_grad(x, (1.0,), draws) - grad,
+            "Gaussian noise, same covariance": lambda: problem.gaussian_grad(x, 1.0, draws) - grad,
         }
         values = {
             name: torch.tensor([1 / tail_index(noise(), block) for _ in range(repeats)])
@@ -68,7 +69,7 @@ def network(settings: Settings) -> Outcome:
         }
     found = {name: (v.mean().item(), v.std().item() / math.sqrt(repeats)) for name, v in values.items()}
     for name, (inverse, _) in found.items():
-        outcome.data["bars"].append({"name": f"digits net: {name}", "alpha": 1 / inverse})
+        outcome.data["bars"].append({"name": f"digits net: {name}", "block": block, "alpha": 1 / inverse})
     (sgd, sgd_error), (gaussian, gaussian_error) = found.values()
     error = math.hypot(sgd_error, gaussian_error)
     outcome.checks += [
