@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,4 +88,17 @@ def _reference(x: Tensor, step: AffineStep, steps: int, key: Key, draw: int, thr
 def _cpu(x: Tensor, step: AffineStep, steps: int, key: Key, draw: int, threads: int) -> None:
     from svag_fast import _C
 
-    _C.affine_walk(x.data_ptr(), x.dtype == torch.float64, x.numel(), steps, *astuple(step), key, draw, threads)
+    _C.affine_walk(
+        x.data_ptr(),
+        x.dtype == torch.float64,
+        x.numel(),
+        steps,
+        step.keep,
+        step.shift,
+        step.slope,
+        step.spread,
+        step.weights,
+        key,
+        draw,
+        threads,
+    )

@@ -185,7 +185,7 @@ class CircleToy:
             values += drawn
             chances += [estimate.probability / len(drawn)] * len(drawn)
         distinct, which = np.unique(values, return_inverse=True)
-        return distinct, np.bincount(which, weights=chances)
+        return distinct, np.bincount(which, weights=chances).astype(np.float64)
 
     @staticmethod
     def _turn(x: Tensor, slope: Tensor) -> Tensor:

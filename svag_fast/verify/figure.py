@@ -84,7 +84,7 @@ def _sides(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
 def _row_label(ax: Axes, text: str, height: float) -> None:
     """Write a row's name above its marks, inside the axes: labels on the left would take the panel's width."""
     ax.annotate(
-        text, (0, height), xycoords=("axes fraction", "data"), xytext=(6, 9), textcoords="offset points", fontsize=11
+        text, (0, height), xycoords=("axes fraction", "data"), xytext=(6, 15), textcoords="offset points", fontsize=11
     )
 
 
@@ -112,7 +112,12 @@ def _certificates(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
         certified = "fails" in (row["5.2 by SGD"], row["5.2 by SDE"])
         ax.plot(row["nsr"], row["C"], marker="X" if certified else "o", color=SGD_COLOR if certified else BLUE, ms=10)
         ax.annotate(
-            f"κ = {row['kappa']:g}", (row["nsr"], row["C"]), xytext=(8, 4), textcoords="offset points", fontsize=10
+            f"κ = {row['kappa']:g}",
+            (row["nsr"], row["C"]),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="center",
+            fontsize=10,
         )
     ax.axhline(2**0.5, color=INK, linewidth=1, linestyle="--")
     ax.axvline(1, color=INK, linewidth=1, linestyle="--")
@@ -120,6 +125,7 @@ def _certificates(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     ax.plot([], [], "o", color=BLUE, label="certificate silent", ms=10)
     ax.set(xscale="log", yscale="log", xlabel="N/G of SGD (threshold 1/(C² − 1))", ylabel="least C (threshold √2)")
     ax.set_yticks([1, 2**0.5, 2, 4], ["1", "√2", "2", "4"])
+    ax.margins(0.12)
     ax.minorticks_off()
     ax.legend(loc="upper right")
 
@@ -155,7 +161,7 @@ def _tails(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
         height = -names.index(bar["name"])
         color = SGD_COLOR if "SGD" in bar["name"] else BLUE
         if "expected" in bar:
-            ax.plot(bar["expected"], height, "|", color=INK, markersize=26, markeredgewidth=1.5)
+            ax.plot(bar["expected"], height, "|", color=INK, markersize=20, markeredgewidth=1.5)
         ax.plot(bar["alpha"], height, markers[bar["block"]], color=color, markersize=9, alpha=0.85)
     for height, name in enumerate(names):
         _row_label(ax, name, -height)
@@ -177,8 +183,8 @@ def _invariance(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     ax.axvline(TOLERANCE, color=INK, linewidth=1, linestyle="--")
     ax.plot([], [], "o", color=BLUE, label="claims it")
     ax.plot([], [], "o", color=GREY, label="does not (contrast)")
-    ax.set(xscale="log", xlabel="largest relative violation of L(cx) = L(x) and of the gradient's laws")
-    ax.legend(fontsize=11, loc="lower right")
+    ax.set(xscale="log", xlabel="largest relative violation")
+    ax.legend(fontsize=11, loc="center right")
 
 
 def _scores(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
@@ -194,4 +200,4 @@ def _scores(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     for bound in (-Z_BOUND, Z_BOUND):
         ax.axvline(bound, color=SGD_COLOR, linestyle="--", linewidth=1.5)
     ax.set(xlabel="(measured − expected)/standard error", ylabel="checks")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(0.62, 1))
