@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svag_fast.sde.draws import Draws
-from svag_fast.sde.processes import GradientEstimate, Process
+from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 from svag_fast.sde.scale_invariant import sde_weight_sq_norm
 
 Array = NDArray[np.float64]
@@ -115,7 +115,7 @@ class CircleToy:
         """Exact ``E[function(R) exp(i frequency theta)]`` of a process with batch gradients, at `time` from `x0` [2].
 
         Args:
-            process: SGD, SVAG or OneBatchSVAG.
+            process: SGD, SVAG, OneBatchSVAG or GD.
             x0: the start, [2], not the origin.
             time: a whole number of steps.
             function: of R, elementwise and smooth (analytic) on the values that R can take.
@@ -123,12 +123,12 @@ class CircleToy:
             degree: of the interpolants; their error falls geometrically with it.
 
         Raises:
-            ValueError: a process without batch gradients, or with a step that may reach the origin.
+            ValueError: a process with Gaussian noise, gradient flow, or a step that may reach the origin.
         """
         steps, h = process.steps(time), process.step_size
         keep = 1 - h * process.weight_decay
-        if not all(e.weights for e in process.estimates):
-            raise ValueError(f"Invalid process: {type(process).__name__} has no batch gradients")
+        if any(e.noise_scale for e in process.estimates) or isinstance(process, GradientFlow):
+            raise ValueError(f"Invalid process: {type(process).__name__}, expected steps along batch gradients or GD's")
         if keep <= 0:
             raise ValueError(f"Invalid lr: lr weight_decay is {1 - keep} a step, expected below 1")
         slopes, chances = self._outcomes(process.estimates)
@@ -178,10 +178,14 @@ class CircleToy:
         values: list[float] = []
         chances: list[float] = []
         for estimate in estimates:
-            drawn = [
-                math.fsum(w * xi for w, xi in zip(estimate.weights, pick, strict=True))
-                for pick in itertools.product(self.slopes, repeat=len(estimate.weights))
-            ]
+            drawn = (
+                [self.mean]
+                if not estimate.weights
+                else [
+                    math.fsum(w * xi for w, xi in zip(estimate.weights, pick, strict=True))
+                    for pick in itertools.product(self.slopes, repeat=len(estimate.weights))
+                ]
+            )
             values += drawn
             chances += [estimate.probability / len(drawn)] * len(drawn)
         distinct, which = np.unique(values, return_inverse=True)
