@@ -23,6 +23,9 @@ from svag_fast.kernels.step import _FINISH, _finish_kernel
 _PROGRAMS = 256
 _TILE_END = 1024
 WARPS = 8
+# Tensor cores are fed by loads that run ahead (Triton's default, 3 stages). Full float32 products have no room for
+# those: with them they need 128 registers and more, and spill by some versions of Triton; without them 80.
+STAGES, EXACT_STAGES = 3, 1
 
 
 @triton.jit
@@ -110,8 +113,9 @@ def _weight_grad_kernel(
         weight = tl.load(weights + i)
         if SEGMENTS == 2:
             second = tl.load(segments + i) == 1
-            total1 += tl.where(second, 0.0, weight) * product
-            total2 += tl.where(second, weight, 0.0) * product
+            # Whole products, not weights: 0 times an inf of the other segment would be nan.
+            total1 += tl.where(second, 0.0, weight * product)
+            total2 += tl.where(second, weight * product, 0.0)
         else:
             total1 += weight * product
 
@@ -243,7 +247,8 @@ def product_tiles(
         inputs, output_grads, weights, weights if segments is None else segments, *end, sums, shares, partials,
         B, M, N, T, OUT_W, H, W, CHANNELS, *a_strides, *b_strides,
         K_W, K_H * K_W, *convolution.stride, *convolution.padding, *convolution.dilation, channels_fastest,
-        SEGMENTS, CHUNK, chunks == 1, step, precision, widen, BLOCK_M, BLOCK_N, BLOCK_T, num_warps=WARPS,
+        SEGMENTS, CHUNK, chunks == 1, step, precision, widen, BLOCK_M, BLOCK_N, BLOCK_T,
+        num_warps=WARPS, num_stages=EXACT_STAGES if exact else STAGES,
     )  # fmt: skip
     if chunks > 1:
         _add_chunks_kernel[(programs,)](sums, *end, partials, size, chunks, SEGMENTS, step, _TILE_END)

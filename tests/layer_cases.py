@@ -1,4 +1,4 @@
-"""Linear and Conv2d cases of every option, and the loop of single-sample backward passes that they are held against."""
+"""Linear and Conv2d cases of every option, and what they are held against: a loop of single-sample backward passes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from svag_fast.ops import StepStats, svag_step_, weight_grad_and_sq_norms
+
+STEP: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1}
 
 
 def forward(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
@@ -32,6 +36,24 @@ def make(
     x = torch.randn(input_shape, generator=generator, dtype=torch.float64)
     y = forward(x, torch.zeros(shape, dtype=torch.float64), **options)
     return x.to(dtype), torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def step_by_two_ops(
+    weight: Tensor, x: Tensor, dy: Tensor, segments: Tensor, *, l: float, **options: Any
+) -> tuple[Tensor, StepStats]:
+    """The gradient of each batch's mean, then the fused step, in plain PyTorch."""
+    grads = []
+    for s in range(int(segments.max()) + 1):
+        rows = segments == s
+        n = int(rows.sum())
+        weights = torch.full((n,), 1 / n, dtype=weight.dtype, device=weight.device)
+        product = weight_grad_and_sq_norms(
+            x[rows], dy[rows], list(weight.shape), weights=weights, backend="reference", **options
+        )
+        grads.append([product.grad])
+    norms = weight_grad_and_sq_norms(x, dy, list(weight.shape), backend="reference", **options).sq_norms
+    second = grads[1] if len(grads) == 2 else None
+    return norms, svag_step_([weight], grads[0], second, l=l, backend="reference", **STEP)
 
 
 LINEAR = {

@@ -13,6 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreter"
 RAN = {
     "test_step.py": ("_step_kernel", "_finish_kernel"),
+    "test_weight_step.py": ("_weight_grad_kernel", "_add_chunks_kernel", "_add_norms_kernel", "_finish_kernel"),
     "test_weight_grad.py": ("_weight_grad_kernel", "_add_chunks_kernel", "_add_norms_kernel"),
 }
 

@@ -367,7 +367,7 @@ def _cuda(
 
 
 # A schedule sets each rate many steps long; its coefficients go to the device once.
-_constant_coefficients = functools.lru_cache(maxsize=64)(step_coefficients)
+constant_coefficients = functools.lru_cache(maxsize=64)(step_coefficients)
 
 
 @implements("svag_step_", "triton")
@@ -385,7 +385,7 @@ def _triton(
     from svag_fast.kernels.step import svag_step
 
     if coefficients is None:
-        coefficients = _constant_coefficients(lr, l, weight_decay, params[0].device)
+        coefficients = constant_coefficients(lr, l, weight_decay, params[0].device)
     with torch.cuda.device_of(params[0]):  # type: ignore[no-untyped-call]
         raw: Tensor = svag_step(params, grads1, grads2, compensation, coefficients, skip_nonfinite)
     return raw

@@ -20,27 +20,13 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
 
 def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in tiles: squared, then added. Up to two segments take one pass, more one each."""
-    from svag_fast.kernels.weight_grad import Convolution, product_tiles
-
     inputs, shape, segments = product.inputs, product.weight_shape, product.segments
-    B, device = inputs.shape[0], inputs.device
-    w = torch.ones(B, device=device) if product.weights is None else product.weights.float()
-    last = grad_format(inputs, shape) == torch.channels_last
+    w = torch.ones(len(inputs), device=inputs.device) if product.weights is None else product.weights.float()
 
     def products(weights: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        grad = torch.empty(shape, dtype=sum_dtype(inputs), device=device, memory_format=grad_format(inputs, shape))
-        with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
-            sq_norms, stats = product_tiles(
-                inputs,
-                product.output_grads,
-                shape,
-                weights.contiguous(),
-                which,
-                Convolution(*product.geometry),
-                target=grad,
-                channels_fastest=last,
-            )
-        return grad, sq_norms, stats
+        memory_format = grad_format(inputs, shape)
+        grad = torch.empty(shape, dtype=sum_dtype(inputs), device=inputs.device, memory_format=memory_format)
+        return grad, *_tiles(product, weights, which, grad)
 
     if segments is None or product.num_segments <= 2:
         grad, sq_norms, stats = products(w, segments)
@@ -50,3 +36,48 @@ def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     flat = torch.stack([grad.flatten() for grad, _, _ in parts]).double()
     total = torch.stack([grad for grad, _, _ in parts]).sum(0)
     return total.contiguous(memory_format=grad_format(inputs, shape)), parts[0][1], flat @ flat.T
+
+
+def direct_step(product: LayerProduct, weight: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, but a finished tile is not stored: the ``weight`` takes its step there.
+
+    Args:
+        product: its weights are those of the means of one or two segments.
+        weight: float32, dense in memory; another order than contiguous or channels_last costs a copy.
+        coefficients: [5] float64 on the device: lr, l, c1, c2, weight_decay.
+
+    Returns:
+        The samples' squared norms [B], and the step's raw statistics [5], float64.
+    """
+    in_order = weight.is_contiguous() or (weight.dim() == 4 and _channels_last(weight))
+    target = weight if in_order else weight.contiguous()
+    assert product.weights is not None
+    segments = product.segments if product.num_segments == 2 else None
+    sq_norms, stats = _tiles(product, product.weights.float(), segments, target, coefficients)
+    if not in_order:
+        weight.copy_(target)
+    return sq_norms, stats
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def _tiles(
+    product: LayerProduct, weights: Tensor, segments: Tensor | None, target: Tensor, coefficients: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    from svag_fast.kernels.weight_grad import Convolution, product_tiles
+
+    with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, Tensor] = product_tiles(
+            product.inputs,
+            product.output_grads,
+            product.weight_shape,
+            weights.contiguous(),
+            segments,
+            Convolution(*product.geometry),
+            target=target,
+            channels_fastest=target.dim() == 4 and _channels_last(target),
+            coefficients=coefficients,
+        )
+    return result

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svag_fast.ops import weight_grad_cpu
+from svag_fast.ops import weight_grad_cpu, weight_grad_triton
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_l, check_nonnegative, check_params
 from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step import StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.step import StepStats, constant_coefficients, svag_coefficients, svag_step_
 from svag_fast.ops.weight_grad import reference as reference_product
 
 
@@ -45,7 +45,7 @@ def svag_weight_step_(
         segments: [B], 0 for the first batch's samples and 1 for the second's. All 0 only at ``l = 1``.
         lr, l, weight_decay: as in :func:`svag_step_`.
         stride, padding, dilation, groups: as in :func:`weight_grad_and_sq_norms`.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton" (float32 weights), "cpu" or "reference".
 
     Returns:
         [B] float64, each sample's squared gradient norm, and the step's statistics.
@@ -187,3 +187,8 @@ def _cpu(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_deca
     # A float32 gradient's squares can't overflow in float64: the norms are finite where the gradients are.
     finite = (first.isfinite() & second.isfinite()).double()
     return sq_norms, torch.stack([first, second, inner, weight_sq_norm, finite])
+
+
+@implements("svag_weight_step_", "triton", weight_grad_triton.why_not)
+def _triton(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+    return weight_grad_triton.direct_step(product, weight, constant_coefficients(lr, l, weight_decay, weight.device))

@@ -6,33 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import CONVOLUTION, LINEAR, make
+from layer_cases import CONVOLUTION, LINEAR, STEP, make, step_by_two_ops
 from torch import Tensor
 
-from svag_fast.ops import StepStats, svag_step_, svag_weight_step_, weight_grad_and_sq_norms, weight_step
+from svag_fast.ops import svag_weight_step_, weight_grad_and_sq_norms, weight_step
 from svag_fast.ops.backends import BackendError
 
 BACKENDS = ["reference", "cpu"]
 CASES = {**{f"linear, {name}": (*case, {}) for name, case in LINEAR.items()}, **CONVOLUTION}
-STEP: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1}
-
-
-def two_ops(
-    weight: Tensor, x: Tensor, dy: Tensor, segments: Tensor, *, l: float, **options: Any
-) -> tuple[Tensor, StepStats]:
-    """The gradient of each batch's mean, then the fused step, in plain PyTorch."""
-    grads = []
-    for s in range(int(segments.max()) + 1):
-        rows = segments == s
-        n = int(rows.sum())
-        weights = torch.full((n,), 1 / n, dtype=weight.dtype)
-        product = weight_grad_and_sq_norms(
-            x[rows], dy[rows], list(weight.shape), weights=weights, backend="reference", **options
-        )
-        grads.append([product.grad])
-    norms = weight_grad_and_sq_norms(x, dy, list(weight.shape), backend="reference", **options).sq_norms
-    second = grads[1] if len(grads) == 2 else None
-    return norms, svag_step_([weight], grads[0], second, l=l, backend="reference", **STEP)
 
 
 def close(ours: Tensor, exact: Tensor, relative: float) -> None:
@@ -53,7 +34,7 @@ def test_one_pass_equals_the_two_ops(case: str, backend: str, l: float) -> None:
             x, dy, weight = (t.contiguous(memory_format=memory_format) for t in (x, dy, weight))
         segments = torch.arange(len(x)) % 2
         expected = weight.clone()
-        norms, stats = two_ops(expected, x, dy, segments, l=l, **options)
+        norms, stats = step_by_two_ops(expected, x, dy, segments, l=l, **options)
         ours, our_stats = svag_weight_step_(weight, x, dy, segments=segments, l=l, backend=backend, **STEP, **options)
         close(weight, expected, 1e-12)
         close(ours, norms, 1e-12)
