@@ -238,11 +238,11 @@ def svag_step(
         skip_nonfinite: update in a launch of its own, which does nothing where a gradient is not finite.
     """
     device = params[0].device
-    stats = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
     table, owners = _table(params, grads1, grads2, compensation)
     programs = owners.numel() // 2
     if programs == 0:
-        return stats
+        return torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
+    stats = torch.empty(5, dtype=torch.float64, device=device)  # no copy from the host: a capture forbids it
     partials = torch.empty(5 * programs, dtype=torch.float64, device=device)
     everything = [*params, *grads1, *(grads2 or []), *compensation]
     pairs = {4 * _CODES[p.dtype] + _CODES[g.dtype] for p, g in zip(params, grads1, strict=True)}

@@ -219,7 +219,7 @@ def product_tiles(
     device, groups = inputs.device, convolution.groups
     M, N = O // groups, CHANNELS * K_H * K_W
     SEGMENTS = 1 if segments is None else 2
-    precision = _precision(inputs)
+    precision = _precision(inputs, linear=len(weight_shape) == 2)
     # Full float32 products keep their operands in registers: a smaller tile, or they spill.
     exact = inputs.dtype == torch.float32 and precision == "ieee"
     most_m, most_n, most_t = (32, 64, 16) if exact else (64, 64, 32)
@@ -232,10 +232,10 @@ def product_tiles(
     size = O * N
     programs = tiles * groups if chunks == 1 else triton.cdiv(size, _TILE_END)
 
-    stats = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
     sq_norms = torch.zeros(B, dtype=torch.float64, device=device)
     if size == 0:
-        return sq_norms, stats
+        return sq_norms, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
+    stats = torch.empty(5, dtype=torch.float64, device=device)
     shares = torch.empty((tiles * groups, B), dtype=torch.float32, device=device)
     partials = torch.empty((5, programs), dtype=torch.float64, device=device)
     sums = torch.empty((chunks * SEGMENTS, size) if chunks > 1 else (1,), dtype=torch.float32, device=device)
@@ -258,7 +258,16 @@ def product_tiles(
     return sq_norms, stats
 
 
-def _precision(inputs: Tensor) -> str:
-    """PyTorch's own switch says whether float32 products may use tf32."""
-    allowed = inputs.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+def _precision(inputs: Tensor, linear: bool) -> str:
+    """PyTorch's own switches say whether float32 products may use tf32: by default a convolution's may."""
+    return "tf32" if inputs.dtype == torch.float32 and tf32_allowed(linear) else "ieee"
+
+
+def tf32_allowed(linear: bool) -> bool:
+    """Whether PyTorch's matrix products (or else its convolutions) may round float32 to tf32."""
+    # Since torch 2.9 the older switches raise where the newer ones were set.
+    newer = torch.backends.cuda.matmul if linear else getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(newer, "fp32_precision", None)
+    if precision is not None:
+        return bool(precision == "tf32")
+    return bool((torch.backends.cuda.matmul if linear else torch.backends.cudnn).allow_tf32)

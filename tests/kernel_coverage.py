@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("gpu", "interpreter", "host", "compile")
@@ -39,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker in item.iter_markers("kernels"):
             if marker.kwargs.get("ran") not in WAYS or not set(marker.args) <= known:
                 raise pytest.UsageError(f"{item.nodeid}: kernels{marker.args} {marker.kwargs}: no such kernel or way")
-            item.user_properties += [("kernel", (name, marker.kwargs["ran"])) for name in marker.args]
+            ran = marker.kwargs["ran"]
+            if ran == "gpu" and not torch.cuda.is_available():  # the tests of tests/gpu tried on a CPU
+                ran = "interpreter"
+            item.user_properties += [("kernel", (name, ran)) for name in marker.args]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
