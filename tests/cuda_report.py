@@ -163,7 +163,7 @@ _CLASSES = {
 }
 
 
-def instruction_mix(loop: Counter[str]) -> dict[str, int]:
+def instruction_mix(loop: dict[str, int]) -> dict[str, int]:
     """Return the number of instructions of each class."""
     mix: Counter[str] = Counter()
     for opcode, count in loop.items():
