@@ -208,4 +208,4 @@ _op = register_op(
 )
 
 
-implements("weight_grad_and_sq_norms", "triton", weight_grad_triton.why_not)(weight_grad_triton.direct)
+implements("weight_grad_and_sq_norms", "triton", weight_grad_triton.why_not)(weight_grad_triton.serve)

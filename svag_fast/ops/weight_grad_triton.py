@@ -1,13 +1,32 @@
-"""The GPU's way to a layer's weight gradient with per-sample norms: kernels/weight_grad.py."""
+"""The GPU's ways to a layer's weight gradient with per-sample norms, and the one place that chooses between them.
+
+| way     | what it does                                                               | multiply-adds a sample  |
+| ------- | -------------------------------------------------------------------------- | ----------------------- |
+| direct  | b_iᵀ a_i in tiles, squared and added (kernels/weight_grad.py)               | ⌈T⌉ ⌈p⌉ ⌈d⌉             |
+| library | Σ_{s,t} (a_s·a_t)(b_s·b_t) beside PyTorch's weight gradient (cuBLAS, cuDNN) | S T p d + T² (p + d)    |
+
+⌈ ⌉ is the next multiple of 16, the least tile; S is the number of segments, T the output positions, and for a
+convolution p and d are one group's. To the second add the bytes of the unfolded windows and of the two T x T products,
+at the A100's multiply-adds a byte, and its launches. So the first serves all but few positions on wide layers (T = 1,
+or 512 channels at 2x2), where most of a tile would be padding. Arithmetic on datasheet figures, not yet measured:
+bench/gpu_bench.py prints both ways' times.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from svag_fast.ops.layer_product import LayerProduct, grad_format, sum_dtype
+
+# A100: 19.5 and 156 TFLOP/s, two operations a multiply-add, over 2039 GB/s.
+_A_BYTE = {"ieee": 4.8, "tf32": 38.0}
+# Six launches more of 3 µs each, at the rates above.
+_LAUNCHES = {"ieee": 1.8e8, "tf32": 1.4e9}
 
 
 def why_not(tensors: Sequence[Tensor]) -> str | None:
@@ -16,6 +35,79 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
         return "it has no float64 products"
     span = max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
     return f"a sample spans {span} elements of memory, and it counts them in 32 bits" if span >= 2**31 else None
+
+
+def choose(
+    weight_shape: Sequence[int], samples: int, positions: int, *, groups: int = 1, segments: int = 1, tf32: bool = False
+) -> str:
+    """Return "direct" or "library" for float32 inputs, by operations and bytes."""
+    T, M, N = positions, weight_shape[0] // groups, math.prod(weight_shape[1:])
+    precision = "tf32" if tf32 else "ieee"
+    direct = math.prod(math.ceil(n / 16) * 16 for n in (T, M, N))
+    library = segments * T * M * N
+    moved = 0 if len(weight_shape) == 2 else 2 * 4 * T * N
+    if T > 1:
+        library += T * T * (M + N)
+        moved += 2 * 2 * 4 * T * T
+    saved = groups * (direct - library - _A_BYTE[precision] * moved)
+    return "library" if samples * saved > _LAUNCHES[precision] else "direct"
+
+
+def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
+    """Serve the call in the way that :func:`choose` names; half precision directly: PyTorch would round to it."""
+    from svag_fast.kernels.weight_grad import tf32_allowed
+
+    inputs, output_grads, shape = product.inputs, product.output_grads, product.weight_shape
+    positions = math.prod(output_grads.shape[2:] if inputs.dim() == 4 else inputs.shape[1:2])
+    if inputs.dtype == torch.float32 and inputs.numel() and output_grads.numel():
+        way = choose(
+            shape,
+            len(inputs),
+            positions,
+            groups=product.geometry.groups,
+            segments=max(1, product.num_segments),
+            tf32=tf32_allowed(len(shape) == 2),
+        )
+        if way == "library":
+            return library(product)
+    return direct(product)
+
+
+def library(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own weight gradient, and the norms from the products of rows beside it. Float32 only."""
+    inputs, output_grads, shape, weights, segments, num_segments, geometry = product
+    B, G = len(inputs), geometry.groups
+    if len(shape) == 2:
+        a, b = inputs, output_grads
+    else:
+        windows = F.unfold(inputs, (shape[2], shape[3]), geometry.dilation, geometry.padding, geometry.stride)
+        a = windows.reshape(B * G, -1, windows.shape[-1]).mT
+        b = output_grads.reshape(B * G, -1, windows.shape[-1]).mT
+    if a.shape[1] == 1:
+        squares = a.square().sum((1, 2)).double() * b.square().sum((1, 2)).double()
+    else:
+        # Rounding may leave a sum of products a little below 0 where the gradient cancels.
+        squares = (a @ a.mT * (b @ b.mT)).sum((1, 2), dtype=torch.float64)
+    sq_norms = squares.view(B, -1).sum(1).clamp_(min=0)
+
+    def grad(members: Tensor | None) -> Tensor:
+        w = torch.ones(B, device=inputs.device) if weights is None else weights.float()
+        weighted = output_grads * w.view(-1, *[1] * (output_grads.dim() - 1))
+        if members is not None:  # not by a weight of 0: times inf that is nan
+            weighted = torch.where(members.view(-1, *[1] * (output_grads.dim() - 1)), weighted, 0.0)
+        if len(shape) == 2:
+            return weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
+        options = (geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], G, [False, True, False])
+        result: Tensor = torch.ops.aten.convolution_backward(weighted, inputs, inputs.new_empty(shape), None, *options)[
+            1
+        ]
+        return result
+
+    members = [None] if segments is None else [segments == s for s in range(num_segments)]
+    grads = torch.stack([grad(m) for m in members])
+    flat = grads.flatten(1).double()
+    gram = flat.new_empty((0, 0)) if segments is None else flat @ flat.T
+    return grads.sum(0).contiguous(memory_format=grad_format(inputs, shape)), sq_norms, gram
 
 
 def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
