@@ -13,7 +13,7 @@ python := $(VENV)/bin/python
 workers := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: run test nightly bench lint clean
+.PHONY: run test nightly bench gpu-report lint clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/svag-fast run $(ARGS)
@@ -26,6 +26,10 @@ nightly: $(VENV)/.installed
 
 bench: $(VENV)/.installed $(VENV)/.peers
 	$(python) -m pytest bench --benchmark-only $(ARGS)
+
+# With $(PYTHON), whose torch must see the GPU; DRY=1: on a CPU, with the environment's.
+gpu-report: $(if $(DRY),$(VENV)/.installed)
+	$(if $(DRY),$(python),$(PYTHON)) bench/gpu_report.py $(if $(DRY),--dry) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(python) -m ruff check .

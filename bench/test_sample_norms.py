@@ -75,17 +75,18 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, torch.memor
 class Setting:
     """A net with one batch, and each contender's step on it: forward, backward, norms."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self.device = device
         self.build, shape, B, self.memory_format, self.rounds, threads = NETS[name]
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(B, *shape, generator=generator)
+        x = torch.randn(B, *shape, generator=generator).to(device)
         self.x = x.to(memory_format=self.memory_format) if x.dim() == 4 else x
-        self.y = torch.randint(0, 10, (B,), generator=generator)
+        self.y = torch.randint(0, 10, (B,), generator=generator).to(device)
         self.model = self.fresh()
 
     def fresh(self) -> nn.Module:
-        model = self.build()
+        model = self.build().to(self.device)
         return model.to(memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]
 
     def backward(self, model: nn.Module) -> None:

@@ -41,10 +41,10 @@ ROUNDS = {"preresnet32": 400, "vgg16": 40, "flat60M": 12}
 class Lists:
     """A group's params and two gradients, and the ways to take a step on them."""
 
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, shapes: list[tuple[int, ...]], device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
         self.params, self.grads1, self.grads2 = (
-            [torch.randn(s, generator=generator) for s in shapes] for _ in range(3)
+            [torch.randn(s, generator=generator, device=device) for s in shapes] for _ in range(3)
         )
         self.bytes_moved = 16 * sum(p.numel() for p in self.params)
         self.plan = _Plan(self.params, self.grads1)
@@ -67,7 +67,7 @@ class Lists:
 
     def eager(self) -> list[Tensor]:
         c1, c2 = svag_coefficients(L)
-        sums = [torch.zeros(()) for _ in range(4)]
+        sums = [torch.zeros((), device=self.params[0].device) for _ in range(4)]
         for p, g1, g2 in zip(self.params, self.grads1, self.grads2, strict=True):
             for k, (a, b) in enumerate(((g1, g1), (g2, g2), (g1, g2), (p, p))):
                 sums[k] = sums[k] + (a * b).sum()

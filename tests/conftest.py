@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    tried = os.environ.get("SVAG_TEST_DEVICE") == "cpu"  # the tests themselves are: tests/gpu/conftest.py
+    # tests/gpu/conftest.py: the tests themselves are tried
+    tried = os.environ.get("SVAG_TEST_DEVICE") == "cpu" and "device" in getattr(item, "fixturenames", ())
     if item.get_closest_marker("gpu") and not tried and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")

@@ -37,13 +37,26 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     return name
 
 
-@pytest.fixture(params=[False, True], ids=["ieee", "tf32"])
-def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """PyTorch's own switches for float32 products, both ways."""
+def _allow_tf32(allowed: list[bool]) -> list[bool]:
+    """Set PyTorch's switches for matrix products and convolutions; return what they were."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = request.param
-    yield request.param
-    for switch, value in zip(switches, before, strict=True):
+    for switch, value in zip(switches, allowed, strict=True):
         switch.allow_tf32 = value
+    return before
+
+
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """Full float32 products, those of convolutions too."""
+    before = _allow_tf32([False, False])
+    yield
+    _allow_tf32(before)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Float32 products may be rounded to tf32."""
+    before = _allow_tf32([True, True])
+    yield
+    _allow_tf32(before)

@@ -58,14 +58,21 @@ def held_to_float64(case: str, x: Tensor, dy: Tensor, eps: float) -> None:
     assert float((ours.segment_gram - exact.segment_gram).norm()) <= 8 * bound * (float(exact.grad.norm()) + scale)
 
 
+@pytest.mark.usefixtures("ieee")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_norms_and_segments(device: torch.device, case: str, tf32: bool) -> None:
+def test_gradient_norms_and_segments(device: torch.device, case: str) -> None:
     x, dy = draw(case, device)
-    held_to_float64(case, x, dy, TF32_EPS if tf32 else 2.0**-22)
+    held_to_float64(case, x, dy, 2.0**-22)
     if x.dim() == 4:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-        held_to_float64(case, x, dy, TF32_EPS if tf32 else 2.0**-22)
+        held_to_float64(case, x, dy, 2.0**-22)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("case", ["linear, rows", "3x3", "stride 2", "groups", "many chunks", "one chunk"])
+def test_tf32_rounds_products_to_tf32(device: torch.device, case: str) -> None:
+    held_to_float64(case, *draw(case, device), TF32_EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -74,6 +81,7 @@ def test_half_precision_inputs_are_summed_in_float32(device: torch.device, case:
     held_to_float64(case, *draw(case, device, dtype), 2.0**-22)  # a product of two halves is exact in float32
 
 
+@pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("l", [1, 4, 1e6])
 @pytest.mark.parametrize("case", ["linear, rows", "3x3", "stride 2", "groups", "many chunks", "one chunk"])
@@ -82,11 +90,7 @@ def test_step_of_a_layer(device: torch.device, case: str, l: float, dtype: torch
     _, shape, options = CASES[case]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
     exact, segments = weight.double(), torch.arange(len(x), device=device) % 2
-    switch, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        norms, stats = svag_weight_step_(weight, x, dy, segments=segments, l=l, backend="triton", **STEP, **options)
-    finally:
-        torch.backends.cudnn.allow_tf32 = switch
+    norms, stats = svag_weight_step_(weight, x, dy, segments=segments, l=l, backend="triton", **STEP, **options)
     exact_norms, exact_stats = step_by_two_ops(exact, x.double(), dy.double(), segments, l=l, **options)
     torch.testing.assert_close(norms, exact_norms, rtol=1e-5, atol=0)
     torch.testing.assert_close(stats.raw, exact_stats.raw, rtol=0, atol=1e-5 * float(exact_stats.raw[:4].max()))
