@@ -135,7 +135,7 @@ def test_tensors_on_another_device_than_the_current_one(device: torch.device, ba
     assert torch.cuda.current_device() == 0
 
 
-def six_steps(device: torch.device, backend: str, *, capturable: bool, replay: bool) -> list[Tensor]:
+def six_steps(device: torch.device, backend: str, *, capturable: bool, replay: bool) -> tuple[list[Tensor], float]:
     """Six steps on fixed gradients, lr halved after each; the last three by replaying a graph where asked."""
     params = [torch.nn.Parameter(p) for p in draw(torch.float32, 0, device)]
     grads1, grads2 = (draw(torch.float32, seed, device) for seed in (1, 2))
@@ -156,19 +156,23 @@ def six_steps(device: torch.device, backend: str, *, capturable: bool, replay: b
     take_step = step
     if replay:
         graph = torch.cuda.CUDAGraph()
+        before, counts = clones([p.detach() for p in params]), (optimizer.effective_steps, optimizer.time)
         with torch.cuda.graph(graph):
             step()
+        assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True)), "capturing runs nothing"
+        assert counts == (optimizer.effective_steps, optimizer.time)
         take_step = graph.replay
     for _ in range(3):
         take_step()
         schedule.step()
-    return [p.detach() for p in params]
+    return [p.detach() for p in params], optimizer.effective_steps
 
 
 def test_a_captured_graph_follows_a_schedule(device: torch.device, backend: str) -> None:
-    expected = six_steps(device, backend, capturable=False, replay=False)
-    params = six_steps(device, backend, capturable=True, replay=device.type == "cuda")
+    expected, _ = six_steps(device, backend, capturable=False, replay=False)
+    params, effective_steps = six_steps(device, backend, capturable=True, replay=device.type == "cuda")
     assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+    assert effective_steps == 6 / 4
 
 
 @ran_per_sample
