@@ -67,7 +67,7 @@ def weight_grad_and_sq_norms(
             on a GPU it is read back once; give a list to avoid that.
         stride, padding, dilation, groups: of the convolution, as in :func:`torch.nn.functional.conv2d`; padding also
             "valid" or "same", always with zeros. They must be left alone for Linear.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         :class:`WeightGrad`. Sums are formed in float32 for float32 and half-precision inputs, in float64 for float64.

@@ -108,9 +108,10 @@ def test_a_step_waits_for_what_its_stream_holds(device: torch.device, backend: s
     """Were it launched on the default stream, it would read the gradients before they are there."""
     if device.type == "cpu":
         pytest.skip("needs streams")
-    params, grads1, grads2 = (draw(torch.float32, seed, device, [(5000,)]) for seed in range(3))
-    expected, late = clones(params), [torch.zeros_like(g) for g in grads1]
-    svag_step_(clones(params), late, grads2, l=2, backend=backend, **OPTIONS)  # compiled, and its table made
+    start, grads1, grads2 = (draw(torch.float32, seed, device, [(5000,)]) for seed in range(3))
+    params, expected, late = clones(start), clones(start), [torch.zeros_like(g) for g in grads1]
+    svag_step_(params, late, grads2, l=2, backend=backend, **OPTIONS)  # compiled, and its table on the device
+    params[0].copy_(start[0])
     svag_step_(expected, grads1, grads2, l=2, backend="reference", **OPTIONS)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
