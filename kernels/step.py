@@ -19,8 +19,11 @@ ROUNDS = 8
 _FINISH = 512
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_TABLES: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+_Tables = dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]]
+_TABLES: _Tables = {}
 _MOST_TABLES = 64
+# A captured graph reads its table at every replay: such a table is never freed.
+_CAPTURED: _Tables = {}
 
 
 @triton.jit
@@ -205,13 +208,20 @@ def _table(
         )
     ]
     key = params[0].device, tuple(rows)
+    capturing = _capturing(params[0])
+    if capturing and key in _TABLES:
+        _CAPTURED[key] = _TABLES.pop(key)
+    if key in _CAPTURED:
+        return _CAPTURED[key]
     if key not in _TABLES:
-        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing:
             raise RuntimeError(
                 "the triton backend can't capture a step on addresses it has not seen: run it once before the capture "
                 "on the same tensors, or use the cuda backend"
             )
         if len(_TABLES) >= _MOST_TABLES:
+            if params[0].is_cuda:
+                torch.cuda.synchronize(params[0].device)  # a stream may still be reading one
             _TABLES.clear()
         owners = [v for i, p in enumerate(params) for start in range(0, p.numel(), BLOCK * ROUNDS) for v in (i, start)]
         device = params[0].device
@@ -220,6 +230,10 @@ def _table(
             torch.tensor(owners, dtype=torch.int64, device=device),
         )
     return _TABLES[key]
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and bool(torch.cuda.is_current_stream_capturing())
 
 
 def svag_step(

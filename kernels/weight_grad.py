@@ -4,6 +4,7 @@ A program owns one tile of the weight gradient of one group, and one chunk of th
 b_iᵀ a_i over shifted windows of the input, without an unfolded copy, squares it into the sample's norm, and adds it,
 weighted, to the sum of the sample's segment. With a single chunk the tile ends there: the gradient is stored, or the
 SVAG step is applied and no gradient reaches memory; otherwise a second launch adds the chunks in order first.
+A tile's squares are added in float32: a sample's norm beyond 1e19 comes out as inf.
 """
 
 from __future__ import annotations

@@ -162,6 +162,9 @@ def six_steps(device: torch.device, backend: str, *, capturable: bool, replay: b
             step()
         assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True)), "capturing runs nothing"
         assert counts == (optimizer.effective_steps, optimizer.time)
+        others = [draw(torch.float32, seed, device, [(3,)]) for seed in range(100)]
+        for other in others:  # more lists than are remembered: what the graph reads must stay
+            svag_step_(other, clones(other), None, l=1, backend=backend, **OPTIONS)
         take_step = graph.replay
     for _ in range(3):
         take_step()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from svag_fast.kernels import step as kernel
 from svag_fast.ops import svag_step_
 from svag_fast.ops.backends import select
 from svag_fast.ops.step import StepStats
@@ -135,6 +136,21 @@ def test_finite_gradients_whose_squares_overflow_float32_have_finite_statistics(
     lists = draw(torch.float32, 0), draw(torch.float32, 1, scale=1e25), draw(torch.float32, 2, scale=1e25)
     ours, theirs, _, _ = both(*lists, lr=0.0, l=2)
     torch.testing.assert_close(ours.raw, theirs.raw, rtol=1e-6, atol=0)
+
+
+def test_a_captured_graphs_table_is_kept_and_one_not_seen_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, others = [torch.ones(5)], [[torch.ones(3)] for _ in range(kernel._MOST_TABLES + 1)]
+    options = {"lr": 0.1, "l": 1, "backend": "triton"}
+    svag_step_(seen, seen, None, **options)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_capturing", lambda tensor: True)
+        svag_step_(seen, seen, None, **options)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="run it once before the capture"):
+            svag_step_(others[0], others[0], None, **options)  # type: ignore[arg-type]
+    captured = kernel._table(seen, seen, None, [])
+    for other in others:
+        svag_step_(other, other, None, **options)  # type: ignore[arg-type]
+    assert kernel._table(seen, seen, None, [])[0] is captured[0]
 
 
 def test_auto_never_takes_the_interpreter() -> None:
