@@ -126,8 +126,9 @@ void set_operands(svag::LayerOperands& operands, std::uintptr_t inputs, std::uin
 void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double, const FourStrides& input_strides,
                  const FourStrides& output_strides, const LayerSizes& sizes, std::uintptr_t weights,
                  std::uintptr_t order, const std::vector<int64_t>& segment_ends, std::uintptr_t grad,
-                 const FourStrides& grad_strides, std::uintptr_t sq_norms, std::uintptr_t segment_gram,
-                 int loop_order, int threads, const std::vector<double>& step, std::uintptr_t weight_sq_norm) {
+                 const FourStrides& grad_strides, int64_t segment_stride, std::uintptr_t sq_norms,
+                 std::uintptr_t segment_gram, int loop_order, int threads, const std::vector<double>& step,
+                 std::uintptr_t weight_sq_norm) {
     svag::WeightGradArgs args{};
     set_operands(args, inputs, output_grads, is_double, input_strides, output_strides, sizes);
     args.weights = reinterpret_cast<const double*>(weights);
@@ -136,6 +137,7 @@ void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_dou
     args.segments = static_cast<int64_t>(segment_ends.size());
     args.grad = reinterpret_cast<void*>(grad);
     std::copy(grad_strides.begin(), grad_strides.end(), args.grad_strides);
+    args.segment_stride = segment_stride;
     args.sq_norms = reinterpret_cast<double*>(sq_norms);
     args.segment_gram = reinterpret_cast<double*>(segment_gram);
     args.loop_order = static_cast<svag::LoopOrder>(loop_order);

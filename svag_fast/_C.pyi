@@ -69,6 +69,7 @@ def weight_grad(
     segment_ends: Sequence[int],
     grad: int,
     grad_strides: Sequence[int],
+    segment_stride: int,
     sq_norms: int,
     segment_gram: int,
     loop_order: int,

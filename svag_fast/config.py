@@ -64,7 +64,7 @@ class Settings:
 
     dataset: str = "digits"
     model: str = "digits-net"
-    weight_decay: float = 0.02
+    weight_decay: float = 0.03
     schedule: str = "step"
     sampling: str = "distinct"
     backend: str = "auto"
@@ -164,7 +164,7 @@ class ExperimentConfig(Settings):
         lr: one value (scaled linearly with the batch size, from the first) or one for each batch size.
         l: values of SVAG's hyperparameter.
         seeds: number of seeds: 0, 1, ...
-        effective_steps: length at the first batch size; the others train for the same time (sum of lr). None: 1504.
+        effective_steps: length at the first batch size; the others train for the same time (sum of lr). None: 1008.
         epochs: instead of effective_steps: each batch size trains for this many passes over the training data.
     """
 
@@ -208,7 +208,7 @@ class ExperimentConfig(Settings):
             if self.epochs is not None:
                 length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
             else:
-                length = (self.effective_steps or 1504) * lrs[0] / lr
+                length = (self.effective_steps or 1008) * lrs[0] / lr
             steps = max(1, round(length))
             runs += [
                 RunConfig(**shared, batch_size=batch_size, lr=lr, l=l, seed=seed, effective_steps=steps)

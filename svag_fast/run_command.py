@@ -84,14 +84,14 @@ def _number(text: str) -> int | float:
     metavar="LR[,...]",
     help="Learning rate: one is scaled linearly from the first batch size, a list says each.  [default: 0.1]",
 )
-@click.option("--weight-decay", type=float, metavar="LAMBDA", help="Weight decay.  [default: 0.02]")
+@click.option("--weight-decay", type=float, metavar="LAMBDA", help="Weight decay.  [default: 0.03]")
 @click.option("--l", type=NumberList(_number), metavar="L,...", help="SVAG's l; 1 is SGD.  [default: 1,2,4,8]")
 @click.option("--seeds", type=int, metavar="N", help="Number of seeds.  [default: 3]")
 @click.option(
     "--effective-steps",
     type=int,
     metavar="N",
-    help="Length at the first batch size; the others train for the same time.  [default: 1504]",
+    help="Length at the first batch size; the others train for the same time.  [default: 1008]",
 )
 @click.option("--epochs", type=float, metavar="N", help="Length in passes over the data, instead of effective steps.")
 @click.option(
@@ -122,7 +122,7 @@ def _number(text: str) -> int | float:
     "--config",
     "file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="TOML or JSON with these options' values (effective_steps = 1504); the command line overrides it.",
+    help="TOML or JSON with these options' values (effective_steps = 1008); the command line overrides it.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the experiment in --out, or else with the newest in runs.")
 @click.option("--checkpoint-seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="Save this often.")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from svag_fast.models import FixedHeadNet, PreActBlock
 from svag_fast.ops.layer_product import Geometry
-from svag_fast.ops.weight_grad import unchecked_weight_grad
+from svag_fast.ops.weight_grad import unchecked_weight_grads
 
 # Modules that treat each sample of a batch by itself, each forward using a weight once.
 _SAMPLE_BY_SAMPLE = (nn.Sequential, nn.GroupNorm, nn.ReLU, nn.Identity, nn.AvgPool2d, FixedHeadNet, PreActBlock)
@@ -116,22 +116,15 @@ class TwoBatchGradients:
         rows = len(labels) // parts
         torch.autograd.backward(losses, torch.full_like(losses, 1 / rows))  # of each part's mean
         grads = [[part[p] for p in self.params] for part in tape.grads]
-        return losses.detach().view(parts, -1).mean(1), grads, tape.sq_norms() * float(rows) ** 2
+        return losses.detach().view(parts, -1).mean(1), grads, torch.stack(tape.sq_norms).sum(0) * float(rows) ** 2
 
 
 class _Tape:
-    """What one backward pass leaves: each part's weight gradients, and their samples' squared norms."""
+    """What one backward pass leaves: each part's weight gradients, and each layer's squared norms of all samples."""
 
     def __init__(self, parts: int) -> None:
         self.grads: list[dict[Tensor, Tensor]] = [{} for _ in range(parts)]
-        self._sq_norms: list[list[Tensor]] = [[] for _ in range(parts)]
-
-    def sq_norms(self) -> Tensor:
-        return torch.cat([torch.stack(norms).sum(0) for norms in self._sq_norms])
-
-    def record(self, part: int, weight: Tensor, grad: Tensor, sq_norms: Tensor) -> None:
-        self.grads[part][weight] = grad
-        self._sq_norms[part].append(sq_norms)
+        self.sq_norms: list[Tensor] = []
 
 
 class _TapedConvolution(torch.autograd.Function):
@@ -150,13 +143,11 @@ class _TapedConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         tape: _Tape = ctx.tape
-        parts = len(tape.grads)
-        rows = len(x) // parts
-        for i, (some_x, some_b) in enumerate(zip(torch.split(x, rows), torch.split(b, rows), strict=True)):
-            grad, sq_norms = unchecked_weight_grad(
-                some_x, some_b, weight.shape, Geometry(stride, padding, dilation, groups)
-            )
-            tape.record(i, ctx.weight, grad, sq_norms)
+        geometry = Geometry(stride, padding, dilation, groups)
+        grads, sq_norms = unchecked_weight_grads(x, b, weight.shape, geometry, len(tape.grads))
+        for part, grad in zip(tape.grads, grads, strict=True):
+            part[ctx.weight] = grad
+        tape.sq_norms.append(sq_norms)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         x_grad: Tensor = torch.ops.aten.convolution_backward.default(

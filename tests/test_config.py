@@ -14,8 +14,8 @@ def test_the_default_is_24_runs_of_equal_time_by_the_linear_scaling_rule():
     runs = ExperimentConfig().runs()
     assert len(runs) == len({run.name for run in runs}) == 24
     kinds = {(run.batch_size, run.lr, run.effective_steps) for run in runs}
-    assert kinds == {(8, 0.1, 1504), (128, 1.6, 94)}
-    assert all(math.isclose(run.lr * run.effective_steps, 150.4) for run in runs)
+    assert kinds == {(8, 0.1, 1008), (128, 1.6, 63)}
+    assert all(math.isclose(run.lr * run.effective_steps, 100.8) for run in runs)
     assert {run.l for run in runs} == {1, 2, 4, 8}
     assert {run.seed for run in runs} == {0, 1, 2}
 
@@ -26,7 +26,7 @@ def test_a_list_of_lr_says_each_and_epochs_are_passes_over_the_data():
 
 
 @pytest.mark.parametrize("l", [1, 1.5, 4, 65536])
-@pytest.mark.parametrize("effective_steps", [1, 7, 94, 1504])
+@pytest.mark.parametrize("effective_steps", [1, 7, 63, 1008])
 def test_rows_stand_at_the_same_effective_steps_for_every_l_and_the_last_at_the_end(l, effective_steps):
     run = RunConfig(**{**RUN, "l": l, "effective_steps": effective_steps})
     assert run.row_steps == sorted(set(run.row_steps))

@@ -26,6 +26,7 @@ struct WeightGradArgs : LayerOperands {
     // Written; or, where `step` is given, the weight itself: a finished tile takes its step, and dW is never stored.
     void* grad;
     int64_t grad_strides[4];
+    int64_t segment_stride;  // elements from one segment's own gradient in `grad` to the next's; 0: their sum alone
     const WeightStep* step;
     double* sq_norms;      // [batch], written; null with tiles outside: no norms, and sums run over several samples
     double* segment_gram;  // [segments, segments], written; may be null without a step

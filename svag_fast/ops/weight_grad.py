@@ -117,6 +117,23 @@ def unchecked_weight_grad(
     return grad, sq_norms
 
 
+def unchecked_weight_grads(
+    inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
+) -> tuple[Sequence[Tensor], Tensor]:
+    """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself."""
+    function = select("weight_grad_and_sq_norms", "auto", [inputs, output_grads])
+    if parts > 1 and function is _cpu and inputs.numel() and output_grads.numel():
+        product = LayerProduct(inputs, output_grads, list(weight_shape), None, None, 0, geometry)
+        if (served := weight_grad_cpu.direct_parts(product, parts)) is not None:
+            return served
+    rows = len(inputs) // parts
+    pairs = [
+        unchecked_weight_grad(x, b, weight_shape, geometry)
+        for x, b in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True)
+    ]
+    return [grad for grad, _ in pairs], torch.cat([sq_norms for _, sq_norms in pairs])
+
+
 def sample_grads(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:
     """Return g_i = b_iᵀ a_i for every sample, [B, *weight_shape]: the formula that everything else is held against."""
     if len(weight_shape) == 2:

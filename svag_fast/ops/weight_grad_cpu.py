@@ -109,6 +109,21 @@ def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tens
     return grad, sq_norms, gram
 
 
+def direct_parts(product: LayerProduct, parts: int) -> tuple[Tensor, Tensor] | None:
+    """The gradient of each of so many equal parts of the batch, [parts, *shape], and all norms, from one call.
+
+    None where another way than the direct one serves the layer.
+    """
+    way = _way(product)
+    if way not in ("samples outside", "tiles outside"):
+        return None
+    dtype, shape = sum_dtype(product.inputs), product.weight_shape
+    grads = torch.empty(parts, *shape, dtype=dtype)
+    loop_order = SAMPLES_OUTSIDE if way == "samples outside" else TILES_OUTSIDE
+    sq_norms, _, _ = _call(product, grads[0], loop_order, parts=parts)
+    return grads, sq_norms
+
+
 def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """The same, but a finished tile is not stored: the ``weight`` takes its ``step`` (rate, c1, c2, weight decay).
 
@@ -124,7 +139,13 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
 
 
 def _call(
-    product: LayerProduct, target: Tensor, loop_order: int, step: Sequence[float] = (), *, norms: bool = True
+    product: LayerProduct,
+    target: Tensor,
+    loop_order: int,
+    step: Sequence[float] = (),
+    *,
+    norms: bool = True,
+    parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from svag_fast import _C
 
@@ -134,7 +155,8 @@ def _call(
     x, dy = (t if t.dtype == dtype else t.to(dtype) for t in (inputs, output_grads))
     layout = cpu_layout(x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
     w = None if weights is None else weights.double().contiguous()
-    order, ends, S = None, [x.shape[0]], 0
+    rows = x.shape[0] // parts
+    order, ends, S = None, [rows * (i + 1) for i in range(parts)], 0
     if segments is not None:
         S = num_segments
         order = torch.argsort(segments, stable=True)
@@ -154,6 +176,7 @@ def _call(
         ends,
         target.data_ptr(),
         [*target.stride(), 0, 0][:4],
+        target.numel() if parts > 1 else 0,
         sq_norms.data_ptr() if norms else 0,
         gram.data_ptr() if S else 0,
         loop_order,

@@ -166,6 +166,27 @@ SVAG_CHECK(weight_grad_gives_the_same_bits_for_any_thread_count) {
     }
 }
 
+SVAG_CHECK(weight_grad_keeps_segments_apart_whose_sum_it_gives_otherwise) {
+    for (const auto order : {svag::LoopOrder::samples_outside, svag::LoopOrder::tiles_outside})
+        for (const Shape& shape : kShapes) {
+            Problem<double> sum(shape, false, 2), apart(shape, false, 2);
+            const size_t n = sum.grad.size();
+            apart.grad.assign(2 * n, NAN);
+            apart.args.grad = apart.grad.data();
+            apart.args.segment_stride = static_cast<int64_t>(n);
+            EXPECT(sum.run(order, 1) == svag::kOk);
+            EXPECT(apart.run(order, 1) == svag::kOk);
+            EXPECT(sum.sq_norms == apart.sq_norms);
+            EXPECT(sum.gram == apart.gram);
+            double squares = 0;
+            for (size_t k = 0; k < n; ++k) {
+                EXPECT_NEAR(apart.grad[k] + apart.grad[n + k], sum.grad[k], 1e-13 * (1 + std::fabs(sum.grad[k])));
+                squares += apart.grad[k] * apart.grad[k];
+            }
+            EXPECT_NEAR(squares, sum.gram[0], 1e-12 * (1 + squares));
+        }
+}
+
 SVAG_CHECK(weight_grad_without_weights_or_order_takes_ones_and_the_samples_as_they_come) {
     for (const auto order : {svag::LoopOrder::samples_outside, svag::LoopOrder::tiles_outside})
         for (const Shape& shape : kShapes) {

@@ -14,8 +14,8 @@ from layer_cases import CONVOLUTION, LINEAR, convolutions, make
 from torch import Tensor
 
 from svag_fast import _C
-from svag_fast.ops.layer_product import LayerProduct, layer_product
-from svag_fast.ops.weight_grad import reference
+from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product
+from svag_fast.ops.weight_grad import reference, unchecked_weight_grads, weight_grad_and_sq_norms
 from svag_fast.ops.weight_grad_cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, choose, direct, gram, pixel_gram, serve
 from svag_fast.ops.weight_gram_cpu import gram_sq_norms
 
@@ -264,6 +264,20 @@ def test_squares_beyond_float32_come_out_as_inf_and_never_as_nan(loop_order: int
     for result in (pixel_gram(product)[1], gram_sq_norms(product)):
         close(result[1] / exact[1][1], torch.ones((), dtype=torch.float64), 1e-5)
         close(result[[0, 2]], exact[1][[0, 2]], 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (512, 64, 3, 3), (256, 512, 3, 3)], ids=["samples", "tiles", "pixels"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_of_a_batch_have_the_gradients_they_have_alone(shape, parts):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, shape[1], 4, 4, dtype=torch.float64, generator=generator)
+    b = torch.randn(6, shape[0], 2, 2, dtype=torch.float64, generator=generator)
+    grads, sq_norms = unchecked_weight_grads(x, b, torch.Size(shape), Geometry(), parts)
+    assert len(grads) == parts
+    for i, (grad, rows, some) in enumerate(zip(grads, x.chunk(parts), b.chunk(parts), strict=True)):
+        alone = weight_grad_and_sq_norms(rows, some, shape, backend="reference")
+        torch.testing.assert_close(grad, alone.grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sq_norms.chunk(parts)[i], alone.sq_norms, rtol=1e-10, atol=1e-10)
 
 
 def test_the_choice_follows_the_operations() -> None:

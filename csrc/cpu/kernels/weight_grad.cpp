@@ -226,13 +226,14 @@ class WeightGrad {
 
     // sums[s]: the tile's gradient of segment s; gram: this tile's part of the segments' inner products and, behind
     // them, of the weight's squared norm.
-    // The first segment's tile ends up with the sum over all segments.
+    // The first segment's tile ends up with the sum over all segments, unless each is wanted.
     void finish_tile(int64_t group, int64_t row_tile, int64_t vector_tile, T* const* sums, double* gram) const {
         const int64_t S = args_.segments;
         if (gram != nullptr)
             for (int64_t s = 0; s < S; ++s)
                 for (int64_t t = 0; t <= s; ++t) gram[s * S + t] = inner_product(sums[s], sums[t], tile_);
-        if (args_.step == nullptr)
+        const bool apart = args_.segment_stride != 0;
+        if (args_.step == nullptr && !apart)
             for (int64_t s = 1; s < S; ++s)
                 for (int64_t k = 0; k < tile_; ++k) sums[0][k] += sums[s][k];
         double weight_sq_norm = 0;
@@ -245,7 +246,8 @@ class WeightGrad {
                 const int64_t from = tap * tile + m * pitch;
                 T* to = grad + row_offsets_[row_tile * plan_.rows + m] + tap_offsets_[tap];
                 if (args_.step == nullptr)
-                    for (int64_t i = 0; i < lanes; ++i) to[to_lane[i]] = sums[0][from + i];
+                    for (int64_t s = 0; s < (apart ? S : 1); ++s, to += args_.segment_stride)
+                        for (int64_t i = 0; i < lanes; ++i) to[to_lane[i]] = sums[s][from + i];
                 else
                     weight_sq_norm +=
                         take_step(sums[0] + from, S > 1 ? sums[1] + from : nullptr, to, to_lane, lanes);
