@@ -1,52 +1,47 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, and the instructions of the SASS.
+"""What nvcc made of the CUDA kernels in the installed extension: registers, stack, shared memory, instructions.
 
-python tests/cuda_report.py            the instruction mix of the float32 loops, as docs/roofline.md shows it
+python tests/cuda_report.py            the instruction mix of the loops that move 128 bits, as docs/roofline.md shows it
 python tests/cuda_report.py --write    write tests/golden/cuda.json anew, after a change that is meant
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
-GOLDEN = ROOT / "tests" / "golden" / "cuda.json"
-ARCHS = (80, 90, 100, 120)
-FLAGS = ("-std=c++17", "-O3")  # as in setup.py
+from svag_fast import _C
+
+GOLDEN = Path(__file__).parent / "golden" / "cuda.json"
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 WRITE = "python tests/cuda_report.py --write"
 
 Report = dict[str, Any]
 
-_ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*",
-    re.DOTALL,
+_USAGE = re.compile(
+    r"Function (?P<name>\w+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
 )
 _INSTRUCTION = re.compile(r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);")
 
 
 def why_unavailable() -> str | None:
-    """Why the kernels can't be compiled and read here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on the PATH"
+    """Why there is nothing to read here, or None."""
+    if not hasattr(_C, "cuda_step"):
+        return "svag_fast was built without CUDA"
     return None if _cuobjdump() else "cuobjdump is neither on the PATH nor in the triton package"
 
 
 def nvcc_version() -> str:
     """Return nvcc's version, such as "13.0.88"."""
+    if shutil.which("nvcc") is None:
+        return "unknown"
     text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     return found[1] if found else "unknown"
@@ -59,39 +54,32 @@ def _cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or next(found, None)
 
 
-def sources() -> list[Path]:
-    """Return the .cu files that hold kernels."""
-    return [p for p in sorted((CSRC / "cuda").glob("*.cu")) if "__global__" in p.read_text()]
+def _dump(*options: str) -> str:
+    command = [str(_cuobjdump()), *options, _C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def digest() -> str:
-    """Return a hash of all that a report depends on."""
-    files = [*sorted(CSRC.glob("*.h")), *sorted((CSRC / "cuda").iterdir())]
-    parts = [nvcc_version().encode(), repr((ARCHS, FLAGS)).encode(), Path(__file__).read_bytes()]
-    return hashlib.sha256(b"".join(parts + [p.read_bytes() for p in files])).hexdigest()[:16]
+def read_extension() -> dict[str, dict[str, Report]]:
+    """Return the report of every kernel, such as "step_kernel<76>", on every architecture, such as "sm_80".
 
-
-def compile_source(text: str, arch: int) -> dict[str, Report]:
-    """Compile one source for one architecture; return a report for each kernel, by its name such as "step<76>"."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
-        source.write_text(text)
-        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        command = ["nvcc", *FLAGS, f"-I{CSRC}", target, "-Xptxas", "-v", "-cubin", str(source), "-o", str(cubin)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(result.stderr)
-        sass = subprocess.run([str(_cuobjdump()), "-sass", str(cubin)], capture_output=True, text=True, check=True)
-    listings = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", sass.stdout, re.DOTALL))
-    reports = {}
-    for entry in _ENTRY.finditer(result.stderr):
-        numbers = {key: int(value or 0) for key, value in entry.groupdict().items() if key != "name"}
-        code = [(int(i["address"], 16), i["opcode"], i["rest"]) for i in _INSTRUCTION.finditer(listings[entry["name"]])]
-        reports[_plain_name(entry["name"])] = numbers | {
-            "opcodes": Counter(opcode for _, opcode, _ in code),
-            "loops": [Counter(opcode for a, opcode, _ in code if first <= a <= last) for first, last in _loops(code)],
-        }
-    return reports
+    What is spilled goes to the stack: without a stack frame nothing is.
+    """
+    table: dict[str, dict[str, Report]] = {}
+    for arch in ARCHS:
+        sass = _dump("-arch", arch, "-sass")
+        listings = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+        for usage in _USAGE.finditer(_dump("-arch", arch, "-res-usage")):
+            code = [
+                (int(i["address"], 16), i["opcode"], i["rest"]) for i in _INSTRUCTION.finditer(listings[usage["name"]])
+            ]
+            at = [address for address, _, _ in code]
+            loops = [
+                Counter(op for _, op, _ in code[bisect_left(at, first) : bisect_right(at, last)])
+                for first, last in _loops(code)
+            ]
+            numbers = {key: int(value) for key, value in usage.groupdict().items() if key != "name"}
+            table.setdefault(_plain_name(usage["name"]), {})[arch] = numbers | {"loops": loops}
+    return table
 
 
 def _plain_name(mangled: str) -> str:
@@ -110,39 +98,11 @@ def _loops(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
     return [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
 
 
-def compile_all(archs: Sequence[int] = ARCHS) -> dict[str, dict[str, Report]]:
-    """Return the report of every kernel on every architecture: kernel, then "sm_80" and so on."""
-    jobs = [(path, arch) for path in sources() for arch in archs]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: compile_source(job[0].read_text(), job[1]), jobs))
-    table: dict[str, dict[str, Report]] = {}
-    for (_, arch), reports in zip(jobs, results, strict=True):
-        for kernel, report in reports.items():
-            table.setdefault(kernel, {})[f"sm_{arch}"] = report
-    return table
-
-
-def cached(cache: Path, archs: Sequence[int]) -> dict[str, dict[str, Report]]:
-    """Return :func:`compile_all`, from ``cache`` if nothing has changed."""
-    path = cache / f"{digest()}-{'-'.join(map(str, archs))}.json"
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(compile_all(archs)))
-        partial.rename(path)
-    table: dict[str, dict[str, Report]] = json.loads(path.read_text())
-    return table
-
-
-def float32_only(text: str) -> str:
-    """Return step.cu with the case of float32 params and gradients alone, to read that path's instructions."""
-    return re.sub(r"^ +SVAG_CASE\((?!float, float, float,).*\n", "", text, flags=re.MULTILINE)
-
-
 def write_golden() -> None:
-    """Write registers and shared memory of every kernel."""
+    """Write registers and shared memory of every kernel; from sm_90 on the system's own 1 KB counts in."""
     table = {
         kernel: {arch: {key: report[key] for key in ("registers", "shared")} for arch, report in sorted(archs.items())}
-        for kernel, archs in sorted(compile_all().items())
+        for kernel, archs in sorted(read_extension().items())
     }
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps({"nvcc": nvcc_version(), "kernels": table}, indent=2) + "\n")
@@ -178,16 +138,14 @@ def main() -> None:
     if sys.argv[1:] == ["--write"]:
         write_golden()
         return
-    print("| kernel | loop of float32 packs | instructions | of these |\n| --- | --- | --- | --- |")
-    for path in sources():
-        text = float32_only(path.read_text()) if path.stem == "step" else path.read_text()
-        for arch in ARCHS:
-            for kernel, report in compile_source(text, arch).items():
-                for loop in report["loops"]:
-                    mix = instruction_mix(loop)
-                    if "128-bit load" in mix:
-                        shown = ", ".join(f"{count} {name}" for name, count in mix.items())
-                        print(f"| {kernel} | sm_{arch} | {sum(loop.values())} | {shown} |")
+    print("| kernel | architecture | instructions | of these |\n| --- | --- | --- | --- |")
+    for kernel, archs in read_extension().items():
+        for arch, report in archs.items():
+            for loop in report["loops"]:
+                mix = instruction_mix(loop)
+                if "128-bit load" in mix and not {"float64", "other load", "other store"} & mix.keys():
+                    shown = ", ".join(f"{count} {name}" for name, count in mix.items())
+                    print(f"| {kernel} | {arch} | {sum(loop.values())} | {shown} |")
 
 
 if __name__ == "__main__":

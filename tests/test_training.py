@@ -15,7 +15,7 @@ from svag_fast.data import load_dataset
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.training import COLUMNS, RunBusyError, Training, _alone_in, train
 
-BASE = RunConfig(batch_size=8, lr=0.1, l=2, seed=0, effective_steps=12, rows=6, evaluations=3)
+BASE = RunConfig(batch_size=8, lr=0.1, l=2, seed=0, weight_decay=0.02, effective_steps=12, rows=6, evaluations=3)
 DIGITS = load_dataset("digits")
 TIMINGS = ("samples_per_second", "noise_cost")
 

@@ -119,13 +119,13 @@ def unchecked_weight_grad(
 
 def unchecked_weight_grads(
     inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
-) -> tuple[Sequence[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself."""
     function = select("weight_grad_and_sq_norms", "auto", [inputs, output_grads])
     if parts > 1 and function is _cpu and inputs.numel() and output_grads.numel():
         product = LayerProduct(inputs, output_grads, list(weight_shape), None, None, 0, geometry)
         if (served := weight_grad_cpu.direct_parts(product, parts)) is not None:
-            return served
+            return list(served[0]), served[1]
     rows = len(inputs) // parts
     pairs = [
         unchecked_weight_grad(x, b, weight_shape, geometry)
