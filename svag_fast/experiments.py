@@ -33,7 +33,6 @@ PRELOADED = [
     "svag_fast.training",
     "svag_fast.cli",
     "sklearn.datasets",
-    "torch._dynamo",  # which the first optimizer imports: 2.4 s of each run otherwise
 ]  # imported once, in the process that workers are forked from
 
 

@@ -17,6 +17,10 @@ from svag_fast.ops.step import RepeatedStep, StepStats, step_coefficients, svag_
 Grads = list[Tensor]
 
 
+# What PyTorch wraps around it keeps torch.compile out and imports the compiler for that: 2.4 s at the first optimizer.
+_add_param_group = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
+
+
 def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
     """Return ``c1*loss1 + c2*loss2``, whose gradient is SVAG's, for use with any optimizer at ``lr / l``.
 
@@ -63,7 +67,7 @@ class TwoBatchOptimizer(Optimizer):
             if isinstance(p, Tensor) and p.dtype not in self._dtypes(group):
                 allowed = ", ".join(map(str, self._dtypes(group)))
                 raise TypeError(f"params[{i}] of the group is {p.dtype}: expected one of {allowed}")
-        super().add_param_group({**param_group, "params": params})
+        _add_param_group(self, {**param_group, "params": params})
 
     def _dtypes(self, group: dict[str, Any]) -> tuple[torch.dtype, ...]:
         return PARAM_DTYPES

@@ -44,7 +44,7 @@ class Checkout:
         self.log = folder / "log"
         self.fail_on("")
         self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
+            **{k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "ARGS"},
             "LOG": str(self.log),
             "FAIL": str(folder / "fail"),
         }
