@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,8 +28,9 @@ from test_step import LR, WEIGHT_DECAY, L, Lists, preresnet32, vgg16
 from test_weight_grad import Layer
 
 import svag_fast
-from svag_fast.ops import svag_step_, weight_grad_and_sq_norms
+from svag_fast.ops import svag_step_, weight_grad_and_sq_norms, weight_grad_triton
 from svag_fast.ops.backends import BACKENDS
+from svag_fast.ops.layer_product import layer_product
 
 Row = dict[str, Any]
 Target = Callable[[], Any]
@@ -142,7 +144,7 @@ def norms(net: str, device: str) -> list[Row]:
 
 
 def layers(names: list[str], device: str) -> list[Row]:
-    """The weight gradient with norms against PyTorch's without: what ops/weight_grad_triton.py chooses by."""
+    """The weight gradient with norms, as chosen and by each way, against PyTorch's without norms."""
     rows: list[Row] = []
     for name in names:
         layer = Layer(name)
@@ -153,7 +155,13 @@ def layers(names: list[str], device: str) -> list[Row]:
             options = {"stride": layer.stride, "padding": layer.padding, "backend": "triton"}
             return weight_grad_and_sq_norms(layer.x, layer.dy, layer.weight.shape, **options)
 
-        targets: dict[str, Target] = {"ours, triton": ours, "PyTorch, no norms": layer.library}
+        product = layer_product(layer.x, layer.dy, layer.weight.shape, stride=layer.stride, padding=layer.padding)
+        targets: dict[str, Target] = {
+            "ours, triton": ours,
+            "the tiles": partial(weight_grad_triton.direct, product),
+            "PyTorch's, products of rows": partial(weight_grad_triton.library, product),
+            "PyTorch, no norms": layer.library,
+        }
         found = alternate(targets, 20 if device == "cuda" else 1, on_gpu=device == "cuda", ahead=True)
         rows += [{"group": f"dW {name}", **row} for row in found.values()]
     return rows
@@ -209,9 +217,9 @@ def main() -> None:
         torch._dynamo.reset()
         print(f"{len(rows)} rows", file=sys.stderr, flush=True)
         if arguments.rows is not None:
-            partial = arguments.rows.with_suffix(".partial")
-            partial.write_text(json.dumps(with_ratios(rows), indent=1) + "\n")
-            partial.rename(arguments.rows)
+            unfinished = arguments.rows.with_suffix(".partial")
+            unfinished.write_text(json.dumps(with_ratios(rows), indent=1) + "\n")
+            unfinished.rename(arguments.rows)
 
 
 if __name__ == "__main__":
