@@ -10,7 +10,7 @@ export CXX
 python := $(VENV)/bin/python
 # A file's tests stay in one process, which builds their fixtures once. pyproject.toml doesn't ask for this: one file
 # alone is done sooner without.
-workers := -n $(shell echo $$(($$(nproc) + 1))) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+workers := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: run test nightly bench gpu-report lint clean

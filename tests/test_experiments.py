@@ -149,7 +149,7 @@ def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(whol
         wait_for_end_of_group(process.pid)
     assert any(out.glob("*/checkpoint.pt"))
     if stop == signal.SIGINT:
-        finish("--resume", "--out", out, "--jobs", 1)
+        finish("--resume", "--out", out, "--jobs", 2)
         assert result(out) == result(whole)
 
 

@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = Path(__file__).with_name("wheel_smoke.py")
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+# Builds the package several times; continuous integration runs it beside `make test`.
+pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 
 def run(*command: str | Path, **options: object) -> str:
@@ -91,7 +92,6 @@ def test_wheel_works_in_an_empty_environment(dist: tuple[Path, Path], tmp_path: 
     check(dist[1], tmp_path)
 
 
-@pytest.mark.nightly
 def test_isolated_optimised_build_works_in_an_empty_environment(tmp_path: Path) -> None:
     (tmp_path / "dist").mkdir()
     _, wheel = build(tmp_path / "dist")
