@@ -17,8 +17,12 @@ from svag_fast.ops.step import RepeatedStep, StepStats, step_coefficients, svag_
 Grads = list[Tensor]
 
 
-# What PyTorch wraps around it keeps torch.compile out and imports the compiler for that: 2.4 s at the first optimizer.
-_add_param_group = getattr(Optimizer.add_param_group, "__wrapped__", Optimizer.add_param_group)
+def _plain(method: Any) -> Any:
+    """The optimizer's method without what keeps torch.compile out of it: that imports the compiler, 2.4 s of CPU."""
+    return getattr(method, "__wrapped__", method)
+
+
+_add_param_group = _plain(Optimizer.add_param_group)
 
 
 def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
@@ -41,6 +45,8 @@ class TwoBatchOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    state_dict = _plain(Optimizer.state_dict)
+    load_state_dict = _plain(Optimizer.load_state_dict)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._reset()

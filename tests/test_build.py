@@ -65,7 +65,7 @@ def test_import_loads_no_heavy_module() -> None:
 def test_the_first_optimizer_and_its_step_do_not_import_the_compiler() -> None:
     script = (
         "import sys, torch, svag_fast; p = torch.nn.Parameter(torch.ones(3)); "
-        "optimizer = svag_fast.SVAG([p], lr=0.1); p.sum().backward(); optimizer.step(); "
+        "optimizer = svag_fast.SVAG([p], lr=0.1); p.sum().backward(); optimizer.step(); optimizer.state_dict(); "
         "print('torch._dynamo' in sys.modules, p.tolist()[0] < 1)"
     )
     assert run(sys.executable, "-c", script).stdout.split() == ["False", "True"]
