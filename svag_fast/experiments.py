@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from svag_fast import __version__
 from svag_fast.config import ConfigError, ExperimentConfig, RunConfig, read_settings
-from svag_fast.files import replace_file
+from svag_fast.files import remove_leftovers, replace_file
 
 PATIENCE = 20.0  # seconds that an interrupted worker gets to save its run
 PRELOADED = [
@@ -69,8 +69,7 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
-        for leftover in out.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        remove_leftovers(out)
         return
     if out.exists() and any(out.iterdir()):
         raise ExperimentError(f"{out} is not empty: --resume goes on with it, and --out chooses another folder.")

@@ -39,6 +39,12 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that processes killed inside `replace_file` left in ``folder``."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
     """Flush the folder's own entry, without which a power cut could undo the renaming."""
     if os.name != "posix":

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from svag_fast.checkpoint import load_checkpoint, save_checkpoint
 from svag_fast.config import RunConfig
 from svag_fast.data import Dataset, draw_batch, load_dataset
-from svag_fast.files import replace_file
+from svag_fast.files import remove_leftovers, replace_file
 from svag_fast.models import build_model
 from svag_fast.noise import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import StepStats, svag_coefficients
@@ -322,8 +322,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        remove_leftovers(folder)
         yield
     except BlockingIOError as error:
         raise RunBusyError(f"{folder} is being trained by another process: wait for it or end it") from error
