@@ -135,16 +135,25 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
+@functools.cache
+def _why_never(op: str, name: str, device_type: str) -> str | None:
+    """Why backend ``name`` serves no call of ``op`` on such a device here, or None."""
     row = BACKENDS[name]
-    device_type = tensors[0].device.type if tensors else "cpu"
     if "*" not in row.device_types and device_type not in row.device_types:
         return f"it serves {' and '.join(row.device_types)} tensors, not {device_type}"
     if reason := row.why_unavailable():
         return reason
-    implementation = _implementations[op].get(name)
-    return f"it has no {op}" if implementation is None else implementation.why_not(tensors)
+    return None if name in _implementations[op] else f"it has no {op}"
+
+
+def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
+    reason = _why_never(op, name, _device_type(tensors))
+    return _implementations[op][name].why_not(tensors) if reason is None else reason
+
+
+def _device_type(tensors: Sequence[Tensor]) -> str:
+    return tensors[0].device.type if tensors else "cpu"
 
 
 def requested(name: str) -> str:
@@ -152,20 +161,6 @@ def requested(name: str) -> str:
     if name != "auto":
         return name
     return _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
-
-
-@functools.cache
-def _automatic(op: str, device_type: str) -> list[tuple[str, _Implementation]]:
-    """What "auto" asks, in order, for tensors of one kind of device."""
-    rows = [(name, _implementations[op][name]) for name in BACKENDS if name in _implementations[op]]
-    return [
-        (name, implementation)
-        for name, implementation in rows
-        # The interpreter is for tests: it must be asked for.
-        if not (name == "triton" and device_type == "cpu")
-        and ({"*", device_type} & set(BACKENDS[name].device_types))
-        and BACKENDS[name].why_unavailable() is None
-    ]
 
 
 @functools.cache
@@ -185,14 +180,14 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         BackendError: ``name`` is unknown or can't serve the call.
     """
     name = requested(name)
-    if name == "auto":
-        device_type = tensors[0].device.type if tensors else "cpu"
-        for name, implementation in _automatic(op, device_type):
-            if implementation.why_not(tensors) is None:
-                _say_once(op, device_type, name)
-                return implementation.function
     check_name(name)
-    if reason := why_not(op, name, tensors):
+    if name == "auto":
+        device_type = _device_type(tensors)
+        # The interpreter is for tests: it must be asked for.
+        order = (n for n in BACKENDS if not (n == "triton" and device_type == "cpu"))
+        name = next(n for n in order if why_not(op, n, tensors) is None)
+        _say_once(op, device_type, name)
+    elif reason := why_not(op, name, tensors):
         could = [n for n in BACKENDS if why_not(op, n, tensors) is None]
         raise BackendError(f"backend {name!r} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
     return _implementations[op][name].function

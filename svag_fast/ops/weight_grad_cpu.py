@@ -28,6 +28,7 @@ from svag_fast.ops.weight_gram_cpu import gram_sq_norms
 
 # svag::LoopOrder
 SAMPLES_OUTSIDE, TILES_OUTSIDE = 1, 2
+_LOOP_ORDERS = {"samples outside": SAMPLES_OUTSIDE, "tiles outside": TILES_OUTSIDE}
 
 # With the samples outside each chunk of them has its own dW, which must stay in a core's cache.
 _CACHED_GRAD_BYTES = 1 << 20
@@ -67,13 +68,18 @@ def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
         return gram(product)
     if way == "pixel-gram":
         return pixel_gram(product)
-    return direct(product, SAMPLES_OUTSIDE if way == "samples outside" else TILES_OUTSIDE)
+    return direct(product, _LOOP_ORDERS[way])
 
 
 def _way(product: LayerProduct) -> str:
     positions = math.prod(product.output_grads.shape[2:] if product.inputs.dim() == 4 else product.inputs.shape[1:2])
-    itemsize = 8 if product.inputs.dtype == torch.float64 else 4
+    itemsize = sum_dtype(product.inputs).itemsize
     return choose(tuple(product.weight_shape), positions, itemsize, product.geometry.groups)
+
+
+def _new_grad(product: LayerProduct) -> Tensor:
+    memory_format = grad_format(product.inputs, product.weight_shape)
+    return torch.empty(product.weight_shape, dtype=sum_dtype(product.inputs), memory_format=memory_format)
 
 
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,16 +101,14 @@ def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
 def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """The norms from products of pixels; the gradient's tiles summed over samples without squaring each."""
-    shape = product.weight_shape
-    grad = torch.empty(shape, dtype=sum_dtype(product.inputs), memory_format=grad_format(product.inputs, shape))
+    grad = _new_grad(product)
     _, segment_gram, _ = _call(product, grad, TILES_OUTSIDE, norms=False)
     return grad, gram_sq_norms(product), segment_gram
 
 
 def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
-    shape = product.weight_shape
-    grad = torch.empty(shape, dtype=sum_dtype(product.inputs), memory_format=grad_format(product.inputs, shape))
+    grad = _new_grad(product)
     sq_norms, gram, _ = _call(product, grad, loop_order)
     return grad, sq_norms, gram
 
@@ -114,12 +118,10 @@ def direct_parts(product: LayerProduct, parts: int) -> tuple[Tensor, Tensor] | N
 
     None where another way than the direct one serves the layer.
     """
-    way = _way(product)
-    if way not in ("samples outside", "tiles outside"):
+    loop_order = _LOOP_ORDERS.get(_way(product))
+    if loop_order is None:
         return None
-    dtype, shape = sum_dtype(product.inputs), product.weight_shape
-    grads = torch.empty(parts, *shape, dtype=dtype)
-    loop_order = SAMPLES_OUTSIDE if way == "samples outside" else TILES_OUTSIDE
+    grads = torch.empty(parts, *product.weight_shape, dtype=sum_dtype(product.inputs))
     sq_norms, _, _ = _call(product, grads[0], loop_order, parts=parts)
     return grads, sq_norms
 
