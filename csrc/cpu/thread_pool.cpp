@@ -11,34 +11,34 @@
 namespace svag {
 namespace {
 
-struct Job {
+// Chunks that several threads take from.
+struct Chunks {
     ChunkFunction function;
     void* context;
-    int64_t chunks;
+    int64_t count;
     std::atomic<int64_t> next{0};
-    int helpers_wanted;   // guarded by the pool's mutex
-    int helpers_running;  // guarded by the pool's mutex
 
     void work() {
-        for (int64_t i = next.fetch_add(1); i < chunks; i = next.fetch_add(1)) function(context, i);
+        for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) function(context, i);
     }
+};
+
+struct Job {
+    Chunks& chunks;
+    int helpers_wanted;   // guarded by the pool's mutex
+    int helpers_running;  // guarded by the pool's mutex
 };
 
 class Pool {
   public:
-    void run(int64_t chunks, int threads, ChunkFunction function, void* context) {
+    void run(Chunks& chunks, int threads) {
         // A second caller, or a kernel that calls a kernel, does its own work rather than wait.
         if (busy_.exchange(true)) {
-            for (int64_t i = 0; i < chunks; ++i) function(context, i);
+            chunks.work();
             return;
         }
-        Job job;
-        job.function = function;
-        job.context = context;
-        job.chunks = chunks;
-        const int helpers = static_cast<int>(chunks < threads ? chunks : threads) - 1;
-        job.helpers_wanted = helpers;
-        job.helpers_running = 0;
+        const int helpers = static_cast<int>(chunks.count < threads ? chunks.count : threads) - 1;
+        Job job{chunks, helpers, 0};
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (workers_ < helpers) {
@@ -51,7 +51,7 @@ class Pool {
             wake_.notify_one();
         else
             wake_.notify_all();
-        job.work();
+        chunks.work();
         std::unique_lock<std::mutex> lock(mutex_);
         job_ = nullptr;  // a helper that has not woken yet is no longer waited for
         done_.wait(lock, [&job] { return job.helpers_running == 0; });
@@ -67,7 +67,7 @@ class Pool {
             --job->helpers_wanted;
             ++job->helpers_running;
             lock.unlock();
-            job->work();
+            job->chunks.work();
             lock.lock();
             if (--job->helpers_running == 0) done_.notify_one();
         }
@@ -80,18 +80,14 @@ class Pool {
     int workers_ = 0;
 };
 
-// Never destroyed: detached threads wait in it until the process ends. A forked child has none of them, so it
-// starts a pool of its own.
+// Never destroyed: detached threads wait in it until the process ends.
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {
     Pool* existing = the_pool.load();
     if (existing == nullptr) {
         Pool* fresh = new Pool;
-        if (the_pool.compare_exchange_strong(existing, fresh)) {
-            pthread_atfork(nullptr, nullptr, [] { the_pool.store(new Pool); });
-            return *fresh;
-        }
+        if (the_pool.compare_exchange_strong(existing, fresh)) return *fresh;
         delete fresh;
     }
     return *existing;
@@ -109,37 +105,26 @@ OpenMpParallel openmp() {
     return entry;
 }
 
-// A forked child has none of the team's threads, and the runtime waits there for them for ever if its parent used them.
+// A forked child has neither its parent's pool threads, so it starts a pool of its own, nor the team's: the runtime
+// would wait there for them for ever if the parent used them.
 std::atomic<bool> forked{false};
-const bool forks_are_seen = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
-
-struct Shared {
-    ChunkFunction function;
-    void* context;
-    int64_t chunks;
-    std::atomic<int64_t> next{0};
-};
-
-void run_on_team(OpenMpParallel parallel, int64_t chunks, int threads, ChunkFunction function, void* context) {
-    Shared job{function, context, chunks};
-    // The team has the size that PyTorch gives it, whatever the chunks: another size would start threads anew.
-    parallel(
-        [](void* data) {
-            Shared& job = *static_cast<Shared*>(data);
-            for (int64_t i = job.next.fetch_add(1); i < job.chunks; i = job.next.fetch_add(1)) job.function(job.context, i);
-        },
-        &job, static_cast<unsigned>(threads), 0);
-}
+const bool forks_are_seen = pthread_atfork(nullptr, nullptr, [] {
+                                forked = true;
+                                the_pool = nullptr;
+                            }) == 0;
 
 }  // namespace
 
 void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) {
+    Chunks shared{function, context, chunks};
+    const OpenMpParallel parallel = openmp();
     if (threads <= 1 || chunks <= 1)
-        for (int64_t i = 0; i < chunks; ++i) function(context, i);
-    else if (const OpenMpParallel parallel = openmp(); parallel != nullptr && forks_are_seen && !forked)
-        run_on_team(parallel, chunks, threads, function, context);
+        shared.work();
+    else if (parallel != nullptr && forks_are_seen && !forked)
+        // The team has the size that PyTorch gives it, whatever the chunks: another size would start threads anew.
+        parallel([](void* data) { static_cast<Chunks*>(data)->work(); }, &shared, static_cast<unsigned>(threads), 0);
     else
-        pool().run(chunks, threads, function, context);
+        pool().run(shared, threads);
 }
 
 }  // namespace svag
