@@ -135,21 +135,16 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-@functools.cache
-def _why_never(op: str, name: str, device_type: str) -> str | None:
-    """Why backend ``name`` serves no call of ``op`` on such a device here, or None."""
-    row = BACKENDS[name]
+def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
+    row, device_type = BACKENDS[name], _device_type(tensors)
     if "*" not in row.device_types and device_type not in row.device_types:
         return f"it serves {' and '.join(row.device_types)} tensors, not {device_type}"
     if reason := row.why_unavailable():
         return reason
-    return None if name in _implementations[op] else f"it has no {op}"
-
-
-def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
-    reason = _why_never(op, name, _device_type(tensors))
-    return _implementations[op][name].why_not(tensors) if reason is None else reason
+    if name not in _implementations[op]:
+        return f"it has no {op}"
+    return _implementations[op][name].why_not(tensors)
 
 
 def _device_type(tensors: Sequence[Tensor]) -> str:
