@@ -36,7 +36,7 @@ AVX512_FLAGS = [
 
 # Each kernel file is compiled once for every level; csrc/cpu/simd_level.cpp chooses one when the module is loaded.
 KERNELS = sorted(str(p) for p in Path("csrc/cpu/kernels").glob("*.cpp"))
-COMMON = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+COMMON = ["csrc/bindings.cpp", "csrc/tensor_reader.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
 EXPORTS = "csrc/exports.map"
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 

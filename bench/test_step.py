@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast import _C, SVAG, svag_coefficients
-from svag_fast.ops.step import _Plan
+from svag_fast.ops.checked_step import CheckedStep
 
 LR, L, WEIGHT_DECAY = 1e-6, 4, 5e-4
 
@@ -47,7 +47,9 @@ class Lists:
             [torch.randn(s, generator=generator, device=device) for s in shapes] for _ in range(3)
         )
         self.bytes_moved = 16 * sum(p.numel() for p in self.params)
-        self.plan = _Plan(self.params, self.grads1)
+        self.step = CheckedStep.of(
+            self.params, self.grads1, self.grads2, lr=LR, l=L, weight_decay=WEIGHT_DECAY, backend="auto"
+        )
         self.leaves = [nn.Parameter(p) for p in self.params]
         self.sgd = torch.optim.SGD(self.leaves, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
         self.svag = SVAG(self.leaves, lr=LR, l=L, weight_decay=WEIGHT_DECAY)
@@ -55,7 +57,8 @@ class Lists:
         self.flat = [torch.cat([t.flatten() for t in ts]) for ts in (self.params, self.grads1, self.grads2)]
 
     def kernel(self) -> Tensor:
-        return self.plan.run(self.grads1, self.grads2, [], LR / L, *svag_coefficients(L), WEIGHT_DECAY, False)
+        assert self.step is not None
+        return self.step(skip_nonfinite=False).raw
 
     def optimizer_step(self) -> Any:
         self.svag._held = [list(self.grads1)]

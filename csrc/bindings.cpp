@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,6 +20,7 @@
 #include "cpu/triad.h"
 #include "cpu/weight_grad.h"
 #include "cpu/weight_gram.h"
+#include "tensor_reader.h"
 #ifdef SVAG_WITH_CUDA
 #include "cuda/error.h"
 #include "cuda/step.h"
@@ -72,6 +74,28 @@ void step(const Addresses& params, const Addresses& grads1, const Addresses& gra
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
                                      reinterpret_cast<double*>(stats)));
+}
+
+// A step whose tensors have been read and checked; the lists keep them alive.
+struct CheckedStep {
+    py::list params, grads1;
+    std::optional<py::list> grads2;
+    std::vector<svag::StepTensor> tensors;
+
+    void take(double rate, double c1, double c2, double weight_decay, bool skip_nonfinite, int threads,
+              std::uintptr_t stats) const {
+        const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads};
+        py::gil_scoped_release unlocked;
+        raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
+                                         reinterpret_cast<double*>(stats)));
+    }
+};
+
+std::optional<CheckedStep> checked_step(const svag::TensorReader& reader, const py::list& params,
+                                        const py::list& grads1, const std::optional<py::list>& grads2) {
+    auto tensors = reader.step_tensors(params, grads1, grads2);
+    if (!tensors) return std::nullopt;
+    return CheckedStep{params, grads1, grads2, std::move(*tensors)};
 }
 
 void adaptive_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& exp_avgs,
@@ -224,6 +248,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("best_simd_level", [] { return std::string(svag::simd_level_name(svag::best_simd_level())); });
     m.def("select_simd_level", [](const std::string& name) { return svag::select_simd_level(name.c_str()); });
     m.def("step", &step);
+    py::class_<CheckedStep>(m, "CheckedStep").def("take", &CheckedStep::take);
+    py::class_<svag::TensorReader>(m, "TensorReader")
+        .def_static("of", &svag::TensorReader::of)
+        .def("checked_step", &checked_step);
     m.def("adaptive_step", &adaptive_step);
     m.def("triad", [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t z, int64_t size, int threads) {
         py::gil_scoped_release unlocked;

@@ -1,5 +1,7 @@
 from collections.abc import Sequence
 
+from torch import Tensor
+
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def select_simd_level(name: str) -> bool: ...
@@ -19,6 +21,19 @@ def step(
     threads: int,
     stats: int,
 ) -> None: ...
+
+class CheckedStep:
+    def take(
+        self, rate: float, c1: float, c2: float, weight_decay: float, skip_nonfinite: bool, threads: int, stats: int
+    ) -> None: ...
+
+class TensorReader:
+    @staticmethod
+    def of(exchange_api: object, types: list[type]) -> TensorReader | None: ...
+    def checked_step(
+        self, params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None
+    ) -> CheckedStep | None: ...
+
 def triad(x: int, y: int, z: int, size: int, threads: int) -> None: ...
 def adaptive_step(
     params: list[int],

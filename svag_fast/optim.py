@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.ops.backends import check_name
+from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.checks import PARAM_DTYPES, check_l, check_nonnegative
-from svag_fast.ops.step import RepeatedStep, StepStats, step_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.step import StepStats, step_coefficients, svag_coefficients, svag_step_
 
 Grads = list[Tensor]
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 def _plain(method: Any) -> Any:
@@ -23,6 +26,26 @@ def _plain(method: Any) -> Any:
 
 
 _add_param_group = _plain(Optimizer.add_param_group)
+
+
+def _seen_by_hooks_and_profilers(step: _Step) -> _Step:
+    """Wrap ``step`` as torch.optim would, entered only where someone watches: it costs half a small net's step."""
+    watched = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if (
+            optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        ):
+            return watched(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # Optimizer looks for it
+    return wrapper  # type: ignore[return-value]
 
 
 def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
@@ -56,7 +79,6 @@ class TwoBatchOptimizer(Optimizer):
         # The held gradients, group by group, beside their params.
         self._held: list[list[Tensor | None]] | None = None
         self._saw_grad_scaler = False
-        self._steps: dict[int, RepeatedStep] = {}
         self.stats: StepStats | None = None
         """The last step's statistics."""
 
@@ -133,7 +155,7 @@ class TwoBatchOptimizer(Optimizer):
         """Forget the held gradient, if any."""
         self._held = None
 
-    @torch.no_grad()
+    @_seen_by_hooks_and_profilers
     def step(self, closure: Callable[[], Any] | None = None) -> StepStats:  # type: ignore[override]
         """Take one step from the held gradient and the current one.
 
@@ -162,13 +184,13 @@ class TwoBatchOptimizer(Optimizer):
                 "hold_gradient() between the two backward passes, or pass step() a closure"
             )
         held = self._held
-        work = [
-            (group, lists)
+        updates = [
+            update
             for i, group in enumerate(self.param_groups)
-            for lists in _gradients(group["params"], None if held is None else held[i])
+            for update in self._updates(group, None if held is None else held[i])
         ]
         scaled = self._unscale(held)
-        parts = [self._update(group, *lists, scaled) for group, lists in work]
+        parts = [update(scaled) for update in updates]
         if not parts:
             parts = [svag_step_([], [], None if held is None else [], lr=0.0, l=1)]
         self._held = None
@@ -200,8 +222,13 @@ class TwoBatchOptimizer(Optimizer):
             first = [g for grads in held or [] for g in grads if g is not None]
             for grads in (current, first):
                 if grads:
-                    torch._foreach_mul_(grads, scale.double().reciprocal().to(grads[0].device))
+                    with torch.no_grad():
+                        torch._foreach_mul_(grads, scale.double().reciprocal().to(grads[0].device))
         return True
+
+    def _updates(self, group: dict[str, Any], held: list[Tensor | None] | None) -> list[Callable[[bool], StepStats]]:
+        """Check a group's gradients; return what updates it, called with ``skip_nonfinite``."""
+        return [functools.partial(self._update, group, *lists) for lists in _gradients(group["params"], held)]
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
@@ -324,6 +351,18 @@ class SVAG(TwoBatchOptimizer):
                 value = state_dict["state"][i]["compensation"]
                 self.state[p]["compensation"] = torch.empty_like(p, dtype=torch.float32).copy_(value)
 
+    def _updates(self, group: dict[str, Any], held: list[Tensor | None] | None) -> list[Callable[[bool], StepStats]]:
+        if not (group["compensated"] or group["capturable"]):
+            current = [p.grad for p in group["params"]]
+            grads1, grads2 = (current, None) if held is None else (held, current)
+            lr, l, weight_decay = float(group["lr"]), group["l"], group["weight_decay"]
+            step = CheckedStep.of(
+                group["params"], grads1, grads2, lr=lr, l=l, weight_decay=weight_decay, backend=group["backend"]
+            )
+            if step is not None:
+                return [step]
+        return super()._updates(group, held)
+
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
     ) -> StepStats:
@@ -340,7 +379,7 @@ class SVAG(TwoBatchOptimizer):
                 coefficients=self._coefficients(group, params[0].device),
                 backend=group["backend"],
             )
-        return self._steps.setdefault(id(group), RepeatedStep())(
+        return svag_step_(
             params,
             grads1,
             grads2,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from svag_fast import SVAG, svag_coefficients, svag_loss
 
@@ -208,6 +209,43 @@ def test_hooks_see_every_step() -> None:
     opt.register_step_post_hook(lambda *_: seen.append("post"))
     two_batch_step(opt, model, *batches(2))
     assert seen == ["pre", "post"]
+
+
+def test_hooks_for_every_optimizer_see_each_step_once() -> None:
+    model = net()
+    opt = SVAG(model.parameters(), lr=0.1, l=2)
+    seen: list[object] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *args: seen.append(args[0])),
+        register_optimizer_step_post_hook(lambda *args: seen.append(args[0])),
+    ]
+    try:
+        two_batch_step(opt, model, *batches(2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    two_batch_step(opt, model, *batches(2))
+    assert seen == [opt, opt]
+
+
+def test_profilers_see_the_step_under_torch_s_name() -> None:
+    model = net()
+    opt = SVAG(model.parameters(), lr=0.1, l=2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        two_batch_step(opt, model, *batches(2))
+    assert [e.count for e in profiler.key_averages() if e.key == "Optimizer.step#SVAG.step"] == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_no_graph_is_recorded_where_gradients_have_one() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = SVAG([p], lr=0.5, l=1)
+    (p**2).sum().backward(create_graph=True)
+    assert p.grad is not None
+    assert p.grad.requires_grad
+    opt.step()
+    assert p.is_leaf
+    assert torch.equal(p.detach(), torch.zeros(3))
 
 
 def test_parameters_without_gradient_are_skipped_and_a_missing_one_counts_as_zero() -> None:

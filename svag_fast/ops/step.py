@@ -6,12 +6,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from svag_fast.ops.backends import device_and_stream, implements, requested, select, why_not
+from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
 from svag_fast.ops.library import register_op
 
@@ -249,7 +248,7 @@ _op = register_op(
 )
 
 
-def _host_coefficients(
+def host_coefficients(
     lr: float, l: float, weight_decay: float, coefficients: Tensor | None = None
 ) -> tuple[float, float, float, float]:
     """Return ``lr / l, c1, c2, weight_decay``, from the tensor if there is one."""
@@ -295,7 +294,7 @@ def _reference(
 ) -> Tensor:
     raw = raw_statistics(params, grads1, grads2)
     finite = raw[_FINITE] != 0
-    rate, c1, c2, weight_decay = _host_coefficients(lr, l, weight_decay, coefficients)
+    rate, c1, c2, weight_decay = host_coefficients(lr, l, weight_decay, coefficients)
     for i, x in enumerate(params):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         combined = c1 * grads1[i].to(dtype)
@@ -333,8 +332,17 @@ def _cpu(
     skip_nonfinite: bool,
     coefficients: Tensor | None,
 ) -> Tensor:
-    scalars = _host_coefficients(lr, l, weight_decay, coefficients)
-    return _Plan(params, grads1).run(grads1, grads2, compensation, *scalars, skip_nonfinite)
+    from svag_fast import _C
+
+    raw = torch.empty(5, dtype=torch.float64)
+    _C.step(
+        *_descriptors(params, grads1, grads2, compensation),
+        *host_coefficients(lr, l, weight_decay, coefficients),
+        skip_nonfinite,
+        torch.get_num_threads(),
+        raw.data_ptr(),
+    )
+    return raw
 
 
 @implements("svag_step_", "cuda")
@@ -351,12 +359,12 @@ def _cuda(
 ) -> Tensor:
     from svag_fast import _C
 
-    plan = _Plan(params, grads1)
+    described = _descriptors(params, grads1, grads2, compensation)
     raw = params[0].new_empty(5, dtype=torch.float64)
-    workspace = params[0].new_empty(_C.cuda_step_workspace(plan.sizes), dtype=torch.float64)
+    workspace = params[0].new_empty(_C.cuda_step_workspace(described[4]), dtype=torch.float64)
     _C.cuda_step(
-        *plan.descriptors(grads1, grads2, compensation),
-        *_host_coefficients(lr, l, weight_decay),
+        *described,
+        *host_coefficients(lr, l, weight_decay),
         0 if coefficients is None else coefficients.data_ptr(),
         skip_nonfinite,
         *device_and_stream(params[0].device),
@@ -391,113 +399,16 @@ def _triton(
     return raw
 
 
-class _Plan:
-    """What the compiled kernel must know of a list of params, and what later gradients must be like to reuse it."""
-
-    def __init__(self, params: list[Tensor], grads1: list[Tensor]) -> None:
-        self.addresses = list(map(Tensor.data_ptr, params))
-        self.sizes = list(map(Tensor.numel, params))
-        self.nbytes = list(map(_nbytes, params))
-        self.grad_dtypes = list(map(_dtype, grads1))
-        self.param_codes = [DTYPE_CODES[p.dtype] for p in params]
-        self.grad_codes = [DTYPE_CODES[d] for d in self.grad_dtypes]
-
-    def fits(self, grads: list[Tensor]) -> bool:
-        return list(map(_dtype, grads)) == self.grad_dtypes and all(map(Tensor.is_contiguous, grads))
-
-    def descriptors(
-        self, grads1: list[Tensor], grads2: list[Tensor] | None, compensation: list[Tensor]
-    ) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
-        return (
-            self.addresses,
-            list(map(Tensor.data_ptr, grads1)),
-            list(map(Tensor.data_ptr, grads2 or [])),
-            list(map(Tensor.data_ptr, compensation)),
-            self.sizes,
-            self.param_codes,
-            self.grad_codes,
-        )
-
-    def run(
-        self,
-        grads1: list[Tensor],
-        grads2: list[Tensor] | None,
-        compensation: list[Tensor],
-        rate: float,
-        c1: float,
-        c2: float,
-        weight_decay: float,
-        skip_nonfinite: bool,
-    ) -> Tensor:
-        from svag_fast import _C
-
-        raw = torch.empty(5, dtype=torch.float64)
-        _C.step(
-            *self.descriptors(grads1, grads2, compensation),
-            rate,
-            c1,
-            c2,
-            weight_decay,
-            skip_nonfinite,
-            torch.get_num_threads(),
-            raw.data_ptr(),
-        )
-        return raw
-
-
-_dtype, _nbytes = attrgetter("dtype"), attrgetter("nbytes")
-
-
-class RepeatedStep:
-    """Steps on one list of params whose gradients are their ``.grad``, checked in full only when something changed.
-
-    For an optimizer's step on a small net, where the checks of :func:`svag_step_` would cost more than the kernel.
-    PyTorch itself holds a ``.grad`` to its param's shape and device; what is left to compare is little.
-    """
-
-    def __init__(self) -> None:
-        self._plan: _Plan | None = None
-
-    def __call__(
-        self,
-        params: list[Tensor],
-        grads1: list[Tensor],
-        grads2: list[Tensor] | None,
-        *,
-        lr: float,
-        l: float,
-        weight_decay: float,
-        compensation: list[Tensor] | None,
-        skip_nonfinite: bool,
-        backend: str,
-    ) -> StepStats:
-        """Do what :func:`svag_step_` does."""
-        plan = self._plan
-        if (
-            plan is not None
-            and compensation is None
-            and requested(backend) in ("auto", "cpu")
-            and list(map(Tensor.data_ptr, params)) == plan.addresses
-            and list(map(_nbytes, params)) == plan.nbytes
-            and plan.fits(grads1)
-            and (grads2 is None or plan.fits(grads2))
-            and not torch.compiler.is_compiling()
-        ):
-            raw = plan.run(grads1, grads2, [], *_host_coefficients(lr, l, weight_decay), skip_nonfinite)
-            torch.autograd.graph.increment_version(params)
-            return StepStats(raw, grads2 is not None)
-        stats = svag_step_(
-            params,
-            grads1,
-            grads2,
-            lr=lr,
-            l=l,
-            weight_decay=weight_decay,
-            compensation=compensation,
-            skip_nonfinite=skip_nonfinite,
-            backend=backend,
-        )
-        plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cpu and p.is_contiguous() for p in params)
-        served = plain and not torch.compiler.is_compiling() and why_not("svag_step_", "cpu", params) is None
-        self._plan = _Plan(params, grads1) if served else None
-        return stats
+def _descriptors(
+    params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, compensation: list[Tensor]
+) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
+    """What the compiled kernels are told of the tensors: addresses, sizes and dtypes."""
+    return (
+        list(map(Tensor.data_ptr, params)),
+        list(map(Tensor.data_ptr, grads1)),
+        list(map(Tensor.data_ptr, grads2 or [])),
+        list(map(Tensor.data_ptr, compensation)),
+        list(map(Tensor.numel, params)),
+        [DTYPE_CODES[p.dtype] for p in params],
+        [DTYPE_CODES[g.dtype] for g in grads1],
+    )

@@ -1,0 +1,123 @@
+#include "tensor_reader.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace svag {
+namespace {
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2, kBfloat = 4;
+
+bool dtype_of(const dlpack::Tensor& tensor, DType& dtype) {
+    if (tensor.dtype_lanes != 1) return false;
+    if (tensor.dtype_code == kBfloat && tensor.dtype_bits == 16)
+        dtype = DType::bfloat16;
+    else if (tensor.dtype_code != kFloat)
+        return false;
+    else if (tensor.dtype_bits == 32)
+        dtype = DType::float32;
+    else if (tensor.dtype_bits == 64)
+        dtype = DType::float64;
+    else if (tensor.dtype_bits == 16)
+        dtype = DType::float16;
+    else
+        return false;
+    return true;
+}
+
+int64_t size_of(const dlpack::Tensor& tensor) {
+    int64_t size = 1;
+    for (int32_t d = 0; d < tensor.ndim; ++d) size *= tensor.shape[d];
+    return size;
+}
+
+// Whether the elements fill an interval of memory, each once, in whatever order of the dimensions.
+bool is_dense(const dlpack::Tensor& tensor, int64_t size, std::vector<std::pair<int64_t, int64_t>>& scratch) {
+    if (size == 0) return true;
+    int64_t expected = 1;
+    int32_t d = tensor.ndim - 1;
+    for (; d >= 0 && (tensor.shape[d] == 1 || tensor.strides[d] == expected); --d) expected *= tensor.shape[d];
+    if (d < 0) return true;  // contiguous
+    scratch.clear();
+    for (d = 0; d < tensor.ndim; ++d)
+        if (tensor.shape[d] != 1) scratch.emplace_back(tensor.strides[d], tensor.shape[d]);
+    std::sort(scratch.begin(), scratch.end());
+    expected = 1;
+    for (const auto& [stride, length] : scratch) {
+        if (stride != expected) return false;
+        expected *= length;
+    }
+    return true;
+}
+
+bool same_shape_and_order(const dlpack::Tensor& a, const dlpack::Tensor& b, int64_t size) {
+    if (a.ndim != b.ndim || !std::equal(a.shape, a.shape + a.ndim, b.shape)) return false;
+    for (int32_t d = 0; d < a.ndim && size != 0; ++d)
+        if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+    return true;
+}
+
+char* data_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+bool apart(std::vector<std::pair<const char*, const char*>>& spans) {
+    std::sort(spans.begin(), spans.end());
+    for (std::size_t i = 1; i < spans.size(); ++i)
+        if (spans[i].first < spans[i - 1].second) return false;
+    return true;
+}
+
+}  // namespace
+
+std::optional<TensorReader> TensorReader::of(const py::capsule& exchange_api, std::vector<py::object> types) {
+    const auto* api = exchange_api.get_pointer<const dlpack::ExchangeApi>();
+    while (api != nullptr && api->major != 1) api = api->previous;
+    if (api == nullptr || api->read == nullptr) return std::nullopt;
+    return TensorReader(api->read, std::move(types));
+}
+
+bool TensorReader::read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const {
+    const auto is_type = [&](const py::object& type) { return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(object)); };
+    if (std::none_of(types_.begin(), types_.end(), is_type)) return false;
+    if (read_(object, &tensor) != 0) {
+        PyErr_Clear();  // no memory of its own, as of a sparse tensor
+        return false;
+    }
+    return tensor.device_type == kCpu && dtype_of(tensor, dtype);
+}
+
+std::optional<std::vector<StepTensor>> TensorReader::step_tensors(const py::list& params, const py::list& grads1,
+                                                                  const std::optional<py::list>& grads2) const {
+    const std::size_t count = params.size();
+    if (grads1.size() != count || (grads2 && grads2->size() != count)) return std::nullopt;
+    std::vector<StepTensor> tensors(count);
+    std::vector<std::pair<const char*, const char*>> spans;
+    std::vector<std::pair<int64_t, int64_t>> scratch;
+    spans.reserve(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        dlpack::Tensor param, grad;
+        DType dtype, grad_dtype;
+        if (!read(PyList_GET_ITEM(params.ptr(), i), param, dtype)) return std::nullopt;
+        const int64_t size = size_of(param);
+        if (!is_dense(param, size, scratch)) return std::nullopt;
+        char* data = data_of(param);
+        if (size != 0) spans.emplace_back(data, data + size * (param.dtype_bits / 8));
+        tensors[i] = {data, nullptr, nullptr, nullptr, size, dtype, dtype};
+        for (const py::list* grads : {&grads1, grads2 ? &*grads2 : nullptr}) {
+            if (grads == nullptr) break;
+            if (!read(PyList_GET_ITEM(grads->ptr(), i), grad, grad_dtype)) return std::nullopt;
+            if (!same_shape_and_order(grad, param, size)) return std::nullopt;
+            const bool first = grads == &grads1;
+            if (first ? grad_dtype != dtype && grad_dtype != DType::float32 : grad_dtype != tensors[i].grad_dtype)
+                return std::nullopt;
+            tensors[i].grad_dtype = grad_dtype;
+            (first ? tensors[i].grad1 : tensors[i].grad2) = data_of(grad);
+        }
+    }
+    if (!apart(spans)) return std::nullopt;
+    return tensors;
+}
+
+}  // namespace svag
