@@ -40,18 +40,28 @@ void sums_in_float64(const G* g1, const G* g2, int64_t n, double* sums) {
     }
 }
 
-// Adds one block's moments, of n gradient entries, to a chunk's statistics. g2 may be null.
+template <class G>
+bool all_finite(const G* g, int64_t n) {
+    bool finite = true;
+    for (int64_t i = 0; g != nullptr && i < n; ++i) finite &= std::isfinite(g[i]);
+    return finite;
+}
+
+// Adds one block's moments, of n gradient entries, to a chunk's statistics. g2 may be null. An entry that is inf or nan
+// leaves no finite sum of squares, so that single entries are looked at only where a sum is not finite.
 template <class A, class V, class G>
 SVAG_INLINE void add_block(const Moments<V>& m, const G* g1, const G* g2, int64_t n, double* stats) {
     double sums[kStatCount] = {lane_sum(m.sq_norm1), lane_sum(m.sq_norm2), lane_sum(m.inner),
-                               lane_sum(m.weight_sq_norm), lane_sum(m.poison)};
-    const bool finite = sums[kFinite] == 0;
-    if constexpr (sizeof(A) == sizeof(float)) {
-        if (finite && !std::isfinite(sums[kSqNorm1] + sums[kSqNorm2] + sums[kInner]))
+                               lane_sum(m.weight_sq_norm)};
+    if (!std::isfinite(sums[kSqNorm1] + sums[kSqNorm2])) {
+        if constexpr (sizeof(A) == sizeof(float)) {
             sums_in_float64(g1, g2, n, sums);
+            if (!std::isfinite(sums[kSqNorm1] + sums[kSqNorm2])) stats[kFinite] = 0;
+        } else if (!(all_finite(g1, n) && all_finite(g2, n))) {
+            stats[kFinite] = 0;
+        }
     }
     for (int k = 0; k < kFinite; ++k) stats[k] += sums[k];
-    if (!finite) stats[kFinite] = 0;
 }
 
 // One walk over a list of tensors. Tensor has a `size`; Options has `threads` and `skip_nonfinite`.

@@ -114,6 +114,21 @@ def test_finite_gradients_whose_squares_overflow_float32_have_finite_statistics(
     assert stats.raw[:3].tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_finite_tells_huge_entries_from_bad_ones(
+    backend: str, dtypes: tuple[torch.dtype, torch.dtype], which: int, bad: float
+) -> None:
+    """Entries whose squares overflow the sum's dtype are finite; one that isn't shows beside them."""
+    huge = 0.9 * torch.finfo(dtypes[1]).max
+    lists = [draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)]
+    lists[which][5][4000:4094] = huge
+    assert bool(svag_step_(*lists, lr=0.0, l=4, backend=backend).finite)
+    lists[which][8][65536] = bad
+    assert not bool(svag_step_(*lists, lr=0.0, l=4, backend=backend).finite)
+
+
 def test_at_l_1_the_step_is_sgd_and_the_second_gradient_may_be_missing(backend: str) -> None:
     params, grads1, grads2 = draw(torch.float32, 0), draw(torch.float32, 1), draw(torch.float32, 2)
     with_second = [p.clone() for p in params]
