@@ -135,26 +135,34 @@ using FourStrides = std::array<int64_t, 4>;
 // In the order of svag::LayerOperands, from `batch` to `dilation_w`.
 using LayerSizes = std::array<int64_t, 16>;
 
-void set_operands(svag::LayerOperands& operands, std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double,
-                  const FourStrides& input_strides, const FourStrides& output_strides, const LayerSizes& sizes) {
-    operands.inputs = reinterpret_cast<const void*>(inputs);
-    operands.output_grads = reinterpret_cast<const void*>(output_grads);
+// A layer of one shape and dtype; its tensors' addresses are given to each call.
+svag::LayerOperands layer_operands(bool is_double, const FourStrides& input_strides, const FourStrides& output_strides,
+                                   const LayerSizes& sizes) {
+    svag::LayerOperands operands{};
     operands.is_double = is_double;
     std::copy(input_strides.begin(), input_strides.end(), operands.input_strides);
     std::copy(output_strides.begin(), output_strides.end(), operands.output_strides);
     static_assert(offsetof(svag::LayerOperands, dilation_w) - offsetof(svag::LayerOperands, batch) == 15 * 8, "");
     std::copy(sizes.begin(), sizes.end(), &operands.batch);
+    return operands;
+}
+
+template <class Args>
+Args layer_args(const svag::LayerOperands& operands, std::uintptr_t inputs, std::uintptr_t output_grads) {
+    Args args{};
+    static_cast<svag::LayerOperands&>(args) = operands;
+    args.inputs = reinterpret_cast<const void*>(inputs);
+    args.output_grads = reinterpret_cast<const void*>(output_grads);
+    return args;
 }
 
 // step: rate, c1, c2, weight decay for a step of the weight, whose address `grad` then is; or empty.
-void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double, const FourStrides& input_strides,
-                 const FourStrides& output_strides, const LayerSizes& sizes, std::uintptr_t weights,
-                 std::uintptr_t order, const std::vector<int64_t>& segment_ends, std::uintptr_t grad,
-                 const FourStrides& grad_strides, int64_t segment_stride, std::uintptr_t sq_norms,
+void weight_grad(const svag::LayerOperands& operands, std::uintptr_t inputs, std::uintptr_t output_grads,
+                 std::uintptr_t weights, std::uintptr_t order, const std::vector<int64_t>& segment_ends,
+                 std::uintptr_t grad, const FourStrides& grad_strides, int64_t segment_stride, std::uintptr_t sq_norms,
                  std::uintptr_t segment_gram, int loop_order, int threads, const std::vector<double>& step,
                  std::uintptr_t weight_sq_norm) {
-    svag::WeightGradArgs args{};
-    set_operands(args, inputs, output_grads, is_double, input_strides, output_strides, sizes);
+    auto args = layer_args<svag::WeightGradArgs>(operands, inputs, output_grads);
     args.weights = reinterpret_cast<const double*>(weights);
     args.order = reinterpret_cast<const int64_t*>(order);
     args.segment_ends = segment_ends.data();
@@ -175,10 +183,9 @@ void weight_grad(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_dou
     raise_for(SVAG_KERNEL(svag_weight_grad)(args));
 }
 
-void weight_gram(std::uintptr_t inputs, std::uintptr_t output_grads, bool is_double, const FourStrides& input_strides,
-                 const FourStrides& output_strides, const LayerSizes& sizes, std::uintptr_t sq_norms, int threads) {
-    svag::WeightGramArgs args{};
-    set_operands(args, inputs, output_grads, is_double, input_strides, output_strides, sizes);
+void weight_gram(const svag::LayerOperands& operands, std::uintptr_t inputs, std::uintptr_t output_grads,
+                 std::uintptr_t sq_norms, int threads) {
+    auto args = layer_args<svag::WeightGramArgs>(operands, inputs, output_grads);
     args.sq_norms = reinterpret_cast<double*>(sq_norms);
     args.threads = threads;
     py::gil_scoped_release unlocked;
@@ -259,6 +266,7 @@ PYBIND11_MODULE(_C, m) {
                                           reinterpret_cast<const float*>(z), size, threads));
     });
     m.def("step_per_sample", &step_per_sample);
+    py::class_<svag::LayerOperands>(m, "LayerOperands").def(py::init(&layer_operands));
     m.def("weight_grad", &weight_grad);
     m.def("weight_gram", &weight_gram);
     m.def("philox_normal", &philox_normal);

@@ -72,13 +72,20 @@ def step_per_sample(
     sq_norms: int,
     stats: int,
 ) -> None: ...
+
+class LayerOperands:
+    def __init__(
+        self,
+        is_double: bool,
+        input_strides: Sequence[int],
+        output_strides: Sequence[int],
+        sizes: Sequence[int],
+    ) -> None: ...
+
 def weight_grad(
+    operands: LayerOperands,
     inputs: int,
     output_grads: int,
-    is_double: bool,
-    input_strides: Sequence[int],
-    output_strides: Sequence[int],
-    sizes: Sequence[int],
     weights: int,
     order: int,
     segment_ends: Sequence[int],
@@ -92,16 +99,7 @@ def weight_grad(
     step: Sequence[float],
     weight_sq_norm: int,
 ) -> None: ...
-def weight_gram(
-    inputs: int,
-    output_grads: int,
-    is_double: bool,
-    input_strides: Sequence[int],
-    output_strides: Sequence[int],
-    sizes: Sequence[int],
-    sq_norms: int,
-    threads: int,
-) -> None: ...
+def weight_gram(operands: LayerOperands, inputs: int, output_grads: int, sq_norms: int, threads: int) -> None: ...
 def philox_normal(out: int, is_double: bool, size: int, first: int, key: tuple[int, int], draw: int) -> None: ...
 def affine_walk(
     x: int,

@@ -178,9 +178,13 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     check_name(name)
     if name == "auto":
         device_type = _device_type(tensors)
-        # The interpreter is for tests: it must be asked for.
-        order = (n for n in BACKENDS if not (n == "triton" and device_type == "cpu"))
-        name = next(n for n in order if why_not(op, n, tensors) is None)
+        for name, row in BACKENDS.items():
+            if name == "triton" and device_type == "cpu":
+                continue  # the interpreter is for tests: it must be asked for
+            if device_type in row.device_types and why_not(op, name, tensors) is None:
+                break
+        else:
+            name = "reference"
         _say_once(op, device_type, name)
     elif reason := why_not(op, name, tensors):
         could = [n for n in BACKENDS if why_not(op, n, tensors) is None]

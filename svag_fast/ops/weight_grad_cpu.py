@@ -18,13 +18,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from svag_fast.ops.cpu_layout import cpu_layout
-from svag_fast.ops.layer_product import LayerProduct, grad_format, sum_dtype
+from svag_fast.ops.cpu_layout import layer_operands
+from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, sum_dtype
 from svag_fast.ops.weight_gram_cpu import gram_sq_norms
+
+if TYPE_CHECKING:
+    from svag_fast._C import LayerOperands
 
 # svag::LoopOrder
 SAMPLES_OUTSIDE, TILES_OUTSIDE = 1, 2
@@ -61,25 +65,59 @@ def _stays_cached(weight_shape: Sequence[int], itemsize: int) -> bool:
     return math.prod(weight_shape) * itemsize <= _CACHED_GRAD_BYTES
 
 
+class _Layer(NamedTuple):
+    """What a layer's shapes and strides come to: to work it out each time would cost as much as a small product.
+
+    Attributes:
+        operands: for the compiled kernels.
+        way: see :func:`choose`.
+        grad_format: the gradient's memory format.
+    """
+
+    operands: LayerOperands
+    way: str
+    grad_format: torch.memory_format
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(
+    dtype: torch.dtype,
+    input_shape: tuple[int, ...],
+    input_strides: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    output_strides: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    geometry: Geometry,
+) -> _Layer:
+    operands = layer_operands(
+        dtype == torch.float64, input_shape, input_strides, output_shape, output_strides, weight_shape, geometry
+    )
+    positions = math.prod(output_shape[2:] if len(weight_shape) == 4 else input_shape[1:2])
+    way = choose(weight_shape, positions, dtype.itemsize, geometry.groups)
+    inputs = torch.empty_strided(input_shape, input_strides, device="meta")
+    return _Layer(operands, way, grad_format(inputs, weight_shape))
+
+
+_Prepared: TypeAlias = tuple[Tensor, Tensor, _Layer]
+
+
+def _prepare(product: LayerProduct) -> _Prepared:
+    """The operands in the dtype of the sums, and what their shapes come to."""
+    dtype = sum_dtype(product.inputs)
+    x, dy = (t if t.dtype == dtype else t.to(dtype) for t in product[:2])
+    shape, geometry = tuple(product.weight_shape), product.geometry
+    return x, dy, _layer(dtype, x.shape, x.stride(), dy.shape, dy.stride(), shape, geometry)
+
+
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Serve the call in the way that :func:`choose` names."""
-    way = _way(product)
+    prepared = _prepare(product)
+    way = prepared[2].way
     if way == "gram":
         return gram(product)
     if way == "pixel-gram":
         return pixel_gram(product)
-    return direct(product, _LOOP_ORDERS[way])
-
-
-def _way(product: LayerProduct) -> str:
-    positions = math.prod(product.output_grads.shape[2:] if product.inputs.dim() == 4 else product.inputs.shape[1:2])
-    itemsize = sum_dtype(product.inputs).itemsize
-    return choose(tuple(product.weight_shape), positions, itemsize, product.geometry.groups)
-
-
-def _new_grad(product: LayerProduct) -> Tensor:
-    memory_format = grad_format(product.inputs, product.weight_shape)
-    return torch.empty(product.weight_shape, dtype=sum_dtype(product.inputs), memory_format=memory_format)
+    return direct(product, _LOOP_ORDERS[way], prepared)
 
 
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,15 +139,17 @@ def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
 def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """The norms from products of pixels; the gradient's tiles summed over samples without squaring each."""
-    grad = _new_grad(product)
-    _, segment_gram, _ = _call(product, grad, TILES_OUTSIDE, norms=False)
+    prepared = _prepare(product)
+    grad = _new_grad(product, prepared)
+    _, segment_gram, _ = _call(product, prepared, grad, TILES_OUTSIDE, norms=False)
     return grad, gram_sq_norms(product), segment_gram
 
 
-def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
+def direct(product: LayerProduct, loop_order: int, prepared: _Prepared | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
-    grad = _new_grad(product)
-    sq_norms, gram, _ = _call(product, grad, loop_order)
+    prepared = prepared or _prepare(product)
+    grad = _new_grad(product, prepared)
+    sq_norms, gram, _ = _call(product, prepared, grad, loop_order)
     return grad, sq_norms, gram
 
 
@@ -118,11 +158,12 @@ def direct_parts(product: LayerProduct, parts: int) -> tuple[Tensor, Tensor] | N
 
     None where another way than the direct one serves the layer.
     """
-    loop_order = _LOOP_ORDERS.get(_way(product))
+    prepared = _prepare(product)
+    loop_order = _LOOP_ORDERS.get(prepared[2].way)
     if loop_order is None:
         return None
-    grads = torch.empty(parts, *product.weight_shape, dtype=sum_dtype(product.inputs))
-    sq_norms, _, _ = _call(product, grads[0], loop_order, parts=parts)
+    grads = torch.empty(parts, *product.weight_shape, dtype=prepared[0].dtype)
+    sq_norms, _, _ = _call(product, prepared, grads[0], loop_order, parts=parts)
     return grads, sq_norms
 
 
@@ -132,16 +173,23 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
     Returns:
         The samples' squared norms, the two segments' inner products, the weight's squared norm before the step.
     """
-    way = _way(product)
-    cached = way == "pixel-gram" and _stays_cached(product.weight_shape, sum_dtype(product.inputs).itemsize)
+    prepared = _prepare(product)
+    way = prepared[2].way
+    cached = way == "pixel-gram" and _stays_cached(product.weight_shape, prepared[0].dtype.itemsize)
     loop_order = SAMPLES_OUTSIDE if cached or way == "samples outside" else TILES_OUTSIDE
-    sq_norms, gram, weight_sq_norm = _call(product, weight, loop_order, step)
+    sq_norms, gram, weight_sq_norm = _call(product, prepared, weight, loop_order, step)
     assert weight_sq_norm is not None
     return sq_norms, gram, weight_sq_norm
 
 
+def _new_grad(product: LayerProduct, prepared: _Prepared) -> Tensor:
+    x, _, layer = prepared
+    return torch.empty(product.weight_shape, dtype=x.dtype, memory_format=layer.grad_format)
+
+
 def _call(
     product: LayerProduct,
+    prepared: _Prepared,
     target: Tensor,
     loop_order: int,
     step: Sequence[float] = (),
@@ -151,11 +199,8 @@ def _call(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from svag_fast import _C
 
-    inputs, output_grads, shape, weights, segments, num_segments, geometry = product
-    dtype = target.dtype
-    # What has been copied must live as long as the call.
-    x, dy = (t if t.dtype == dtype else t.to(dtype) for t in (inputs, output_grads))
-    layout = cpu_layout(x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
+    weights, segments, num_segments = product.weights, product.segments, product.num_segments
+    x, dy, layer = prepared
     w = None if weights is None else weights.double().contiguous()
     rows = x.shape[0] // parts
     order, ends, S = None, [rows * (i + 1) for i in range(parts)], 0
@@ -167,12 +212,9 @@ def _call(
     gram = torch.empty((S, S), dtype=torch.float64)
     weight_sq_norm = torch.empty((), dtype=torch.float64) if step else None
     _C.weight_grad(
+        layer.operands,
         x.data_ptr(),
         dy.data_ptr(),
-        dtype == torch.float64,
-        layout.input_strides,
-        layout.output_strides,
-        layout.sizes,
         0 if w is None else w.data_ptr(),
         0 if order is None else order.data_ptr(),
         ends,

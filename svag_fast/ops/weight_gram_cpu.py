@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svag_fast.ops.cpu_layout import cpu_layout
+from svag_fast.ops.cpu_layout import layer_operands
 from svag_fast.ops.layer_product import LayerProduct, sum_dtype
 
 
@@ -21,16 +21,8 @@ def gram_sq_norms(product: LayerProduct) -> Tensor:
     inputs, output_grads, shape, *_, geometry = product
     dtype = sum_dtype(inputs)
     x, dy = inputs.to(dtype), output_grads.to(dtype)
-    layout = cpu_layout(x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
+    is_double = dtype == torch.float64
+    operands = layer_operands(is_double, x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
     sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
-    _C.weight_gram(
-        x.data_ptr(),
-        dy.data_ptr(),
-        dtype == torch.float64,
-        layout.input_strides,
-        layout.output_strides,
-        layout.sizes,
-        sq_norms.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _C.weight_gram(operands, x.data_ptr(), dy.data_ptr(), sq_norms.data_ptr(), torch.get_num_threads())
     return sq_norms
