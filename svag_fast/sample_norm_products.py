@@ -7,7 +7,7 @@ way into the sum: no second pass over the data, and no per-sample gradient is st
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from svag_fast.ops.layer_product import Geometry
 from svag_fast.ops.weight_grad import unchecked_weight_grad
 from svag_fast.sample_norm_rules import Rule, Scope, register, without_autocast
-from svag_fast.sample_norm_tape import SampleGrads, Use, row_sq_norms
+from svag_fast.sample_norm_tape import Use, row_sq_norms
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class LinearProduct:
@@ -31,10 +33,13 @@ class LinearProduct:
         """The gradient in the input x, of which only the shape matters."""
         return b @ weight
 
-    def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """The gradient of a weight of the given shape, and |g_i|² [B]."""
+    def weight_grad(
+        self, b: Tensor, x: Tensor, shape: torch.Size, bias_sq_norms: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of a weight of the given shape, and |g_i|² [B]; the bias's own are used where they are known."""
         if x.dim() == 2:  # one position: |b aᵀ|² = |b|²|a|², by fewer calls than the op's
-            return b.T @ x, row_sq_norms(b) * row_sq_norms(x)
+            b_sq_norms = row_sq_norms(b) if bias_sq_norms is None else bias_sq_norms
+            return b.T @ x, b_sq_norms * row_sq_norms(x)
         return unchecked_weight_grad(x.flatten(1, -2), b.flatten(1, -2), shape, Geometry())
 
     def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
@@ -67,6 +72,7 @@ class ConvProduct:
         self.padding = padding
         self.dilation = dilation
         self.groups = groups
+        self._geometry = Geometry(stride, padding, dilation, groups) if len(stride) == 2 else None  # type: ignore[arg-type]
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's forward."""
@@ -78,15 +84,16 @@ class ConvProduct:
         """The gradient in the input x, of which only shape and memory format matter."""
         return self._backward(b, x, weight, 0)
 
-    def weight_grad(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def weight_grad(
+        self, b: Tensor, x: Tensor, shape: torch.Size, bias_sq_norms: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The gradient of a weight of the given shape, and |g_i|² [B]."""
-        dims = len(self.stride)
-        if dims == 3:
+        if self._geometry is not None:
+            return unchecked_weight_grad(x, b, shape, self._geometry)
+        if len(self.stride) == 3:
             return self._by_depth_taps(b, x, shape)
-        if dims == 2:
-            return self._planar(b, x, shape)
         flat = ConvProduct((1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
-        grad, sq_norms = flat._planar(b[:, :, None], x[:, :, None], torch.Size((*shape[:2], 1, shape[2])))
+        grad, sq_norms = flat.weight_grad(b[:, :, None], x[:, :, None], torch.Size((*shape[:2], 1, shape[2])))
         return grad.reshape(shape), sq_norms
 
     def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
@@ -101,16 +108,21 @@ class ConvProduct:
 
     def _backward(self, b: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         """PyTorch's own gradient in the input (0) or the weight (1)."""
-        mask = [which == 0, which == 1, False]
-        stride, padding, dilation = list(self.stride), list(self.padding), list(self.dilation)
-        grads: list[Tensor] = torch.ops.aten.convolution_backward.default(
-            b, x, weight, None, stride, padding, dilation, False, [0] * len(stride), self.groups, mask
+        no_output_padding = (0,) * len(self.stride)
+        grads: list[Tensor] = _convolution_backward(
+            b,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            no_output_padding,
+            self.groups,
+            (which == 0, which == 1, False),
         )
         return grads[which]
-
-    def _planar(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        (sv, sh), (pv, ph), (dv, dh) = self.stride, self.padding, self.dilation
-        return unchecked_weight_grad(x, b, shape, Geometry((sv, sh), (pv, ph), (dv, dh), self.groups))
 
     def _by_depth_taps(self, b: Tensor, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         B, O, depth, height, width = b.shape
@@ -126,7 +138,7 @@ class ConvProduct:
         for tap in range(shape[2]):
             first = tap * dilation_d
             met = x[:, :, first : first + (depth - 1) * stride_d + 1 : stride_d].flatten(2, 3)
-            grad, sq_norms = flat._planar(b, met, torch.Size((*shape[:2], *shape[3:])))
+            grad, sq_norms = flat.weight_grad(b, met, torch.Size((*shape[:2], *shape[3:])))
             planes.append(grad)
             total = total + sq_norms
         return torch.stack(planes, 2), total
@@ -135,27 +147,27 @@ class ConvProduct:
 Product: TypeAlias = LinearProduct | ConvProduct
 
 
+class _Call(NamedTuple):
+    """One use of a layer: what computes it, whom it delivers to, and whether weight and bias are the parameters
+    themselves, not parts of an alias."""
+
+    product: Product
+    weight_use: Use | None
+    bias_use: Use | None
+    direct: bool
+
+
 class _Layer(torch.autograd.Function):
     """The layer with its weight gradient replaced; delivers to the uses in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        product: Product,
-        weight_use: Use | None,
-        bias_use: Use | None,
-        direct: bool,
-    ) -> Tensor:
-        output = product.output(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        output = call.product.output(x, weight, bias)
         low = x if x.dtype == output.dtype else x.to(output.dtype)  # what the layer saw under autocast
         # Without a weight gradient nothing of x is needed but its shape.
         ctx.save_for_backward(low if ctx.needs_input_grad[1] else low.new_empty(1).expand(x.shape), weight)
-        ctx.product, ctx.weight_use, ctx.bias_use, ctx.direct = product, weight_use, bias_use, direct
-        ctx.x_dtype = x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = call
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         return output
 
     @staticmethod
@@ -165,42 +177,38 @@ class _Layer(torch.autograd.Function):
 
 
 def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    product: Product = ctx.product
-    x_grad = weight_grad = bias_grad = None
     with without_autocast(b):
-        if ctx.needs_input_grad[0]:
-            x_grad = product.input_grad(b, x, weight.to(b.dtype)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            shape = weight.shape
-            weight_grad, sq_norms = product.weight_grad(b, x, shape)
-            weight_grad = weight_grad.to(weight.dtype)
-            _deliver(
-                ctx.weight_use,
-                sq_norms,
-                lambda rows: product.sample_weight_grads(b[rows], x[rows], shape),
-                weight_grad if ctx.direct else None,
-            )
-        if ctx.needs_input_grad[2]:
+        x, weight = ctx.saved_tensors
+        product, weight_use, bias_use, direct = ctx.call
+        x_dtype, bias_dtype = ctx.dtypes
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        x_grad = weight_grad = bias_grad = bias_sq_norms = None
+        if wants_bias:
             sample_rows = product.sample_bias_grads(b)
-            bias_grad = sample_rows.sum(0, dtype=ctx.bias_dtype)
-            _deliver(
-                ctx.bias_use,
-                row_sq_norms(sample_rows),
-                lambda rows: sample_rows[rows],
-                bias_grad if ctx.direct else None,
-            )
-    return x_grad, weight_grad, bias_grad, None, None, None, None
+            bias_sq_norms = row_sq_norms(sample_rows)
+            bias_grad = sample_rows.sum(0, dtype=bias_dtype)
+            if bias_use is not None:
+                bias_use.deliver(bias_sq_norms, lambda rows: sample_rows[rows], bias_grad if direct else None)
+        if wants_x:
+            x_grad = _cast(product.input_grad(b, x, _cast(weight, b.dtype)), x_dtype)
+        if wants_weight:
+            shape = weight.shape
+            weight_grad, sq_norms = product.weight_grad(b, x, shape, bias_sq_norms)
+            weight_grad = _cast(weight_grad, weight.dtype)
+            if weight_use is not None:
+                weight_use.deliver(
+                    sq_norms,
+                    lambda rows: product.sample_weight_grads(b[rows], x[rows], shape),
+                    weight_grad if direct else None,
+                )
+    return x_grad, weight_grad, bias_grad, None
 
 
 _guarded_grads = once_differentiable(_grads)
 
 
-def _deliver(use: Use | None, sq_norms: Tensor, sample_grads: SampleGrads, due: Tensor | None) -> None:
-    if use is not None:
-        use.deliver(sq_norms, sample_grads)
-        if due is not None:
-            use.recorder.expect(use.key[0], due)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class _Linear(Rule):
@@ -212,7 +220,8 @@ class _Linear(Rule):
         x = _only_input(*args, **kwargs)
         if x.dim() < 2:
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, ..., in_features]")
-        return _apply(x, module.weight, module.bias, _LINEAR, scope.use("weight"), scope.use("bias"))
+        call = _Call(_LINEAR, scope.use("weight"), scope.use("bias"), True)
+        return _apply(x, module.weight, module.bias, call)
 
 
 class _Conv(Rule):
@@ -230,7 +239,8 @@ class _Conv(Rule):
         product, pad = scope.cache
         if pad is not None:
             x = F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        return _apply(x, module.weight, module.bias, product, scope.use("weight"), scope.use("bias"))
+        call = _Call(product, scope.use("weight"), scope.use("bias"), True)
+        return _apply(x, module.weight, module.bias, call)
 
 
 def _conv_plan(module: Any) -> tuple[ConvProduct, list[int] | None]:
@@ -253,18 +263,8 @@ def _padding(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(module.padding), tuple(module.padding)
 
 
-def _apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    product: Product,
-    weight_use: Use | None,
-    bias_use: Use | None,
-    *,
-    direct: bool = True,
-) -> Tensor:
-    """`direct` where weight and bias are the parameters themselves, not parts of an alias."""
-    out: Tensor = _Layer.apply(x, weight, bias, product, weight_use, bias_use, direct)  # type: ignore[no-untyped-call]
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    out: Tensor = _Layer.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -332,7 +332,7 @@ class _Attention(Rule):
                 weight, weight_use = scope.alias(module, name), scope.use(name)
             bias_use = scope.use("in_proj_bias", part)
             part_bias = None if bias is None else bias[rows]
-            out.append(_apply(x, weight, part_bias, _LINEAR, weight_use, bias_use, direct=False))
+            out.append(_apply(x, weight, part_bias, _Call(_LINEAR, weight_use, bias_use, False)))
         return out
 
     def _heads(self, module: Any, x: Tensor) -> Tensor:

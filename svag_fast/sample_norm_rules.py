@@ -193,11 +193,14 @@ def by_vmap(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> 
     return out
 
 
+_NOTHING = nullcontext()
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Sums keep their precision, even where the backward pass runs under autocast."""
     kind = tensor.device.type
     if not torch.is_autocast_enabled(kind):
-        return nullcontext()
+        return _NOTHING
     off: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
     return off
 

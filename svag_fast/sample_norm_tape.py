@@ -50,9 +50,18 @@ class Use:
             self.pending = False
             self.recorder.pending[self.key] -= 1
 
-    def deliver(self, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
-        """Hand over this use's |g_iu|² [B], in the backward pass, and how to form the g_iu themselves."""
-        self.recorder.take(self, sq_norms, sample_grads)
+    def deliver(self, sq_norms: Tensor, sample_grads: SampleGrads, due: Tensor | None = None) -> None:
+        """Hand over this use's |g_iu|² [B], in the backward pass, and how to form the g_iu themselves.
+
+        `due` is the gradient on its way to the parameter from here, if no `Recorder.expect` notes it.
+        """
+        recorder = self.recorder
+        self.settle()
+        current = recorder.open()
+        if current is not None:
+            recorder.take(current, self, sq_norms, sample_grads)
+            if due is not None:
+                current.expect(self.key[0], due)
 
 
 class _Pass:
@@ -64,6 +73,13 @@ class _Pass:
         self.delivered: dict[tuple[str, Part], list[tuple[Use, Tensor, SampleGrads | None]]] = {}
         self.due: dict[str, tuple[Tensor, bool]] = {}  # the sum so far, and whether it is of one tensor only
         self.arrived: set[str] = set()
+
+    def expect(self, name: str, grad: Tensor) -> None:
+        """See `Recorder.expect`."""
+        if name in self.due:
+            self.due[name] = self.due[name][0] + grad, False
+        else:
+            self.due[name] = grad, True
 
 
 class Recorder:
@@ -90,12 +106,8 @@ class Recorder:
             handles.append(handle)
         return handles
 
-    def take(self, use: Use, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
+    def take(self, current: _Pass, use: Use, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
         """See `Use.deliver`."""
-        use.settle()
-        current = self._open()
-        if current is None:
-            return
         if use.made_in != _NO_TASK:
             self._fail(
                 f"{use.key[0]} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
@@ -116,13 +128,9 @@ class Recorder:
 
     def expect(self, name: str, grad: Tensor) -> None:
         """Note a gradient that is on its way to a parameter, to be compared with the one that arrives."""
-        current = self._open()
-        if current is None:
-            return
-        if name in current.due:
-            current.due[name] = current.due[name][0] + grad, False
-        else:
-            current.due[name] = grad, True
+        current = self.open()
+        if current is not None:
+            current.expect(name, grad)
 
     def check(self) -> None:
         """Raise what made the norms unknown, if anything did."""
@@ -140,7 +148,7 @@ class Recorder:
         self._problem = None
         self._pass = None
 
-    def _open(self) -> _Pass | None:
+    def open(self) -> _Pass | None:
         """The backward pass that is running; None once the context is left."""
         if self.closed:
             return None
@@ -151,7 +159,7 @@ class Recorder:
         return self._pass
 
     def _arrive(self, name: str, grad: Tensor) -> None:
-        current = self._open()
+        current = self.open()
         if current is None:
             return
         current.arrived.add(name)
