@@ -266,9 +266,10 @@ PYBIND11_MODULE(_C, m) {
                                           reinterpret_cast<const float*>(z), size, threads));
     });
     m.def("step_per_sample", &step_per_sample);
-    py::class_<svag::LayerOperands>(m, "LayerOperands").def(py::init(&layer_operands));
-    m.def("weight_grad", &weight_grad);
-    m.def("weight_gram", &weight_gram);
+    py::class_<svag::LayerOperands>(m, "LayerOperands")
+        .def(py::init(&layer_operands))
+        .def("weight_grad", &weight_grad)
+        .def("weight_gram", &weight_gram);
     m.def("philox_normal", &philox_normal);
     m.def("affine_walk", &affine_walk);
 #ifdef SVAG_WITH_CUDA

@@ -81,25 +81,25 @@ class LayerOperands:
         output_strides: Sequence[int],
         sizes: Sequence[int],
     ) -> None: ...
+    def weight_grad(
+        self,
+        inputs: int,
+        output_grads: int,
+        weights: int,
+        order: int,
+        segment_ends: Sequence[int],
+        grad: int,
+        grad_strides: Sequence[int],
+        segment_stride: int,
+        sq_norms: int,
+        segment_gram: int,
+        loop_order: int,
+        threads: int,
+        step: Sequence[float],
+        weight_sq_norm: int,
+    ) -> None: ...
+    def weight_gram(self, inputs: int, output_grads: int, sq_norms: int, threads: int) -> None: ...
 
-def weight_grad(
-    operands: LayerOperands,
-    inputs: int,
-    output_grads: int,
-    weights: int,
-    order: int,
-    segment_ends: Sequence[int],
-    grad: int,
-    grad_strides: Sequence[int],
-    segment_stride: int,
-    sq_norms: int,
-    segment_gram: int,
-    loop_order: int,
-    threads: int,
-    step: Sequence[float],
-    weight_sq_norm: int,
-) -> None: ...
-def weight_gram(operands: LayerOperands, inputs: int, output_grads: int, sq_norms: int, threads: int) -> None: ...
 def philox_normal(out: int, is_double: bool, size: int, first: int, key: tuple[int, int], draw: int) -> None: ...
 def affine_walk(
     x: int,

@@ -112,26 +112,24 @@ def unchecked_weight_grad(
 
     Rows of Linear must be [B, T, p] and [B, T, d]. For small layers the checks would cost more than the kernel.
     """
-    product = LayerProduct(inputs, output_grads, list(weight_shape), None, None, 0, geometry)
-    grad, sq_norms, _ = select("weight_grad_and_sq_norms", "auto", [inputs, output_grads])(product)
+    (grad,), sq_norms = unchecked_weight_grads(inputs, output_grads, weight_shape, geometry, 1)
     return grad, sq_norms
 
 
 def unchecked_weight_grads(
     inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Sequence[Tensor], Tensor]:
     """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself."""
-    function = select("weight_grad_and_sq_norms", "auto", [inputs, output_grads])
-    if parts > 1 and function is _cpu and inputs.numel() and output_grads.numel():
-        product = LayerProduct(inputs, output_grads, list(weight_shape), None, None, 0, geometry)
-        if (served := weight_grad_cpu.direct_parts(product, parts)) is not None:
-            return list(served[0]), served[1]
+    function = select("weight_grad_and_sq_norms", "auto", (inputs, output_grads))
+    if function is _cpu:
+        served = weight_grad_cpu.direct_parts(inputs, output_grads, weight_shape, geometry, parts)
+        if served is not None:
+            return served
     rows = len(inputs) // parts
-    pairs = [
-        unchecked_weight_grad(x, b, weight_shape, geometry)
-        for x, b in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True)
-    ]
-    return [grad for grad, _ in pairs], torch.cat([sq_norms for _, sq_norms in pairs])
+    shape, results = list(weight_shape), []
+    for x, b in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True):
+        results.append(function(LayerProduct(x, b, shape, None, None, 0, geometry)))
+    return [grad for grad, *_ in results], torch.cat([sq_norms for _, sq_norms, _ in results])
 
 
 def sample_grads(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:

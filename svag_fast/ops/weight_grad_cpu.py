@@ -69,14 +69,17 @@ class _Layer(NamedTuple):
     """What a layer's shapes and strides come to: to work it out each time would cost as much as a small product.
 
     Attributes:
-        operands: for the compiled kernels.
+        operands: the compiled kernels' own description.
         way: see :func:`choose`.
-        grad_format: the gradient's memory format.
+        loop_order: of the direct way, or 0 where another one serves the layer.
+        grad_format, grad_strides: of a new gradient; strides of Linear's are filled up to four.
     """
 
     operands: LayerOperands
     way: str
+    loop_order: int
     grad_format: torch.memory_format
+    grad_strides: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,30 +97,38 @@ def _layer(
     )
     positions = math.prod(output_shape[2:] if len(weight_shape) == 4 else input_shape[1:2])
     way = choose(weight_shape, positions, dtype.itemsize, geometry.groups)
-    inputs = torch.empty_strided(input_shape, input_strides, device="meta")
-    return _Layer(operands, way, grad_format(inputs, weight_shape))
+    like = grad_format(torch.empty_strided(input_shape, input_strides, device="meta"), weight_shape)
+    grad = torch.empty(weight_shape, memory_format=like, device="meta")
+    return _Layer(operands, way, _LOOP_ORDERS.get(way, 0), like, _four(grad.stride()))
+
+
+def _four(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return (*strides, 0, 0)[:4]
 
 
 _Prepared: TypeAlias = tuple[Tensor, Tensor, _Layer]
 
 
-def _prepare(product: LayerProduct) -> _Prepared:
+def _prepare(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> _Prepared:
     """The operands in the dtype of the sums, and what their shapes come to."""
-    dtype = sum_dtype(product.inputs)
-    x, dy = (t if t.dtype == dtype else t.to(dtype) for t in product[:2])
-    shape, geometry = tuple(product.weight_shape), product.geometry
-    return x, dy, _layer(dtype, x.shape, x.stride(), dy.shape, dy.stride(), shape, geometry)
+    dtype = sum_dtype(inputs)
+    x = inputs if inputs.dtype == dtype else inputs.to(dtype)
+    dy = output_grads if output_grads.dtype == dtype else output_grads.to(dtype)
+    return x, dy, _layer(dtype, x.shape, x.stride(), dy.shape, dy.stride(), tuple(weight_shape), geometry)
+
+
+def _prepared(product: LayerProduct) -> _Prepared:
+    return _prepare(product.inputs, product.output_grads, product.weight_shape, product.geometry)
 
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Serve the call in the way that :func:`choose` names."""
-    prepared = _prepare(product)
-    way = prepared[2].way
-    if way == "gram":
+    layer = _prepared(product)[2]
+    if layer.way == "gram":
         return gram(product)
-    if way == "pixel-gram":
+    if layer.way == "pixel-gram":
         return pixel_gram(product)
-    return direct(product, _LOOP_ORDERS[way], prepared)
+    return direct(product, layer.loop_order)
 
 
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,31 +150,56 @@ def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
 def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """The norms from products of pixels; the gradient's tiles summed over samples without squaring each."""
-    prepared = _prepare(product)
-    grad = _new_grad(product, prepared)
-    _, segment_gram, _ = _call(product, prepared, grad, TILES_OUTSIDE, norms=False)
+    x, _, layer = prepared = _prepared(product)
+    grad = torch.empty(product.weight_shape, dtype=x.dtype, memory_format=layer.grad_format)
+    segment_gram = _by_segments(product, prepared, grad, TILES_OUTSIDE, sq_norms=None)
     return grad, gram_sq_norms(product), segment_gram
 
 
-def direct(product: LayerProduct, loop_order: int, prepared: _Prepared | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
-    prepared = prepared or _prepare(product)
-    grad = _new_grad(product, prepared)
-    sq_norms, gram, _ = _call(product, prepared, grad, loop_order)
-    return grad, sq_norms, gram
+    x, _, layer = prepared = _prepared(product)
+    grad = torch.empty(product.weight_shape, dtype=x.dtype, memory_format=layer.grad_format)
+    sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
+    return grad, sq_norms, _by_segments(product, prepared, grad, loop_order, sq_norms=sq_norms)
 
 
-def direct_parts(product: LayerProduct, parts: int) -> tuple[Tensor, Tensor] | None:
-    """The gradient of each of so many equal parts of the batch, [parts, *shape], and all norms, from one call.
+def direct_parts(
+    inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
+) -> tuple[Sequence[Tensor], Tensor] | None:
+    """The gradient of each of so many equal parts of the batch, and all norms, by the fewest steps from Python.
 
-    None where another way than the direct one serves the layer.
+    None where another way than the direct one serves the layer, or there is nothing to sum.
     """
-    prepared = _prepare(product)
-    loop_order = _LOOP_ORDERS.get(prepared[2].way)
-    if loop_order is None:
+    x, dy, layer = _prepare(inputs, output_grads, weight_shape, geometry)
+    batch = x.shape[0]
+    if layer.loop_order == 0 or x.numel() == 0 or dy.numel() == 0:
         return None
-    grads = torch.empty(parts, *product.weight_shape, dtype=prepared[0].dtype)
-    sq_norms, _, _ = _call(product, prepared, grads[0], loop_order, parts=parts)
+    sq_norms = torch.empty(batch, dtype=torch.float64)
+    grads: Sequence[Tensor]
+    if parts == 1:
+        grads = (torch.empty(weight_shape, dtype=x.dtype, memory_format=layer.grad_format),)
+        strides, part, ends = layer.grad_strides, 0, [batch]
+    else:
+        grads = torch.empty((parts, *weight_shape), dtype=x.dtype).unbind()
+        strides, part = _four(grads[0].stride()), grads[0].numel()
+        ends = [batch // parts * (i + 1) for i in range(parts)]
+    layer.operands.weight_grad(
+        x.data_ptr(),
+        dy.data_ptr(),
+        0,
+        0,
+        ends,
+        grads[0].data_ptr(),
+        strides,
+        part,
+        sq_norms.data_ptr(),
+        0,
+        layer.loop_order,
+        torch.get_num_threads(),
+        (),
+        0,
+    )
     return grads, sq_norms
 
 
@@ -173,59 +209,55 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
     Returns:
         The samples' squared norms, the two segments' inner products, the weight's squared norm before the step.
     """
-    prepared = _prepare(product)
-    way = prepared[2].way
-    cached = way == "pixel-gram" and _stays_cached(product.weight_shape, prepared[0].dtype.itemsize)
-    loop_order = SAMPLES_OUTSIDE if cached or way == "samples outside" else TILES_OUTSIDE
-    sq_norms, gram, weight_sq_norm = _call(product, prepared, weight, loop_order, step)
-    assert weight_sq_norm is not None
+    x, _, layer = prepared = _prepared(product)
+    cached = layer.way == "pixel-gram" and _stays_cached(product.weight_shape, x.dtype.itemsize)
+    loop_order = SAMPLES_OUTSIDE if cached or layer.way == "samples outside" else TILES_OUTSIDE
+    sq_norms, weight_sq_norm = (torch.empty(shape, dtype=torch.float64) for shape in (x.shape[:1], ()))
+    gram = _by_segments(
+        product, prepared, weight, loop_order, sq_norms=sq_norms, step=step, weight_sq_norm=weight_sq_norm
+    )
     return sq_norms, gram, weight_sq_norm
 
 
-def _new_grad(product: LayerProduct, prepared: _Prepared) -> Tensor:
-    x, _, layer = prepared
-    return torch.empty(product.weight_shape, dtype=x.dtype, memory_format=layer.grad_format)
-
-
-def _call(
+def _by_segments(
     product: LayerProduct,
     prepared: _Prepared,
     target: Tensor,
     loop_order: int,
-    step: Sequence[float] = (),
     *,
-    norms: bool = True,
-    parts: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    from svag_fast import _C
-
-    weights, segments, num_segments = product.weights, product.segments, product.num_segments
+    sq_norms: Tensor | None,
+    step: Sequence[float] = (),
+    weight_sq_norm: Tensor | None = None,
+) -> Tensor:
+    """Run the kernel, for weighted samples in any segments; return the segments' inner products [S, S]."""
+    weights, segments = product.weights, product.segments
     x, dy, layer = prepared
+    # What is made here must live as long as the call.
     w = None if weights is None else weights.double().contiguous()
-    rows = x.shape[0] // parts
-    order, ends, S = None, [rows * (i + 1) for i in range(parts)], 0
+    order, ends, S = None, [x.shape[0]], 0
     if segments is not None:
-        S = num_segments
+        S = product.num_segments
         order = torch.argsort(segments, stable=True)
         ends = torch.bincount(segments, minlength=S).cumsum(0).tolist()
-    sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
     gram = torch.empty((S, S), dtype=torch.float64)
-    weight_sq_norm = torch.empty((), dtype=torch.float64) if step else None
-    _C.weight_grad(
-        layer.operands,
+    layer.operands.weight_grad(
         x.data_ptr(),
         dy.data_ptr(),
-        0 if w is None else w.data_ptr(),
-        0 if order is None else order.data_ptr(),
+        _address(w),
+        _address(order),
         ends,
         target.data_ptr(),
-        [*target.stride(), 0, 0][:4],
-        target.numel() if parts > 1 else 0,
-        sq_norms.data_ptr() if norms else 0,
+        _four(target.stride()),
+        0,
+        _address(sq_norms),
         gram.data_ptr() if S else 0,
         loop_order,
         torch.get_num_threads(),
         step,
-        0 if weight_sq_norm is None else weight_sq_norm.data_ptr(),
+        _address(weight_sq_norm),
     )
-    return sq_norms, gram, weight_sq_norm
+    return gram
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -16,13 +16,11 @@ from svag_fast.ops.layer_product import LayerProduct, sum_dtype
 
 def gram_sq_norms(product: LayerProduct) -> Tensor:
     """Return |b_iᵀ a_i|² [B] in float64; neither dW nor windows nor all T² products at once are held in memory."""
-    from svag_fast import _C
-
     inputs, output_grads, shape, *_, geometry = product
     dtype = sum_dtype(inputs)
     x, dy = inputs.to(dtype), output_grads.to(dtype)
     is_double = dtype == torch.float64
     operands = layer_operands(is_double, x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
     sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
-    _C.weight_gram(operands, x.data_ptr(), dy.data_ptr(), sq_norms.data_ptr(), torch.get_num_threads())
+    operands.weight_gram(x.data_ptr(), dy.data_ptr(), sq_norms.data_ptr(), torch.get_num_threads())
     return sq_norms
