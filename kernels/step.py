@@ -14,16 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svag_fast.kernels.device_cache import DeviceCache
+
 BLOCK = 1024
 ROUNDS = 8
 _FINISH = 512
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_Tables = dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]]
-_TABLES: _Tables = {}
-_MOST_TABLES = 64
-# A captured graph reads its table at every replay: such a table is never freed.
-_CAPTURED: _Tables = {}
+_TABLES: DeviceCache[tuple[Tensor, Tensor]] = DeviceCache(64)
+_COEFFICIENTS: DeviceCache[Tensor] = DeviceCache(64)
 
 
 @triton.jit
@@ -207,33 +206,23 @@ def _table(
             4 * _CODES[p.dtype] + _CODES[grads1[i].dtype],
         )
     ]
-    key = params[0].device, tuple(rows)
-    capturing = _capturing(params[0])
-    if capturing and key in _TABLES:
-        _CAPTURED[key] = _TABLES.pop(key)
-    if key in _CAPTURED:
-        return _CAPTURED[key]
-    if key not in _TABLES:
-        if capturing:
-            raise RuntimeError(
-                "the triton backend can't capture a step on addresses it has not seen: run it once before the capture "
-                "on the same tensors, or use the cuda backend"
-            )
-        if len(_TABLES) >= _MOST_TABLES:
-            if params[0].is_cuda:
-                torch.cuda.synchronize(params[0].device)  # a stream may still be reading one
-            _TABLES.clear()
+    device = params[0].device
+
+    def make() -> tuple[Tensor, Tensor]:
         owners = [v for i, p in enumerate(params) for start in range(0, p.numel(), BLOCK * ROUNDS) for v in (i, start)]
-        device = params[0].device
-        _TABLES[key] = (
+        return (
             torch.tensor(rows, dtype=torch.int64, device=device),
             torch.tensor(owners, dtype=torch.int64, device=device),
         )
-    return _TABLES[key]
+
+    return _TABLES.get(device, tuple(rows), make, "addresses")
 
 
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and bool(torch.cuda.is_current_stream_capturing())
+def constant_coefficients(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return ``(lr, l, c1, c2, weight_decay)``, float64 on the device; a schedule sets each rate many steps long."""
+    return _COEFFICIENTS.get(
+        device, values, lambda: torch.tensor(values, dtype=torch.float64, device=device), "coefficients"
+    )
 
 
 def svag_step(

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from svag_fast.ops.adaptive_step import check_beta, svag_adaptive_step_
 from svag_fast.ops.checks import check_nonnegative
-from svag_fast.ops.step import StepStats
+from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim import Grads, TwoBatchOptimizer
 
 

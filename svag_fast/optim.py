@@ -14,7 +14,8 @@ from torch.optim.optimizer import ParamsT
 from svag_fast.ops.backends import check_name
 from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.checks import PARAM_DTYPES, check_l, check_nonnegative
-from svag_fast.ops.step import StepStats, step_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.step import step_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.step_stats import StepStats
 
 Grads = list[Tensor]
 _Step = TypeVar("_Step", bound=Callable[..., Any])

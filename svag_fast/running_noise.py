@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.noise import MeanError, RunningMean, mean_standard_error
-from svag_fast.ops.step import StepStats
+from svag_fast.ops.step_stats import StepStats
 
 _SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
 

@@ -25,7 +25,8 @@ from svag_fast.data import Dataset, draw_batch, load_dataset
 from svag_fast.files import remove_leftovers, replace_file
 from svag_fast.models import build_model
 from svag_fast.noise import NoiseEstimate, from_two_batches, from_two_batches_of_samples
-from svag_fast.ops.step import StepStats, svag_coefficients
+from svag_fast.ops.step import svag_coefficients
+from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim import SVAG
 from svag_fast.two_batches import TwoBatchGradients
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import svag_fast
-from svag_fast.ops.step import StepStats
+from svag_fast.ops.step_stats import StepStats
 from svag_fast.running_noise import RunningNoise
 
 STEPS, SERIES = 1500, 50

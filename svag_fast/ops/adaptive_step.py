@@ -15,7 +15,8 @@ from torch import Tensor
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step import DTYPE_CODES, StepStats, raw_statistics, svag_coefficients
+from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
+from svag_fast.ops.step_stats import StepStats, raw_statistics
 from svag_fast.scaling_rules import square_root_scaling_rule
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from svag_fast.ops.backends import BACKENDS, requested
 from svag_fast.ops.checks import check_nonnegative
-from svag_fast.ops.step import StepStats, host_coefficients
+from svag_fast.ops.step import host_coefficients
+from svag_fast.ops.step_stats import StepStats
 
 
 @functools.cache

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +11,8 @@ from torch import Tensor
 from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
 from svag_fast.ops.library import register_op
+from svag_fast.ops.step_stats import FINITE, StepStats, raw_statistics
 
-# The order of the raw statistics: csrc/tensor_list.h, StatIndex.
-_SQ_NORM1, _SQ_NORM2, _INNER, _WEIGHT_SQ_NORM, _FINITE = range(5)
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -35,73 +32,6 @@ def svag_coefficients(l: float) -> tuple[float, float]:
     check_l(l)
     root = math.sqrt(2 * l - 1)
     return (1 + root) / 2, (1 - root) / 2
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Statistics of a step's two gradients and of the parameters before it, on the params' device.
-
-    Reading a value (``float(stats.nsr)``) synchronises with the device; nothing before does. Every statistic is a
-    0-d float64 tensor. Without a second gradient those that need it are None. Float32 sums of 4096 elements are
-    added in float64.
-    """
-
-    raw: Tensor
-    """[5], float64: sq_norm1, sq_norm2, inner, weight_sq_norm, finite."""
-    has_second: bool
-
-    @property
-    def sq_norm1(self) -> Tensor:
-        """The first gradient's squared norm."""
-        return self.raw[_SQ_NORM1]
-
-    @property
-    def sq_norm2(self) -> Tensor | None:
-        """The second gradient's squared norm."""
-        return self.raw[_SQ_NORM2] if self.has_second else None
-
-    @property
-    def inner(self) -> Tensor | None:
-        """The two gradients' inner product."""
-        return self.raw[_INNER] if self.has_second else None
-
-    @property
-    def weight_sq_norm(self) -> Tensor:
-        """R, the parameters' squared norm before the step."""
-        return self.raw[_WEIGHT_SQ_NORM]
-
-    @property
-    def finite(self) -> Tensor:
-        """0-d bool: False where any entry of a gradient was inf or nan."""
-        return self.raw[_FINITE] != 0
-
-    @property
-    def grad_sq_norm(self) -> Tensor | None:
-        """G, unbiased: for independent batches E <g1, g2> = |E g|². May be negative."""
-        return self.inner
-
-    @property
-    def noise_trace(self) -> Tensor | None:
-        """N, unbiased: E |g1 - g2|² / 2 is the trace of one batch gradient's covariance."""
-        if not self.has_second:
-            return None
-        return (self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2] - 2 * self.raw[_INNER]) / 2
-
-    @property
-    def nsr(self) -> Tensor | None:
-        """N / G, the noise-to-signal ratio of this one step: average N and G over steps before you trust it."""
-        noise_trace = self.noise_trace
-        return None if noise_trace is None else noise_trace / self.raw[_INNER]
-
-    @staticmethod
-    def total(parts: Sequence[StepStats]) -> StepStats:
-        """Return the statistics of several lists (param groups on one device) as of one."""
-        if len(parts) == 1:
-            return parts[0]
-        raw = torch.stack([part.raw for part in parts])
-        return StepStats(
-            torch.cat([raw[:, :_FINITE].sum(0), raw[:, _FINITE:].amin(0)]), all(part.has_second for part in parts)
-        )
 
 
 def svag_step_(
@@ -258,28 +188,6 @@ def host_coefficients(
     return lr / l, c1, c2, weight_decay
 
 
-def raw_statistics(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) -> Tensor:
-    """Return ``StepStats.raw`` by plain PyTorch, in float64."""
-
-    def sum64(terms: list[Tensor]) -> Tensor:
-        return torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
-
-    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return sum64([s.double() * t.double() for s, t in zip(a, b, strict=True)])
-
-    nothing = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    finite = torch.stack([g.isfinite().all() for g in [*grads1, *(grads2 or [])]]).all()
-    return torch.stack(
-        [
-            product(grads1, grads1),
-            nothing if grads2 is None else product(grads2, grads2),
-            nothing if grads2 is None else product(grads1, grads2),
-            product(params, params),
-            finite.double(),
-        ]
-    )
-
-
 @implements("svag_step_", "reference")
 def _reference(
     params: list[Tensor],
@@ -293,7 +201,7 @@ def _reference(
     coefficients: Tensor | None,
 ) -> Tensor:
     raw = raw_statistics(params, grads1, grads2)
-    finite = raw[_FINITE] != 0
+    finite = raw[FINITE] != 0
     rate, c1, c2, weight_decay = host_coefficients(lr, l, weight_decay, coefficients)
     for i, x in enumerate(params):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -374,8 +282,11 @@ def _cuda(
     return raw
 
 
-# A schedule sets each rate many steps long; its coefficients go to the device once.
-constant_coefficients = functools.lru_cache(maxsize=64)(step_coefficients)
+def constant_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
+    """Return what :func:`step_coefficients` does, kept on the device for Triton's kernels."""
+    from svag_fast.kernels.step import constant_coefficients
+
+    return constant_coefficients((lr, l, *svag_coefficients(l), weight_decay), device)
 
 
 @implements("svag_step_", "triton")

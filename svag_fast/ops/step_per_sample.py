@@ -11,7 +11,8 @@ from torch import Tensor
 from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import check_l, check_nonnegative, check_params
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step import DTYPE_CODES, StepStats, svag_coefficients, svag_step_
+from svag_fast.ops.step import DTYPE_CODES, svag_coefficients, svag_step_
+from svag_fast.ops.step_stats import StepStats
 
 
 class PerSampleStep(NamedTuple):

@@ -12,7 +12,8 @@ from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_l, check_nonnegative, check_params
 from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step import StepStats, constant_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.step import constant_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.step_stats import StepStats
 from svag_fast.ops.weight_grad import reference as reference_product
 
 

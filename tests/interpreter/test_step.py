@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from svag_fast.kernels import device_cache
 from svag_fast.kernels import step as kernel
 from svag_fast.ops import svag_step_
 from svag_fast.ops.backends import select
-from svag_fast.ops.step import StepStats
+from svag_fast.ops.step_stats import StepStats
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -138,19 +139,30 @@ def test_finite_gradients_whose_squares_overflow_float32_have_finite_statistics(
     torch.testing.assert_close(ours.raw, theirs.raw, rtol=1e-6, atol=0)
 
 
-def test_a_captured_graphs_table_is_kept_and_one_not_seen_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, others = [torch.ones(5)], [[torch.ones(3)] for _ in range(kernel._MOST_TABLES + 1)]
-    options = {"lr": 0.1, "l": 1, "backend": "triton"}
-    svag_step_(seen, seen, None, **options)  # type: ignore[arg-type]
+def test_what_a_captured_graph_reads_is_kept_and_what_was_not_seen_before_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, others = [torch.ones(5)], [[torch.ones(3)] for _ in range(65)]
+
+    def step(tensors: list[Tensor], lr: float = 0.1) -> None:
+        svag_step_(tensors, tensors, None, lr=lr, l=1, backend="triton")
+
+    def held() -> tuple[int, int]:
+        table = kernel._table(seen, seen, None, [])[0]
+        return table.data_ptr(), kernel.constant_coefficients((0.1, 1, 1.0, 0.0, 0.0), torch.device("cpu")).data_ptr()
+
+    step(seen)
+    before = held()
     with monkeypatch.context() as patch:
-        patch.setattr(kernel, "_capturing", lambda tensor: True)
-        svag_step_(seen, seen, None, **options)  # type: ignore[arg-type]
-        with pytest.raises(RuntimeError, match="run it once before the capture"):
-            svag_step_(others[0], others[0], None, **options)  # type: ignore[arg-type]
-    captured = kernel._table(seen, seen, None, [])
-    for other in others:
-        svag_step_(other, other, None, **options)  # type: ignore[arg-type]
-    assert kernel._table(seen, seen, None, [])[0] is captured[0]
+        patch.setattr(device_cache, "is_capturing", lambda device: True)
+        step(seen)
+        with pytest.raises(RuntimeError, match="on addresses it has not seen: run it once before the capture"):
+            step(others[0])
+        with pytest.raises(RuntimeError, match="on coefficients it has not seen"):
+            step(seen, lr=0.3)
+    for i, other in enumerate(others):
+        step(other, lr=1 + i)
+    assert held() == before
 
 
 def test_auto_never_takes_the_interpreter() -> None:

@@ -1,0 +1,101 @@
+"""The statistics that a step's pass brings along, and what they estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The order of the raw statistics: csrc/tensor_list.h, StatIndex.
+_SQ_NORM1, _SQ_NORM2, _INNER, _WEIGHT_SQ_NORM, FINITE = range(5)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Statistics of a step's two gradients and of the parameters before it, on the params' device.
+
+    Reading a value (``float(stats.nsr)``) synchronises with the device; nothing before does. Every statistic is a
+    0-d float64 tensor. Without a second gradient those that need it are None. Float32 sums of 4096 elements are
+    added in float64.
+    """
+
+    raw: Tensor
+    """[5], float64: sq_norm1, sq_norm2, inner, weight_sq_norm, finite."""
+    has_second: bool
+
+    @property
+    def sq_norm1(self) -> Tensor:
+        """The first gradient's squared norm."""
+        return self.raw[_SQ_NORM1]
+
+    @property
+    def sq_norm2(self) -> Tensor | None:
+        """The second gradient's squared norm."""
+        return self.raw[_SQ_NORM2] if self.has_second else None
+
+    @property
+    def inner(self) -> Tensor | None:
+        """The two gradients' inner product."""
+        return self.raw[_INNER] if self.has_second else None
+
+    @property
+    def weight_sq_norm(self) -> Tensor:
+        """R, the parameters' squared norm before the step."""
+        return self.raw[_WEIGHT_SQ_NORM]
+
+    @property
+    def finite(self) -> Tensor:
+        """0-d bool: False where any entry of a gradient was inf or nan."""
+        return self.raw[FINITE] != 0
+
+    @property
+    def grad_sq_norm(self) -> Tensor | None:
+        """G, unbiased: for independent batches E <g1, g2> = |E g|². May be negative."""
+        return self.inner
+
+    @property
+    def noise_trace(self) -> Tensor | None:
+        """N, unbiased: E |g1 - g2|² / 2 is the trace of one batch gradient's covariance."""
+        if not self.has_second:
+            return None
+        return (self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2] - 2 * self.raw[_INNER]) / 2
+
+    @property
+    def nsr(self) -> Tensor | None:
+        """N / G, the noise-to-signal ratio of this one step: average N and G over steps before you trust it."""
+        noise_trace = self.noise_trace
+        return None if noise_trace is None else noise_trace / self.raw[_INNER]
+
+    @staticmethod
+    def total(parts: Sequence[StepStats]) -> StepStats:
+        """Return the statistics of several lists (param groups on one device) as of one."""
+        if len(parts) == 1:
+            return parts[0]
+        raw = torch.stack([part.raw for part in parts])
+        return StepStats(
+            torch.cat([raw[:, :FINITE].sum(0), raw[:, FINITE:].amin(0)]), all(part.has_second for part in parts)
+        )
+
+
+def raw_statistics(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) -> Tensor:
+    """Return ``StepStats.raw`` by plain PyTorch, in float64."""
+
+    def sum64(terms: list[Tensor]) -> Tensor:
+        return torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
+
+    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        return sum64([s.double() * t.double() for s, t in zip(a, b, strict=True)])
+
+    nothing = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    finite = torch.stack([g.isfinite().all() for g in [*grads1, *(grads2 or [])]]).all()
+    return torch.stack(
+        [
+            product(grads1, grads1),
+            nothing if grads2 is None else product(grads2, grads2),
+            nothing if grads2 is None else product(grads1, grads2),
+            product(params, params),
+            finite.double(),
+        ]
+    )
