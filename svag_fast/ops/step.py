@@ -284,9 +284,10 @@ def _cuda(
 
 def constant_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
     """Return what :func:`step_coefficients` does, kept on the device for Triton's kernels."""
-    from svag_fast.kernels.step import constant_coefficients
+    from svag_fast.kernels import step
 
-    return constant_coefficients((lr, l, *svag_coefficients(l), weight_decay), device)
+    kept: Tensor = step.constant_coefficients((lr, l, *svag_coefficients(l), weight_decay), device)
+    return kept
 
 
 @implements("svag_step_", "triton")
