@@ -25,11 +25,17 @@ _F = TypeVar("_F", bound=RuleFunction)
 class Scope:
     """One module inside the context: the recorder, and which of the module's own parameters are tracked as what."""
 
-    def __init__(self, recorder: Recorder, names: Mapping[str, str], label: str) -> None:
+    def __init__(self, recorder: Recorder, names: Mapping[str, str], place: str, module: nn.Module) -> None:
         self.recorder = recorder
         self.names = names
-        self.label = label
+        self.place = place
+        self.module = module
         self.cache: Any = None  # what a rule derives from the module's options once
+
+    @property
+    def label(self) -> str:
+        """The module's name and type, for messages."""
+        return label_of(self.place, self.module)
 
     def use(self, name: str, part: tuple[int, int] | None = None) -> Use | None:
         """A new use of the module's parameter `name`; None where it is not tracked."""
@@ -45,6 +51,11 @@ class Scope:
         tracked = self.names[name]
         hook(alias, lambda grad: self.recorder.expect(tracked, grad))
         return alias
+
+
+def label_of(place: str, module: nn.Module) -> str:
+    """How messages call the module at a place in the model."""
+    return f"{place or 'the model'} ({type(module).__name__})"
 
 
 class Rule:
@@ -138,7 +149,10 @@ _RULES: dict[type[nn.Module], Rule] = {}
 
 def rule_of(kind: type[nn.Module]) -> tuple[type[nn.Module], Rule] | None:
     """The rule of the nearest registered class among the module type and its parents."""
-    return next(((base, _RULES[base]) for base in kind.__mro__ if base in _RULES), None)
+    for base in kind.__mro__:
+        if base in _RULES:
+            return base, _RULES[base]
+    return None
 
 
 def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:

@@ -87,7 +87,6 @@ class Recorder:
 
     def __init__(self, names: dict[nn.Parameter, str]) -> None:
         self.names = names
-        self.numels = {name: parameter.numel() for parameter, name in names.items()}
         self.closed = False
         self.passes: list[tuple[int, dict[str, Tensor]]] = []  # (batch size, name -> |g_i|² [B] as they came)
         self.pending: dict[tuple[str, Part], int] = {}  # uses in graphs that are alive, before their backward
@@ -101,8 +100,9 @@ class Recorder:
         for parameter, name in self.names.items():
             handle = hook(parameter, functools.partial(self._arrive, name))
             hooks: Any = parameter._backward_hooks
-            theirs = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
-            hooks.update(theirs)
+            if len(hooks) > 1:
+                theirs = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
+                hooks.update(theirs)
             handles.append(handle)
         return handles
 
@@ -198,7 +198,8 @@ class Recorder:
                 self._fail(f"{name} was used again after its backward had begun: its cross terms are lost")
                 return uses[0][1]
             kept.append(sample_grads)
-        numel = self.numels[name]  # an upper bound, where the use is of a part
+        # An upper bound, where the use is of a part.
+        numel = next(parameter.numel() for parameter, tracked in self.names.items() if tracked == name)
         chunks = sample_chunks(uses[0][1].shape[0], numel)
         return torch.cat([row_sq_norms(sum_of(f(rows) for f in kept)) for rows in chunks])
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import svag_fast.sample_norm_products  # noqa: F401  (registers its rules)
-from svag_fast.sample_norm_rules import Rule, Scope, by_vmap, register_rule, rule_of
-from svag_fast.sample_norm_tape import Recorder
+from svag_fast.sample_norm_rules import Rule, Scope, by_vmap, label_of, register_rule, rule_of
+from svag_fast.sample_norm_tape import Recorder, sum_of
 
 __all__ = ["SampleNorms", "UnsupportedModule", "by_vmap", "per_sample_sq_norms", "register_rule"]
 
@@ -93,7 +93,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def _sum(norms: list[Tensor]) -> Tensor:
-    return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+    return sum_of(norms) if len(norms) <= 4 else torch.stack(norms).sum(0)  # few additions are cheaper than a stack
 
 
 class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a function)
@@ -168,68 +168,70 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
 
     def _tracked(self, modules: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Parameter, str], dict[str, str]]:
         """Each tracked parameter's first name, and for every name that first name."""
-        every = [
-            (f"{label}.{name}" if label else name, parameter)
-            for label, module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        wanted = None
-        if self._parameters is not None:
-            wanted = {id(p) for p in self._parameters}
-            if missing := len(wanted - {id(p) for _, p in every}):
-                raise ValueError(f"{missing} of the {len(wanted)} given parameters are not the model's")
+        wanted = None if self._parameters is None else {id(p) for p in self._parameters}
         names: dict[nn.Parameter, str] = {}
         aliases: dict[str, str] = {}
-        for name, parameter in every:
-            if is_lazy(parameter):
-                raise UnsupportedModule(f"{name} is not initialised yet: run the model once before")
-            if parameter.requires_grad and (wanted is None or id(parameter) in wanted):
-                aliases[name] = names.setdefault(parameter, name)
+        met: set[int] = set()
+        for label, module in modules:
+            for own, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                name = f"{label}.{own}" if label else own
+                if is_lazy(parameter):
+                    raise UnsupportedModule(f"{name} is not initialised yet: run the model once before")
+                met.add(id(parameter))
+                if parameter.requires_grad and (wanted is None or id(parameter) in wanted):
+                    aliases[name] = names.setdefault(parameter, name)
+        if wanted is not None and (missing := len(wanted - met)):
+            raise ValueError(f"{missing} of the {len(wanted)} given parameters are not the model's")
         if not names:
             raise ValueError("nothing to track: no parameter, or none of those given, requires a gradient")
         return names, aliases
 
     def _plan(
-        self, label: str, module: nn.Module, names: Mapping[nn.Parameter, str]
+        self, place: str, module: nn.Module, names: Mapping[nn.Parameter, str]
     ) -> tuple[nn.Module, Callable[..., Any]] | None:
         """The forward to put in place of the module's own, if it needs one."""
         own = {name: names[p] for name, p in module._parameters.items() if p is not None and p in names}
-        opaque, couples = _traits(type(module))  # type: ignore[arg-type]  # classes are hashable
+        kind = type(module)
+        opaque, couples = _traits(kind)  # type: ignore[arg-type]  # classes are hashable
         if not (own or opaque or couples):
             return None
-        kind = type(module).__name__
-        label = f"{label or 'the model'} ({kind})"
         if opaque:
-            raise UnsupportedModule(f"{label} hides its layers: pass the plain module that it was made from")
-        found = rule_of(type(module))
+            raise UnsupportedModule(
+                f"{label_of(place, module)} hides its layers: pass the plain module that it was made from"
+            )
+        found = rule_of(kind)
         if found is None:
             if isinstance(module, _TRANSPOSED):
                 advice = "transposed convolutions are not supported: use upsampling and a convolution"
             else:
                 advice = "no rule for it"
             raise UnsupportedModule(
-                f"{label}: {advice}, or teach it with svag_fast.register_rule({kind}) (svag_fast.by_vmap is a rule "
-                "without a formula), freeze it, or leave its parameters out with parameters=..."
+                f"{label_of(place, module)}: {advice}, or teach it with svag_fast.register_rule({kind.__name__}) "
+                "(svag_fast.by_vmap is a rule without a formula), freeze it, or leave its parameters out with "
+                "parameters=..."
             )
         base, rule = found
         if "forward" in module.__dict__:
             raise UnsupportedModule(
-                f"{label} has a forward of its own put onto the instance: first leave the other per_sample_sq_norms "
-                "context, or take the patch off"
+                f"{label_of(place, module)} has a forward of its own put onto the instance: first leave the other "
+                "per_sample_sq_norms context, or take the patch off"
             )
-        if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in _FORWARD_METHODS):
+        if kind is not base and any(getattr(kind, m, None) is not getattr(base, m, None) for m in _FORWARD_METHODS):
             raise UnsupportedModule(
-                f"{label} overrides the forward of {base.__name__}, so that its rule may be wrong: give it its own "
-                f"with svag_fast.register_rule({kind})"
+                f"{label_of(place, module)} overrides the forward of {base.__name__}, so that its rule may be wrong: "
+                f"give it its own with svag_fast.register_rule({kind.__name__})"
             )
-        _refuse(rule, label, module)
+        scope = Scope(self._recorder, own, place, module)
+        _refuse(rule, scope)
         if rule.knows is not None and (unknown := own.keys() - rule.knows):
             raise UnsupportedModule(
-                f"{label} has the parameter {sorted(unknown)[0]!r}, which {base.__name__} has not (reparametrised, as "
-                f"by weight_norm?): give it a rule with svag_fast.register_rule, or remove the reparametrisation"
+                f"{scope.label} has the parameter {sorted(unknown)[0]!r}, which {base.__name__} has not "
+                "(reparametrised, as by weight_norm?): give it a rule with svag_fast.register_rule, or remove the "
+                "reparametrisation"
             )
-        return module, _forward(module, rule, Scope(self._recorder, own, label))
+        return module, _forward(rule, scope)
 
 
 @functools.cache
@@ -239,17 +241,18 @@ def _traits(kind: type[nn.Module]) -> tuple[bool, bool]:
     return opaque, issubclass(kind, nn.modules.batchnorm._BatchNorm)
 
 
-def _refuse(rule: Rule, label: str, module: nn.Module) -> None:
-    reason = rule.refusal(module)
+def _refuse(rule: Rule, scope: Scope) -> None:
+    reason = rule.refusal(scope.module)
     if reason is not None:
-        raise UnsupportedModule(f"{label}: {reason}")
+        raise UnsupportedModule(f"{scope.label}: {reason}")
 
 
-def _forward(module: nn.Module, rule: Rule, scope: Scope) -> Callable[..., Any]:
+def _forward(rule: Rule, scope: Scope) -> Callable[..., Any]:
+    module = scope.module
     plain = type(module).forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        _refuse(rule, scope.label, module)
+        _refuse(rule, scope)
         if not (torch.is_grad_enabled() and scope.names):
             return plain(module, *args, **kwargs)
         return rule.run(scope, module, args, kwargs)
