@@ -105,7 +105,7 @@ class Report:
         points = "points" if self.verdicts[0].metric.endswith("accuracy") else "rms"
         for name in ("\nB", "\nl", "\nruns", "final test\naccuracy, %", "train\nloss", "\nG", "\nN", "\nnsr"):
             table.add_column(name, justify="right", no_wrap=True)
-        for name in (f"distance,\n{points}", "C-\nclose", "sam-\nples/s"):
+        for name in (f"distance,\n{points}", "C-\nclose", "sam-\nple/s"):
             table.add_column(name, justify="right", no_wrap=True)
         for verdict, rows in zip(self.verdicts, self.rows, strict=True):
             for i, row in enumerate(rows):
@@ -119,7 +119,7 @@ class Report:
                     _number(row.nsr),
                     shown(row.distance.size, verdict.metric, unit_name=False) if row.distance else "",
                     _number(row.closeness.value if row.closeness else None),
-                    f"{row.samples_per_second:,.0f}" if row.samples_per_second is not None else "",
+                    f"{row.samples_per_second / 1000:.3g}k" if row.samples_per_second is not None else "",
                 )
             table.add_section()
         return table

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,12 @@ def test_closeness_is_the_worst_ratio_of_g_n_and_r_to_the_largest_l(tmp_path: Pa
 
 def test_table_fits_80_columns_and_verdicts_follow_it(folder: Path) -> None:
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    make_report(folder).print(console)
+    report = make_report(folder)
+    fast = [tuple(replace(row, samples_per_second=13_100.0) for row in rows) for rows in report.rows]
+    replace(report, rows=fast).print(console)
     text = console.export_text()
     assert "…" not in text
-    rows = [line.split() for line in text.splitlines() if "±" in line and "3,000" in line]
+    rows = [line.split() for line in text.splitlines() if "±" in line and line.rstrip().endswith("13.1k")]
     assert len(rows) == 6
     assert rows[0][:3] == ["8", "1", "3"]
     assert "SVAG has converged by l = 2" in text
