@@ -188,7 +188,7 @@ class TwoBatchOptimizer(Optimizer):
         updates = [
             update
             for i, group in enumerate(self.param_groups)
-            for update in self._updates(group, None if held is None else held[i])
+            for update in self._updates(group, *_first_and_second(group["params"], None if held is None else held[i]))
         ]
         scaled = self._unscale(held)
         parts = [update(scaled) for update in updates]
@@ -227,9 +227,11 @@ class TwoBatchOptimizer(Optimizer):
                         torch._foreach_mul_(grads, scale.double().reciprocal().to(grads[0].device))
         return True
 
-    def _updates(self, group: dict[str, Any], held: list[Tensor | None] | None) -> list[Callable[[bool], StepStats]]:
+    def _updates(
+        self, group: dict[str, Any], first: list[Tensor | None], second: list[Tensor | None] | None
+    ) -> list[Callable[[bool], StepStats]]:
         """Check a group's gradients; return what updates it, called with ``skip_nonfinite``."""
-        return [functools.partial(self._update, group, *lists) for lists in _gradients(group["params"], held)]
+        return [functools.partial(self._update, group, *lists) for lists in _gradients(group["params"], first, second)]
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
@@ -237,12 +239,18 @@ class TwoBatchOptimizer(Optimizer):
         raise NotImplementedError
 
 
-def _gradients(
+def _first_and_second(
     params: list[Tensor], held: list[Tensor | None] | None
+) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+    """A group's gradients of the first and, where one is held, the second batch."""
+    current = [p.grad for p in params]
+    return (current, None) if held is None else (held, current)
+
+
+def _gradients(
+    params: list[Tensor], first: list[Tensor | None], second: list[Tensor | None] | None
 ) -> Iterable[tuple[list[Tensor], Grads, Grads | None]]:
     """Yield a group's ``(params, grads1, grads2)``, one triple for each device."""
-    current = [p.grad for p in params]
-    first, second = (current, None) if held is None else (held, current)
     everywhere = all(g is not None and not g.is_sparse for grads in (first, second or []) for g in grads)
     if everywhere and params and len(set(map(Tensor.get_device, params))) == 1:
         yield params, first, second  # type: ignore[misc]
@@ -352,17 +360,17 @@ class SVAG(TwoBatchOptimizer):
                 value = state_dict["state"][i]["compensation"]
                 self.state[p]["compensation"] = torch.empty_like(p, dtype=torch.float32).copy_(value)
 
-    def _updates(self, group: dict[str, Any], held: list[Tensor | None] | None) -> list[Callable[[bool], StepStats]]:
+    def _updates(
+        self, group: dict[str, Any], first: list[Tensor | None], second: list[Tensor | None] | None
+    ) -> list[Callable[[bool], StepStats]]:
         if not (group["compensated"] or group["capturable"]):
-            current = [p.grad for p in group["params"]]
-            grads1, grads2 = (current, None) if held is None else (held, current)
             lr, l, weight_decay = float(group["lr"]), group["l"], group["weight_decay"]
             step = CheckedStep.of(
-                group["params"], grads1, grads2, lr=lr, l=l, weight_decay=weight_decay, backend=group["backend"]
+                group["params"], first, second, lr=lr, l=l, weight_decay=weight_decay, backend=group["backend"]
             )
             if step is not None:
                 return [step]
-        return super()._updates(group, held)
+        return super()._updates(group, first, second)
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
