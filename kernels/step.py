@@ -22,7 +22,6 @@ _FINISH = 512
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _TABLES: DeviceCache[tuple[Tensor, Tensor]] = DeviceCache(64)
-_COEFFICIENTS: DeviceCache[Tensor] = DeviceCache(64)
 
 
 @triton.jit
@@ -216,13 +215,6 @@ def _table(
         )
 
     return _TABLES.get(device, tuple(rows), make, "addresses")
-
-
-def constant_coefficients(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return ``(lr, l, c1, c2, weight_decay)``, float64 on the device; a schedule sets each rate many steps long."""
-    return _COEFFICIENTS.get(
-        device, values, lambda: torch.tensor(values, dtype=torch.float64, device=device), "coefficients"
-    )
 
 
 def svag_step(

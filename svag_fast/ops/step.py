@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from svag_fast.kernels.device_cache import DeviceCache
 from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
 from svag_fast.ops.library import register_op
@@ -282,11 +283,14 @@ def _cuda(
     return raw
 
 
-def constant_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
-    """Return what :func:`step_coefficients` does, kept on the device for Triton's kernels."""
-    from svag_fast.kernels import step
+_COEFFICIENTS: DeviceCache[Tensor] = DeviceCache(64)
 
-    kept: Tensor = step.constant_coefficients((lr, l, *svag_coefficients(l), weight_decay), device)
+
+def constant_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
+    """Return what :func:`step_coefficients` does, kept on the device: a schedule sets each rate many steps long."""
+    kept: Tensor = _COEFFICIENTS.get(
+        device, (lr, l, weight_decay), lambda: step_coefficients(lr, l, weight_decay, device), "coefficients"
+    )
     return kept
 
 

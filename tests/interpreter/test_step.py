@@ -12,6 +12,7 @@ from svag_fast.kernels import device_cache
 from svag_fast.kernels import step as kernel
 from svag_fast.ops import svag_step_
 from svag_fast.ops.backends import select
+from svag_fast.ops.step import constant_coefficients
 from svag_fast.ops.step_stats import StepStats
 
 DTYPES = [
@@ -149,7 +150,7 @@ def test_what_a_captured_graph_reads_is_kept_and_what_was_not_seen_before_is_ref
 
     def held() -> tuple[int, int]:
         table = kernel._table(seen, seen, None, [])[0]
-        return table.data_ptr(), kernel.constant_coefficients((0.1, 1, 1.0, 0.0, 0.0), torch.device("cpu")).data_ptr()
+        return table.data_ptr(), constant_coefficients(0.1, 1, 0.0, torch.device("cpu")).data_ptr()
 
     step(seen)
     before = held()
