@@ -158,9 +158,9 @@ Args layer_args(const svag::LayerOperands& operands, std::uintptr_t inputs, std:
 
 // step: rate, c1, c2, weight decay for a step of the weight, whose address `grad` then is; or empty.
 void weight_grad(const svag::LayerOperands& operands, std::uintptr_t inputs, std::uintptr_t output_grads,
-                 std::uintptr_t weights, std::uintptr_t order, const std::vector<int64_t>& segment_ends,
-                 std::uintptr_t grad, const FourStrides& grad_strides, int64_t segment_stride, std::uintptr_t sq_norms,
-                 std::uintptr_t segment_gram, int loop_order, int threads, const std::vector<double>& step,
+                 const std::vector<int64_t>& segment_ends, std::uintptr_t grad, const FourStrides& grad_strides,
+                 std::uintptr_t sq_norms, int loop_order, int threads, int64_t segment_stride, std::uintptr_t weights,
+                 std::uintptr_t order, std::uintptr_t segment_gram, const std::vector<double>& step,
                  std::uintptr_t weight_sq_norm) {
     auto args = layer_args<svag::WeightGradArgs>(operands, inputs, output_grads);
     args.weights = reinterpret_cast<const double*>(weights);
@@ -268,7 +268,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("step_per_sample", &step_per_sample);
     py::class_<svag::LayerOperands>(m, "LayerOperands")
         .def(py::init(&layer_operands))
-        .def("weight_grad", &weight_grad)
+        .def("weight_grad", &weight_grad, py::arg("inputs"), py::arg("output_grads"), py::arg("segment_ends"),
+             py::arg("grad"), py::arg("grad_strides"), py::arg("sq_norms"), py::arg("loop_order"), py::arg("threads"),
+             py::arg("segment_stride") = 0, py::arg("weights") = 0, py::arg("order") = 0, py::arg("segment_gram") = 0,
+             py::arg("step") = std::vector<double>(), py::arg("weight_sq_norm") = 0)
         .def("weight_gram", &weight_gram);
     m.def("philox_normal", &philox_normal);
     m.def("affine_walk", &affine_walk);

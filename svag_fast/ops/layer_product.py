@@ -37,6 +37,15 @@ def sum_dtype(inputs: Tensor) -> torch.dtype:
     return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
+def in_sum_dtype(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Both operands in the dtype of the sums: themselves where they have it."""
+    dtype = sum_dtype(inputs)
+    return (
+        inputs if inputs.dtype == dtype else inputs.to(dtype),
+        output_grads if output_grads.dtype == dtype else output_grads.to(dtype),
+    )
+
+
 def grad_format(inputs: Tensor, weight_shape: Sequence[int]) -> torch.memory_format:
     """The memory format of the gradient: a convolution's follows its inputs, as in PyTorch."""
     last = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from svag_fast.ops import weight_grad_cpu, weight_grad_triton
 from svag_fast.ops.backends import implements, select
-from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, layer_product, sum_dtype
+from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, in_sum_dtype, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
 
 # Samples whose gradients the reference holds at a time.
@@ -122,6 +122,7 @@ def unchecked_weight_grads(
     """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself."""
     function = select("weight_grad_and_sq_norms", "auto", (inputs, output_grads))
     if function is _cpu:
+        inputs, output_grads = in_sum_dtype(inputs, output_grads)
         served = weight_grad_cpu.direct_parts(inputs, output_grads, weight_shape, geometry, parts)
         if served is not None:
             return served

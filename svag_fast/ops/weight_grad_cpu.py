@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from svag_fast.ops.cpu_layout import layer_operands
-from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, sum_dtype
+from svag_fast.ops.cpu_layout import LayerShapes, layer_operands
+from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, in_sum_dtype
 from svag_fast.ops.weight_gram_cpu import gram_sq_norms
 
 if TYPE_CHECKING:
@@ -83,23 +83,14 @@ class _Layer(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _layer(
-    dtype: torch.dtype,
-    input_shape: tuple[int, ...],
-    input_strides: tuple[int, ...],
-    output_shape: tuple[int, ...],
-    output_strides: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    geometry: Geometry,
-) -> _Layer:
-    operands = layer_operands(
-        dtype == torch.float64, input_shape, input_strides, output_shape, output_strides, weight_shape, geometry
-    )
-    positions = math.prod(output_shape[2:] if len(weight_shape) == 4 else input_shape[1:2])
-    way = choose(weight_shape, positions, dtype.itemsize, geometry.groups)
-    like = grad_format(torch.empty_strided(input_shape, input_strides, device="meta"), weight_shape)
+def _layer(shapes: LayerShapes) -> _Layer:
+    weight_shape = shapes.weight_shape
+    positions = math.prod(shapes.output_shape[2:] if len(weight_shape) == 4 else shapes.input_shape[1:2])
+    way = choose(weight_shape, positions, shapes.dtype.itemsize, shapes.geometry.groups)
+    inputs = torch.empty_strided(shapes.input_shape, shapes.input_strides, device="meta")
+    like = grad_format(inputs, weight_shape)
     grad = torch.empty(weight_shape, memory_format=like, device="meta")
-    return _Layer(operands, way, _LOOP_ORDERS.get(way, 0), like, _four(grad.stride()))
+    return _Layer(layer_operands(shapes), way, _LOOP_ORDERS.get(way, 0), like, _four(grad.stride()))
 
 
 def _four(strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -111,10 +102,8 @@ _Prepared: TypeAlias = tuple[Tensor, Tensor, _Layer]
 
 def _prepare(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> _Prepared:
     """The operands in the dtype of the sums, and what their shapes come to."""
-    dtype = sum_dtype(inputs)
-    x = inputs if inputs.dtype == dtype else inputs.to(dtype)
-    dy = output_grads if output_grads.dtype == dtype else output_grads.to(dtype)
-    return x, dy, _layer(dtype, x.shape, x.stride(), dy.shape, dy.stride(), tuple(weight_shape), geometry)
+    x, dy = in_sum_dtype(inputs, output_grads)
+    return x, dy, _layer(LayerShapes.of(x, dy, weight_shape, geometry))
 
 
 def _prepared(product: LayerProduct) -> _Prepared:
@@ -123,7 +112,8 @@ def _prepared(product: LayerProduct) -> _Prepared:
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Serve the call in the way that :func:`choose` names."""
-    layer = _prepared(product)[2]
+    x, dy, layer = _prepared(product)
+    product = product._replace(inputs=x, output_grads=dy)  # converted once, whatever the way
     if layer.way == "gram":
         return gram(product)
     if layer.way == "pixel-gram":
@@ -134,11 +124,10 @@ def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Linear's norms from products of rows, its gradient by the library's matrix product."""
     inputs, output_grads, shape, weights, segments, num_segments, _ = product
-    dtype = sum_dtype(inputs)
-    a, b = inputs.to(dtype), output_grads.to(dtype)
+    a, b = in_sum_dtype(inputs, output_grads)
     sq_norms = gram_sq_norms(product)
     if weights is not None:
-        b = b * weights.to(dtype)[:, None, None]
+        b = b * weights.to(b.dtype)[:, None, None]
     if segments is None:
         return b.flatten(0, 1).T @ a.flatten(0, 1), sq_norms, a.new_empty((0, 0), dtype=torch.float64)
     grads = torch.stack(
@@ -187,18 +176,13 @@ def direct_parts(
     layer.operands.weight_grad(
         x.data_ptr(),
         dy.data_ptr(),
-        0,
-        0,
         ends,
         grads[0].data_ptr(),
         strides,
-        part,
         sq_norms.data_ptr(),
-        0,
         layer.loop_order,
         torch.get_num_threads(),
-        (),
-        0,
+        part,
     )
     return grads, sq_norms
 
@@ -243,18 +227,17 @@ def _by_segments(
     layer.operands.weight_grad(
         x.data_ptr(),
         dy.data_ptr(),
-        _address(w),
-        _address(order),
         ends,
         target.data_ptr(),
         _four(target.stride()),
-        0,
         _address(sq_norms),
-        gram.data_ptr() if S else 0,
         loop_order,
         torch.get_num_threads(),
-        step,
-        _address(weight_sq_norm),
+        weights=_address(w),
+        order=_address(order),
+        segment_gram=gram.data_ptr() if S else 0,
+        step=step,
+        weight_sq_norm=_address(weight_sq_norm),
     )
     return gram
 

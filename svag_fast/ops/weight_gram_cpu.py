@@ -10,17 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svag_fast.ops.cpu_layout import layer_operands
-from svag_fast.ops.layer_product import LayerProduct, sum_dtype
+from svag_fast.ops.cpu_layout import LayerShapes, layer_operands
+from svag_fast.ops.layer_product import LayerProduct, in_sum_dtype
 
 
 def gram_sq_norms(product: LayerProduct) -> Tensor:
     """Return |b_iᵀ a_i|² [B] in float64; neither dW nor windows nor all T² products at once are held in memory."""
-    inputs, output_grads, shape, *_, geometry = product
-    dtype = sum_dtype(inputs)
-    x, dy = inputs.to(dtype), output_grads.to(dtype)
-    is_double = dtype == torch.float64
-    operands = layer_operands(is_double, x.shape, x.stride(), dy.shape, dy.stride(), tuple(shape), geometry)
+    x, dy = in_sum_dtype(product.inputs, product.output_grads)
+    operands = layer_operands(LayerShapes.of(x, dy, product.weight_shape, product.geometry))
     sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
     operands.weight_gram(x.data_ptr(), dy.data_ptr(), sq_norms.data_ptr(), torch.get_num_threads())
     return sq_norms
