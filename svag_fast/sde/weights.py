@@ -55,7 +55,7 @@ def svag_weights(l: float, batches: int = 2) -> tuple[float, ...]:
     if batches == 2:
         return svag_coefficients(l)
     # At the threshold itself the solutions meet in the extreme point, a double root that roots() may miss.
-    if l < vanishing_third_moment_l(batches) * (1 + 1e-9):
+    if l < _threshold(batches) * (1 + 1e-9):
         radius = math.sqrt(l - 1 / batches)
         large = 1 / batches + radius / math.sqrt(batches * (batches - 1))
         return (*[large] * (batches - 1), 1 / batches - radius * math.sqrt((batches - 1) / batches))
@@ -70,13 +70,16 @@ def vanishing_third_moment_l(batches: int) -> float:
     >>> vanishing_third_moment_l(2)
     inf
     """
-    if batches == 2:
-        return math.inf
+    return math.inf if batches == 2 else max(1.0, _threshold(batches))
+
+
+def _threshold(batches: int) -> float:
+    """The least sum of squares at which sum(w**3) == 0 is within the bound, K >= 3; below 1 from K = 6 on."""
     # The largest root in r of r^3 (K - 2)/sqrt(K (K - 1)) = 1/K^2 + 3 r^2/K.
     cubic = (batches - 2) / math.sqrt(batches * (batches - 1))
     roots = np.roots([cubic, -3 / batches, 0, -1 / batches**2])
     radius = max(float(root.real) for root in roots if abs(root.imag) < 1e-9)
-    return max(1.0, radius**2 + 1 / batches)
+    return radius**2 + 1 / batches
 
 
 def _zero_third_moment(l: float, batches: int) -> Iterator[tuple[float, ...]]:

@@ -35,11 +35,22 @@ def test_l_one_is_sgd():
     assert svag_weights(1) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("batches", [*range(6, 13), 20, 50])
+@pytest.mark.parametrize("l", [1, 1 + 1e-12, 1 + 1e-9, 1.0001, 1.1])
+def test_from_six_batches_on_the_third_moment_vanishes_at_l_one_already(l, batches):
+    weights = svag_weights(l, batches)
+    assert vanishing_third_moment_l(batches) == 1
+    assert abs(power_sum(weights, 3)) <= 1e-10
+    assert power_sum(weights, 1) == pytest.approx(1, abs=1e-12)
+    assert power_sum(weights, 2) == pytest.approx(l, rel=1e-12)
+
+
 @given(l=st.floats(1, 1e4), batches=st.integers(3, 8))
 @settings(max_examples=100, deadline=None)
 def test_third_moment_vanishes_exactly_from_the_threshold_on(l, batches):
     third = power_sum(svag_weights(l, batches), 3)
-    if l > vanishing_third_moment_l(batches) * (1 + 1e-6):
+    threshold = vanishing_third_moment_l(batches)
+    if l > threshold * (1 + 1e-6) or (threshold == 1 and batches >= 6):
         assert abs(third) <= 1e-10 * l**1.5
     elif l < vanishing_third_moment_l(batches) * (1 - 1e-6):
         assert 0 < third < (3 * l - 1) / 2
