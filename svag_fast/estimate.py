@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
+
+from scipy import stats
+
+ENOUGH = 16  # effective samples below which a standard error is itself too uncertain to be relied on
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A value and its standard error (0: exact).
 
-    >>> Estimate(1.1, 0.05).interval()  # 95 %, of a normal distribution
+    ``degrees_of_freedom`` are those of the error (None: as good as known; intervals are then a normal distribution's,
+    else Student's t). ``effective_samples``: how many independent values the estimate rests on (None: not told).
+
+    >>> Estimate(1.1, 0.05).interval()  # 95 %
     (1.002..., 1.197...)
+    >>> Estimate(1.1, 0.05, degrees_of_freedom=3).interval()
+    (0.940..., 1.259...)
     >>> print(Estimate(4.2123, 0.104))
     4.21 ± 0.10
     """
 
     value: float
     standard_error: float = 0.0
+    degrees_of_freedom: float | None = field(default=None, repr=False)
+    effective_samples: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -28,10 +38,23 @@ class Estimate:
         if not (math.isfinite(self.standard_error) and self.standard_error >= 0):
             raise ValueError(f"standard_error must be finite and not negative, got {self.standard_error}")
 
+    @property
+    def trusted(self) -> bool:
+        """Whether its error can be relied on: it rests on 16 independent values or more, as far as is told."""
+        return self.effective_samples is None or self.effective_samples >= ENOUGH
+
+    def half_width(self, confidence: float = 0.95) -> float:
+        """Return how far the central interval that holds ``confidence`` reaches to either side."""
+        return quantile(confidence, self.degrees_of_freedom) * self.standard_error
+
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the central interval of a normal distribution that holds ``confidence``."""
-        half = normal_quantile(confidence) * self.standard_error
+        """Return the central interval that holds ``confidence``."""
+        half = self.half_width(confidence)
         return self.value - half, self.value + half
+
+    def affine(self, slope: float, constant: float = 0.0) -> Estimate:
+        """Return ``constant + slope * self``."""
+        return replace(self, value=constant + slope * self.value, standard_error=abs(slope) * self.standard_error)
 
     def __str__(self) -> str:
         if self.standard_error == 0:
@@ -43,12 +66,54 @@ class Estimate:
 Number: TypeAlias = float | Estimate
 
 
-def delta_method(value: float, slopes: Sequence[float], covariance: Sequence[Sequence[float]]) -> Estimate:
-    """Delta method: the variance of f is, to first order, ∇fᵀ Cov ∇f."""
+def delta_method(
+    value: float, slopes: Sequence[float], covariance: Sequence[Sequence[float]], of: Sequence[Estimate] = ()
+) -> Estimate:
+    """Delta method: the variance of f is, to first order, ∇fᵀ Cov ∇f.
+
+    ``of``: what f is a function of; the result has the fewest degrees of freedom and effective samples among them.
+    """
     variance = sum(
         a * b * c for a, row in zip(slopes, covariance, strict=True) for b, c in zip(slopes, row, strict=True)
     )
-    return Estimate(value, math.sqrt(max(variance, 0.0)))
+    uncertain = [e for e in of if e.standard_error > 0]
+    return Estimate(
+        value,
+        math.sqrt(max(variance, 0.0)),
+        min((e.degrees_of_freedom for e in uncertain if e.degrees_of_freedom is not None), default=None),
+        min((e.effective_samples for e in uncertain if e.effective_samples is not None), default=None),
+    )
+
+
+def fieller_interval(
+    numerator: Estimate, denominator: Estimate, covariance: float, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return Fieller's interval for a ratio of means that is known not to be negative.
+
+    All θ >= 0 for which ``numerator - θ denominator`` may be 0, by a t test: exact for normal means, however uncertain
+    the denominator. Where that can't be told from 0 the upper end is ``math.inf``.
+    Source: E. C. Fieller, "Some problems in interval estimation", J. R. Stat. Soc. B 16 (1954).
+
+    >>> fieller_interval(Estimate(3.0, 0.1), Estimate(2.0, 0.0), 0.0)
+    (1.402..., 1.597...)
+    >>> fieller_interval(Estimate(3.0, 0.1), Estimate(0.1, 0.1), 0.0)
+    (10.1..., inf)
+    """
+    freedoms = [e.degrees_of_freedom for e in (numerator, denominator) if e.degrees_of_freedom is not None]
+    t2 = quantile(confidence, min(freedoms, default=None)) ** 2
+    # t(θ)² <= t²  <=>  a θ² - 2 b θ + c <= 0
+    a = denominator.value**2 - t2 * denominator.standard_error**2
+    b = numerator.value * denominator.value - t2 * covariance
+    c = numerator.value**2 - t2 * numerator.standard_error**2
+    discriminant = b * b - a * c
+    if a > 0:
+        root = math.sqrt(max(discriminant, 0.0))
+        return max((b - root) / a, 0.0), max((b + root) / a, 0.0)
+    # The denominator may be 0. Then θ is bounded at most from below: the larger root of a downward parabola.
+    if discriminant < 0 or c <= 0:
+        return 0.0, math.inf
+    low = c / (2 * b) if a == 0 and b > 0 else (b - math.sqrt(discriminant)) / a if a < 0 else math.inf
+    return max(low, 0.0), math.inf
 
 
 def as_estimate(name: str, value: Number) -> Estimate:
@@ -72,8 +137,9 @@ def require_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
-def normal_quantile(confidence: float) -> float:
+def quantile(confidence: float, degrees_of_freedom: float | None = None) -> float:
     """Return how many standard errors the central interval of ``confidence`` reaches to either side."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+    tail = 0.5 - confidence / 2
+    return float(stats.norm.isf(tail) if degrees_of_freedom is None else stats.t.isf(tail, degrees_of_freedom))

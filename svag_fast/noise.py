@@ -20,6 +20,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from svag_fast.series import autocorrelation_time
+
 Scalar: TypeAlias = float | Tensor
 
 
@@ -209,10 +211,7 @@ class MeanError(NamedTuple):
 def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> MeanError:
     """Mean of a stationary, possibly autocorrelated series, with its standard error and effective sample size.
 
-    The variance of the mean is c₀ τ/n, τ = 1 + 2 Σ ρ_k the integrated autocorrelation time, summed over Geyer's initial
-    monotone sequence (C. Geyer, "Practical Markov Chain Monte Carlo", Stat. Sci. 7, 1992: pairs ρ_2k + ρ_2k+1 while
-    they are positive, made non-increasing), which also serves negative correlation. As the mean is estimated too, every
-    autocovariance is low by about c₀ τ/n: the sum over W lags (both signs) is put right by 1/(1 − W/n), at most 2.
+    The variance of the mean is c₀ τ/n, τ the integrated autocorrelation time (`svag_fast.series.autocorrelation_time`).
 
     effective_samples is n/τ. One value: the error is NaN. A constant series: the error is 0.
 
@@ -227,7 +226,7 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> MeanErr
     mean = float(x[0] + (x - x[0]).mean())
     if n == 1:
         return MeanError(mean, math.nan, 1.0)
-    tau, variance = _autocorrelation_time(x - mean)
+    tau, variance = autocorrelation_time((x - mean)[None])
     return MeanError(mean, math.sqrt(variance * tau / n), n / tau)
 
 
@@ -369,25 +368,6 @@ def _to_floats(values: list[Scalar]) -> list[float]:
         for i, number in zip(indices, stacked.tolist(), strict=True):
             out[i] = number
     return out
-
-
-def _autocorrelation_time(centred: NDArray[np.float64]) -> tuple[float, float]:
-    """Integrated autocorrelation time by Geyer's initial monotone sequence, and the unbiased variance."""
-    n = centred.size
-    variance = float(centred @ centred) / (n - 1)
-    if variance == 0.0 or not math.isfinite(variance):
-        return 1.0, variance
-    size = 1 << (2 * n - 1).bit_length()
-    spectrum = np.fft.rfft(centred / math.sqrt(variance), size)
-    rho = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, size)[:n] / n
-    rho /= rho[0]
-    pairs = rho[: n - n % 2].reshape(-1, 2).sum(axis=1)
-    negative = np.flatnonzero(pairs <= 0)
-    length = int(negative[0]) if negative.size else pairs.size
-    tau = 2.0 * float(np.minimum.accumulate(pairs[:length]).sum()) - 1.0
-    tau = max(tau, 1.0 / n)  # an alternating series can come out at or below 0
-    lags = 4 * length - 1  # both signs of lag
-    return tau / max(1.0 - lags / n, 0.5), variance
 
 
 def _check_population(drawn: int, population: int | None) -> None:

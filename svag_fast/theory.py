@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from svag_fast.estimate import (
     Number,
     as_estimate,
     delta_method,
-    normal_quantile,
+    fieller_interval,
     require_not_negative,
     require_positive,
 )
@@ -42,6 +42,7 @@ __all__ = [
     "c_closeness",
     "critical_batch_size",
     "critical_kappa",
+    "critical_kappa_interval",
     "equilibrium_residual",
     "equilibrium_sides",
     "linear_scaling_invariance",
@@ -49,6 +50,7 @@ __all__ = [
     "lsi_fails_certificate",
     "nsr",
     "sde_fails_certificate",
+    "simple_noise_scale",
     "square_root_scaling_rule",
 ]
 
@@ -102,26 +104,43 @@ class Closeness:
 
     @property
     def constant(self) -> Estimate:
-        """The least C, with the standard error of the ratio that decides it (that of the largest |log ratio|)."""
+        """The least C, with the standard error of the ratio that decides it (that of the largest |log ratio|).
+
+        Being the largest of three noisy numbers it is biased upward; :meth:`constant_interval` allows for that.
+        """
         worst = max(self._ratios(), key=lambda ratio: abs(math.log(ratio.value)))
         if worst.value >= 1:
             return worst
-        return Estimate(1 / worst.value, worst.standard_error / worst.value**2)
+        return replace(worst, value=1 / worst.value, standard_error=worst.standard_error / worst.value**2)
+
+    def constant_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return an interval that holds the least C with at least ``confidence``, although it is a maximum.
+
+        The ends are the largest of the three lower and of the three upper ends of |log ratio|. The upper one can only
+        be too low if the deciding ratio's own is; the lower ones must all hold at once (Bonferroni's correction).
+        """
+        tail = (1 - confidence) / 2
+        low = max(max(abs(log) - half, 0.0) for log, half in self._logs(1 - 2 * tail / 3))
+        high = max(abs(log) + half for log, half in self._logs(confidence))
+        return math.exp(low), math.exp(high)
 
     def verdict(self, C: float = SQRT2, confidence: float = 0.95) -> Literal["holds", "fails", "undecided"]:
         """Compare each ratio's interval, on a log scale, with [1/C, C].
 
         "holds": all three lie inside; "fails": one lies wholly outside; "undecided" otherwise.
         """
-        limit = math.log(_squared(C)) / 2
+        # The definition's <= is not to be decided by the rounding of a ratio that is C itself.
+        limit = math.log(_squared(C)) / 2 * (1 + 1e-12)
         inside = True
-        for ratio in self._ratios():
-            half = normal_quantile(confidence) * ratio.standard_error / ratio.value
-            distance = abs(math.log(ratio.value))
-            if distance - half > limit:
+        for log, half in self._logs(confidence):
+            if abs(log) - half > limit:
                 return "fails"
-            inside = inside and distance + half <= limit
+            inside = inside and abs(log) + half <= limit
         return "holds" if inside else "undecided"
+
+    def _logs(self, confidence: float) -> list[tuple[float, float]]:
+        """Each ratio's logarithm and half the width of its interval."""
+        return [(math.log(r.value), r.half_width(confidence) / r.value) for r in self._ratios()]
 
     def _ratios(self) -> tuple[Estimate, Estimate, Estimate]:
         return self.weight_sq_norm, self.grad_sq_norm, self.noise_trace
@@ -138,7 +157,7 @@ class EquilibriumResidual:
     @property
     def residual(self) -> Estimate:
         """Relative difference of the two sides, (left - right)/right."""
-        return Estimate(self.ratio.value - 1, self.ratio.standard_error)
+        return self.ratio.affine(1.0, -1.0)
 
 
 def nsr(grad_sq_norm: Number, noise_trace: Number, *, covariance: float = 0.0) -> Estimate:
@@ -151,7 +170,7 @@ def nsr(grad_sq_norm: Number, noise_trace: Number, *, covariance: float = 0.0) -
     """
     G, N = _grad_and_noise(grad_sq_norm, noise_trace)
     ratio = N.value / G.value
-    return delta_method(ratio, (-ratio / G.value, 1 / G.value), _covariance_2(G, N, covariance))
+    return delta_method(ratio, (-ratio / G.value, 1 / G.value), _covariance_2(G, N, covariance), of=(G, N))
 
 
 def c_closeness(sgd: Norms, sde: Norms) -> Closeness:
@@ -195,7 +214,7 @@ def sde_fails_certificate(
     ratio = nsr(grad_sq_norm, noise_trace, covariance=covariance)
     if lr is not None:
         require_positive("lr", lr)
-        ratio = Estimate(ratio.value / lr, ratio.standard_error / lr)
+        ratio = ratio.affine(1 / lr)
     return _certificate(ratio, threshold)
 
 
@@ -234,13 +253,53 @@ def critical_kappa(
     >>> critical_kappa(1.0, 1.1, form="approximate").value, critical_kappa(1.0, 1.1, form="tightened").value
     (2.2, 3.1)
     """
-    ratio = nsr(grad_sq_norm, noise_trace, covariance=covariance)
+    constant, slope = _kappa_form(C, form)
+    return nsr(grad_sq_norm, noise_trace, covariance=covariance).affine(slope, constant)
+
+
+def critical_kappa_interval(
+    grad_sq_norm: Estimate,
+    noise_trace: Estimate,
+    *,
+    C: float = SQRT2,
+    form: KappaForm = "exact",
+    covariance: float = 0.0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Return the interval of κ* that holds ``confidence``, by Fieller's theorem.
+
+    Unlike the delta method's it is right however noisy G is; G's estimate may even be negative. Where G can't be told
+    from 0, neither can κ* from infinity: the upper end is then ``math.inf``.
+
+    >>> critical_kappa_interval(Estimate(0.1, 0.1), Estimate(3.0, 0.1))
+    (22.2..., inf)
+    """
+    constant, slope = _kappa_form(C, form)
+    low, high = fieller_interval(noise_trace, grad_sq_norm, covariance, confidence)
+    return constant + slope * low, constant + slope * high
+
+
+def simple_noise_scale(
+    grad_sq_norm: Number, noise_trace: Number, batch_size: float, *, covariance: float = 0.0
+) -> Estimate:
+    """Return B_simple = Tr Σ_1/|∇L|² = B N/G, the batch size at which noise and gradient are alike.
+
+    Source: McCandlish, Kaplan, Amodei, "An Empirical Model of Large-Batch Training" (2018), equation 2.9.
+
+    >>> simple_noise_scale(1.0, 1.1, 8).value
+    8.8
+    """
+    require_positive("batch_size", batch_size)
+    return nsr(grad_sq_norm, noise_trace, covariance=covariance).affine(batch_size)
+
+
+def _kappa_form(C: float, form: KappaForm) -> tuple[float, float]:
+    """κ* as constant + slope N/G."""
     square = _squared(C)
     forms = {"exact": (square, square), "approximate": (0.0, square), "tightened": (square, square - 1)}
     if form not in forms:
         raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
-    constant, slope = forms[form]
-    return Estimate(constant + slope * ratio.value, slope * ratio.standard_error)
+    return forms[form]
 
 
 def critical_batch_size(
@@ -258,8 +317,7 @@ def critical_batch_size(
     33.6
     """
     require_positive("batch_size", batch_size)
-    kappa = critical_kappa(grad_sq_norm, noise_trace, C=C, form=form, covariance=covariance)
-    return Estimate(kappa.value * batch_size, kappa.standard_error * batch_size)
+    return critical_kappa(grad_sq_norm, noise_trace, C=C, form=form, covariance=covariance).affine(batch_size)
 
 
 def equilibrium_residual(
@@ -301,11 +359,12 @@ def equilibrium_residual(
         raise ValueError("grad_sq_norm and noise_trace must not both be 0: the equation's right side is then 0")
     cov = _covariance_3(R, G, N, covariance)
     by_R, by_G, by_N = _equilibrium_factors(lr, weight_decay, l)
-    left = delta_method(by_R * R.value, (by_R, 0, 0), cov)
-    right = delta_method(by_G * G.value + by_N * N.value, (0, by_G, by_N), cov)
+    all_three = (R, G, N)
+    left = delta_method(by_R * R.value, (by_R, 0, 0), cov, all_three)
+    right = delta_method(by_G * G.value + by_N * N.value, (0, by_G, by_N), cov, all_three)
     ratio = left.value / right.value
     slopes = (by_R / right.value, -ratio * by_G / right.value, -ratio * by_N / right.value)
-    return EquilibriumResidual(left, right, delta_method(ratio, slopes, cov))
+    return EquilibriumResidual(left, right, delta_method(ratio, slopes, cov, all_three))
 
 
 def equilibrium_sides(
@@ -332,13 +391,13 @@ def _ratios(
         require_positive(f"{first_name}.{name}", a.value)
         require_positive(f"{second_name}.{name}", b.value)
         ratio = a.value / (factor * b.value)
-        relative = math.hypot(a.standard_error / a.value, b.standard_error / b.value)
-        found.append(Estimate(ratio, ratio * relative))
+        covariance = _covariance_2(a, b, 0.0)
+        found.append(delta_method(ratio, (ratio / a.value, -ratio / b.value), covariance, of=(a, b)))
     return found[0], found[1], found[2]
 
 
 def _certificate(ratio: Estimate, threshold: float) -> Certificate:
-    return Certificate(ratio, threshold, Estimate(threshold - ratio.value, ratio.standard_error))
+    return Certificate(ratio, threshold, ratio.affine(-1.0, threshold))
 
 
 def _covariance_2(G: Estimate, N: Estimate, covariance: float) -> list[list[float]]:
