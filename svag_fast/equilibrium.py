@@ -4,10 +4,10 @@ Two questions are asked of series of R = |x|², G and N over the steps of one ph
 stationary, and do their means obey equation (11)? Errors allow for autocorrelation (``svag_fast.series``).
 
 The drift test. A parabola is fitted to batch means of the runs, six or more a run; the slope's error is what they
-scatter about it, its p-value Student's t. On made AR(1) series at level 0.01 false alarms stay within 2 of 100 where the
-window holds 12 independent values a run, within 4 of 100 where it holds 6. "drifting" is a significant drift that may
-exceed the tolerance, "stationary" one whose 95 % interval lies within it, all else "undecided": a drift as large as the
-tolerance is called stationary in 1 of 40 cases, and found in 80 % or more where its standard error is at most the
+scatter about it, its p-value Student's t. On made AR(1) series at level 0.01 false alarms stay within 2 of 100 where
+the window holds 12 independent values a run, within 4 of 100 where it holds 6. "drifting" is a significant drift that
+may exceed the tolerance, "stationary" one whose 95 % interval lies within it, all else "undecided": a drift as large as
+the tolerance is called stationary in 1 of 40 cases, and found in 80 % or more where its standard error is at most the
 tolerance over (t + 0.9), t Student's for the level (tests/test_equilibrium.py measures all that).
 """
 

@@ -106,6 +106,8 @@ def fieller_interval(
     b = numerator.value * denominator.value - t2 * covariance
     c = numerator.value**2 - t2 * numerator.standard_error**2
     discriminant = b * b - a * c
+    if a > 0 and denominator.value < 0:  # against what is known: nothing can be told
+        return 0.0, math.inf
     if a > 0:
         root = math.sqrt(max(discriminant, 0.0))
         return max((b - root) / a, 0.0), max((b + root) / a, 0.0)

@@ -1,7 +1,7 @@
-"""From which batch size on must linear scaling fail? Foretold from SGD runs at one batch size (Theorem 5.6).
+"""From which batch size on must linear scaling fail? Predicted from SGD runs at one batch size (Theorem 5.6).
 
 R, G and N are averaged over the last part of the longest phase of constant learning rate (the paper: epochs 200 to 250,
-before the decay at 250). Runs that differ in the seed alone are averaged first, step by step.
+before the decay at 250), over all runs that differ in the seed alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from svag_fast.curves import Array, Run, group_by_batch_size, load_run, load_runs
-from svag_fast.equilibrium import LEAST, Equilibrium, detect_equilibrium
+from svag_fast.equilibrium import Equilibrium, detect_equilibrium
 from svag_fast.estimate import Estimate, require_not_negative, require_positive
-from svag_fast.theory import SQRT2, Certificate, KappaForm, critical_kappa, sde_fails_certificate
+from svag_fast.series import LEAST
+from svag_fast.theory import (
+    SQRT2,
+    Certificate,
+    KappaForm,
+    critical_kappa,
+    critical_kappa_interval,
+    sde_fails_certificate,
+    simple_noise_scale,
+)
 
 __all__ = [
     "Baseline",
@@ -72,7 +81,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is foretold of another batch size, and what was measured there, if SGD was run at it by linear scaling."""
+    """What is predicted of another batch size, and what was measured there, if SGD was run at it by linear scaling."""
 
     batch_size: int
     kappa: float
@@ -85,7 +94,9 @@ class Prediction:
     """κ* and B* by Theorem 5.6, from one batch size alone.
 
     ``kappa`` has the theorem's "exact" C²(1 + N/G), its "approximate" C² N/G, and the "tightened" C² + (C²-1) N/G
-    (:func:`svag_fast.theory.critical_kappa`); it is empty where G can't be told from 0. Intervals hold ``confidence``.
+    (:func:`svag_fast.theory.critical_kappa`); it is empty where G's estimate is not positive. ``kappa_interval`` holds
+    κ*, "exact", with ``confidence``, by Fieller's theorem: its upper end is ``math.inf`` where G can't be told from 0.
+    ``noise_scale`` is McCandlish et al.'s B_simple = B N/G of the same measurement.
     ``sde`` is Theorem 5.2's certificate at the baseline itself.
     """
 
@@ -93,48 +104,73 @@ class Prediction:
     C: float
     confidence: float
     kappa: dict[KappaForm, Estimate]
+    kappa_interval: tuple[float, float]
+    noise_scale: Estimate | None
     sde: Certificate | None
     outlook: tuple[Outlook, ...]
 
     def batch_size(self, form: KappaForm = "exact") -> Estimate | None:
-        """Return B* = κ*B, or None where G can't be told from 0."""
-        if form not in self.kappa:
-            return None
-        B, kappa = self.baseline.batch_size, self.kappa[form]
-        return Estimate(kappa.value * B, kappa.standard_error * B)
+        """Return B* = κ*B, or None where G's estimate is not positive."""
+        return self.kappa[form].affine(self.baseline.batch_size) if form in self.kappa else None
+
+    @property
+    def batch_size_interval(self) -> tuple[float, float]:
+        """The interval of B* that holds ``confidence``; the upper end may be ``math.inf``."""
+        low, high = self.kappa_interval
+        return low * self.baseline.batch_size, high * self.baseline.batch_size
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values for JSON, with B*, its interval and the words."""
+        """Return it as plain values for JSON, with B*, its interval and the words; None stands for no upper limit."""
         star = self.batch_size()
         return {
             **asdict(self),
+            "kappa_interval": _finite(self.kappa_interval),
             "batch_size": None if star is None else asdict(star),
-            "batch_size_interval": None if star is None else star.interval(self.confidence),
+            "batch_size_interval": _finite(self.batch_size_interval),
             "verdict": self.sentences(),
         }
 
     def sentences(self) -> list[str]:
         """Return the prediction in words, a list of plain sentences."""
-        base = self.baseline
-        state = {"found": "found", "not found": "not reached", "undecided": "undecided"}[base.equilibrium.state]
-        said = [f"Equilibrium at B = {base.batch_size}: {state}{_because(base.equilibrium.reasons)}."]
-        star = self.batch_size()
-        if star is None:
-            return [*said, "G can't be told from 0 there, so κ* and B* can't be had: average over more steps."]
-        low, high = star.interval(self.confidence)
-        said.append(
-            f"{'Linear' if state == 'found' else 'Were it one, linear'} scaling from B = {base.batch_size} must fail "
-            f"beyond κ* = {self.kappa['exact'].value:.3g}, beyond "
-            f"B* = {star.value:.3g} ({100 * self.confidence:g} % interval {low:.3g} to {high:.3g}; C = {self.C:.4g})."
-        )
+        base, found = self.baseline, self.baseline.equilibrium
+        said = [self.headline()]
+        if found.reasons:
+            said.append(f"Equilibrium at B = {base.batch_size} {found.state}: {'; '.join(found.reasons)}.")
+        if found.nsr is not None and not found.nsr.trusted:
+            said.append(
+                f"N/G rests on {found.nsr.effective_samples:.3g} independent values: its error is a rough one. "
+                "Run longer or more seeds."
+            )
         for other in self.outlook:
-            word = {"fails": "foretold to fail", "silent": "no failure foretold", "undecided": "within B*'s interval"}
+            word = {"fails": "predicted to fail", "silent": "no failure predicted", "undecided": "within B*'s interval"}
             said.append(f"B = {other.batch_size} (κ = {other.kappa:g}): {word[other.verdict]}.")
         if self.sde is not None and self.sde.verdict(self.confidence) == "fails":
             said.append(
                 f"At B = {base.batch_size} itself SGD already is not {self.C:.4g}-close to its SDE (Theorem 5.2)."
             )
         return said
+
+    def headline(self) -> str:
+        """Return κ*, B* and B_simple in one sentence, which never leaves out whether an equilibrium was found."""
+        base, star = self.baseline, self.batch_size()
+        known = f"C = {self.C:.4g}; equilibrium {base.equilibrium.state}"
+        low, high = self.batch_size_interval
+        percent = f"{100 * self.confidence:g} %"
+        if star is None or self.noise_scale is None:
+            return (
+                f"Linear scaling from B = {base.batch_size}: no B* can be given, because G can't be told from 0 there "
+                f"(B* is above {low:.3g} at {percent}; {known}). Average over more steps."
+            )
+        interval = f"interval {low:.3g} to {high:.3g}" if math.isfinite(high) else f"above {low:.3g}, no upper limit"
+        return (
+            f"Linear scaling from B = {base.batch_size} must fail beyond B* = {star.value:.3g} "
+            f"({percent} {interval}; {known}): κ* = C²(1 + N/G) = {self.kappa['exact'].value:.3g}; "
+            f"the noise scale B_simple = B·N/G is {self.noise_scale.value:.3g}."
+        )
+
+
+def _finite(interval: tuple[float, float]) -> list[float | None]:
+    return [end if math.isfinite(end) else None for end in interval]
 
 
 class TooFewRowsError(ValueError):
@@ -177,15 +213,14 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         )
     window = common[start:end]
 
-    def mean(column: Sequence[Array | None]) -> Array:
-        values = [_at(s, v, window) for s, v in zip(series, column, strict=True) if v is not None]
-        return np.asarray(np.mean(values, axis=0), dtype=np.float64)
+    def rows_of(column: Sequence[Array | None]) -> Array:
+        return np.array([_at(s, v, window) for s, v in zip(series, column, strict=True) if v is not None])
 
     rate = float(lr[start])
     equilibrium = detect_equilibrium(
-        mean([s.grad_sq_norm for s in series]),
-        mean([s.noise_trace for s in series]),
-        None if first.weight_sq_norm is None else mean([s.weight_sq_norm for s in series]),
+        rows_of([s.grad_sq_norm for s in series]),
+        rows_of([s.noise_trace for s in series]),
+        None if first.weight_sq_norm is None else rows_of([s.weight_sq_norm for s in series]),
         lr=rate,
         weight_decay=first.weight_decay,
         tolerance=tolerance,
@@ -211,20 +246,21 @@ def from_baseline(
     C: float = SQRT2,
     confidence: float = 0.95,
 ) -> Prediction:
-    """Return what ``baseline`` foretells of linear scaling, and of each batch size of ``others``."""
+    """Return what ``baseline`` predicts of linear scaling, and of each batch size of ``others``."""
     found = baseline.equilibrium
+    G, N, together = found.grad_sq_norm.mean, found.noise_trace.mean, found.covariance
+    interval = critical_kappa_interval(G, N, C=C, covariance=together, confidence=confidence)
     kappa: dict[KappaForm, Estimate] = {}
-    sde = None
+    noise_scale = sde = None
     if found.nsr is not None:
-        G, N = found.grad_sq_norm.mean, found.noise_trace.mean
-        for form in FORMS:
-            kappa[form] = critical_kappa(G, N, C=C, form=form, covariance=found.covariance)
-        sde = sde_fails_certificate(G, N, C=C, covariance=found.covariance)
-    outlook = []
-    for size, measured in others:
-        ratio = size / baseline.batch_size
-        outlook.append(Outlook(size, ratio, _verdict(kappa.get("exact"), ratio, confidence), measured))
-    return Prediction(baseline, C, confidence, kappa, sde, tuple(outlook))
+        kappa = {form: critical_kappa(G, N, C=C, form=form, covariance=together) for form in FORMS}
+        noise_scale = simple_noise_scale(G, N, baseline.batch_size, covariance=together)
+        sde = sde_fails_certificate(G, N, C=C, covariance=together)
+    outlook = tuple(
+        Outlook(size, size / baseline.batch_size, _verdict(interval, size / baseline.batch_size), measured)
+        for size, measured in others
+    )
+    return Prediction(baseline, C, confidence, kappa, interval, noise_scale, sde, outlook)
 
 
 def from_runs(
@@ -311,11 +347,9 @@ def from_csv(
     return from_baseline(measure([series], last=last, tolerance=tolerance), C=C, confidence=confidence)
 
 
-def _verdict(critical: Estimate | None, kappa: float, confidence: float) -> Verdict:
+def _verdict(interval: tuple[float, float], kappa: float) -> Verdict:
     """Return "fails" beyond κ*'s interval, "silent" below it (there the theorem says nothing), else "undecided"."""
-    if critical is None:
-        return "undecided"
-    low, high = critical.interval(confidence)
+    low, high = interval
     return "fails" if kappa > high else "silent" if kappa < low else "undecided"
 
 
@@ -397,7 +431,3 @@ def _cell(path: Path, name: str, line: int, row: list[str], index: int) -> float
         return float(text)
     except ValueError:
         raise ValueError(f"{path}, line {line}: {name} is not a number but {text!r}") from None
-
-
-def _because(reasons: tuple[str, ...]) -> str:
-    return f" ({'; '.join(reasons)})" if reasons else ""

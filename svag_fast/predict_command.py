@@ -11,7 +11,7 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.estimate import Estimate
+from svag_fast.estimate import ENOUGH, Estimate
 from svag_fast.predict import Prediction, from_csv, from_runs
 from svag_fast.theory import SQRT2
 
@@ -37,7 +37,7 @@ def predict(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Foretell from SGD runs at one batch size where linear scaling must fail (Theorem 5.6 of the paper).
+    """Predict from SGD runs at one batch size where linear scaling must fail (Theorem 5.6 of the paper).
 
     RUN is a run's folder, a folder of runs (its smallest batch size is the baseline), finished or still running, or a
     CSV file of any other trainer with the columns step,G,N and optionally R and lr, where G is |∇L|² and N the trace of
@@ -99,6 +99,10 @@ def show(prediction: Prediction, console: Console) -> None:
     for form, kappa in prediction.kappa.items():
         star = prediction.batch_size(form)
         table.add_row(f"κ*, {form}", str(kappa), f"B* = {star}")
+    if prediction.noise_scale is not None:
+        table.add_row("B_simple = B·N/G", str(prediction.noise_scale), "")
+    worth = found.grad_sq_norm.effective_samples
+    table.add_row("independent values of G", f"{worth:.3g}", "" if worth >= ENOUGH else "errors are rough ones")
     console.print(table, highlight=False)
     for sentence in prediction.sentences():
         console.print(sentence, highlight=False, markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,15 +66,16 @@ def _draw(axes: Axes, predictions: list[Prediction]) -> None:
         }
     sizes = [p.baseline.batch_size for p in predictions] + list(elsewhere)
     stars = [star for p in predictions if (star := p.batch_size()) is not None]
-    right = 2.2 * max([*sizes, *(star.interval(predictions[0].confidence)[1] for star in stars)])
+    ends = [p.batch_size_interval[1] for p in predictions if p.kappa]
+    right = 2.2 * max([*sizes, *(star.value for star in stars), *filter(np.isfinite, ends)])
     left = min(sizes) / 2
     axes.set_xlim(left, right)
     for p, star in zip(predictions, stars, strict=True):
-        low, high = star.interval(p.confidence)
+        low, high = p.batch_size_interval
         nsr = p.kappa["approximate"].value / square
         grid = np.geomspace(p.baseline.batch_size, right, 50)
         axes.plot(grid, grid / p.baseline.batch_size / nsr, "--", color=BASE_COLOR, linewidth=1.4, zorder=2)
-        axes.axvspan(low, high, color=plots.SGD_COLOR, alpha=0.22, linewidth=0, zorder=1)
+        axes.axvspan(low, min(high, right), color=plots.SGD_COLOR, alpha=0.22, linewidth=0, zorder=1)
         axes.axvline(star.value, color=plots.SGD_COLOR, linewidth=1.8, zorder=2)
         axes.annotate(
             f"B* = {star.value:.3g}",
@@ -84,8 +86,7 @@ def _draw(axes: Axes, predictions: list[Prediction]) -> None:
             color=plots.SGD_COLOR,
             weight="bold",
         )
-    beyond = min(star.interval(p.confidence)[1] for p, star in zip(predictions, stars, strict=True))
-    axes.axvspan(beyond, right, color=plots.SGD_COLOR, alpha=0.07, linewidth=0, zorder=0)
+    axes.axvspan(min(*ends, right), right, color=plots.SGD_COLOR, alpha=0.07, linewidth=0, zorder=0)
     _points(axes, [p.baseline for p in predictions], BASE_COLOR, "baseline, SGD", filled=True)
     _points(axes, list(elsewhere.values()), BASE_COLOR, "SGD measured there (lr by linear scaling)", filled=False)
     axes.plot([], [], "--", color=BASE_COLOR, linewidth=1.4, label="baseline extrapolated: G/N ∝ B")
@@ -102,7 +103,8 @@ def _draw(axes: Axes, predictions: list[Prediction]) -> None:
     )
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5 / square), max(high, 1.5 * (square - 1)))
-    axes.set_title(f"Where must linear scaling fail?  C = {C:.4g}")
+    states = ", ".join(f"B = {p.baseline.batch_size}: {p.baseline.equilibrium.state}" for p in predictions)
+    axes.set_title(f"Where must linear scaling fail?  C = {C:.4g}; equilibrium at {states}", fontsize=13)
     _plain_ticks(axes)
 
 
@@ -113,7 +115,7 @@ def _points(axes: Axes, baselines: list[Baseline], color: str, label: str, *, fi
     axes.errorbar(
         [b.batch_size for b in baselines],
         [s.value for s in inverse],
-        yerr=[1.96 * s.standard_error for s in inverse],
+        yerr=[s.half_width() for s in inverse],
         fmt="o",
         markersize=9,
         color=color,
@@ -129,7 +131,7 @@ def _signal_to_noise(baseline: Baseline) -> Estimate:
     """Return G/N with its error, from nsr = N/G."""
     nsr = baseline.equilibrium.nsr
     assert nsr is not None, "callers leave out baselines without nsr"
-    return Estimate(1 / nsr.value, nsr.standard_error / nsr.value**2)
+    return replace(nsr, value=1 / nsr.value, standard_error=nsr.standard_error / nsr.value**2)
 
 
 def _plain_ticks(axes: Axes) -> None:

@@ -13,6 +13,7 @@ beside values. Unless a ``covariance`` is given, the errors of different quantit
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
@@ -130,7 +131,7 @@ class Closeness:
         "holds": all three lie inside; "fails": one lies wholly outside; "undecided" otherwise.
         """
         # The definition's <= is not to be decided by the rounding of a ratio that is C itself.
-        limit = math.log(_squared(C)) / 2 * (1 + 1e-12)
+        limit = math.log(_squared(C)) / 2 + 4 * sys.float_info.epsilon
         inside = True
         for log, half in self._logs(confidence):
             if abs(log) - half > limit:

@@ -69,7 +69,7 @@ def test_a_drift_as_large_as_the_tolerance_is_found_at_the_stated_power(runs, n,
     [(1, 12, 0.0, 0.5, 0.5), (1, 40, 0.6, 0.7, 0.1), (3, 40, 0.6, 0.7, 0.5), (3, 100, 0.8, 0.9, 0.1)],
 )
 def test_a_true_equilibrium_is_hardly_ever_denied(runs, n, phi, phi_R, spread):
-    """"not found" in at most 5 of 100, with few rows and with correlated ones (six independent values a run)."""
+    """ "not found" in at most 5 of 100, with few rows and with correlated ones (six independent values a run)."""
     rng = np.random.default_rng(13)
 
     def run():

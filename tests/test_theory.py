@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy import stats
 
 from svag_fast import estimate, scaling_rules, theory
 from svag_fast.theory import (
+    Closeness,
     Estimate,
     Norms,
     c_closeness,
@@ -354,3 +356,31 @@ REFUSED = [
 def test_inputs_out_of_range_are_refused_by_name(call, offender):
     with pytest.raises(ValueError, match=offender):
         call()
+
+
+def test_the_interval_of_the_least_c_covers_although_it_is_a_maximum():
+    """Three ratios, two of them alike and 2 % away from deciding: 95 % at least (binomial, 1 in 10⁴)."""
+    rng = np.random.default_rng(7)
+    truth, draws, covered, low_too_high = (1.30, 1.28, 0.80), 2000, 0, 0
+    for _ in range(draws):
+        ratios = [Estimate(float(r * np.exp(0.05 * rng.normal())), 0.05 * r) for r in truth]
+        low, high = Closeness(*ratios).constant_interval()
+        covered += low <= 1.30 <= high
+        low_too_high += low > 1.30
+    assert covered >= stats.binom.ppf(1e-4, draws, 0.95)
+    assert low_too_high <= stats.binom.ppf(1 - 1e-4, draws, 0.025)
+
+
+@pytest.mark.parametrize("C", [math.sqrt(2), 1.1, 3.0, 1 + 1e-9])
+def test_a_ratio_that_is_c_itself_is_close_and_rounding_does_not_decide(C):
+    """Definition 5.1 says <=."""
+    for ratio in (C, 1 / C, C * (1 + 2e-16), 1 / C * (1 - 2e-16)):
+        assert c_closeness(Norms(ratio, 1.0, 1.0), Norms(1.0, 1.0, 1.0)).verdict(C) == "holds"
+    assert c_closeness(Norms(C * 1.0001, 1.0, 1.0), Norms(1.0, 1.0, 1.0)).verdict(C) == "fails"
+
+
+def test_degrees_of_freedom_and_effective_samples_go_through():
+    G, N = Estimate(2.0, 0.1, 7.0, 40.0), Estimate(3.0, 0.2, 11.0, 12.0)
+    for found in (nsr(G, N), critical_kappa(G, N), critical_batch_size(G, N, 8), sde_fails_certificate(G, N).margin):
+        assert (found.degrees_of_freedom, found.effective_samples, found.trusted) == (7.0, 12.0, False)
+    assert nsr(2.0, N).degrees_of_freedom == 11.0

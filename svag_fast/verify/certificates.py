@@ -52,6 +52,7 @@ def grid(settings: Settings) -> Outcome:
                 "kappa": kappa,
                 "nsr": nsr(sgd.grad_sq_norm, sgd.noise_trace).value,
                 "C": closeness.constant.value,
+                "C interval": closeness.constant_interval(),
                 "SDE": closeness.verdict(SQRT2, CONFIDENCE),
                 "5.2 by SGD": by_sgd.verdict(CONFIDENCE),
                 "5.2 by SDE": by_sde.verdict(CONFIDENCE),

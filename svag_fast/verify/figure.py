@@ -110,7 +110,10 @@ def _certificates(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     ax.set_title("Theorem 5.2: SGD against its SDE (toy)")
     for row in _data(outcomes, "certificates", "rows"):
         certified = "fails" in (row["5.2 by SGD"], row["5.2 by SDE"])
-        ax.plot(row["nsr"], row["C"], marker="X" if certified else "o", color=SGD_COLOR if certified else BLUE, ms=10)
+        marker, color = ("X", SGD_COLOR) if certified else ("o", BLUE)
+        low, high = row["C interval"]
+        errors = [[row["C"] - low], [high - row["C"]]]
+        ax.errorbar(row["nsr"], row["C"], errors, marker=marker, color=color, ms=10, capsize=4)
         ax.annotate(
             f"κ = {row['kappa']:g}",
             (row["nsr"], row["C"]),
