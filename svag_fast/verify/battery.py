@@ -1,13 +1,29 @@
-"""All groups of checks, in the order of the paper."""
+"""All groups of checks: the product's own steps and measurements, then the theory in the order of the paper."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from svag_fast.verify import certificates, convergence, invariance, lemmas, norms, tails
+from svag_fast.verify import (
+    certificates,
+    convergence,
+    extremes,
+    invariance,
+    lemmas,
+    measurements,
+    norms,
+    spread,
+    steps,
+    tails,
+)
 from svag_fast.verify.check import Group, Outcome, Settings
 
 GROUPS: dict[str, Group] = {
+    "steps-4.7": Group("Lemma 4.7 through SVAG.step and the ops, on every backend here", steps.lemma_4_7, 2),
+    "steps-4.3": Group("Theorem 4.3 through SVAG.step", steps.theorem_4_3, 2),
+    "steps-adaptive": Group("SVAGAdam and SVAGRMSprop", steps.adaptive, 1),
+    "estimators": Group("Estimators of G and N over all batches of a data set", measurements.estimators, 1),
+    "sample-norms": Group("Per-sample norms against a loop", measurements.norms, 1),
     "lemma-4.7": Group("Lemma 4.7: one SVAG step", lemmas.lemma_4_7, 2),
     "lemma-4.6": Group("Lemma 4.6: one SDE step", lemmas.lemma_4_6, 1),
     "theorem-4.3-exact": Group("Theorem 4.3 in closed form", convergence.exact, 1),
@@ -18,10 +34,12 @@ GROUPS: dict[str, Group] = {
     "equilibrium-toy": Group("Equilibrium (11), (12) on the toy", norms.toy_equilibrium, 6),
     "norms-network": Group("Norm dynamics and equilibrium of a net", norms.network, 8),
     "certificates": Group("Theorems 5.2, 5.5, 5.6 over batch sizes", certificates.grid, 4),
+    "certificates-attained": Group("Theorems 5.2, 5.5, 5.6 where they are attained", extremes.attained, 1),
     "order-2": Group("The order-2 SDE over learning rates", certificates.order_two, 6),
     "tail-known": Group("Tail index of known laws", tails.known_laws, 3),
     "tail-network": Group("Tail index of a net's gradient noise", tails.network, 3),
     "scale-invariance": Group("Scale invariance of the shipped nets", invariance.nets, 4),
+    "z-scores": Group("The battery's own errors, over seeds", spread.z_scores, 6),
 }
 
 

@@ -67,6 +67,11 @@ def z_check(source: str, name: str, measured: float, error: float, expected: flo
     return Check(source, name, f"{measured:.6g} ± {error:.1g}", f"{expected:.6g}", abs(z) < Z_BOUND, z)
 
 
+def exact_check(source: str, name: str, off: float, tolerance: float) -> Check:
+    """Pass where a number that has no error but rounding is off by less than `tolerance`."""
+    return Check(source, name, f"off by {off:.2g}", f"below {tolerance:g}", off < tolerance)
+
+
 @dataclass(frozen=True)
 class Slope:
     """A log-log slope and the half width of its interval (Z_BOUND standard errors, and the truncation's size)."""
