@@ -1,0 +1,385 @@
+"""Faults planted in copies of the package, one a formula: `svag-fast verify` must catch each that it can reach.
+
+python tests/verify/mutants.py            # all, one line each
+python tests/verify/mutants.py NAME ...   # these
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` stands once in ``file`` and becomes ``new``; the group of checks, or the unit test, that sees it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    group: str | None
+    unit_test: str | None = None
+
+
+STEP, NOISE, THEORY = "ops/step.py", "noise.py", "theory.py"
+MUTANTS = (
+    # the step
+    Mutant("c2's sign", STEP, "(1 - root) / 2", "(root - 1) / 2", "steps-4.7"),
+    Mutant("l for 2l - 1", STEP, "math.sqrt(2 * l - 1)", "math.sqrt(l)", "steps-4.7"),
+    Mutant(
+        "coefficients swapped",
+        STEP,
+        "return (1 + root) / 2, (1 - root) / 2",
+        "return (1 - root) / 2, (1 + root) / 2",
+        "steps-4.7",
+    ),
+    Mutant(
+        "reference: decay dropped",
+        STEP,
+        "x.to(dtype) - rate * (combined + weight_decay * x.to(dtype))",
+        "x.to(dtype) - rate * combined",
+        "steps-4.7",
+    ),
+    Mutant(
+        "reference: decay not scaled by the rate",
+        STEP,
+        "x.to(dtype) - rate * (combined + weight_decay * x.to(dtype))",
+        "x.to(dtype) - rate * combined - weight_decay * x.to(dtype)",
+        "steps-4.7",
+    ),
+    Mutant("svag_loss: c2 dropped", "optim.py", "c1 * loss1 + c2 * loss2", "c1 * loss1 - c2 * loss2", "steps-4.7"),
+    Mutant(
+        "hold_gradient: batches swapped",
+        "optim.py",
+        "(current, None) if held is None else (held, current)",
+        "(current, None) if held is None else (current, held)",
+        None,
+        "tests/test_optim.py",
+    ),
+    Mutant(
+        "N: factor of 2", "ops/step_stats.py", "- 2 * self.raw[_INNER]) / 2", "- 2 * self.raw[_INNER])", "steps-4.7"
+    ),
+    Mutant(
+        "N: cross term once", "ops/step_stats.py", "- 2 * self.raw[_INNER]) / 2", "- self.raw[_INNER]) / 2", "steps-4.7"
+    ),
+    Mutant(
+        "G: |g1|² for <g1, g2>",
+        "ops/step_stats.py",
+        "        return self.inner\n",
+        "        return self.sq_norm1\n",
+        "steps-4.7",
+    ),
+    # estimators
+    Mutant("Bessel: B for B - 1", NOISE, "(B / (B - 1))", "1.0", "estimators"),
+    Mutant("batch noise: s² for s²/B", NOISE, "noise = s2 / B *", "noise = s2 *", "estimators"),
+    Mutant(
+        "G from one batch not debiased",
+        NOISE,
+        "return NoiseEstimate(batch - noise, noise, sample)",
+        "return NoiseEstimate(batch, noise, sample)",
+        "estimators",
+    ),
+    Mutant("finite population: n for n - 1", NOISE, "s2 * ((population - 1) / population)", "s2", "estimators"),
+    Mutant("pairs: 2B for 2B - 1", NOISE, "/ (2 * B - 1)", "/ (2 * B)", "estimators"),
+    Mutant(
+        "disjoint halves: correction dropped",
+        NOISE,
+        "grad = g12 + noise * (batch_size / population)",
+        "grad = g12",
+        "estimators",
+    ),
+    Mutant(
+        "disjoint halves: n for n - B",
+        NOISE,
+        "noise = noise * ((population - batch_size) / population)",
+        "noise = noise * 1.0",
+        "estimators",
+    ),
+    Mutant("many batches: M for M - 1", NOISE, "(M / (M - 1))", "1.0", "estimators"),
+    Mutant(
+        "many batches: G not debiased",
+        NOISE,
+        "NoiseEstimate(s - noise / M, noise",
+        "NoiseEstimate(s, noise",
+        "estimators",
+    ),
+    Mutant(
+        "BatchMoments: M for M - 1",
+        NOISE,
+        "noise = self._scatter / (self.batches - 1)",
+        "noise = self._scatter / self.batches",
+        "estimators",
+    ),
+    Mutant(
+        "RunningNoise: N doubled",
+        "running_noise.py",
+        "((sq_norm1 - inner) + (sq_norm2 - inner)) / 2",
+        "((sq_norm1 - inner) + (sq_norm2 - inner))",
+        "estimators",
+    ),
+    Mutant(
+        "RunningNoise: mean of |g1|² for G", "running_noise.py", "grad.add(inner)", "grad.add(sq_norm1)", "estimators"
+    ),
+    # per-sample norms
+    Mutant("mean loss: B for B²", "sample_norms.py", "float(batch_size) ** 2", "float(batch_size)", "sample-norms"),
+    Mutant(
+        "Linear: |b|⁴ for |a|²|b|²",
+        "sample_norm_products.py",
+        "b_sq_norms * row_sq_norms(x)",
+        "b_sq_norms * row_sq_norms(b)",
+        "sample-norms",
+    ),
+    Mutant(
+        "reference product: weights ignored",
+        "ops/weight_grad.py",
+        "weights.to(dtype)\n",
+        "torch.ones_like(weights.to(dtype))\n",
+        "sample-norms",
+    ),
+    # theory
+    Mutant(
+        "5.2: C² for C² - 1",
+        THEORY,
+        "threshold = 1 / (_squared(C) - 1)",
+        "threshold = 1 / _squared(C)",
+        "certificates-attained",
+    ),
+    Mutant(
+        "5.2: lr for 1/lr", THEORY, "ratio = ratio.affine(1 / lr)", "ratio = ratio.affine(lr)", "certificates-attained"
+    ),
+    Mutant(
+        "5.5: 1/κ dropped",
+        THEORY,
+        "(1 - 1 / kappa) / (_squared(C) - 1) - 1 / kappa",
+        "(1 - 1 / kappa) / (_squared(C) - 1)",
+        "certificates-attained",
+    ),
+    Mutant(
+        "5.6: C for C²",
+        THEORY,
+        '"exact": (square, square)',
+        '"exact": (math.sqrt(square), math.sqrt(square))',
+        "certificates-attained",
+    ),
+    Mutant(
+        "5.6 tightened: C² for C² - 1",
+        THEORY,
+        '"tightened": (square, square - 1)',
+        '"tightened": (square, square)',
+        "certificates-attained",
+    ),
+    Mutant(
+        "certificate's sign",
+        THEORY,
+        "ratio.affine(-1.0, threshold)",
+        "ratio.affine(1.0, -threshold)",
+        "certificates-attained",
+    ),
+    Mutant(
+        "(11): λ² dropped",
+        THEORY,
+        "(2 - lr * weight_decay / l) * weight_decay, lr / l, lr",
+        "2 * weight_decay, lr / l, lr",
+        "certificates-attained",
+    ),
+    Mutant(
+        "(11): l not on G",
+        THEORY,
+        "(2 - lr * weight_decay / l) * weight_decay, lr / l, lr",
+        "(2 - lr * weight_decay / l) * weight_decay, lr, lr",
+        "certificates-attained",
+    ),
+    Mutant("LSI: κ not on N", THEORY, '("noise_trace", kappa)', '("noise_trace", 1.0)', "certificates-attained"),
+    Mutant(
+        "delta method: sign of the covariance",
+        THEORY,
+        "(-ratio / G.value, 1 / G.value), _covariance_2(G, N, covariance)",
+        "(ratio / G.value, 1 / G.value), _covariance_2(G, N, covariance)",
+        None,
+        "tests/test_theory.py",
+    ),
+    Mutant(
+        "linear scaling: √κ",
+        "scaling_rules.py",
+        "SGDRates(float(kappa * batch_size), kappa * lr)",
+        "SGDRates(float(kappa * batch_size), math.sqrt(kappa) * lr)",
+        None,
+        "tests/test_theory.py",
+    ),
+    Mutant(
+        "square-root scaling: κ on lr",
+        "scaling_rules.py",
+        "        root * lr,\n",
+        "        kappa * lr,\n",
+        None,
+        "tests/test_theory.py",
+    ),
+    Mutant(
+        "square-root scaling: β unscaled",
+        "scaling_rules.py",
+        "return beta - (kappa - 1) * (1 - beta)",
+        "return beta",
+        None,
+        "tests/test_theory.py",
+    ),
+    # the processes and their closed forms
+    Mutant(
+        "SVAG's process: lr for lr/l",
+        "sde/processes.py",
+        '        """lr/l: l steps are one effective step."""\n        return self.lr / self.l\n\n    @property\n    def estimates(self) -> tuple[GradientEstimate, ...]:\n        """The weighted',
+        '        """lr/l: l steps are one effective step."""\n        return self.lr\n\n    @property\n    def estimates(self) -> tuple[GradientEstimate, ...]:\n        """The weighted',
+        "lemma-4.7",
+    ),
+    Mutant(
+        "Euler-Maruyama: lr/h for its root",
+        "sde/processes.py",
+        "GradientEstimate(noise_scale=math.sqrt(self.lr / self.h))",
+        "GradientEstimate(noise_scale=self.lr / self.h)",
+        "norms-toy",
+    ),
+    Mutant(
+        "order 2: lr for lr/2",
+        "sde/processes.py",
+        "        return self.lr / 2\n",
+        "        return self.lr\n",
+        "order-2",
+    ),
+    Mutant(
+        "process: decay twice",
+        "sde/processes.py",
+        "x.mul_(1 - h * self.weight_decay)",
+        "x.mul_(1 - 2 * h * self.weight_decay)",
+        "norms-toy",
+    ),
+    Mutant(
+        "SDE moments: diffusion without lr",
+        "sde/moments.py",
+        "variance = lr * (problem",
+        "variance = (problem",
+        "theorem-4.3-exact",
+    ),
+    Mutant(
+        "SDE moments: Itô's term doubled",
+        "sde/moments.py",
+        "p * (p - 1) / 2 * x",
+        "p * (p - 1) * x",
+        "theorem-4.3-exact",
+    ),
+    Mutant(
+        "noise moments: third cumulant's sign",
+        "sde/moments.py",
+        "problem.law.third_cumulant * third",
+        "-problem.law.third_cumulant * third",
+        "steps-4.3",
+    ),
+    Mutant(
+        "toy: N with d for d - 1",
+        "sde/scale_invariant.py",
+        "            self.noise_std**2 * (self.dim - 1) / r,\n            r,",
+        "            self.noise_std**2 * self.dim / r,\n            r,",
+        "norms-toy",
+    ),
+    Mutant(
+        "toy: relaxation at half the rate",
+        "sde/scale_invariant.py",
+        "decay = -4 * weight_decay * time",
+        "decay = -2 * weight_decay * time",
+        "norms-toy",
+    ),
+    Mutant(
+        "net: NGD's weights not centred",
+        "sde/network.py",
+        "xi.sub_(xi.mean()).mul_(self.noise_scale)",
+        "xi.mul_(self.noise_scale)",
+        None,
+        "tests/sde/test_network.py",
+    ),
+    Mutant(
+        "net: √(n/B) inverted",
+        "sde/network.py",
+        "math.sqrt(n / self.batch_size)",
+        "math.sqrt(self.batch_size / n)",
+        None,
+        "tests/sde/test_network.py",
+    ),
+    Mutant(
+        "regression: noise with B for 1/B",
+        "sde/regression.py",
+        "return 1 / b if self.replacement",
+        "return b if self.replacement",
+        None,
+        "tests/sde/test_regression.py",
+    ),
+    Mutant(
+        "more batches: second weight's sign",
+        "sde/weights.py",
+        "1 / batches - radius * math.sqrt((batches - 1) / batches)",
+        "1 / batches + radius * math.sqrt((batches - 1) / batches)",
+        None,
+        "tests/sde/test_weights.py",
+    ),
+    Mutant(
+        "tail index: factor of 2",
+        "tail_index.py",
+        "excess / (2 * math.log(block))",
+        "excess / math.log(block)",
+        "tail-known",
+    ),
+    Mutant(
+        "batch means: count for count - 1",
+        "series.py",
+        "covariance = centred @ centred.T / (freedom * runs * count)",
+        "covariance = centred @ centred.T / (freedom * count)",
+        None,
+        "tests/test_series.py",
+    ),
+)
+
+
+def plant(mutant: Mutant, folder: Path) -> None:
+    """Copy the package into ``folder`` with the fault in it."""
+    package = folder / "svag_fast"
+    shutil.copytree(ROOT / "svag_fast", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.name}: {mutant.file} holds {text.count(mutant.old)} times what should stand there once"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def caught(mutant: Mutant) -> bool:
+    """Whether `svag-fast verify`, or the unit test, fails on the copy with the fault in it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plant(mutant, folder)
+        if mutant.group is not None:
+            command = ["-m", "svag_fast", "verify", "--fast", "--only", mutant.group, "--out", str(folder / "out")]
+        else:
+            assert mutant.unit_test is not None, mutant.name
+            command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(ROOT / mutant.unit_test)]
+        environment = {**os.environ, "PYTHONPATH": name, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{mutant.name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 1
+
+
+if __name__ == "__main__":
+    wanted = [m for m in MUTANTS if not sys.argv[1:] or m.name in sys.argv[1:]]
+    survivors = 0
+    for mutant in wanted:
+        seen = caught(mutant)
+        survivors += not seen
+        print(f"{'caught' if seen else 'SURVIVES'}: {mutant.name} ({mutant.group or mutant.unit_test})", flush=True)
+    sys.exit(survivors > 0)
