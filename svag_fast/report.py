@@ -151,7 +151,7 @@ class Report:
             for sentence in sentences(verdict):
                 console.print(Padding(sentence, (0, 0, 0, 2)))
         if self.prediction is not None:
-            console.print("[bold]Foretold from the smallest batch's SGD runs alone[/bold]", highlight=False)
+            console.print("[bold]Predicted from the smallest batch's SGD runs alone[/bold]", highlight=False)
             for sentence in self.prediction.sentences():
                 console.print(Padding(sentence, (0, 0, 0, 2)))
 
