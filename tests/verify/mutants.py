@@ -232,10 +232,10 @@ MUTANTS = (
     ),
     # the processes and their closed forms
     Mutant(
-        "SVAG's process: lr for lr/l",
+        "SVAG's process: l² for l",
         "sde/processes.py",
-        '        """lr/l: l steps are one effective step."""\n        return self.lr / self.l\n\n    @property\n    def estimates(self) -> tuple[GradientEstimate, ...]:\n        """The weighted',
-        '        """lr/l: l steps are one effective step."""\n        return self.lr\n\n    @property\n    def estimates(self) -> tuple[GradientEstimate, ...]:\n        """The weighted',
+        "svag_weights(self.l, self.batches) if w",
+        "svag_weights(self.l**2, self.batches) if w",
         "lemma-4.7",
     ),
     Mutant(
@@ -344,18 +344,21 @@ MUTANTS = (
 )
 
 
+def faulty_text(mutant: Mutant) -> str:
+    """The file with the fault in it."""
+    text = (ROOT / "svag_fast" / mutant.file).read_text()
+    if (count := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} holds {count} times what should stand there once")
+    return text.replace(mutant.old, mutant.new)
+
+
 def plant(mutant: Mutant, folder: Path) -> None:
     """Copy the package into ``folder`` with the fault in it."""
     package = folder / "svag_fast"
-    shutil.copytree(ROOT / "svag_fast", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "svag_fast", package, ignore=shutil.ignore_patterns("__pycache__"), copy_function=os.symlink)
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    path = package / mutant.file
-    text = path.read_text()
-    if text.count(mutant.old) != 1:
-        raise ValueError(
-            f"{mutant.name}: {mutant.file} holds {text.count(mutant.old)} times what should stand there once"
-        )
-    path.write_text(text.replace(mutant.old, mutant.new))
+    (package / mutant.file).unlink()  # a link to the real one
+    (package / mutant.file).write_text(faulty_text(mutant))
 
 
 def caught(mutant: Mutant) -> bool:
