@@ -40,7 +40,7 @@ def lemma_4_7(settings: Settings) -> Outcome:
     outcome = Outcome()
     for name, step in _ways().items():
         for l in LS:
-            outcome.checks += _moment_checks(name, step, l)
+            outcome.checks += [_formula_check(name, step, l), *_moment_checks(name, step, l)]
     for name in _backends("svag_step_"):
         outcome.checks += _statistics_checks(name)
     return outcome
@@ -172,6 +172,15 @@ def _by_loss(x: Tensor, g1: Tensor, g2: Tensor, l: float) -> Tensor:
     svag_loss(parameter @ g1, parameter @ g2, l).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return parameter.detach()
+
+
+def _formula_check(name: str, step: Stepper, l: float) -> Check:
+    """One step by equation 5 itself: the moments can't tell the two batches from each other."""
+    g1, g2 = GRADS[0], GRADS[1]
+    c1, c2 = (1 + math.sqrt(2 * l - 1)) / 2, (1 - math.sqrt(2 * l - 1)) / 2
+    expected = START - LR / l * (c1 * g1 + c2 * g2 + DECAY * START)
+    off = float((step(START.clone(), g1.clone(), g2.clone(), l) - expected).abs().max())
+    return exact_check("eq. 5", f"{name}, l = {l:g}: one step", off, TOLERANCE)
 
 
 def _moment_checks(name: str, step: Stepper, l: float) -> list[Check]:
