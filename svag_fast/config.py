@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ else:
 
 TRAIN_SIZES = {"digits": 1437, "fashion-mnist": 60_000}
 SAMPLINGS = ("distinct", "replacement")
+INITS = ("shared", "own")
 SCHEDULES: dict[str, Callable[[float], float]] = {
     # fraction of the effective steps done, in [0, 1) -> factor on lr
     "constant": lambda done: 1.0,
@@ -53,6 +54,7 @@ class Settings:
         model: name for `svag_fast.models.build_model`.
         weight_decay: the paper's lambda.
         schedule: lr's factor as a function of the fraction of effective steps done.
+        init: initial weights: "shared" by all runs, or each run's "own", drawn by its seed; the fixed head is shared.
         sampling: "distinct" (a batch holds no image twice) or "replacement"; every batch is a fresh draw.
         backend: of the fused step.
         device: where net and data live.
@@ -66,6 +68,7 @@ class Settings:
     model: str = "digits-net"
     weight_decay: float = 0.03
     schedule: str = "step"
+    init: str = "shared"
     sampling: str = "distinct"
     backend: str = "auto"
     device: str = "cpu"
@@ -74,7 +77,13 @@ class Settings:
     evaluations: int = 60
 
     def __post_init__(self) -> None:
-        for name, known in (("dataset", TRAIN_SIZES), ("schedule", SCHEDULES), ("sampling", SAMPLINGS)):
+        choices: dict[str, Collection[str]] = {
+            "dataset": TRAIN_SIZES,
+            "schedule": SCHEDULES,
+            "init": INITS,
+            "sampling": SAMPLINGS,
+        }
+        for name, known in choices.items():
             value = getattr(self, name)
             _check(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}")
         for name in ("model", "backend", "device"):
@@ -92,7 +101,7 @@ class RunConfig(Settings):
         batch_size: B, of each of SVAG's two batches.
         lr: the paper's eta at schedule factor 1; the step taken is lr/l.
         l: SVAG's hyperparameter; 1 is SGD.
-        seed: of the batches; the initial weights are the same for all runs.
+        seed: of the batches and, where init is "own", of the initial weights.
         effective_steps: length; l steps are one effective step.
     """
 

@@ -19,6 +19,8 @@ Array: TypeAlias = NDArray[np.float64]
 # What a run's config.json must say for its curve to be placed among the others.
 _NEEDED = ("batch_size", "lr", "weight_decay", "l", "seed", "effective_steps")
 _TEXT_COLUMN = "noise_source"
+# A run in which one of these stops being finite has diverged.
+MUST_BE_FINITE = ("train_loss", "amplified_loss", "test_loss", "grad_sq_norm", "noise_trace", "weight_sq_norm")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Run:
     metrics: dict[str, Array]
     noise_source: str | None = None
     """What G and N were estimated from, as metrics.csv says."""
+    diverged_at: float | None = None
+    """The effective step of the first row with a loss, weight norm, G or N that is not finite."""
 
     @property
     def batch_size(self) -> int:
@@ -158,9 +162,9 @@ def load_run(folder: Path) -> Run:
     return Run(folder.name, config, *_load_metrics(folder / "metrics.csv"))
 
 
-def _load_metrics(path: Path) -> tuple[dict[str, Array], str | None]:
+def _load_metrics(path: Path) -> tuple[dict[str, Array], str | None, float | None]:
     if not path.exists():  # the run has only just started
-        return {"effective_step": np.empty(0), "lr": np.empty(0)}, None
+        return {"effective_step": np.empty(0), "lr": np.empty(0)}, None, None
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()  # a line without its end is still being written
     rows = list(csv.reader(lines))
@@ -170,6 +174,7 @@ def _load_metrics(path: Path) -> tuple[dict[str, Array], str | None]:
             raise ValueError(f"{path}: no column {needed!r}; its first line is {lines[0]!r}")
     columns: dict[str, Array] = {}
     source = None
+    diverged = np.zeros(max(len(rows) - 1, 0), dtype=bool)
     for index, name in enumerate(header):
         if name == _TEXT_COLUMN:
             source = next((row[index] for row in reversed(rows[1:]) if row[index:]), None)
@@ -180,10 +185,13 @@ def _load_metrics(path: Path) -> tuple[dict[str, Array], str | None]:
                 values[number] = float(row[index]) if row[index] else math.nan
             except (ValueError, IndexError) as error:
                 raise ValueError(f"{path}, line {number + 2}: {name} is not a number in {row}") from error
+            # an empty cell was not measured; a nan that stands there was
+            diverged[number] |= name in MUST_BE_FINITE and bool(row[index]) and not math.isfinite(values[number])
         columns[name] = values
     if (np.diff(columns["effective_step"]) < 0).any():
         raise ValueError(f"{path}: effective_step goes back; are these two runs' rows in one file?")
-    return columns, source
+    at = float(columns["effective_step"][diverged.argmax()]) if diverged.any() else None
+    return columns, source, at
 
 
 def _require_comparable(runs: list[Run]) -> None:

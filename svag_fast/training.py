@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +22,10 @@ from torch.nn import functional as F
 
 from svag_fast.checkpoint import load_checkpoint, save_checkpoint
 from svag_fast.config import RunConfig
+from svag_fast.curves import MUST_BE_FINITE
 from svag_fast.data import Dataset, draw_batch, load_dataset
 from svag_fast.files import remove_leftovers, replace_file
-from svag_fast.models import build_model
+from svag_fast.models import FixedHeadNet, build_model
 from svag_fast.noise import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
@@ -59,9 +61,7 @@ class Training:
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
         self.config = config
         self.data = dataset
-        self.model = build_model(
-            config.model, in_channels=dataset.train_images.shape[1], num_classes=dataset.num_classes
-        ).to(config.device)
+        self.model = _initial_model(config, dataset).to(config.device)
         self.gradients = TwoBatchGradients(self.model)
         self.optimizer = SVAG(
             self.gradients.params,
@@ -71,7 +71,7 @@ class Training:
             backend=config.backend,
         )
         # A stream of batches each, so that SGD's path does not depend on the batches that only measure its noise.
-        self.streams = [torch.Generator().manual_seed(_stream_seed(config, stream)) for stream in range(2)]
+        self.streams = [torch.Generator().manual_seed(_seed(config, f"stream {stream}")) for stream in range(2)]
         self.step = 0
         self.seconds = 0.0
         self.rows: list[Row] = [self._first_row()]
@@ -140,6 +140,11 @@ class Training:
         self.rows.append(row)
         self.seconds = 0.0
         self._clear_sums()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last row has a loss, weight norm, G or N that is not finite: no number can follow."""
+        return _diverged(self.rows[-1])
 
     @property
     def noise_source(self) -> str:
@@ -216,7 +221,10 @@ def train(
     on_progress: Callable[[int], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train one run in `folder`, from its checkpoint if it has one; return whether it reached its end.
+    """Train one run in `folder`, from its checkpoint if it has one; return whether nothing is left to do.
+
+    A run ends at its last step, or at the first row in which a loss, the weights, G or N are not finite: it has
+    diverged, and that row is its last.
 
     `folder` gets config.json, metrics.csv (as old as the last checkpoint), checkpoint.pt and, if asked for,
     TensorBoard's events.
@@ -241,7 +249,7 @@ def train(
     checkpoint = folder / "checkpoint.pt"
     with _alone_in(folder):
         state = load_checkpoint(checkpoint, identity) if checkpoint.exists() else None
-        if state is not None and state["step"] == config.steps:
+        if state is not None and (state["step"] == config.steps or _diverged(state["rows"][-1])):
             return True
         training = Training(config, load_dataset(config.dataset).to(config.device))
         if state is not None:
@@ -254,7 +262,7 @@ def train(
         events = _Events(folder) if tensorboard else None
         saved_at = mark = time.monotonic()
         stopped = False
-        while training.step < config.steps and not stopped:
+        while training.step < config.steps and not stopped and not training.diverged:
             training.take_step()
             stopped = should_stop()
             if training.step in row_steps:
@@ -262,14 +270,15 @@ def train(
                 training.end_row()
                 on_progress(training.step)
                 mark = time.monotonic()
-            if stopped or training.step == config.steps or time.monotonic() - saved_at > checkpoint_seconds:
+            done = training.step == config.steps or training.diverged
+            if stopped or done or time.monotonic() - saved_at > checkpoint_seconds:
                 training.seconds += time.monotonic() - mark
                 save_checkpoint(checkpoint, identity, training.state_dict())
                 write_metrics(folder / "metrics.csv", training.rows)
                 if events is not None:
                     events.write(training.rows)
                 saved_at = mark = time.monotonic()
-        return training.step == config.steps
+        return training.step == config.steps or training.diverged
 
 
 @torch.no_grad()
@@ -331,6 +340,22 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _stream_seed(config: RunConfig, stream: int) -> int:
-    name = f"seed {config.seed}, batch size {config.batch_size}, l {config.l:g}, stream {stream}"
+def _diverged(row: Row) -> bool:
+    return not all(math.isfinite(value) for name in MUST_BE_FINITE if isinstance(value := row[name], float))
+
+
+def _initial_model(config: RunConfig, dataset: Dataset) -> FixedHeadNet:
+    """Build the net with its initial weights; the head, which is part of the problem, is the same for all runs."""
+    shape = {"in_channels": dataset.train_images.shape[1], "num_classes": dataset.num_classes}
+    model = build_model(config.model, **shape)
+    if config.init == "shared":
+        return model
+    own = build_model(config.model, **shape, seed=_seed(config, "initial weights"))
+    own.head.copy_(model.head)
+    return own
+
+
+def _seed(config: RunConfig, purpose: str) -> int:
+    """Return a seed of this run's own: runs of different seed, batch size or l are independent."""
+    name = f"seed {config.seed}, batch size {config.batch_size}, l {config.l:g}, {purpose}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

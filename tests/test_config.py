@@ -77,6 +77,7 @@ def test_schedules_have_their_shapes():
         ({"effective_steps": 10, "epochs": 1}, "epochs must be alone"),
         ({"epochs": 0}, "epochs must be a positive number"),
         ({"schedule": "linear"}, "schedule must be one of constant, step, cosine, triangle"),
+        ({"init": "zero"}, "init must be one of shared, own"),
         ({"sampling": "shuffled"}, "sampling must be one of distinct, replacement"),
         ({"threads": 0}, "threads must be a positive integer"),
     ],

@@ -52,6 +52,22 @@ def test_unfinished_runs_are_read_as_far_as_they_are(tmp_path: Path) -> None:
     assert math.isnan(runs[1].first_phase_mean("lr"))
 
 
+@pytest.mark.parametrize("column", ["train_loss", "amplified_loss", "test_loss", "grad_sq_norm", "weight_sq_norm"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_run_has_diverged_at_the_first_row_with_a_number_that_is_not_finite(
+    tmp_path: Path, column: str, value: str
+) -> None:
+    """An empty cell was only not measured; N/G may be infinite where G is 0."""
+    metrics = write_run(tmp_path) / "metrics.csv"
+    assert load_runs(tmp_path)[0].diverged_at is None
+    header, *rows = [line.split(",") for line in metrics.read_text().splitlines()]
+    rows[20][header.index("nsr")] = "inf"
+    for row in rows[30:]:
+        row[header.index(column)] = value
+    metrics.write_text("".join(",".join(row) + "\n" for row in [header, *rows]))
+    assert load_runs(tmp_path)[0].diverged_at == pytest.approx(30 / 40 * 1504)
+
+
 def test_a_run_has_finished_when_no_whole_step_is_left(tmp_path: Path) -> None:
     """122 steps of l = 1.3 are 93.85 effective steps, the nearest to 94."""
     for seed, steps in enumerate((121, 122)):

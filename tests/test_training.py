@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from svag_fast.checkpoint import CheckpointError
 from svag_fast.config import RunConfig
+from svag_fast.curves import load_run
 from svag_fast.data import load_dataset
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.training import COLUMNS, RunBusyError, Training, _alone_in, train
@@ -111,6 +112,21 @@ def test_all_runs_start_from_the_same_weights_and_seeds_and_l_draw_their_own_bat
     assert len(set(draws)) == len(draws)
 
 
+def test_own_initial_weights_differ_by_run_and_the_fixed_head_does_not():
+    changes = ({}, {"seed": 1}, {"l": 4}, {"batch_size": 16})
+    shared = Training(config(), DIGITS).model.state_dict()
+    own = [Training(config(init="own", **c), DIGITS).model.state_dict() for c in changes]
+    again = Training(config(init="own"), DIGITS).model.state_dict()
+    assert all(torch.equal(own[0][k], v) for k, v in again.items())
+    trained = [k for k in shared if k != "head"]
+    for i, one in enumerate(own):
+        assert torch.equal(one["head"], shared["head"])
+        for other in [shared, *own[:i]]:
+            assert not any(torch.equal(one[k], other[k]) for k in trained)
+        for k in trained:
+            assert float(one[k].std() / shared[k].std()) == pytest.approx(1, abs=0.3)
+
+
 def test_evaluated_rows_hold_the_plain_mean_loss_and_accuracy_of_all_the_data(tmp_path):
     assert train(config(), tmp_path)
     run = Training(config(), DIGITS)
@@ -202,9 +218,36 @@ def test_tensorboard_gets_every_row_once_also_across_an_interruption(tmp_path):
     assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
 
 
-def test_a_run_that_diverges_ends_with_the_truth_in_its_rows(tmp_path):
-    assert train(config(model="preresnet8-none", lr=1e6, effective_steps=4, rows=2), tmp_path)
-    assert math.isnan(float(rows(tmp_path)[-1]["train_loss"]))
+DIVERGING = {"model": "preresnet8-none", "lr": 1e6, "effective_steps": 40, "rows": 20, "evaluations": 20}
+
+
+def test_a_run_that_diverges_stops_at_the_first_row_that_shows_it(tmp_path):
+    """Its last row alone has a number that is not finite; it is complete, and is left alone when resumed."""
+    assert train(config(**DIVERGING), tmp_path)
+    measured = [
+        (row["train_loss"], row["amplified_loss"], row["test_loss"], row["grad_sq_norm"]) for row in rows(tmp_path)
+    ]
+    finite = [all(math.isfinite(float(cell)) for cell in cells if cell) for cells in measured]
+    assert finite == [True] * (len(finite) - 1) + [False]
+    assert len(finite) < 20
+    before = (tmp_path / "metrics.csv").read_bytes()
+    steps = []
+    assert train(config(**DIVERGING), tmp_path, on_progress=steps.append)
+    assert steps == []
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert load_run(tmp_path).diverged_at == float(rows(tmp_path)[-1]["effective_step"])
+    assert not load_run(tmp_path).finished
+
+
+@pytest.mark.parametrize(
+    "column", ["train_loss", "amplified_loss", "test_loss", "grad_sq_norm", "noise_trace", "weight_sq_norm"]
+)
+def test_any_loss_weight_g_or_n_that_is_not_finite_is_a_divergence(column):
+    run = Training(config(), DIGITS)
+    assert not run.diverged
+    for value in (math.nan, math.inf, -math.inf):
+        run.rows[-1] = run.rows[-1] | {column: value}
+        assert run.diverged
 
 
 def test_rows_say_where_the_noise_comes_from_and_what_it_cost():
