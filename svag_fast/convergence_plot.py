@@ -1,4 +1,4 @@
-"""The picture of the main job: does SVAG converge as l grows, and does SGD stay with the limit?"""
+"""The picture of the main job: the curves of every l, their limit, and the theorem itself, means against 1/l."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from svag_fast.curves import Array, Run, group_by_batch_size, group_by_l
-from svag_fast.estimate import Estimate
-from svag_fast.plots import GREY, l_colors
-from svag_fast.verdict import Verdict
-from svag_fast.verdict_text import headline, unit
+from svag_fast.phases import END, common_phases
+from svag_fast.plots import GREY, INK, l_colors
+from svag_fast.verdict import Cell, Verdict, same_sde
+from svag_fast.verdict_text import headline, svag_answer, unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SMOOTH = 0.08  # of the run: the window that drawn lines are averaged over
-_LABEL_GAP = 0.062  # of the panel's height: the least distance between two labels at the right
+_LABEL_GAP = 0.062  # of the upper panels' height: the least distance between two labels at the right
+_LAW_LABEL_GAP = 0.12  # of the lower panels'
+_MARKS = ("o", "s", "D", "^", "v")
+_SOFT = "#5B626B"
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,15 @@ class _Line:
 
 
 def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figure:
-    """Draw, for each batch size, the metric against effective steps for every l, and each l's distance to the largest.
+    """Draw, for each batch size, the first metric's curves with their limit, and each metric's means against 1/l.
 
-    Lines are means over finished seeds, averaged over a moving window of the run; bands are one run's standard
-    deviation about them; unfinished runs are thin lines. The upper axis is the SDE's time, the sum of lr/l. Every panel
-    after the first carries the first one's largest l, in grey and against time: under the linear scaling rule the two
-    have the same limit. Any number of batch sizes, finished runs or not, can be drawn.
+    Lines are means over finished runs, averaged over a moving window of the run; bands are one run's standard deviation
+    about them; unfinished runs are thin lines, and diverged ones end in a cross. The black bars are the fitted limit of
+    each phase, over the window that is averaged, with its interval; the grey ones in later panels are the first panel's
+    (under the linear scaling rule the two are the same). The upper axis is the SDE's time, the sum of lr/l. Below, the
+    means over runs of each part stand against 1/l with the line m_inf + a/l, solid where it was fitted; the limit with
+    its interval is at 1/l = 0, and the shade around it is the margin. Any number of batch sizes, finished runs or not,
+    can be drawn.
 
     Args:
         runs: From :func:`svag_fast.curves.load_runs`.
@@ -54,27 +60,26 @@ def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figu
 
     groups = list(group_by_batch_size(runs).values())
     columns = len(groups)
+    metrics = list(verdicts[0].cells)
     width = 5.7 if columns < 3 else 4.8  # of a panel with its labels, in inches
-    metric = verdicts[0].metric
-    factor, _ = unit(metric)
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.09, wspace=0.03)
-    figure = Figure(figsize=(2.2 + width * columns, 7.6), layout=layout)
-    axes = figure.subplots(2, columns, squeeze=False, height_ratios=[3, 1.2], sharey="row")
+    figure = Figure(figsize=(2.2 + width * columns, 5.6 + 2.3 * len(metrics)), layout=layout)
+    axes = figure.subplots(1 + len(metrics), columns, squeeze=False, height_ratios=[3] + [1.7] * len(metrics))
     colors = l_colors([run.l for run in runs])
-    reference = None
+    for column in range(1, columns):
+        axes[0, column].sharey(axes[0, 0])
+        axes[0, column].tick_params(labelleft=False)
+    lines = [_curves(a, g, v, metrics[0], colors) for a, g, v in zip(axes[0], groups, verdicts, strict=True)]
     for column, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
-        _curves_panel(axes[0, column], group, verdict, colors, reference)
-        _distance_panel(axes[1, column], verdict, colors, factor, width)
-        reference = reference or _reference(group, verdict)
-    axes[0, 0].set_ylabel(_axis_name(metric))
-    if factor == 100:
-        axes[0, 0].set_ylim(0, 100)
-    axes[1, 0].set_ylabel("distance to\nlargest l" + (" (points)" if factor == 100 else ""), fontsize=12)
-    measured = [c.curve for v in verdicts for c in v.comparisons.values() if c.curve is not None]
-    if measured:
-        axes[1, 0].set_ylim(0, 1.3 * factor * max(max(c.high, c.seed_noise) for c in measured))
-    else:
-        axes[1, 0].set_yticks([])
+        first = verdicts[0] if column and same_sde(verdicts[0], verdict) else None
+        _limits_and_labels(axes[0, column], group, verdict, metrics[0], lines[column], first)
+        for row, metric in enumerate(metrics, 1):
+            _law_panel(axes[row, column], verdict, metric, colors)
+        title = "\n".join(textwrap.fill(line, int(width * 8.5)) for line in _short_verdict(verdict))
+        axes[1, column].set_title(title, fontsize=13, weight="normal")
+        axes[-1, column].set_xlabel("1/l    (0: the limit,  1: SGD)")
+    for row, metric in zip(axes[:, 0], [metrics[0], *metrics], strict=True):
+        row.set_ylabel(_axis_name(metric))
     _titles(figure, runs, verdicts)
     return figure
 
@@ -83,41 +88,36 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     width = figure.get_figwidth()
     title = textwrap.fill(headline(verdicts), int(width * 7.2))
     figure.suptitle(title, x=0.01, ha="left", fontsize=19, fontweight="bold")
-    finished = sum(run.finished for run in runs)
+    finished = sum(run.finished and run.diverged_at is None for run in runs)
+    diverged = sum(run.diverged_at is not None for run in runs)
     config = runs[0].config
     parts = [f"{config.get('dataset')}", f"{config.get('model')}", f"weight decay {config['weight_decay']:g}"]
     seeds = {len({run.seed for run in group}) for group in group_by_l(runs).values()}
     parts.append(f"{max(seeds)} seed{'s' if max(seeds) > 1 else ''}" + (" at most" if len(seeds) > 1 else ""))
+    starts = {run.config.get("init", "shared") for run in runs}
+    said = {"shared": "one initialisation for all runs", "own": "each run from its own initialisation"}
+    parts.append(said.get(starts.pop(), "") if len(starts) == 1 else "initialisations mixed")
     if finished < len(runs):
         parts.append(f"{finished} of {len(runs)} runs finished")
-    parts.append("bands and grey bars: standard deviation of one run")
+    if diverged:
+        parts.append(f"{diverged} diverged (×)")
+    parts.append("colour bands: standard deviation of one run")
+    level = f"{100 * verdicts[0].confidence:g} % interval"
+    parts.append(f"bars on means: standard error, on limits: {level}; green: the margin about the limit")
     caption = textwrap.fill(" · ".join(parts), int(width * 11))
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=11.5, color="#5B626B")
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=11.5, color=_SOFT)
 
 
-def _curves_panel(
-    axes: Axes,
-    runs: Sequence[Run],
-    verdict: Verdict,
-    colors: Mapping[float, str],
-    reference: tuple[Run, _Line] | None,
-) -> None:
-    factor, _ = unit(verdict.metric)
+def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colors: Mapping[float, str]) -> list[_Line]:
+    """Draw one batch size's curves, and return the means over runs."""
+    factor, _ = unit(metric)
     lines = []
-    total = max(run.effective_steps for run in runs)
-    clock = max(runs, key=lambda run: (run.finished, run.l, len(run.metrics["effective_step"])))
-    if reference is not None and _same_limit(reference[0], runs[0]):
-        line = _at_same_time(*reference, clock)
-        if line is not None:
-            axes.plot(line.x, line.y, color=GREY, lw=5, alpha=0.55, zorder=1.5)
-            lines.append(line)
     for l, group in group_by_l(runs).items():
         color = colors[l]
         for run in group:
-            if not run.finished:
-                x, y = run.series(verdict.metric) if len(run.metrics["effective_step"]) else (np.empty(0), np.empty(0))
-                axes.plot(x, factor * y, color=color, lw=0.9, alpha=0.7, zorder=2)
-        mean = _mean_line([run for run in group if run.finished], verdict.metric)
+            if not run.finished or run.diverged_at is not None:
+                _unfinished_line(axes, run, metric, color)
+        mean = _mean_line([run for run in group if run.finished and run.diverged_at is None], metric)
         if mean is None:
             continue
         x, y, sd = mean
@@ -127,58 +127,138 @@ def _curves_panel(
         axes.fill_between(x, low, high, color=color, alpha=0.13, lw=0, zorder=2)
         axes.plot(x, factor * y, color=color, lw=3 if l in (1, verdict.largest_l) else 2.2, zorder=3, label=_l_name(l))
         lines.append(_Line(x, factor * y, _l_name(l), color, l))
-    axes.set_xlim(0, total)
-    axes.set_xlabel("effective steps  k/l")
+    if factor == 100:
+        axes.set_ylim(0, 100)
     axes.set_title(f"B = {verdict.batch_size},  lr = {verdict.lr:.4g}", pad=10)
     if not any(len(run.metrics["effective_step"]) for run in runs):
         axes.text(0.5, 0.5, "no run has come this far", transform=axes.transAxes, ha="center", color=GREY)
-    _end_labels(axes, lines, 100.0 if factor == 100 else None)
-    _time_axis(axes, clock, total)
+    return lines
 
 
-def _distance_panel(axes: Axes, verdict: Verdict, colors: Mapping[float, str], factor: float, width: float) -> None:
-    axes.set_title(_short_verdict(verdict), fontsize=13, weight="normal")
-    axes.grid(visible=False, axis="x")
-    if verdict.largest_l is None or not any(comparison.curve for comparison in verdict.comparisons.values()):
-        axes.text(0.5, 0.5, "needs two finished seeds of two l", transform=axes.transAxes, ha="center", color=GREY)
-        axes.set_xticks([])
+def _limits_and_labels(
+    axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, lines: list[_Line], first: Verdict | None
+) -> None:
+    """Add each phase's limit, names at the right, and the time axis, once all panels' curves have set the scale."""
+    factor, _ = unit(metric)
+    total = max(run.effective_steps for run in runs)
+    axes.autoscale(enable=False, axis="y")  # a wide interval of the limit must not squeeze the curves
+    ended = [run for run in runs if run.finished and run.diverged_at is None]
+    windows = {part: window for part, window in common_phases(ended).items() if part != END} if ended else {}
+    if first is not None:
+        lines += _limit_bars(axes, windows, first.cells[metric], factor, GREY, f"limit at B = {first.batch_size}", 1e9)
+    lines += _limit_bars(axes, windows, verdict.cells[metric], factor, INK, "limit", 2e9)
+    axes.set_xlim(0, total)
+    axes.set_xlabel("effective steps  k/l")
+    _end_labels(axes, lines, _LABEL_GAP)
+    _time_axis(axes, max(runs, key=lambda run: (run.finished, run.l, len(run.metrics["effective_step"]))), total)
+
+
+def _unfinished_line(axes: Axes, run: Run, metric: str, color: str) -> None:
+    """Draw a run that has not come to its end, thinly, and a cross where it diverged."""
+    if not len(run.metrics["effective_step"]):
         return
-    ls = [*verdict.comparisons, verdict.largest_l]
-    roomy = width > 1.1 * len(ls)
-    for place, l in enumerate(ls):
-        comparison = verdict.comparisons.get(l)
-        if comparison is None:
-            axes.plot(place, 0, "o", ms=9, mfc="white", mec=colors[l], mew=2, zorder=3, clip_on=False)
-            axes.annotate("reference", (place, 0), (0, 9), textcoords="offset points", ha="center", color=GREY, size=11)
-        elif comparison.curve is not None:
-            found = comparison.curve
-            axes.bar(place, factor * found.seed_noise, width=0.62, color="#DADDE1", zorder=1.5)
-            size = factor * found.size.value
-            errors = [[size - factor * found.low], [factor * found.high - size]]
-            axes.errorbar(place, size, errors, fmt="o", ms=9, color=colors[l], capsize=4, elinewidth=2, zorder=3)
-            error = factor * found.size.standard_error
-            label = f"{size:.1f}" if factor == 100 else f"{size:.2g}"
-            if roomy:
-                label = f"{size:.1f} ± {error:.1f}" if factor == 100 else str(Estimate(size, error))
-            above = (place, factor * found.high)
-            axes.annotate(label, above, (0, 7), textcoords="offset points", ha="center", size=12, weight="bold")
-    axes.set_xticks(range(len(ls)), ["SGD" if l == 1 else f"l = {l:g}" for l in ls])
-    axes.set_xlim(-0.6, max(len(ls), 1) - 0.4)
+    factor, _ = unit(metric)
+    x, y = run.series(metric)
+    x, y = x[np.isfinite(y)], factor * y[np.isfinite(y)]
+    axes.plot(x, y, color=color, lw=0.9, alpha=0.7, zorder=2)
+    if run.diverged_at is not None and len(y):
+        axes.plot([x[-1], run.diverged_at], [y[-1], y[-1]], color=color, lw=0.9, ls=":", zorder=2)
+        axes.plot(run.diverged_at, y[-1], "x", color=color, ms=11, mew=3, zorder=4, clip_on=False)
 
 
-def _short_verdict(verdict: Verdict) -> str:
-    svag = {
-        "converged": f"SVAG has converged by l = {verdict.converged_by or 0:g}",
-        "not converged": f"SVAG has not converged by l = {verdict.largest_l or 0:g}",
-        "cannot tell": "SVAG: cannot tell yet",
-    }
-    sgd = {
-        "matches": "SGD matches it",
-        "departs": "SGD departs",
-        "cannot tell": "SGD: cannot tell yet",
-        "not run": "no SGD",
-    }
-    return f"{svag[verdict.convergence]}; {sgd[verdict.sgd]}"
+def _limit_bars(
+    axes: Axes,
+    windows: Mapping[str, tuple[float, float]],
+    cells: Mapping[str, Cell],
+    factor: float,
+    color: str,
+    label: str,
+    rank: float,
+) -> list[_Line]:
+    """Draw each phase's limit and its interval over the window that is averaged; return the last as a labelled line."""
+    drawn = []
+    for part, (begin, end) in windows.items():
+        cell = cells.get(part)
+        if cell is None or cell.limit is None or cell.limit_interval is None:
+            continue
+        low, high = (factor * value for value in cell.limit_interval)
+        axes.fill_between([begin, end], low, high, color=color, alpha=0.16, lw=0, zorder=1.5)
+        axes.plot([begin, end], [factor * cell.limit] * 2, color=color, lw=2, ls=(0, (4, 1.5)), zorder=3.6)
+        drawn.append(_Line(np.array([begin, end]), np.full(2, factor * cell.limit), label, color, rank))
+    return drawn[-1:]
+
+
+def _law_panel(axes: Axes, verdict: Verdict, metric: str, colors: Mapping[float, str]) -> None:
+    """Draw one metric's means against 1/l, on the scale of the means: an interval may leave the panel."""
+    factor, _ = unit(metric)
+    axes.grid(visible=False, axis="x")
+    axes.set_xlim(-0.07, 1.05)
+    cells = {part: cell for part, cell in _shown_parts(verdict, metric).items() if cell.means}
+    if not cells:
+        axes.text(0.5, 0.5, "no run has finished", transform=axes.transAxes, ha="center", color=GREY)
+        axes.set(xticks=[], yticks=[])
+        return
+    levels = [factor * mean.value for cell in cells.values() for mean in cell.means.values()]
+    limits = [factor * cell.limit for cell in cells.values() if cell.limit is not None]
+    room = 0.3 * (max(levels) - min(levels)) or 0.1 * abs(levels[0]) or 1.0
+    inside = np.clip([*levels, *limits], min(levels) - room, max(levels) + room)
+    bars = max((factor * (m.standard_error or 0) for cell in cells.values() for m in cell.means.values()), default=0.0)
+    pad = max(0.4 * room, min(1.2 * bars, 2 * room))
+    axes.set_ylim(inside.min() - pad, inside.max() + pad)
+    axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
+    lines = [_law(axes, part, cell, i, factor, colors) for i, (part, cell) in enumerate(cells.items())]
+    _end_labels(axes, lines, _LAW_LABEL_GAP)
+    ls = sorted({l for cell in cells.values() for l in cell.means}, reverse=True)
+    ticks = [0.0, *(1 / l for l in ls)]
+    names = ["0", *("1" if l == 1 else f"1/{l:g}" for l in ls)]
+    for i in reversed(range(1, len(ticks) - 1)):  # names that would touch their neighbour's are left out
+        right = next(tick for tick, text in zip(ticks[i + 1 :], names[i + 1 :], strict=True) if text)
+        if ticks[i] < 0.1 or right - ticks[i] < 0.1:
+            names[i] = ""
+    axes.set_xticks(ticks, names)
+
+
+def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: Mapping[float, str]) -> _Line:
+    """Draw one part's means, its fitted line and limit; return the line to label, which ends at SGD."""
+    for l, mean in cell.means.items():
+        bar = None if mean.standard_error is None else factor * mean.standard_error
+        mark = _MARKS[index % len(_MARKS)]
+        axes.errorbar(
+            1 / l, factor * mean.value, bar, fmt=mark, ms=8, color=colors[l], capsize=3, elinewidth=1.6, zorder=3
+        )
+    least = min(cell.means)
+    end = factor * cell.means[least].value
+    if cell.limit is not None and cell.slope is not None and cell.limit_interval is not None:
+        assert cell.margin is not None  # comes with the limit
+        limit, slope, margin = (factor * value for value in (cell.limit, cell.slope, cell.margin))
+        axes.axhspan(limit - margin, limit + margin, color="#DCE9DF", lw=0, zorder=1)
+        known, beyond = 1 / cell.fitted[0], 1 / least
+        axes.plot([0, known], [limit, limit + slope * known], color=INK, lw=1.6, zorder=2)
+        axes.plot([known, beyond], [limit + slope * x for x in (known, beyond)], color=INK, lw=1.2, ls=":", zorder=2)
+        low, high = (factor * value for value in cell.limit_interval)
+        axes.errorbar(
+            0, limit, [[limit - low], [high - limit]], fmt=_MARKS[index % len(_MARKS)], ms=8, mfc="white", mec=INK,
+            ecolor=INK, capsize=3, elinewidth=1.6, zorder=4,
+        )  # fmt: skip
+    label = f"{part}: {cell.answer}" if cell.sgd else part
+    return _Line(np.array([1.0]), np.array([end]), label, INK, index)
+
+
+def _shown_parts(verdict: Verdict, metric: str) -> Mapping[str, Cell]:
+    """The phases; or the end, where there is no phase (it lies on the last phase's points otherwise)."""
+    cells = verdict.cells[metric]
+    return {part: cell for part, cell in cells.items() if part != END} or cells
+
+
+def _short_verdict(verdict: Verdict) -> list[str]:
+    if verdict.answer == "diverged":
+        return ["every run diverged: no verdict"]
+    said = {"matches": "SGD matches the limit", "departs": "SGD departs from the limit", "open": "SGD: open"}
+    cells = [cell for parts in verdict.cells.values() for cell in parts.values()]
+    answer, by = svag_answer(cells)
+    svag = f"SVAG: {answer}" + ("" if by is None else f" by l = {by:g}")
+    law = "; 1/l regime not reached" if any(cell.regime_reached is False for cell in cells) else ""
+    return [said[verdict.answer], f"{svag}{law}"]
 
 
 def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:
@@ -211,48 +291,18 @@ def _moving_mean(x: Array, y: Array, breaks: Array) -> Array:
     return means
 
 
-def _reference(runs: Sequence[Run], verdict: Verdict) -> tuple[Run, _Line] | None:
-    """The largest l's curve of a panel, and a run whose times belong to it."""
-    finished = [run for run in runs if run.finished and run.l == verdict.largest_l]
-    mean = _mean_line(finished, verdict.metric)
-    if mean is None:
-        return None
-    factor, _ = unit(verdict.metric)
-    label = f"B = {verdict.batch_size}, l = {verdict.largest_l:g}"
-    return finished[0], _Line(mean[0], factor * mean[1], label, "#6B727B", np.inf)
-
-
-def _same_limit(a: Run, b: Run) -> bool:
-    """Whether lr/B, and with it the SDE, is the same: the linear scaling rule."""
-    return abs(a.lr * b.batch_size / (b.lr * a.batch_size) - 1) < 1e-6
-
-
-def _at_same_time(source: Run, line: _Line, target: Run) -> _Line | None:
-    """``line`` moved from the effective steps of ``source`` to those at which ``target`` has the same time."""
-    if not target.finished:
-        return None
-    steps, times = target.series("time")
-    time = np.interp(line.x, *source.series("time"))
-    reached = time <= 1.01 * times[-1]  # milestones fall on whole steps: the two ends' times differ a little
-    return _Line(np.interp(time, times, steps)[reached], line.y[reached], line.label, line.color, line.rank)
-
-
-def _end_labels(axes: Axes, lines: Sequence[_Line], top: float | None) -> None:
+def _end_labels(axes: Axes, lines: Sequence[_Line], least_gap: float) -> None:
     """Name each line at its right end, moved apart where they would overlap, with a hair line to the end."""
     if not lines:
         return
-    if top is None:
-        axes.autoscale_view()
-        low, high = axes.get_ylim()
-    else:
-        low, high = 0.0, top
-    gap = _LABEL_GAP * (high - low)
+    low, high = axes.get_ylim()
+    gap = least_gap * (high - low)
     ordered = sorted(lines, key=lambda line: (round(2 * float(line.y[-1]) / gap), line.rank))
     places = _spread([float(line.y[-1]) for line in ordered], gap, low + gap / 2, high)
     for line, place in zip(ordered, places, strict=True):
         axes.annotate(
             line.label,
-            (1, float(line.y[-1])),
+            (1, float(np.clip(line.y[-1], low, high))),
             (1.05, place),
             xycoords=axes.get_yaxis_transform(),
             textcoords=axes.get_yaxis_transform(),

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -22,19 +23,32 @@ from svag_fast.convergence_plot import convergence_figure
 from svag_fast.curves import Run, group_by_batch_size, group_by_l, load_runs
 from svag_fast.estimate import Estimate
 from svag_fast.files import replace_file
+from svag_fast.margins import METRICS, Margin, margin_option, metric_option
 from svag_fast.predict import Prediction, predict_if_possible
 from svag_fast.theory import Norms, c_closeness
-from svag_fast.verdict import Difference, Verdict, judge
-from svag_fast.verdict_text import headline, sentences, shown
+from svag_fast.verdict import Cell, Decision, SharedLimit, Verdict, combine, judge, shared_limits
+from svag_fast.verdict_text import (
+    headline,
+    name,
+    number,
+    sentences,
+    shared_limit_sentence,
+    svag_answer,
+    unit,
+    with_error,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+SUMMARY_VERSION = 1  # of summary.json: raised when a key changes its meaning or goes
+ALL_DIVERGED = 3  # the commands' exit status where there is no verdict since every run diverged
+
 
 @dataclass(frozen=True)
 class Row:
-    """One l of one batch size: means over the finished seeds, with the standard deviation of one run where it says sd.
+    """One l of one batch size: means over the finished runs, with the standard deviation of one run where it says sd.
 
     ``grad_sq_norm``, ``noise_trace``, ``weight_sq_norm`` (G, N, R; mean over seeds, with its standard error) and
     ``nsr`` are of the later half of the first phase, and ``closeness`` is the least C for which this l and the largest
@@ -53,8 +67,6 @@ class Row:
     weight_sq_norm: Estimate | None
     nsr: float | None
     closeness: Estimate | None
-    distance: Difference | None
-    end_distance: Difference | None
     samples_per_second: float | None
 
 
@@ -64,36 +76,47 @@ class Report:
 
     runs: Sequence[Run]
     verdicts: Sequence[Verdict]
+    shared: Sequence[SharedLimit]
     rows: Sequence[Sequence[Row]]
     confidence: float
     prediction: Prediction | None
     """What the smallest batch's SGD runs alone foretell of linear scaling; None where they are too few or short."""
 
+    @property
+    def all_diverged(self) -> bool:
+        """Whether there is no verdict, since every run diverged."""
+        return all(verdict.answer == "diverged" for verdict in self.verdicts)
+
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain numbers, texts, lists and dicts; what was not measured is None."""
+        """Return summary.json's content (docs/verdict.md): plain numbers, texts, lists, dicts; None: not measured."""
+        sizes = [verdict.batch_size for verdict in self.verdicts]
         return {
+            "version": SUMMARY_VERSION,
             "headline": headline(self.verdicts),
-            "metric": self.verdicts[0].metric,
             "confidence": self.confidence,
-            "runs": len(self.runs),
-            "finished": sum(run.finished for run in self.runs),
-            "noise": self.noise_sentences(),
-            "prediction": None if self.prediction is None else self.prediction.as_dict(),
-            "batch_sizes": [
-                {
-                    "batch_size": verdict.batch_size,
-                    "lr": verdict.lr,
-                    "effective_steps": verdict.effective_steps,
-                    "largest_l": verdict.largest_l,
-                    "convergence": verdict.convergence,
-                    "converged_by": verdict.converged_by,
-                    "sgd": verdict.sgd,
-                    "agreement": {f"{l:g}": c.agreement for l, c in verdict.comparisons.items()},
-                    "sentences": sentences(verdict),
+            "batch_sizes": {
+                # two rates of one batch size need a longer name
+                f"{v.batch_size}" if sizes.count(v.batch_size) == 1 else f"{v.batch_size} lr {v.lr:g}": {
+                    "answer": v.answer,
+                    "metrics": {m: {p: _cell_dict(cell) for p, cell in ps.items()} for m, ps in v.cells.items()},
+                    "runs": {
+                        "total": sum(v.total.values()),
+                        "finished": sum(v.finished.values()),
+                        "diverged": sum(map(len, v.diverged.values())),
+                    },
+                    "diverged_at": {f"{l:g}": list(at) for l, at in v.diverged.items()},
+                    "lr": v.lr,
+                    "sentences": sentences(v),
                     "rows": [asdict(row) for row in rows],
                 }
-                for verdict, rows in zip(self.verdicts, self.rows, strict=True)
-            ],
+                for v, rows in zip(self.verdicts, self.rows, strict=True)
+            },
+            "shared_limit": {
+                "answer": combine([shared.answer for shared in self.shared]) if self.shared else None,
+                "batch_sizes": {str(shared.batch_size): _shared_dict(shared) for shared in self.shared},
+            },
+            "noise": self.noise_sentences(),
+            "prediction": None if self.prediction is None else self.prediction.as_dict(),
         }
 
     def table(self) -> Table:
@@ -102,11 +125,10 @@ class Report:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
-        points = "points" if self.verdicts[0].metric.endswith("accuracy") else "rms"
-        for name in ("\nB", "\nl", "\nruns", "final test\naccuracy, %", "train\nloss", "\nG", "\nN", "\nnsr"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name in (f"distance,\n{points}", "C-\nclose", "sam-\nple/s"):
-            table.add_column(name, justify="right", no_wrap=True)
+        for heading in ("\nB", "\nl", "\nruns", "final test\naccuracy, %", "train\nloss", "\nG", "\nN", "\nnsr"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for heading in ("C-\nclose", "samples\nper s"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for verdict, rows in zip(self.verdicts, self.rows, strict=True):
             for i, row in enumerate(rows):
                 table.add_row(
@@ -117,7 +139,6 @@ class Report:
                     f"{row.final_train_loss:.3f}" if row.final_train_loss is not None else "",
                     *(_number(e.value if e else None) for e in (row.grad_sq_norm, row.noise_trace)),
                     _number(row.nsr),
-                    shown(row.distance.size, verdict.metric, unit_name=False) if row.distance else "",
                     _number(row.closeness.value if row.closeness else None),
                     f"{row.samples_per_second / 1000:.3g}k" if row.samples_per_second is not None else "",
                 )
@@ -148,8 +169,12 @@ class Report:
             console.print(sentence, highlight=False)
         for verdict in self.verdicts:
             console.print(f"[bold]B = {verdict.batch_size}, lr = {verdict.lr:g}[/bold]", highlight=False)
+            if any(cell.limit is not None for parts in verdict.cells.values() for cell in parts.values()):
+                console.print(_verdict_table(verdict))
             for sentence in sentences(verdict):
-                console.print(Padding(sentence, (0, 0, 0, 2)))
+                console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
+        for shared in self.shared:
+            console.print(shared_limit_sentence(shared), highlight=False)
         if self.prediction is not None:
             console.print("[bold]Predicted from the smallest batch's SGD runs alone[/bold]", highlight=False)
             for sentence in self.prediction.sentences():
@@ -168,35 +193,113 @@ class Report:
             plots.save(convergence_figure(self.runs, self.verdicts), Path(folder) / "convergence.png")
 
 
-def make_report(folder: str | os.PathLike[str], *, metric: str = "test_accuracy", confidence: float = 0.95) -> Report:
+def make_report(
+    folder: str | os.PathLike[str],
+    *,
+    metrics: Sequence[str] = METRICS,
+    margins: Mapping[str, Margin] | None = None,
+    confidence: float = 0.95,
+) -> Report:
     """Read the runs in ``folder``, finished or not, and judge them; see `load_runs` and `judge` for what it raises."""
     runs = load_runs(folder)
-    verdicts = judge(runs, metric=metric, confidence=confidence)
+    verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
     rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
-    return Report(runs, verdicts, rows, confidence, predict_if_possible(runs, confidence=confidence))
+    prediction = predict_if_possible([run for run in runs if run.diverged_at is None], confidence=confidence)
+    return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction)
 
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--metric", default="test_accuracy", show_default=True, help="Column of metrics.csv to compare.")
-@click.option("--confidence", default=0.95, show_default=True, help="That no difference is stated where none is.")
-def report(folder: Path, metric: str, confidence: float) -> None:
-    """Judge the runs in FOLDER anew: table, verdict, summary.json and convergence.png."""
+@metric_option
+@margin_option
+@click.option("--confidence", default=0.95, show_default=True, help="Of the intervals that the answers rest on.")
+def report(folder: Path, metrics: Sequence[str], margins: dict[str, Margin], confidence: float) -> None:
+    """Judge the runs in FOLDER anew: does SGD match its limit, has SVAG converged, do batch sizes share the limit?
+
+    Prints a table and the verdict, and writes summary.json and convergence.png. Exit status 3: every run diverged.
+    """
     from rich.console import Console
 
     try:
-        found = make_report(folder, metric=metric, confidence=confidence)
+        found = make_report(folder, metrics=metrics, margins=margins, confidence=confidence)
         found.save(folder)
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error
     console = Console()
     found.print(console)
     console.print(f"{folder / 'summary.json'}, {folder / 'convergence.png'}", highlight=False)
+    if found.all_diverged:
+        sys.exit(ALL_DIVERGED)
+
+
+def _cell_dict(cell: Cell) -> dict[str, Any]:
+    sgd = cell.sgd
+    return {
+        "limit": cell.limit,
+        "limit_interval": cell.limit_interval,
+        "distance": sgd.value if sgd else None,
+        "distance_interval": sgd.interval if sgd else None,
+        "margin": cell.margin,
+        "answer": cell.answer,
+        "converged_by": cell.converged_by,
+        "regime_reached": cell.regime_reached,
+        "seeds_needed": sgd.seeds_needed if sgd else None,
+        "slope": cell.slope,
+        "fitted_l": list(cell.fitted),
+        "distances": {f"{l:g}": _decision_dict(decision) for l, decision in cell.distances.items()},
+        "means": {f"{l:g}": asdict(mean) for l, mean in cell.means.items()},
+        "missing": cell.missing,
+    }
+
+
+def _shared_dict(shared: SharedLimit) -> dict[str, Any]:
+    cells = {m: {p: _decision_dict(found) for p, found in parts.items()} for m, parts in shared.cells.items()}
+    return {"answer": shared.answer, "reference": shared.reference, "metrics": cells}
+
+
+def _decision_dict(decision: Decision | None) -> dict[str, Any] | None:
+    if decision is None:
+        return None
+    return {
+        "distance": decision.value,
+        "distance_interval": decision.interval,
+        "margin": decision.margin,
+        "answer": decision.answer,
+        "seeds_needed": decision.seeds_needed,
+    }
+
+
+def _verdict_table(verdict: Verdict) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    level = f"± {100 * verdict.confidence:g} %"
+    for heading in ("", f"limit\n{level}", f"SGD's distance\n{level}", "\nmargin", "\nSGD", "SVAG con-\nverged by"):
+        table.add_column(heading, no_wrap=True)
+    for metric, parts in verdict.cells.items():
+        table.add_row(name(metric) + (", %" if unit(metric)[0] == 100 else ""))
+        for part, cell in parts.items():
+            if cell.limit is None or cell.limit_interval is None or cell.margin is None:
+                table.add_row(f"  {part}", "", "", "", "open", "open")
+                continue
+            answer, by = svag_answer([cell])
+            words = {"converged": "", "not converged": "not ", "open": "open"}[answer]
+            sgd = cell.sgd
+            table.add_row(
+                f"  {part}",
+                with_error(cell.limit, cell.limit_interval, metric),
+                with_error(sgd.value, sgd.interval, metric, signed=True) if sgd else "",
+                number(cell.margin, metric),
+                cell.answer,
+                words + ("" if by is None else f"l = {by:g}"),
+            )
+    return table
 
 
 def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
     groups = group_by_l(runs)
-    finished = {l: [run for run in group if run.finished] for l, group in groups.items()}
+    finished = {l: [r for r in group if r.finished and r.diverged_at is None] for l, group in groups.items()}
     norms = {l: _norms(group) for l, group in finished.items()}
     largest = norms.get(verdict.largest_l) if verdict.largest_l is not None else None
     rows = []
@@ -204,7 +307,6 @@ def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
         G, N, R = norms[l] or (None, None, None)
         accuracy, accuracy_sd = _mean_sd(_last(finished[l], "test_accuracy"))
         loss, loss_sd = _mean_sd(_last(finished[l], "train_loss"))
-        comparison = verdict.comparisons.get(l)
         rows.append(
             Row(
                 l=l,
@@ -219,8 +321,6 @@ def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
                 weight_sq_norm=R,
                 nsr=N.value / G.value if G and N and G.value > 0 else None,
                 closeness=_closeness(norms[l], largest) if l != verdict.largest_l else None,
-                distance=comparison.curve if comparison else None,
-                end_distance=comparison.end if comparison else None,
                 samples_per_second=_mean_sd([_median(run, "samples_per_second") for run in finished[l]])[0],
             )
         )

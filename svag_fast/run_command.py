@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.config import SAMPLINGS, SCHEDULES, TRAIN_SIZES, ConfigError, ExperimentConfig, read_settings
+from svag_fast.config import INITS, SAMPLINGS, SCHEDULES, TRAIN_SIZES, ConfigError, ExperimentConfig, read_settings
 from svag_fast.experiments import (
     ExperimentError,
     ExperimentInterruptedError,
@@ -22,6 +23,7 @@ from svag_fast.experiments import (
     run_experiment,
     start_fork_server,
 )
+from svag_fast.margins import Margin, choose_margins, margin_option, metric_option
 
 
 class NumberList(click.ParamType[list[Any]]):
@@ -54,8 +56,19 @@ def _number(text: str) -> int | float:
     "What to train", options=["--dataset", "--model", "--batch-size", "--lr", "--weight-decay", "--l", "--seeds"]
 )
 @click.option_panel(
-    "How", options=["--effective-steps", "--epochs", "--schedule", "--sampling", "--backend", "--device", "--threads"]
+    "How",
+    options=[
+        "--effective-steps",
+        "--epochs",
+        "--schedule",
+        "--init",
+        "--sampling",
+        "--backend",
+        "--device",
+        "--threads",
+    ],
 )
+@click.option_panel("The verdict", options=["--metric", "--margin"])
 @click.option_panel(
     "Bookkeeping",
     options=[
@@ -100,6 +113,11 @@ def _number(text: str) -> int | float:
     help="Learning rate over the effective steps; step: a tenth from 80 % on.  [default: step]",
 )
 @click.option(
+    "--init",
+    type=click.Choice(INITS),
+    help="Initial weights: one draw shared by all runs, or each run's own.  [default: shared]",
+)
+@click.option(
     "--sampling",
     type=click.Choice(SAMPLINGS),
     help="Images of a batch: distinct, or drawn with replacement.  [default: distinct]",
@@ -126,6 +144,8 @@ def _number(text: str) -> int | float:
 )
 @click.option("--resume", is_flag=True, help="Go on with the experiment in --out, or else with the newest in runs.")
 @click.option("--checkpoint-seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="Save this often.")
+@metric_option
+@margin_option
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
 def run(
     out: Path | None,
@@ -134,18 +154,22 @@ def run(
     jobs: int | None,
     checkpoint_seconds: float,
     tensorboard: bool,
+    metrics: Sequence[str],
+    margins: dict[str, Margin],
     **given: Any,
 ) -> None:
-    """Train with SGD and SVAG: does SVAG converge, and does SGD stay with it?
+    """Train with SGD and SVAG: does SVAG converge, and does SGD match its limit?
 
     Without options: the paper's Figure 4 in small, on scikit-learn's digits: batch size 8, and 128 by the linear
     scaling rule, l = 1, 2, 4, 8 with three seeds, in a few minutes on two cores.
 
     Each run writes its config, metrics and checkpoint into a folder of its own; the experiment's folder gets
-    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume.
+    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume. Exit status 3: every run
+    diverged, so that there is no verdict.
     """
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
+    judging = {"metrics": metrics, "margins": margins}
     try:
         if resume:
             out = out or _newest_experiment()
@@ -155,6 +179,7 @@ def run(
             out = out or _free_folder(Path("runs", config.dataset))
         start_fork_server()  # its imports and ours go on side by side
         check_experiment(config)
+        _check_judging(metrics, margins)
         prepare_folder(out, config, resume=resume)
         console.print(_plan(config), f"in {out}\n")
         run_experiment(
@@ -164,9 +189,9 @@ def run(
             console=console,
             checkpoint_seconds=checkpoint_seconds,
             tensorboard=tensorboard,
-            on_run_end=_EarlyReport(out).refresh,
+            on_run_end=_EarlyReport(out, judging).refresh,
         )
-        _tell(out, console)
+        _tell(out, judging, console)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
@@ -175,11 +200,24 @@ def run(
         raise click.ClickException(str(error)) from error
 
 
+def _check_judging(metrics: Sequence[str], margins: dict[str, Margin]) -> None:
+    """Refuse now what the report would refuse after hours of training."""
+    from svag_fast.training import COLUMNS
+
+    numbers = [column for column in COLUMNS if column != "noise_source"]
+    if unknown := [metric for metric in metrics if metric not in numbers]:
+        raise ConfigError(f"metric must be a column of metrics.csv, not {unknown[0]!r}: one of {', '.join(numbers)}")
+    try:
+        choose_margins(metrics, margins)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 class _EarlyReport:
     """Keeps the picture and the summary up to date while runs end, at 3 % of one core's time at most."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, judging: dict[str, Any]) -> None:
+        self.folder, self.judging = folder, judging
         self.not_before = 0.0
 
     def refresh(self) -> None:
@@ -188,18 +226,18 @@ class _EarlyReport:
         start = time.monotonic()
         if start < self.not_before:
             return
-        make_report(self.folder).save(self.folder)
+        make_report(self.folder, **self.judging).save(self.folder)
         end = time.monotonic()
         self.not_before = end + 30 * (end - start)
 
 
-def _tell(out: Path, console: Console) -> None:
+def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     """Save and print the verdict, and what the smallest batch size's SGD runs alone would have foretold."""
     from svag_fast.predict import from_runs
     from svag_fast.predict_command import show
-    from svag_fast.report import make_report
+    from svag_fast.report import ALL_DIVERGED, make_report
 
-    report = make_report(out)
+    report = make_report(out, **judging)
     report.save(out)
     report.print(console)
     try:
@@ -209,6 +247,8 @@ def _tell(out: Path, console: Console) -> None:
     else:
         show(prediction, console)
     console.print(f"\n{out / 'convergence.png'}, {out / 'summary.json'}", highlight=False)
+    if report.all_diverged:
+        sys.exit(ALL_DIVERGED)
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:

@@ -1,73 +1,103 @@
-"""Has SVAG converged, and does SGD stay with its limit? Decided from the curves of runs with several seeds.
+"""Does SGD match its SDE limit, has SVAG converged to it, and do batch sizes share it? Three answers, by a margin.
 
-docs/verdict.md derives the criterion and gives its measured error rates. In short: two values of l *differ* where their
-seed-mean curves, or their ends, lie apart by more than chance explains and by more than one run's own scatter.
+A distance *matches* where its interval lies inside the margin, *departs* where it lies outside, and is *open* else.
+docs/verdict.md explains the method, states the level of each answer and gives its measured error rates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from svag_fast.curves import Array, Run, group_by_batch_size, group_by_l, window_means
-from svag_fast.estimate import Estimate
+from svag_fast.curves import Run, group_by_batch_size, group_by_l
+from svag_fast.limit_fit import Figure, fit_limit, outside, t_quantile, within
+from svag_fast.margins import METRICS, Margin, choose_margins
+from svag_fast.phases import common_phases, part_mean, resolution
 
-Agreement: TypeAlias = Literal["agrees", "differs", "cannot tell"]
-Curve: TypeAlias = tuple[Array, Array]  # one run's effective steps, and the metric there
+Answer: TypeAlias = Literal["matches", "departs", "open"]
+Interval: TypeAlias = tuple[float, float]
 
-WINDOWS = 20  # a curve is averaged over this many windows: milestones at multiples of 5 % fall between two of them
+_MOST_SEEDS = 100_000  # a number beyond it settles nothing in practice
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far apart two processes are in one respect (the whole curve, or its end).
+class Decision:
+    """A distance held against a margin, all in the metric's units.
+
+    ``seeds_needed``: runs for each l with which the interval would be short enough to settle an open question, if the
+    estimates stay as they are; None where it is settled, or where no number of seeds would do, since the distance is
+    the margin itself or the doubt is about the extrapolation, which only a larger l can end.
+    """
+
+    value: float
+    interval: Interval
+    margin: float
+    answer: Answer
+    seeds_needed: int | None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over ``runs`` runs, and its standard error (None for a single run)."""
+
+    value: float
+    standard_error: float | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric in one part of the run ("phase 1", ..., "end"), at one batch size.
 
     Attributes:
-        size: Distance without what seed noise adds to it, and its standard error.
-        low: Lower end of the interval of one standard error.
-        high: Upper end of it. (The interval of a distance near 0 is not symmetric.)
-        seed_noise: Standard deviation of one run about its process's mean.
-        p_value: Probability of a distance this large from seed noise alone.
+        means: By l, what the fit is made from.
+        limit: m_inf; None where it could not be fitted, then ``missing`` says why.
+        limit_interval: Its interval.
+        slope: a of m_inf + a/l.
+        fitted: The l that the line was fitted to.
+        margin: The distance that does not matter, in the metric's units.
+        distances: By l, m(l) - m_inf; 1 is SGD, and "matches" for the largest l means that SVAG has converged by it.
+            Empty without a limit.
+        regime_reached: Whether 1/l describes all l, SGD among them, and the largest l is within the margin of the
+            limit; None where it could not be tested, with fewer than three l.
+        missing: Why there is no answer, in words.
     """
 
-    size: Estimate
-    low: float
-    high: float
-    seed_noise: float
-    p_value: float
-
-    def agreement(self, alpha: float) -> Agreement:
-        """Judge at significance ``alpha``; see the module's docstring."""
-        if self.p_value < alpha:
-            return "differs" if self.size.value > self.seed_noise else "agrees"
-        return "agrees" if self.size.value <= 3 * self.seed_noise else "cannot tell"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One l held against the largest.
-
-    ``curve`` is the distance over the whole run, ``end`` that of the last values; both None where a process has fewer
-    than two finished seeds, since one run shows no noise. ``alpha`` is the significance asked of each.
-    """
-
-    l: float
-    largest_l: float
-    alpha: float
-    curve: Difference | None
-    end: Difference | None
+    means: Mapping[float, Mean]
+    margin: float | None = None
+    limit: float | None = None
+    limit_interval: Interval | None = None
+    slope: float | None = None
+    fitted: tuple[float, ...] = ()
+    distances: Mapping[float, Decision] = field(default_factory=dict)
+    regime_reached: bool | None = None
+    missing: str | None = None
+    figure: Figure | None = None
+    """The limit as the comparison between batch sizes needs it."""
 
     @property
-    def agreement(self) -> Agreement:
-        """Whether the two processes agree, in both respects."""
-        if self.curve is None or self.end is None:
-            return "cannot tell"
-        found = {self.curve.agreement(self.alpha), self.end.agreement(self.alpha)}
-        return "differs" if "differs" in found else "cannot tell" if "cannot tell" in found else "agrees"
+    def sgd(self) -> Decision | None:
+        """SGD's distance from the limit; None without a limit or without two runs of SGD."""
+        return self.distances.get(1)
+
+    @property
+    def answer(self) -> Answer:
+        """Whether SGD matches the limit here."""
+        return self.sgd.answer if self.sgd else "open"
+
+    @property
+    def converged_by(self) -> float | None:
+        """The least l > 1 in the data from which on every l matches the limit."""
+        by = None
+        for l in sorted(self.distances, reverse=True):
+            if l == 1 or self.distances[l].answer != "matches":
+                break
+            by = l
+        return by
 
 
 @dataclass(frozen=True)
@@ -77,211 +107,238 @@ class Verdict:
     Attributes:
         batch_size: B.
         lr: SGD's learning rate.
-        metric: The column that was compared.
-        effective_steps: Length of the part that all finished runs cover; 0 where none has finished.
-        largest_l: The largest l with a finished run, which stands for the limit; None where none has finished.
-        comparisons: By l, each smaller l held against the largest.
-        convergence: Whether SVAG's curves stop changing before the largest l.
-        converged_by: The least l > 1 (or l = 1, where there is no other) that agrees with the largest, as do all l
-            between the two; None unless "converged".
-        sgd: Whether SGD (l = 1) matches or departs from the largest l; "not run" without l = 1.
+        answer: "matches" where SGD matches in every metric and part, "departs" where it departs in one of them or
+            where all of its runs diverged and none of the largest l's did, "diverged" where all runs of all l
+            diverged, else "open".
+        cells: By metric and part.
+        total: Runs, by l.
+        finished: Runs that came to their end, by l.
+        diverged: By l, the effective steps at which runs were found to have diverged.
+        confidence: Of each interval.
     """
 
     batch_size: int
     lr: float
-    metric: str
-    effective_steps: float
-    largest_l: float | None
-    comparisons: Mapping[float, Comparison]
-    convergence: Literal["converged", "not converged", "cannot tell"]
-    converged_by: float | None
-    sgd: Literal["matches", "departs", "cannot tell", "not run"]
+    answer: Literal["matches", "departs", "open", "diverged"]
+    cells: Mapping[str, Mapping[str, Cell]]
+    total: Mapping[float, int]
+    finished: Mapping[float, int]
+    diverged: Mapping[float, tuple[float, ...]]
+    confidence: float
+
+    @property
+    def sgd_diverged(self) -> bool:
+        """Whether every run of SGD diverged."""
+        return 0 < self.total.get(1, 0) == len(self.diverged.get(1, ()))
+
+    @property
+    def largest_l(self) -> float | None:
+        """The largest l with a finished run."""
+        return max((l for l, count in self.finished.items() if count), default=None)
+
+
+@dataclass(frozen=True)
+class SharedLimit:
+    """Whether a batch size has the limit of the smallest one whose lr/B is the same: the linear scaling rule's promise.
+
+    ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
+    """
+
+    batch_size: int
+    reference: int
+    answer: Answer
+    cells: Mapping[str, Mapping[str, Decision | None]]
 
 
 def judge(
-    runs: Sequence[Run], *, metric: str = "test_accuracy", confidence: float = 0.95, windows: int = WINDOWS
+    runs: Sequence[Run],
+    *,
+    metrics: Sequence[str] = METRICS,
+    margins: Mapping[str, Margin] | None = None,
+    confidence: float = 0.95,
 ) -> list[Verdict]:
-    """Return the verdict for each batch size and lr among ``runs``; runs that have not finished are left out.
+    """Return the verdict for each batch size and lr among ``runs``; only runs that came to their end give numbers.
 
     Args:
         runs: From :func:`svag_fast.curves.load_runs`.
-        metric: The column of metrics.csv whose curves are compared.
-        confidence: Probability that no difference is stated for a batch size where there is none (over all its l).
-        windows: Number of windows that each curve is averaged over.
+        metrics: The columns of metrics.csv to judge by.
+        margins: By metric; see :func:`svag_fast.margins.choose_margins` for what the others get.
+        confidence: Of each interval.
 
     Raises:
-        ValueError: ``confidence`` or ``windows`` is out of range.
-        KeyError: The runs have no such ``metric``.
+        ValueError: ``confidence`` is out of range, a margin is for no judged metric, or runs of one batch size differ
+            in length or schedule.
+        KeyError: The runs have no such metric.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
-    if windows < 1:
-        raise ValueError(f"windows must be at least 1, got {windows}")
+    chosen = choose_margins(metrics, margins or {})
     return [
-        _judge_batch_size(batch_size, lr, group, metric, 1 - confidence, windows)
+        _judge_batch_size(batch_size, lr, group, chosen, confidence)
         for (batch_size, lr), group in group_by_batch_size(runs).items()
     ]
 
 
-def compare(processes: Mapping[float, Sequence[Curve]], *, alpha: float, windows: int = WINDOWS) -> list[Comparison]:
-    """Hold each process, keyed by l, against that of the largest l, with a significance of ``alpha`` in all.
-
-    ``processes[l]`` has one curve a seed. The seeds of different l count as independent, which makes the test cautious
-    where they are not. Curves are compared over the range that all of them cover.
-    """
-    *smaller, largest = sorted(processes)
-    if not smaller:
-        return []
-    share = alpha / (2 * len(smaller))  # Bonferroni: two respects of each smaller l
-    edges, points = _grid([curve for curves in processes.values() for curve in curves], windows)
-    averaged = {l: np.array([window_means(x, y, edges) for x, y in curves]) for l, curves in processes.items()}
-    ends = {l: np.array([np.interp(edges[-1], x, y) for x, y in curves]) for l, curves in processes.items()}
-    scatter = {l: _scatter(curves, points) for l, curves in processes.items() if len(curves) > 1}
-    dimension = _noise_dimension(list(averaged.values()))
-    found = []
-    for l in smaller:
-        curve = end = None
-        if min(len(processes[l]), len(processes[largest])) > 1:
-            noise = math.sqrt((scatter[l] + scatter[largest]) / 2)
-            curve = _curve_difference(averaged[l], averaged[largest], noise, dimension)
-            end = _end_difference(ends[l], ends[largest], random=noise > 0)
-        found.append(Comparison(l, largest, share, curve, end))
+def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
+    """Hold each batch size's limits against those of the first one of the same lr/B, where linear scaling applies."""
+    found: list[SharedLimit] = []
+    references: list[Verdict] = []
+    for verdict in verdicts:
+        reference = next((r for r in references if same_sde(r, verdict)), None)
+        if reference is None:
+            references.append(verdict)
+            continue
+        cells = {
+            metric: {
+                part: _difference(cell, reference.cells[metric].get(part), verdict.confidence)
+                for part, cell in parts.items()
+            }
+            for metric, parts in verdict.cells.items()
+        }
+        answers = [d.answer if d else "open" for parts in cells.values() for d in parts.values()]
+        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells))
     return found
 
 
-def _judge_batch_size(batch_size: int, lr: float, runs: list[Run], metric: str, alpha: float, windows: int) -> Verdict:
-    finished = group_by_l(run for run in runs if run.finished)
-    if not finished:
-        return Verdict(batch_size, lr, metric, 0.0, None, {}, "cannot tell", None, _sgd(group_by_l(runs), {}))
-    processes = {l: [_curve(run, metric) for run in group] for l, group in finished.items()}
-    comparisons = {found.l: found for found in compare(processes, alpha=alpha, windows=windows)}
-    convergence, converged_by = _convergence(list(comparisons.values()))
-    return Verdict(
+def combine(answers: Sequence[Answer]) -> Answer:
+    """Return "departs" where one does, "matches" where all do, else "open"."""
+    if "departs" in answers:
+        return "departs"
+    return "matches" if answers and set(answers) == {"matches"} else "open"
+
+
+def decide(figure: Figure, margin: float, confidence: float, seeds: int) -> Decision:
+    """Hold one figure against ``margin``; ``seeds`` is the number of runs for each l that it came from."""
+    ends = figure.interval(confidence)
+    answer: Answer = "matches" if within(ends, margin) else "departs" if outside(ends, margin) else "open"
+    needed = _seeds_needed(figure, margin, confidence, seeds) if answer == "open" else None
+    return Decision(float(figure.value), (float(ends[0]), float(ends[1])), margin, answer, needed)
+
+
+def _judge_batch_size(
+    batch_size: int, lr: float, runs: list[Run], margins: Mapping[str, Margin], confidence: float
+) -> Verdict:
+    groups = group_by_l(runs)
+    diverged = {l: tuple(run.diverged_at for run in g if run.diverged_at is not None) for l, g in groups.items()}
+    ended = {l: [run for run in group if run.finished and run.diverged_at is None] for l, group in groups.items()}
+    # Survivors' means are no means: an l with a diverged run is left out, and so is every smaller one but SGD, which
+    # is then only held against the limit.
+    worst = max((l for l, at in diverged.items() if at and l > 1), default=0.0)
+    usable = {l: group for l, group in ended.items() if group and not diverged[l] and (l == 1 or l > worst)}
+    lost = _lost(groups, diverged, worst)
+    cells: dict[str, dict[str, Cell]] = {metric: {} for metric in margins}
+    if usable:
+        parts = common_phases([run for group in usable.values() for run in group])
+        for metric, margin in margins.items():
+            for part, window in parts.items():
+                cells[metric][part] = _cell(usable, metric, margin, part, window, confidence, lost)
+    verdict = Verdict(
         batch_size,
         lr,
-        metric,
-        min(float(x[-1]) for curves in processes.values() for x, _ in curves),
-        max(finished),
-        comparisons,
-        convergence,
-        converged_by,
-        _sgd(group_by_l(runs), comparisons),
+        "open",
+        cells,
+        {l: len(group) for l, group in groups.items()},
+        {l: len(group) for l, group in ended.items()},
+        {l: at for l, at in diverged.items() if at},
+        confidence,
+    )
+    return _answered(verdict)
+
+
+def _answered(verdict: Verdict) -> Verdict:
+    if sum(map(len, verdict.diverged.values())) == sum(verdict.total.values()):
+        return replace(verdict, answer="diverged")
+    largest = max(verdict.total)
+    if verdict.sgd_diverged and largest > 1 and largest not in verdict.diverged:
+        return replace(verdict, answer="departs")
+    return replace(verdict, answer=combine([c.answer for parts in verdict.cells.values() for c in parts.values()]))
+
+
+def _cell(
+    groups: Mapping[float, Sequence[Run]],
+    metric: str,
+    margin: Margin,
+    part: str,
+    window: tuple[float, float],
+    confidence: float,
+    lost: Mapping[str, str],
+) -> Cell:
+    measured = {l: [part_mean(run, metric, part, window) for run in group] for l, group in groups.items()}
+    if any(count == 0 for pairs in measured.values() for _, count in pairs):
+        return Cell({}, missing="it was not measured there in every run: ask for more evaluations")
+    values = {l: np.array([value for value, _ in pairs]) for l, pairs in measured.items()}
+    if not all(np.isfinite(v).all() for v in values.values()):
+        return Cell({}, missing="it is not finite there in every run")
+    # Runs may end on the same value by chance, since an accuracy has few: a run's number has at least the variance
+    # that rounding to the column's resolution gives, evaluation by evaluation.
+    step = resolution(np.concatenate([run.series(metric)[1] for group in groups.values() for run in group]))
+    evaluations = min(count for pairs in measured.values() for _, count in pairs)
+    floor = step**2 / 12 / evaluations
+    variances = {l: max(float(v.var(ddof=1)), floor) for l, v in values.items() if len(v) > 1}
+    means = {
+        l: Mean(float(v.mean()), math.sqrt(variances[l] / len(v)) if l in variances else None, len(v))
+        for l, v in values.items()
+    }
+    ls = np.array(sorted(variances))
+    if len(ls) < 2:
+        return Cell(means, missing=lost["limit"])
+    level = means[ls[-1]].value
+    size = margin.at(level)
+    numbers = np.array([means[l].value for l in ls]), np.array([variances[l] for l in ls])
+    counts = np.array([means[l].runs for l in ls])
+    fit = fit_limit(ls, *numbers, counts, size)
+    low, high = fit.limit.interval(confidence)
+    seeds = int(counts.max())
+    return Cell(
+        means=means,
+        margin=size,
+        limit=float(fit.limit.value),
+        limit_interval=(float(low), float(high)),
+        slope=float(fit.slope),
+        fitted=tuple(float(l) for l in ls[int(fit.first) :]),
+        distances={float(l): decide(fit.distances.at(i), size, confidence, seeds) for i, l in enumerate(ls)},
+        regime_reached=bool(fit.regime_reached) if fit.testable else None,
+        missing=None if ls[0] == 1 else lost["sgd"],
+        figure=fit.limit,
     )
 
 
-def _curve(run: Run, metric: str) -> Curve:
-    x, y = run.series(metric)
-    if len(x) < 2:
-        raise ValueError(f"{run.name}: {metric} was measured {len(x)} times in the whole run, a curve needs 2 points")
-    return x, y
+def _lost(
+    groups: Mapping[float, Sequence[Run]], diverged: Mapping[float, Sequence[float]], worst: float
+) -> dict[str, str]:
+    """Say why there may be no limit, and why there may be no distance of SGD from it."""
+    limit = f"runs diverged at l = {worst:g}" if worst else "two l with two finished runs each are needed"
+    sgd = "two finished runs of SGD are needed" if 1 in groups else "there is no run at l = 1"
+    if diverged.get(1):
+        sgd = f"{len(diverged[1])} of {len(groups[1])} runs of SGD diverged"
+    return {"limit": limit, "sgd": sgd}
 
 
-def _convergence(
-    ascending: list[Comparison],
-) -> tuple[Literal["converged", "not converged", "cannot tell"], float | None]:
-    steps = [comparison for comparison in ascending if comparison.l > 1] or ascending  # l = 1 is SGD, judged apart
-    by = None
-    for comparison in reversed(steps):
-        if comparison.agreement != "agrees":
-            break
-        by = comparison.l
-    if by is not None:
-        return "converged", by
-    return "not converged" if steps and steps[-1].agreement == "differs" else "cannot tell", None
+def _difference(cell: Cell, reference: Cell | None, confidence: float) -> Decision | None:
+    if reference is None or cell.figure is None or reference.figure is None or reference.margin is None:
+        return None
+    seeds = max(mean.runs for c in (cell, reference) for mean in c.means.values())
+    return decide(cell.figure.minus(reference.figure), reference.margin, confidence, seeds)
 
 
-def _sgd(
-    started: Mapping[float, object], comparisons: Mapping[float, Comparison]
-) -> Literal["matches", "departs", "cannot tell", "not run"]:
-    if 1 not in started:
-        return "not run"
-    if 1 not in comparisons:
-        return "cannot tell"
-    found = comparisons[1].agreement
-    return "matches" if found == "agrees" else "departs" if found == "differs" else "cannot tell"
+def same_sde(a: Verdict, b: Verdict) -> bool:
+    """Whether lr/B, and with it the SDE, is the same: the linear scaling rule."""
+    return abs(a.lr * b.batch_size / (b.lr * a.batch_size) - 1) < 1e-6
 
 
-def _grid(curves: Sequence[Curve], windows: int) -> tuple[Array, Array]:
-    """Edges of the windows, and the points of the coarsest curve, over the range that all curves cover."""
-    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    coarsest = min((x for x, _ in curves), key=lambda x: np.count_nonzero((x >= low) & (x <= high)))
-    points = np.unique(coarsest[(coarsest >= low) & (coarsest <= high)])
-    return np.linspace(low, high, max(1, min(windows, len(points) - 1)) + 1), points
+def _seeds_needed(figure: Figure, margin: float, confidence: float, seeds: int) -> int | None:
+    """Return the least number of seeds whose interval would clear the margin, were the estimates to stay."""
+    gap = abs(abs(float(figure.value)) - margin) - float(figure.systematic)
 
+    def enough(count: int) -> bool:
+        df = np.asarray(figure.degrees_of_freedom * (count - 1) / (seeds - 1))
+        half = t_quantile(confidence, df) * figure.standard_error * math.sqrt(seeds / count)
+        return bool(half < gap)
 
-def _scatter(curves: Sequence[Curve], points: Array) -> float:
-    """Variance over seeds of a single evaluation, averaged over the run."""
-    variance = np.array([np.interp(points, x, y) for x, y in curves]).var(axis=0, ddof=1)
-    if len(points) < 2:
-        return float(variance.mean())
-    return float(window_means(points, variance, points[[0, -1]])[0])
-
-
-def _noise_dimension(processes: Sequence[Array]) -> float:
-    """Effective number of independent directions of the seed noise, (tr Γ)²/tr Γ², Γ its covariance over the windows.
-
-    Γ is pooled over all processes, each scaled to the same trace: the noise may grow or shrink with l, its correlation
-    over the run counts as common. Few seeds make the number too small, which errs towards "agrees".
-    """
-    scaled = []
-    for curves in processes:
-        if len(curves) > 1:
-            centred = curves - curves.mean(axis=0)
-            trace = (centred**2).sum() / (len(curves) - 1)
-            if trace > 0:
-                scaled.append(centred / math.sqrt(trace))
-    if not scaled:
-        return 1.0
-    rows = np.concatenate(scaled)
-    gram = rows @ rows.T
-    return float(np.trace(gram) ** 2 / (gram**2).sum())
-
-
-def _curve_difference(a: Array, b: Array, seed_noise: float, dimension: float) -> Difference:
-    """Root mean square over the run of the difference between two processes' mean curves.
-
-    |mean a - mean b|² has the seed noise of both means in it; their variance, estimated from the seeds, is taken out,
-    which leaves an unbiased estimate of the squared distance. Its null distribution is Box's F with ``dimension`` and,
-    for the denominator, Welch's degrees of freedom times it (the ANOVA-type statistic of Brunner, Dette, Munk 1997).
-    """
-    gap = a.mean(axis=0) - b.mean(axis=0)
-    parts = [(c.var(axis=0, ddof=1).mean() / len(c), len(c) - 1) for c in (a, b)]
-    noise = float(sum(part for part, _ in parts))
-    raw = float((gap**2).mean())
-    if noise == 0:
-        size = math.sqrt(raw)
-        return Difference(Estimate(size), size, size, seed_noise, 0.0 if size > 0 else 1.0)
-    welch = noise**2 / sum(part**2 / df for part, df in parts)
-    # variance of |gap|² for Gaussian noise: 4 gapᵀ Γ gap + 2 tr Γ², and that of the correction, 2 tr Γ²/df
-    along = sum(float((c @ gap / len(gap)).var(ddof=1)) / len(c) for c in (a, b))
-    error = math.sqrt(4 * along + 2 * noise**2 / dimension * (1 + 1 / welch))
-    squared = raw - noise
-    low, size, high = (math.sqrt(max(value, 0.0)) for value in (squared - error, squared, squared + error))
-    return Difference(
-        Estimate(size, (high - low) / 2), low, high, seed_noise, _f_tail(raw / noise, dimension, dimension * welch)
-    )
-
-
-def _end_difference(a: Array, b: Array, *, random: bool) -> Difference:
-    """Distance of two processes' mean last values, by Welch's t test.
-
-    Seeds of a ``random`` process that end on the same value do so by chance (an accuracy has few values), not for lack
-    of noise: where all do, a distance is not significant.
-    """
-    gap = abs(float(a.mean() - b.mean()))
-    variances = [float(c.var(ddof=1)) for c in (a, b)]
-    parts = [(variance / len(c), len(c) - 1) for variance, c in zip(variances, (a, b), strict=True)]
-    error = math.sqrt(sum(part for part, _ in parts))
-    seed_noise = math.sqrt(sum(variances) / 2)
-    if error == 0:
-        p_value = 1.0 if random or gap == 0 else 0.0
-    else:
-        welch = error**4 / sum(part**2 / df for part, df in parts)
-        p_value = _f_tail((gap / error) ** 2, 1.0, welch)
-    return Difference(Estimate(gap, error), max(gap - error, 0.0), gap + error, seed_noise, p_value)
-
-
-def _f_tail(value: float, df1: float, df2: float) -> float:
-    from scipy.special import fdtrc
-
-    return float(fdtrc(df1, df2, value))
+    if not enough(_MOST_SEEDS):
+        return None
+    low, high = 1, _MOST_SEEDS  # one seed is never enough, high always is
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,120 +1,178 @@
-"""Verdicts in plain words: a headline for all batch sizes, and sentences for each."""
+"""Verdicts in plain words: a headline for all batch sizes, sentences for each, and numbers in the metric's units."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from svag_fast.estimate import Estimate
-from svag_fast.verdict import Comparison, Difference, Verdict
+from svag_fast.verdict import Cell, Decision, Interval, SharedLimit, Verdict
 
 
 def unit(metric: str) -> tuple[float, str]:
     """Return the factor that turns a column's values into what is shown, and the unit: accuracies in points."""
-    return (100.0, " points") if metric.endswith("accuracy") else (1.0, f" of {metric}")
+    return (100.0, " points") if metric.endswith("accuracy") else (1.0, "")
 
 
-def shown(value: Estimate, metric: str, *, unit_name: bool = True) -> str:
-    """Return a distance as it is printed, with its standard error and unit; points have one decimal."""
-    factor, name = unit(metric)
-    size, error = factor * value.value, factor * value.standard_error
-    text = f"{size:.1f} ± {error:.1f}" if factor == 100 else str(Estimate(size, error))
-    return text + (name if unit_name else "")
+def number(value: float, metric: str, *, signed: bool = False) -> str:
+    """Return a value of ``metric`` as it is printed: accuracies in percent with one decimal, others with three."""
+    factor, _ = unit(metric)
+    return f"{factor * value:{'+' if signed else ''}.{1 if factor == 100 else 3}f}"
+
+
+def with_error(value: float, ends: Interval, metric: str, *, signed: bool = False) -> str:
+    """Return a value and half its interval's length, in the units of :func:`number`."""
+    return f"{number(value, metric, signed=signed)} ± {number((ends[1] - ends[0]) / 2, metric)}"
+
+
+def name(metric: str) -> str:
+    """Return a column's name as it is read."""
+    return metric.replace("_", " ")
+
+
+def places(found: Iterable[tuple[str, str, Decision | None]]) -> str:
+    """Say in which metrics and parts, with the distance and its interval where there is one.
+
+    >>> places([("test_loss", "phase 2", None), ("test_loss", "end", None)])
+    'test loss (phase 2, end)'
+    """
+    by_metric: dict[str, list[str]] = {}
+    for metric, part, decision in found:
+        units = unit(metric)[1]
+        size = f" {with_error(decision.value, decision.interval, metric, signed=True)}{units}" if decision else ""
+        by_metric.setdefault(metric, []).append(part + size)
+    return _listed(f"{name(metric)} ({', '.join(parts)})" for metric, parts in by_metric.items())
 
 
 def headline(verdicts: Sequence[Verdict]) -> str:
     """Return the finding in one line."""
-    stays = [v.batch_size for v in verdicts if v.sgd == "matches"]
-    leaves = [v.batch_size for v in verdicts if v.sgd == "departs"]
-    if stays and leaves:
-        return f"SGD stays with its SDE limit at {_batch_sizes(stays)} and leaves it at {_batch_sizes(leaves)}"
-    if stays:
-        return f"SGD stays with its SDE limit at {_batch_sizes(stays)}"
-    if leaves:
-        return f"SGD leaves its SDE limit at {_batch_sizes(leaves)}"
-    converged = [v.batch_size for v in verdicts if v.convergence == "converged"]
-    if converged:
-        return f"SVAG has converged at {_batch_sizes(converged)}"
-    return "Too few finished runs to tell whether SGD follows its SDE limit"
-
-
-def convergence_sentence(verdict: Verdict) -> str:
-    """Say whether SVAG has converged, and why that is said."""
-    largest = f"l = {verdict.largest_l:g}" if verdict.largest_l is not None else ""
-    if verdict.convergence == "converged":
-        return f"SVAG has converged by l = {verdict.converged_by:g}: from there on its curves agree with {largest}."
-    steps = [c for l, c in verdict.comparisons.items() if l > 1] or list(verdict.comparisons.values())
-    if verdict.convergence == "not converged":
-        last = steps[-1]
-        return f"SVAG has not converged by {largest}: l = {last.l:g} {_apart(last, verdict.metric)}."
-    return f"Whether SVAG has converged cannot be told yet: {_why_open(verdict, steps[-1] if steps else None)}."
-
-
-def sgd_sentence(verdict: Verdict) -> str:
-    """Say whether SGD stays with the largest l, by how much, and against which seed noise."""
-    if verdict.sgd == "not run":
-        return "There is no run at l = 1: nothing is said of SGD."
-    comparison = verdict.comparisons.get(1)
-    if verdict.sgd == "cannot tell" or comparison is None:
-        return f"Whether SGD stays with the limit cannot be told yet: {_why_open(verdict, comparison)}."
-    if verdict.sgd == "departs":
-        text = f"SGD departs from the limit: it {_apart(comparison, verdict.metric)}"
-        if verdict.convergence != "converged":
-            text += f" (l = {verdict.largest_l:g} stands for the limit, which SVAG has not shown that it has reached)"
-        return f"{text}."
-    curve, end = comparison.curve, comparison.end
-    assert curve is not None  # or it could not have matched
-    assert end is not None
-    text = f"SGD matches the limit: its curve lies {shown(curve.size, verdict.metric)} from l = {verdict.largest_l:g}"
-    text += f", {_against_noise(curve, verdict.metric)}, and ends {shown(end.size, verdict.metric)} away"
-    if curve.p_value < comparison.alpha:
-        text += f"; the difference is no chance (p = {curve.p_value:.1g}), but less than one run's own scatter"
-    return f"{text}."
+    said = [
+        f"{verb} {_batch_sizes(sizes)}"
+        for answer, verb in (("matches", "matches its SDE limit at"), ("departs", "departs from it at"))
+        if (sizes := [v.batch_size for v in verdicts if v.answer == answer])
+    ]
+    if len(said) == 1:
+        said = [said[0].replace("from it", "from its SDE limit")]
+    still_open = [v.batch_size for v in verdicts if v.answer == "open"]
+    if said:
+        return "SGD " + " and ".join(said) + (f"; open at {_batch_sizes(still_open)}" if still_open else "")
+    if still_open:
+        return f"Open: whether SGD follows its SDE limit at {_batch_sizes(still_open)}"
+    return "Every run diverged: no verdict"
 
 
 def sentences(verdict: Verdict) -> list[str]:
-    """Return the verdict of one batch size in sentences."""
-    if verdict.largest_l is None:
-        return ["No run has finished: nothing can be said yet."]
-    return [convergence_sentence(verdict), sgd_sentence(verdict)]
+    """Return the verdict of one batch size in sentences: SGD's answer and why, SVAG's convergence, divergence."""
+    said = _sgd_sentences(verdict)
+    if any(cell.distances for _, _, cell in _cells(verdict)):
+        said += _convergence_sentences(verdict) + _regime_sentences(verdict)
+    return said + [_divergence_sentence(verdict, l) for l in verdict.diverged]
 
 
-def _apart(comparison: Comparison, metric: str) -> str:
-    """Say in which respect two processes differ."""
-    assert comparison.curve is not None  # or they could not have differed
-    assert comparison.end is not None
-    parts = []
-    if comparison.curve.agreement(comparison.alpha) == "differs":
-        text = f"lies {shown(comparison.curve.size, metric)} from l = {comparison.largest_l:g} over the run"
-        parts.append(f"{text}, {_against_noise(comparison.curve, metric)}")
-    if comparison.end.agreement(comparison.alpha) == "differs" or not parts:
-        parts.append(f"ends {shown(comparison.end.size, metric)} away, {_against_noise(comparison.end, metric)}")
-    else:
-        parts.append(f"ends {shown(comparison.end.size, metric)} away")
-    return ", and ".join(parts)
+def shared_limit_sentence(shared: SharedLimit) -> str:
+    """Say whether two batch sizes have the same limit."""
+    pair = f"B = {shared.reference} and B = {shared.batch_size}"
+    found = [(metric, part, d) for metric, parts in shared.cells.items() for part, d in parts.items()]
+    if shared.answer == "matches":
+        return f"{pair} share their limit, within the margins: linear scaling keeps its promise."
+    if not any(d for _, _, d in found):
+        return f"Whether {pair} share their limit is open: one of them has none."
+    chosen = [(m, p, d) for m, p, d in found if (d.answer if d else "open") == shared.answer]
+    if shared.answer == "departs":
+        return f"{pair} do not share their limit: it differs in {places(chosen)}."
+    return f"Whether {pair} share their limit is open in {places(chosen)}{_seeds(d for _, _, d in chosen)}."
 
 
-def _against_noise(difference: Difference, metric: str) -> str:
-    factor, _ = unit(metric)
-    noise = f"{factor * difference.seed_noise:.2g}"
-    ratio = difference.size.value / difference.seed_noise if difference.seed_noise > 0 else float("inf")
-    if ratio <= 1:
-        return f"within the seed noise of {noise}"
-    return f"{ratio:.1f} times the seed noise of {noise}" if ratio < 1e3 else "where there is no seed noise"
+def svag_answer(cells: Sequence[Cell]) -> tuple[str, float | None]:
+    """Say whether SVAG has converged in all of the cells: "converged" by l, "not converged" by l, or "open"."""
+    by = [cell.converged_by for cell in cells]
+    if by and all(by):
+        return "converged", max(l for l in by if l is not None)
+    apart = [l for cell in cells for l, d in cell.distances.items() if l > 1 and d.answer == "departs"]
+    return ("not converged", max(apart)) if apart else ("open", None)
 
 
-def _why_open(verdict: Verdict, comparison: Comparison | None) -> str:
-    if comparison is None:
-        return f"l = {verdict.largest_l:g} is the only l whose runs have finished"
-    pair = f"l = {comparison.l:g} and l = {comparison.largest_l:g}"
-    if comparison.curve is None or comparison.end is None:
-        return f"{pair} need two finished seeds each, since one run shows no noise"
-    worst = max(comparison.curve, comparison.end, key=lambda d: d.agreement(comparison.alpha) == "cannot tell")
-    return f"{pair} lie {shown(worst.size, verdict.metric)} apart, {_against_noise(worst, verdict.metric)}, " + (
-        "which so few seeds cannot tell from chance; add seeds"
-    )
+def _sgd_sentences(verdict: Verdict) -> list[str]:
+    if verdict.answer == "diverged":
+        return ["Every run diverged: there is no limit and no verdict."]
+    if verdict.sgd_diverged and verdict.answer == "departs":
+        return [f"SGD departs from the limit: all its runs diverged, and none at l = {max(verdict.total):g}."]
+    cells = list(_cells(verdict))
+    if not cells:
+        return ["Open: no run has finished yet."]
+    by_answer: dict[str, list[tuple[str, str, Decision | None]]] = {}
+    for metric, part, cell in cells:
+        by_answer.setdefault(cell.answer, []).append((metric, part, cell.sgd))
+    said = []
+    if found := by_answer.get("departs"):
+        said.append(f"SGD departs from the limit in {places(found)}.")
+    if found := by_answer.get("matches"):
+        said.append(f"SGD matches the limit in {places(found)}.")
+    if found := by_answer.get("open"):
+        reasons = dict.fromkeys(cell.missing for _, _, cell in cells if cell.missing)
+        why = f": {_listed(reason for reason in reasons if reason)}" if reasons else ""
+        said.append(f"Open: whether SGD matches the limit in {places(found)}{why}{_seeds(d for _, _, d in found)}.")
+    return said
+
+
+def _convergence_sentences(verdict: Verdict) -> list[str]:
+    cells = [(metric, part, cell) for metric, part, cell in _cells(verdict) if cell.distances]
+    largest = max(l for _, _, cell in cells for l in cell.distances)
+    answer, by = svag_answer([cell for _, _, cell in _cells(verdict)])
+    if answer == "converged":
+        return [f"SVAG has converged by l = {by:g}: from there on it is within the margins of the limit."]
+    said = []
+    if answer == "not converged" and by is not None:
+        apart = [(m, p, c.distances[by]) for m, p, c in cells if by in c.distances]
+        apart = [(m, p, d) for m, p, d in apart if d.answer == "departs"]
+        said.append(f"SVAG has not converged by l = {by:g} in {places(apart)}.")
+    if by != largest:
+        doubtful = [(m, p, c.distances[largest]) for m, p, c in cells if c.distances[largest].answer == "open"]
+        if doubtful:
+            where = places((m, p, None) for m, p, _ in doubtful)
+            seeds = _seeds(d for _, _, d in doubtful)
+            said.append(f"Open: whether it has converged by l = {largest:g} in {where}{seeds}.")
+    return said
+
+
+def _regime_sentences(verdict: Verdict) -> list[str]:
+    outside = [(m, p, None) for m, p, cell in _cells(verdict) if cell.regime_reached is False]
+    untested = [(m, p, None) for m, p, cell in _cells(verdict) if cell.distances and cell.regime_reached is None]
+    said = []
+    if outside:
+        said.append(
+            f"The 1/l regime is not reached in {places(outside)}: the limit there is extrapolated from the largest l, "
+            "and the intervals have the extrapolation's own length added on both sides."
+        )
+    if untested:
+        said.append(f"The 1/l law could not be tested in {places(untested)}, with two l: intervals are wider for it.")
+    return said
+
+
+def _divergence_sentence(verdict: Verdict, l: float) -> str:
+    at, total = verdict.diverged[l], verdict.total[l]
+    who = "SGD" if l == 1 else f"l = {l:g}"
+    steps = ", ".join(f"{step:g}" for step in sorted(at))
+    return f"{len(at)} of {total} runs of {who} diverged, at effective step {steps}; they are in no mean."
+
+
+def _seeds(decisions: Iterable[Decision | None]) -> str:
+    needed = [decision.seeds_needed for decision in decisions if decision]
+    if not needed:
+        return ""
+    if any(seeds is None for seeds in needed):
+        return "; more seeds alone would not settle it, a larger l might"
+    return f"; about {max(seeds for seeds in needed if seeds is not None)} seeds for each l would settle it"
+
+
+def _cells(verdict: Verdict) -> Iterable[tuple[str, str, Cell]]:
+    for metric, parts in verdict.cells.items():
+        for part, cell in parts.items():
+            yield metric, part, cell
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _batch_sizes(sizes: Sequence[int]) -> str:
-    unique = list(dict.fromkeys(sizes))
-    text = ", ".join(str(size) for size in unique[:-1])
-    return f"B = {text} and {unique[-1]}" if text else f"B = {unique[-1]}"
+    return "B = " + _listed(str(size) for size in dict.fromkeys(sizes))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ def write_run(
     fraction: float = 1.0,
     effective_steps: float | None = None,
     nsr: float = 1.1,
+    diverged: bool = False,
     **config: Any,
 ) -> Path:
     """Write one run whose test accuracy at evenly spaced rows is ``accuracy``, cut off after ``fraction`` of them.
 
-    The rate follows the linear scaling rule (0.1 at batch size 8) and drops to a tenth at 80 %.
+    The rate follows the linear scaling rule (0.1 at batch size 8) and drops to a tenth at 80 %. With ``diverged`` the
+    last row's losses, G and N are nan.
     """
     accuracy = rising()(np.linspace(0, 1, 41)) if accuracy is None else np.asarray(accuracy)
     lr0 = config.pop("lr", 0.1 * batch_size / 8)
@@ -51,10 +54,13 @@ def write_run(
     (run / "config.json").write_text(json.dumps(settings))
     done = np.linspace(0, 1, len(accuracy))
     rows = [_row(u, a, lr0, total, l, nsr) for u, a in zip(done, accuracy, strict=True)]
+    rows = rows[: max(1, round(fraction * len(rows)))]
+    if diverged:
+        rows[-1] |= dict.fromkeys(("train_loss", "test_loss", "grad_sq_norm", "noise_trace", "nsr"), math.nan)
     with (run / "metrics.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
-        table.writerows(rows[: max(1, round(fraction * len(rows)))])
+        table.writerows(rows)
     return run
 
 
@@ -95,14 +101,3 @@ def write_process(
     for seed in range(seeds):
         accuracy = mean(np.linspace(0, 1, points)) + seed_noise(rng, points, sd)
         write_run(folder, seed=seed, accuracy=accuracy, **settings)
-
-
-def made_processes(
-    rng: np.random.Generator, means: dict[float, Mean], seeds: int, sds: dict[float, float], correlation: float
-) -> dict[float, list[tuple[np.ndarray, np.ndarray]]]:
-    """Curves as `svag_fast.verdict.compare` takes them, without files."""
-    x = np.linspace(0, 1, 41)
-    return {
-        l: [(100 * x, mean(x) + seed_noise(rng, len(x), sds[l], correlation)) for _ in range(seeds)]
-        for l, mean in means.items()
-    }

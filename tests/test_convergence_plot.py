@@ -23,24 +23,25 @@ def _in_style() -> Iterator[None]:
         yield
 
 
-def figure_of(folder: Path, **options: str) -> Figure:
+def figure_of(folder: Path, **options: object) -> Figure:
     runs = load_runs(folder)
     return convergence_figure(runs, judge(runs, **options))  # type: ignore[arg-type]
 
 
-def panels(figure: Figure) -> tuple[list[Axes], list[Axes], list[Axes]]:
-    """The curves, the distances, and the upper axes, from left to right."""
+def panels(figure: Figure, metrics: int = 2) -> tuple[list[Axes], list[list[Axes]], list[Axes]]:
+    """The curves, for each metric the means against 1/l, and the upper axes, from left to right."""
     plain = [axes for axes in figure.axes if not axes.get_xlabel().startswith("time")]
     top = [axes for axes in figure.axes if axes.get_xlabel().startswith("time")]
-    half = len(plain) // 2
-    return plain[:half], plain[half:], top
+    columns = len(plain) // (1 + metrics)
+    rows = [plain[i : i + columns] for i in range(0, len(plain), columns)]
+    return rows[0], rows[1:], top
 
 
 def words(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-def write_sweep(folder: Path, batch_sizes: list[int], ls: list[float], seeds: int = 3, sd: float = 0.03) -> None:
+def write_sweep(folder: Path, batch_sizes: list[int], ls: list[float], seeds: int = 3, sd: float = 0.003) -> None:
     rng = np.random.default_rng(0)
     for batch_size in batch_sizes:
         for l in ls:
@@ -51,14 +52,13 @@ def write_sweep(folder: Path, batch_sizes: list[int], ls: list[float], seeds: in
 def test_one_panel_a_batch_size_with_a_labelled_line_and_a_band_for_each_l(tmp_path: Path) -> None:
     write_sweep(tmp_path, [8, 128], [1, 2, 4, 8])
     figure = figure_of(tmp_path)
-    curves, distances, top = panels(figure)
-    assert [len(axes) for axes in (curves, distances, top)] == [2, 2, 2]
+    curves, laws, top = panels(figure)
+    assert [len(axes) for axes in (curves, *laws, top)] == [2, 2, 2, 2]
     assert [axes.get_title(loc="left") for axes in curves] == ["B = 8,  lr = 0.1", "B = 128,  lr = 1.6"]
-    assert figure.get_suptitle() == "SGD stays with its SDE limit at B = 8 and leaves it at B = 128"
+    assert figure.get_suptitle() == "SGD matches its SDE limit at B = 8 and departs from it at B = 128"
     for axes in curves:
         lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
         assert list(lines) == ["SGD (l = 1)", "l = 2", "l = 4", "l = 8"]
-        assert len(axes.collections) == 4  # bands
         assert set(lines) <= set(words(axes))
         assert same_color(lines["SGD (l = 1)"].get_color(), plots.SGD_COLOR)
         for label, line in lines.items():
@@ -72,7 +72,8 @@ def test_lines_are_the_mean_over_seeds_in_percent(tmp_path: Path) -> None:
         write_run(tmp_path, l=1, seed=seed, accuracy=np.full(41, 0.5 + 0.1 * seed))
         write_run(tmp_path, l=2, seed=seed, accuracy=np.full(41, 0.3 + 0.1 * seed))
     (curves,), _, _ = panels(figure_of(tmp_path))
-    for line, level in zip(curves.lines, (60, 40), strict=True):
+    lines = [line for line in curves.lines if not line.get_label().startswith("_")]
+    for line, level in zip(lines, (60, 40), strict=True):
         np.testing.assert_allclose(line.get_ydata(), level)
         np.testing.assert_allclose(line.get_xdata(), np.linspace(0, 1504, 41))
     low, high = curves.collections[0].get_paths()[0].get_extents().intervaly
@@ -92,39 +93,94 @@ def test_upper_axis_is_the_sdes_time_which_slows_down_when_the_rate_falls(tmp_pa
             assert place == pytest.approx(time / 150.4 * total)
 
 
-def test_later_panels_carry_the_first_ones_limit_in_grey_at_the_same_time(tmp_path: Path) -> None:
-    write_sweep(tmp_path, [8, 128], [1, 2])
+def limit_bars(axes: Axes, color: str) -> dict[float, float]:
+    """Level by the effective step at which a limit's bar begins."""
+    bars = [line for line in axes.lines if line.get_linestyle() == "--" and same_color(line.get_color(), color)]
+    return {float(line.get_xdata()[0]): float(line.get_ydata()[0]) for line in bars}
+
+
+def test_each_phases_limit_stands_over_the_window_that_is_averaged(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [8], [1, 2, 4])
+    runs = load_runs(tmp_path)
+    (verdict,) = judge(runs)
+    (curves,), _, _ = panels(convergence_figure(runs, [verdict]))
+    bars = limit_bars(curves, plots.INK)
+    limits = [100 * (cell.limit or 0) for part, cell in verdict.cells["test_accuracy"].items() if part != "end"]
+    phase = 31 / 40 * 1504  # the made runs' first phase ends a row before 80 %
+    assert bars == pytest.approx(dict(zip((phase / 2, (phase + 1504) / 2), limits, strict=True)))
+    assert "limit" in words(curves)
+    low, high = curves.collections[-1].get_paths()[0].get_extents().intervaly
+    interval = verdict.cells["test_accuracy"]["phase 2"].limit_interval
+    assert interval is not None
+    assert (low, high) == pytest.approx((100 * interval[0], 100 * interval[1]))
+
+
+def test_later_panels_carry_the_first_ones_limits_in_grey(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [8, 128], [1, 2, 4])
     (first, second), _, _ = panels(figure_of(tmp_path))
-    assert not any(same_color(line.get_color(), plots.GREY) for line in first.lines)
-    (grey,) = (line for line in second.lines if same_color(line.get_color(), plots.GREY))
-    (limit,) = (line for line in first.lines if line.get_label() == "l = 2")
-    np.testing.assert_allclose(grey.get_ydata(), limit.get_ydata())
-    np.testing.assert_allclose(grey.get_xdata(), limit.get_xdata() / 16, atol=1e-9)  # 16 times the rate
-    assert "B = 8, l = 2" in words(second)
+    assert not limit_bars(first, plots.GREY)
+    assert list(limit_bars(second, plots.GREY).values()) == list(limit_bars(first, plots.INK).values())
+    assert "limit at B = 8" in words(second)
 
 
-def test_no_grey_line_where_the_rates_do_not_scale_linearly(tmp_path: Path) -> None:
+def test_no_grey_limit_where_the_rates_do_not_scale_linearly(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for batch_size, lr in ((8, 0.1), (128, 0.1)):
-        write_process(tmp_path, rising(), seeds=2, sd=0.01, rng=rng, batch_size=batch_size, lr=lr, l=2)
+        for l in (2, 4):
+            write_process(tmp_path, rising(), seeds=2, sd=0.01, rng=rng, batch_size=batch_size, lr=lr, l=l)
     (_, second), _, _ = panels(figure_of(tmp_path))
-    assert len(second.lines) == 1
+    assert not limit_bars(second, plots.GREY)
+    assert limit_bars(second, plots.INK)
 
 
-def test_distances_stand_with_their_errors_before_the_seed_noise(tmp_path: Path) -> None:
+def test_means_stand_against_1_over_l_with_the_fitted_line_its_limit_and_the_margin(tmp_path: Path) -> None:
     write_sweep(tmp_path, [8, 128], [1, 2, 4])
     runs = load_runs(tmp_path)
     verdicts = judge(runs)
-    _, distances, _ = panels(convergence_figure(runs, verdicts))
-    assert distances[0].get_ylim() == distances[1].get_ylim()
-    for axes, verdict in zip(distances, verdicts, strict=True):
-        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["SGD", "l = 2", "l = 4"]
-        shown = [c.curve for c in verdict.comparisons.values() if c.curve]
-        assert [bar.get_height() for bar in axes.patches] == pytest.approx([100 * d.seed_noise for d in shown])
-        points = [container.lines[0].get_ydata()[0] for container in axes.containers if hasattr(container, "lines")]
-        assert points == pytest.approx([100 * d.size.value for d in shown])
-        assert any(f"± {100 * shown[0].size.standard_error:.1f}" in text for text in words(axes))
-    assert distances[1].get_title(loc="left") == "SVAG has not converged by l = 4; SGD departs"
+    _, laws, _ = panels(convergence_figure(runs, verdicts))
+    for row, metric, factor in zip(laws, ("test_accuracy", "test_loss"), (100, 1), strict=True):
+        for axes, verdict in zip(row, verdicts, strict=True):
+            assert axes.get_ylabel() in ("", "test accuracy (%)", "test loss")
+            assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1/4", "1/2", "1"]
+            points = [c.lines[0].get_xydata()[0] for c in axes.containers if hasattr(c, "lines")]
+            for part in ("phase 1", "phase 2"):
+                cell = verdict.cells[metric][part]
+                assert cell.limit is not None
+                expected = [(1 / l, factor * mean.value) for l, mean in cell.means.items()]
+                for point in [*expected, (0, factor * cell.limit)]:
+                    assert any(np.allclose(point, drawn) for drawn in points)
+                assert f"{part}: {cell.answer}" in words(axes)
+            assert len(axes.patches) == 2  # the margins
+    titles = [axes.get_title(loc="left") for axes in laws[0]]
+    assert titles[0] == "SGD matches the limit\nSVAG: converged by l = 2"
+    assert titles[1].startswith("SGD departs from the limit\nSVAG: not converged by l = 2")
+
+
+def test_diverged_runs_end_in_a_cross_and_are_in_no_line(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [8], [2, 4])
+    for seed in range(2):
+        write_run(tmp_path, l=1, seed=seed, fraction=0.5, diverged=True)
+    figure = figure_of(tmp_path)
+    (curves,), (accuracy, _), _ = panels(figure)
+    crosses = [line for line in curves.lines if line.get_marker() == "x"]
+    assert [float(line.get_xdata()[0]) for line in crosses] == pytest.approx([19 / 40 * 1504] * 2)
+    assert "SGD (l = 1)" not in words(curves)
+    assert [tick.get_text() for tick in accuracy[0].get_xticklabels()] == ["0", "1/4", "1/2"]
+    assert "2 diverged (×)" in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize(
+    ("inits", "text"),
+    [
+        ([{}, {}], "one initialisation for all runs"),
+        ([{"init": "own"}] * 2, "each run from its own initialisation"),
+        ([{"init": "own"}, {"init": "shared"}], "initialisations mixed"),
+    ],
+)
+def test_the_caption_says_where_runs_start_from(tmp_path: Path, inits: list[dict[str, str]], text: str) -> None:
+    for seed, init in enumerate(inits):
+        write_run(tmp_path, seed=seed, **init)  # type: ignore[arg-type]
+    assert text in figure_of(tmp_path).get_supxlabel().replace("\n", " ")
 
 
 def test_unfinished_runs_are_thin_lines_without_a_label(tmp_path: Path) -> None:
@@ -143,19 +199,18 @@ def test_before_any_run_has_finished_the_axes_are_there_and_say_so(tmp_path: Pat
     for batch_size in (8, 128):
         run = write_run(tmp_path, batch_size=batch_size, l=2)
         (run / "metrics.csv").unlink()
-    curves, distances, top = panels(figure_of(tmp_path))
+    curves, laws, top = panels(figure_of(tmp_path))
     assert not top
     assert [words(axes) for axes in curves] == [["no run has come this far"]] * 2
-    assert [words(axes) for axes in distances] == [["needs two finished seeds of two l"]] * 2
+    assert [words(axes) for row in laws for axes in row] == [["no run has finished"]] * 4
     assert curves[0].get_xlim() == (0, 1504)
 
 
-def test_losses_can_be_drawn_too(tmp_path: Path) -> None:
+def test_any_metrics_can_be_drawn(tmp_path: Path) -> None:
     write_sweep(tmp_path, [8], [1, 2])
-    (curves,), (distances,), _ = panels(figure_of(tmp_path, metric="train_loss"))
-    assert curves.get_ylabel() == "train loss"
+    (curves,), ((law,),), _ = panels(figure_of(tmp_path, metrics=["train_loss"]), 1)
+    assert curves.get_ylabel() == law.get_ylabel() == "train loss"
     assert curves.get_ylim()[1] < 5
-    assert "points" not in distances.get_ylabel()
 
 
 def overlaps(figure: Figure) -> list[tuple[str, str]]:

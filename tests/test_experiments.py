@@ -80,7 +80,8 @@ def wait_for(condition, process, timeout=PATIENCE):
 
 def test_every_run_leaves_its_config_and_metrics(whole):
     assert {folder.name for folder in whole.iterdir() if folder.is_dir()} == RUNS
-    assert json.loads((whole / "summary.json").read_text())["finished"] == 4
+    found = json.loads((whole / "summary.json").read_text())["batch_sizes"]
+    assert [verdict["runs"]["finished"] for verdict in found.values()] == [2, 2]
     assert (whole / "convergence.png").read_bytes().startswith(b"\x89PNG")
     for name in RUNS:
         config = json.loads((whole / name / "config.json").read_text())
@@ -186,6 +187,9 @@ def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
         (["--backend", "nonesuch"], "nonesuch"),
         (["--epochs", "1", "--effective-steps", "3"], "epochs"),
         (["--resume"], "no experiment to resume"),
+        (["--init", "zero"], "'zero' is not one of"),
+        (["--metric", "accuracy"], "metric must be a column of metrics.csv, not 'accuracy'"),
+        (["--margin", "nsr=1"], "a margin is given for nsr"),
     ],
     ids=str,
 )
@@ -194,6 +198,15 @@ def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path, argument
     assert answer.exit_code in (1, 2)
     assert message in " ".join(answer.output.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_every_run_diverges_the_exit_status_is_3(tmp_path):
+    options = ["--model", "preresnet8-none", "--batch-size", "8", "--lr", "1e6", "--l", "1", "--seeds", "1"]
+    process = start(*options, "--effective-steps", "40", "--rows", "20", "--out", tmp_path / "x")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 3, output
+    assert "Every run diverged" in output
+    assert "nan" not in output
 
 
 def test_an_unknown_key_in_the_config_file_is_refused(tmp_path):

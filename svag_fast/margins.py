@@ -1,0 +1,99 @@
+"""How far from the limit still counts as the same: one margin a metric, in its own units or as a part of its value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import rich_click as click
+
+METRICS = ("test_accuracy", "test_loss")  # what the verdict is about, unless something else is asked for
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A distance that does not matter: ``size`` in the metric's units, or ``size`` times the metric's level.
+
+    >>> Margin.parse("0.02").at(0.9), Margin.parse("10%").at(0.5)
+    (0.02, 0.05)
+    """
+
+    size: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.size) and self.size > 0):
+            raise ValueError(f"a margin must be positive and finite, got {self.size}")
+
+    @classmethod
+    def parse(cls, text: str) -> Margin:
+        """Read ``0.02`` or ``10%``; raise ValueError where it is neither."""
+        number = text.strip().removesuffix("%")
+        try:
+            size = float(number)
+        except ValueError:
+            raise ValueError(f"{text.strip()!r} is not a margin; expected a number such as 0.02, or 10%") from None
+        return cls(size / 100, relative=True) if text.strip().endswith("%") else cls(size)
+
+    def at(self, level: float) -> float:
+        """Return the margin in the metric's units where the metric has this ``level``."""
+        return self.size * abs(level) if self.relative else self.size
+
+    def __str__(self) -> str:
+        return f"{100 * self.size:g} %" if self.relative else f"{self.size:g}"
+
+
+def choose_margins(metrics: Sequence[str], given: Mapping[str, Margin]) -> dict[str, Margin]:
+    """Return each metric's margin: the one given, or 0.02 for an accuracy (two points) and 10 % for anything else.
+
+    Raises:
+        ValueError: no metric, or a margin for a metric that is not judged.
+    """
+    if not metrics:
+        raise ValueError("metrics is empty: at least one column is needed")
+    if unknown := sorted(set(given) - set(metrics)):
+        raise ValueError(f"a margin is given for {', '.join(unknown)}, but judged are {', '.join(metrics)}")
+    points, part = Margin(0.02), Margin(0.1, relative=True)
+    return {metric: given.get(metric, points if metric.endswith("accuracy") else part) for metric in metrics}
+
+
+class MarginList(click.ParamType[dict[str, Margin]]):
+    """Margins by name, such as test_accuracy=0.02,test_loss=10%."""
+
+    name = "margins"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Margin]:
+        """Parse the text, or say which part of it is no margin."""
+        if isinstance(value, dict):
+            return value
+        margins = {}
+        for part in str(value).split(","):
+            name, equals, size = part.partition("=")
+            if not (name.strip() and equals):
+                self.fail(f"{part.strip()!r} does not name a metric; expected test_accuracy=0.02,test_loss=10%")
+            try:
+                margins[name.strip()] = Margin.parse(size)
+            except ValueError as error:
+                self.fail(f"{name.strip()}: {error}")
+        return margins
+
+
+metric_option = click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    default=METRICS,
+    help="Column of metrics.csv to judge by; may be given again.  [default: test_accuracy and test_loss]",
+)
+margin_option = click.option(
+    "--margin",
+    "margins",
+    type=MarginList(),
+    metavar="NAME=SIZE,...",
+    default={},
+    help="Distance from the limit that does not matter, in the metric's units or in percent of its value.  "
+    "[default: test_accuracy=0.02,test_loss=10%]",
+)
