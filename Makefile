@@ -1,4 +1,4 @@
-# make run    the main job: does SVAG converge, and does SGD stay with it? (ARGS="--seeds 1" passes options on)
+# make run    the main job: does SVAG converge, and does SGD match its limit? (ARGS="--seeds 1" passes options on)
 # make test   the tests
 # Both make the environment $(VENV) first, from nothing but Python >= 3.10 and a C++ compiler, and reuse it later.
 

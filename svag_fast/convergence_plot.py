@@ -257,8 +257,8 @@ def _short_verdict(verdict: Verdict) -> list[str]:
     cells = [cell for parts in verdict.cells.values() for cell in parts.values()]
     answer, by = svag_answer(cells)
     svag = f"SVAG: {answer}" + ("" if by is None else f" by l = {by:g}")
-    law = "; 1/l regime not reached" if any(cell.regime_reached is False for cell in cells) else ""
-    return [said[verdict.answer], f"{svag}{law}"]
+    law = ["the 1/l regime is not reached"] if any(cell.regime_reached is False for cell in cells) else []
+    return [said[verdict.answer], svag, *law]
 
 
 def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:
