@@ -254,11 +254,12 @@ def _short_verdict(verdict: Verdict) -> list[str]:
     if verdict.answer == "diverged":
         return ["every run diverged: no verdict"]
     said = {"matches": "SGD matches the limit", "departs": "SGD departs from the limit", "open": "SGD: open"}
+    sgd = "SGD diverged: it departs" if verdict.sgd_diverged and verdict.answer == "departs" else said[verdict.answer]
     cells = [cell for parts in verdict.cells.values() for cell in parts.values()]
     answer, by = svag_answer(cells)
     svag = f"SVAG: {answer}" + ("" if by is None else f" by l = {by:g}")
     law = ["the 1/l regime is not reached"] if any(cell.regime_reached is False for cell in cells) else []
-    return [said[verdict.answer], svag, *law]
+    return [sgd, svag, *law]
 
 
 def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:

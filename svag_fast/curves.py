@@ -135,15 +135,6 @@ def group_by_l(runs: Iterable[Run]) -> dict[float, list[Run]]:
     return groups
 
 
-def window_means(x: Array, y: Array, edges: Array) -> Array:
-    """Return the mean over each window between two ``edges`` of the curve through the points (x, y)."""
-    knots = np.union1d(x, edges)
-    values = np.interp(knots, x, y)
-    area = np.concatenate([[0.0], np.cumsum(np.diff(knots) * (values[1:] + values[:-1]) / 2)])
-    means: Array = np.diff(np.interp(edges, knots, area)) / np.diff(edges)
-    return means
-
-
 def load_run(folder: Path) -> Run:
     """Read one run from its own folder: config.json, and metrics.csv as far as it has come.
 

@@ -166,6 +166,7 @@ def test_diverged_runs_end_in_a_cross_and_are_in_no_line(tmp_path: Path) -> None
     assert [float(line.get_xdata()[0]) for line in crosses] == pytest.approx([19 / 40 * 1504] * 2)
     assert "SGD (l = 1)" not in words(curves)
     assert [tick.get_text() for tick in accuracy[0].get_xticklabels()] == ["0", "1/4", "1/2"]
+    assert accuracy[0].get_title(loc="left").startswith("SGD diverged: it departs\nSVAG: ")
     assert "2 diverged (×)" in figure.get_supxlabel()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from make_runs import rising, write_run
 
-from svag_fast.curves import group_by_batch_size, group_by_l, load_runs, window_means
+from svag_fast.curves import group_by_batch_size, group_by_l, load_runs
 
 
 def test_runs_come_back_in_order_with_their_settings_and_values(tmp_path: Path) -> None:
@@ -84,18 +84,6 @@ def test_first_phase_is_averaged_over_its_later_half(tmp_path: Path) -> None:
     assert loaded.first_phase_mean("test_accuracy") == pytest.approx(np.arange(40, 80).mean() / 100)
     assert math.isnan(loaded.first_phase_mean("amplified_loss"))
     assert run.name == loaded.name
-
-
-def test_window_means_are_exact_for_a_piecewise_linear_curve() -> None:
-    x, y = np.array([0.0, 1.0, 4.0]), np.array([0.0, 2.0, 2.0])
-    np.testing.assert_allclose(window_means(x, y, np.array([0.0, 0.5, 2.0, 4.0])), [0.5, (0.75 + 2.0) / 1.5, 2.0])
-    rng = np.random.default_rng(0)
-    x = np.sort(rng.random(50))
-    y = rng.standard_normal(50)
-    edges = np.linspace(x[0], x[-1], 8)
-    fine = np.linspace(x[0], x[-1], 700_001)
-    means = np.interp(fine, x, y)[:-1].reshape(7, -1).mean(axis=1)
-    np.testing.assert_allclose(window_means(x, y, edges), means, atol=1e-4)
 
 
 @pytest.mark.parametrize(
