@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from verdict_error_rates import CURVED, LS, NOISES, Noise, fitted, rates, run_means
+from verdict_error_rates import CURVED, LS, NOISES, Noise, fitted, questions, rates, run_means
 
 from svag_fast.limit_fit import fit_limit, lack_of_fit, outside, within
 
@@ -43,6 +43,15 @@ def test_intervals_hold_and_answers_err_as_seldom_as_stated_in_full(noise: Noise
         assert low - slack(low, repetitions) <= held <= high + slack(high, repetitions)
         assert distance != 1 or matched <= 0.05
         assert distance != 0 or departed <= 0.025
+
+
+@pytest.mark.parametrize("seeds", [3, 20])
+@pytest.mark.parametrize("noise", NOISES[2:], ids=[noise.name for noise in NOISES[2:]])
+def test_the_other_questions_err_as_seldom(noise: Noise, seeds: int) -> None:
+    """A margin in percent, "has converged" and "share their limit", each exactly at the margin: at most 5 %."""
+    found = questions(noise, seeds, REPETITIONS, [4, seeds])
+    assert max(found.relative, found.converged, found.shared) <= 0.05 + slack(0.05)
+    assert found.shared_held >= (0.90 if seeds == 3 else 0.93) - slack(0.93)
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.5, 1.5, 3.0])

@@ -151,9 +151,49 @@ def others_table(repetitions: int) -> Iterator[str]:
             yield f"| {NOISES[i].name} | {seeds} | " + " | ".join(f"{100 * f:.1f}" for f in figures) + " |"
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Fractions of wrong "matches", each where the truth lies exactly at the margin, and of intervals that hold it."""
+
+    relative: float  # SGD's distance, margin 10 % of the metric's level
+    converged: float  # the largest l's distance
+    shared: float  # the difference of two limits
+    shared_held: float
+
+
+def questions(noise: Noise, seeds: int, repetitions: int, seed: Sequence[int]) -> Questions:
+    rng, x = np.random.default_rng(seed), 1 / np.array(LS)
+    counts = np.full(len(LS), seeds)
+    (means, variances), (others, other_variances) = (run_means(rng, noise, seeds, repetitions) for _ in range(2))
+    level = means + x + 10  # the limit is 10 margins
+    margin = 0.1 * level[:, -1]
+    relative = fit_limit(np.array(LS), level, variances, counts, margin).distances.at(0).interval()
+    converged = fitted(means + LS[-1] * x, variances, seeds).distances.at(-1).interval()
+    difference = fitted(means + x + 1, variances, seeds).limit.minus(
+        fitted(others - 2 * x, other_variances, seeds).limit
+    )
+    low, high = shared = difference.interval()
+    return Questions(
+        float(within(relative, margin).mean()),
+        float(within(converged, 1.0).mean()),
+        float(within(shared, 1.0).mean()),
+        float(((low <= 1) & (high >= 1)).mean()),
+    )
+
+
+def questions_table(repetitions: int) -> Iterator[str]:
+    yield "| noise | seeds | SGD matches, δ = 10 % | SVAG has converged | limits are shared | their difference held |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for i, noise in enumerate(NOISES):
+        for seeds in SEEDS:
+            found = questions(noise, seeds, repetitions, [200 + i, seeds])
+            figures = [found.relative, found.converged, found.shared, found.shared_held]
+            yield f"| {noise.name} | {seeds} | " + " | ".join(f"{100 * f:.1f}" for f in figures) + " |"
+
+
 if __name__ == "__main__":
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    for table in (main_table, curved_table, others_table):
+    for table in (main_table, questions_table, curved_table, others_table):
         for line in table(repetitions):
             print(line, flush=True)
         print()
