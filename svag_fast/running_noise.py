@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.noise import MeanError, RunningMean, mean_standard_error
-from svag_fast.ops.step_stats import StepStats
+from svag_fast.ops.step_stats import StepStats, is_one_batch
 
 _SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
 
@@ -26,17 +26,19 @@ class RunningNoise:
 
     `update` does not synchronise a device: 256 steps' statistics are fetched at a time, or when something is read. A
     step with an inf or nan gradient (`StepStats.finite` false, as where a gradient scaler overflowed) is counted in
-    `skipped` and enters no mean. Start a new object where the learning rate changes: the errors are those of a
-    stationary series.
+    `skipped` and enters no mean. Where an optimizer at l > 1 was given the same gradient twice, to the bit, as of one
+    batch, every estimate raises RuntimeError. Start a new object where the learning rate changes: the errors are those
+    of a stationary series.
     """
 
     _MAX_PENDING = 256
 
     def __init__(self) -> None:
-        self._pending: list[Tensor] = []
+        self._pending: list[tuple[Tensor, bool]] = []
         self._means = {name: RunningMean() for name in _SERIES}
         self._co_scatter = 0.0
         self._skipped = 0
+        self._one_batch = 0
 
     def update(self, stats: StepStats) -> None:
         """Take one step's statistics.
@@ -49,7 +51,7 @@ class RunningNoise:
             raise TypeError(f"stats is a {type(stats).__name__}: expected the StepStats that step() returns")
         if not stats.has_second:
             raise ValueError("stats has one gradient: G and N need two batches' gradients a step")
-        self._pending.append(stats.raw.detach().clone())
+        self._pending.append((stats.raw.detach().clone(), stats.two_batches))
         if len(self._pending) >= self._MAX_PENDING:
             self._fold()
 
@@ -109,39 +111,55 @@ class RunningNoise:
         """The whole state in plain Python numbers, lists and dicts."""
         self._fold()
         means = {name: mean.state_dict() for name, mean in self._means.items()}
-        return {**means, "co_scatter": self._co_scatter, "skipped": self._skipped}
+        counts = {"skipped": self._skipped, "one_batch": self._one_batch}
+        return {**means, "co_scatter": self._co_scatter, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
-        entries = {*_SERIES, "co_scatter", "skipped"}
+        state = {"one_batch": 0, **state}  # before it was counted
+        entries = {*_SERIES, "co_scatter", "skipped", "one_batch"}
         if set(state) != entries:
             raise ValueError(
                 f"the state of a RunningNoise has the entries {sorted(entries)}; missing or unknown: "
                 f"{sorted(set(state) ^ entries)}"
             )
-        for name, kind in (("co_scatter", float), ("skipped", int)):
+        for name, kind in (("co_scatter", float), ("skipped", int), ("one_batch", int)):
             if not isinstance(state[name], kind):
                 raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
         means = {name: RunningMean() for name in _SERIES}
         for name, mean in means.items():
             mean.load_state_dict(state[name])
         self._pending = []
-        self._means, self._co_scatter, self._skipped = means, state["co_scatter"], state["skipped"]
+        self._means, self._co_scatter = means, state["co_scatter"]
+        self._skipped, self._one_batch = state["skipped"], state["one_batch"]
+
+    def _fault(self) -> str | None:
+        self._fold()
+        if self._one_batch == 0:
+            return None
+        return f"in {self._one_batch} of {self._one_batch + self.steps} steps {StepStats.ONE_BATCH}"
 
     def _estimate(self, name: str) -> MeanError:
-        self._fold()
+        if fault := self._fault():
+            raise RuntimeError(fault)
         return self._means[name].estimate()
 
     def _fold(self) -> None:
         if not self._pending:
             return
         # One transfer; StepStats.raw's own order.
-        rows = torch.stack([raw.to(self._pending[0].device) for raw in self._pending]).tolist()
+        device = self._pending[0][0].device
+        rows = torch.stack([raw.to(device) for raw, _ in self._pending]).tolist()
+        asked_for_two = [two_batches for _, two_batches in self._pending]
         self._pending = []
         grad, noise, weight = (self._means[name] for name in _SERIES)
-        for sq_norm1, sq_norm2, inner, weight_sq_norm, finite in rows:
+        for row, two_batches in zip(rows, asked_for_two, strict=True):
+            sq_norm1, sq_norm2, inner, weight_sq_norm, finite = row
             if not finite:
                 self._skipped += 1
+                continue
+            if two_batches and is_one_batch(*row):
+                self._one_batch += 1
                 continue
             # Each difference by itself: exact where the norms are close.
             trace = ((sq_norm1 - inner) + (sq_norm2 - inner)) / 2
@@ -152,6 +170,8 @@ class RunningNoise:
             self._co_scatter += (inner - grad_before) * (trace - noise.mean)
 
     def __repr__(self) -> str:
+        if fault := self._fault():
+            return f"RunningNoise(no estimates: {fault})"
         G, N, nsr = self.grad_sq_norm, self.noise_trace, self.nsr
         return (
             f"RunningNoise({self.steps} steps: G = {G.mean:.4g} ± {G.standard_error:.2g}, "

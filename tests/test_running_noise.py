@@ -104,7 +104,7 @@ def test_update_reads_nothing_and_copies() -> None:
     running = RunningNoise()
     for _ in range(100):
         running.update(StepStats(raw.as_subclass(Raw), True))
-    running._pending = [row.as_subclass(Tensor) for row in running._pending]
+    running._pending = [(raw.as_subclass(Tensor), two) for raw, two in running._pending]
     raw.fill_(7)  # a captured step writes its statistics to the same place every time
     assert running.noise_trace.mean == 2.0
 

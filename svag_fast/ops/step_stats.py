@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,38 @@ class StepStats:
     Reading a value (``float(stats.nsr)``) synchronises with the device; nothing before does. Every statistic is a
     0-d float64 tensor. Without a second gradient those that need it are None. Float32 sums of 4096 elements are
     added in float64.
+
+    The estimators G, N and nsr need independent batches. Where an optimizer at ``l > 1`` was given the same gradient
+    twice, to the bit, they raise RuntimeError; on a device, where looking would wait for it, they are nan.
     """
+
+    ONE_BATCH: ClassVar[str] = (
+        "both gradients are the same to the bit, as where a closure backpropagates the same batch at both calls: G and "
+        "N can't be told apart, and the step is SGD's at lr / l. Draw a fresh batch for each (l = 1 needs one alone)"
+    )
 
     raw: Tensor
     """[5], float64: sq_norm1, sq_norm2, inner, weight_sq_norm, finite."""
     has_second: bool
+    two_batches: bool = False
+    """Whether the two gradients are to be those of two batches, so that the same one twice is a fault."""
+
+    def is_one_batch(self) -> bool:
+        """Whether the same gradient came twice where two batches' were asked for; synchronises."""
+        return self.two_batches and is_one_batch(*self.raw.tolist())
+
+    def _on_cpu(self) -> bool:
+        return self.raw.device.type == "cpu"
+
+    def _estimate(self, value: Tensor) -> Tensor:
+        if not self.two_batches:
+            return value
+        if self._on_cpu():
+            if self.is_one_batch():
+                raise RuntimeError(self.ONE_BATCH)
+            return value
+        sq_norm1, sq_norm2, inner = self.raw[: _INNER + 1].unbind()
+        return value.where((sq_norm1 != sq_norm2) | (sq_norm1 != inner) | (inner == 0), torch.nan)
 
     @property
     def sq_norm1(self) -> Tensor:
@@ -53,14 +81,14 @@ class StepStats:
     @property
     def grad_sq_norm(self) -> Tensor | None:
         """G, unbiased: for independent batches E <g1, g2> = |E g|². May be negative."""
-        return self.inner
+        return self._estimate(self.raw[_INNER]) if self.has_second else None
 
     @property
     def noise_trace(self) -> Tensor | None:
         """N, unbiased: E |g1 - g2|² / 2 is the trace of one batch gradient's covariance."""
         if not self.has_second:
             return None
-        return (self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2] - 2 * self.raw[_INNER]) / 2
+        return self._estimate((self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2] - 2 * self.raw[_INNER]) / 2)
 
     @property
     def nsr(self) -> Tensor | None:
@@ -70,13 +98,18 @@ class StepStats:
 
     @staticmethod
     def total(parts: Sequence[StepStats]) -> StepStats:
-        """Return the statistics of several lists (param groups on one device) as of one."""
+        """Return the statistics of several lists (param groups; devices) as of one, on the first one's device."""
         if len(parts) == 1:
             return parts[0]
-        raw = torch.stack([part.raw for part in parts])
+        raw = torch.stack([part.raw.to(parts[0].raw.device) for part in parts])
         return StepStats(
             torch.cat([raw[:, :FINITE].sum(0), raw[:, FINITE:].amin(0)]), all(part.has_second for part in parts)
         )
+
+
+def is_one_batch(sq_norm1: float, sq_norm2: float, inner: float, weight_sq_norm: float, finite: float) -> bool:
+    """Whether these raw statistics are those of one gradient, not zero, given twice."""
+    return sq_norm1 == sq_norm2 == inner != 0 and finite != 0
 
 
 def raw_statistics(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) -> Tensor:
