@@ -100,6 +100,31 @@ def svag_adaptive_step_(
     return StepStats(raw, grads2 is not None)
 
 
+def check_adaptive_step(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    exp_avgs: list[Tensor] | None,
+    exp_avg_sqs: list[Tensor],
+    *,
+    steps: list[int],
+    lr: float,
+    l: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str,
+) -> None:
+    """Refuse what :func:`svag_adaptive_step_` would, without a step: before the first of several is taken."""
+    for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay", weight_decay)):
+        check_nonnegative(name, value)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        check_beta(name, beta, l)
+    _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
+    select("svag_adaptive_step_", backend, params)
+
+
 def check_beta(name: str, beta: float, l: float) -> None:
     """Refuse a decay rate out of [0, 1), or one that ``l`` brings so near to 1 that it rounds to 1."""
     if not 0.0 <= beta < 1.0:

@@ -105,6 +105,28 @@ def svag_step_(
     return StepStats(raw, grads2 is not None)
 
 
+def check_step(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    *,
+    lr: float,
+    l: float,
+    weight_decay: float,
+    compensation: list[Tensor] | None = None,
+    coefficients: Tensor | None = None,
+    backend: str,
+) -> None:
+    """Refuse what :func:`svag_step_` would, without a step: before the first of several is taken."""
+    check_nonnegative("learning rate", lr)
+    check_l(l)
+    check_nonnegative("weight_decay", weight_decay)
+    _check_lists(params, grads1, grads2, compensation)
+    if coefficients is not None:
+        _check_coefficients(coefficients, params[0].device)
+    select("svag_step_", backend, params)
+
+
 def _check_lists(
     params: Sequence[Tensor],
     grads1: Sequence[Tensor],
