@@ -61,7 +61,8 @@ class Lists:
         return self.step(skip_nonfinite=False).raw
 
     def optimizer_step(self) -> Any:
-        self.svag._held = [list(self.grads1)]
+        pair = self.svag._pair
+        pair.grads, pair._allowed, pair._params = [list(self.grads1)], [[0] * len(self.leaves)], [self.leaves]
         return self.svag.step()
 
     def give_gradients(self) -> None:

@@ -8,16 +8,20 @@ optimizer. (The ℓ of that paper is the root of our ``l``.)
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from svag_fast.ops.adaptive_step import check_beta, svag_adaptive_step_
+from svag_fast.grad_lists import Grads
+from svag_fast.group_options import check_number
+from svag_fast.loaded_state import TorchKin
+from svag_fast.ops.adaptive_step import check_adaptive_step, check_beta, svag_adaptive_step_
 from svag_fast.ops.checks import check_nonnegative
 from svag_fast.ops.step_stats import StepStats
-from svag_fast.optim import Grads, TwoBatchOptimizer
+from svag_fast.two_batch import TwoBatchOptimizer, Work
 
 
 class _AdaptiveOptimizer(TwoBatchOptimizer):
@@ -25,48 +29,70 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
 
     _moment_names: tuple[str, ...]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for p_state in self.state.values():
+            if "step" in p_state:  # torch counts in float32, which ends at 2^24, and its old versions in Python
+                p_state["step"] = torch.as_tensor(p_state["step"], device="cpu").double()
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        check_number("epsilon value", group["eps"])
         check_nonnegative("epsilon value", group["eps"])
 
-    def _adaptive_update(
+    def _time_of(self, lr: Any, l: float) -> Any:
+        return lr * lr / l  # by the square-root scaling rule
+
+    def _adaptive_work(
         self,
         group: dict[str, Any],
+        lr: float | None,
         params: list[Tensor],
         grads1: Grads,
         grads2: Grads | None,
-        skip_nonfinite: bool,
         *,
         beta1: float | None,
         beta2: float,
-    ) -> StepStats:
-        states = [self.state[p] if p in self.state else self._fresh_state(p) for p in params]
+    ) -> Work:
+        states = [self._state_of(p) for p in params]
         first, second = self._moment_names[:-1], self._moment_names[-1]
-        stats = svag_adaptive_step_(
+        lists = (
             params,
             grads1,
             grads2,
             [state[first[0]] for state in states] if first else None,
             [state[second] for state in states],
-            steps=[int(state["step"].item()) + 1 for state in states],
-            lr=float(group["lr"]),
-            l=group["l"],
-            beta1=0.0 if beta1 is None else beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            skip_nonfinite=skip_nonfinite,
-            backend=group["backend"],
         )
-        taken = bool(stats.finite) if skip_nonfinite else True
-        for p, state in zip(params, states, strict=True):
-            state["step"] += taken
-            self.state[p] = state
-        return stats
+        options: dict[str, Any] = {
+            "steps": [int(state["step"].item()) + 1 for state in states],
+            "lr": lr,
+            "l": group["l"],
+            "beta1": 0.0 if beta1 is None else beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "backend": group["backend"],
+        }
 
-    def _fresh_state(self, p: Tensor) -> dict[str, Tensor]:
+        def take(skip_nonfinite: bool) -> StepStats:
+            stats = svag_adaptive_step_(*lists, skip_nonfinite=skip_nonfinite, **options)
+            taken = bool(stats.finite) if skip_nonfinite else True
+            for p, state in zip(params, states, strict=True):
+                state["step"] += taken
+                self.state[p] = state
+            return stats
+
+        return Work(take, functools.partial(check_adaptive_step, *lists, **options))
+
+    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            self.state[p] = self._state_of(p)
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        if state := self.state.get(p):
+            return dict(state)
         moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in self._moment_names}
-        return {"step": torch.tensor(0.0), **moments}
+        return {"step": torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments}
 
 
 class SVAGAdam(_AdaptiveOptimizer):
@@ -91,6 +117,10 @@ class SVAGAdam(_AdaptiveOptimizer):
     """
 
     _moment_names = ("exp_avg", "exp_avg_sq")
+    torch_kin = TorchKin(
+        "Adam", frozenset({"betas", "amsgrad"}), off=("amsgrad", "maximize", "decoupled_weight_decay"), any_l=False
+    )
+    state_names = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def __init__(
         self,
@@ -108,16 +138,18 @@ class SVAGAdam(_AdaptiveOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if len(group["betas"]) != 2:
-            raise ValueError(f"Invalid betas: {group['betas']} (expected two numbers)")
-        for i, beta in enumerate(group["betas"]):
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"Invalid betas: {betas!r} (expected two numbers)")
+        for i, beta in enumerate(betas):
+            check_number(f"beta parameter at index {i}", beta)
             check_beta(f"beta parameter at index {i}", beta, group["l"])
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
-    ) -> StepStats:
+    def _work(
+        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+    ) -> Work:
         beta1, beta2 = group["betas"]
-        return self._adaptive_update(group, params, grads1, grads2, skip_nonfinite, beta1=beta1, beta2=beta2)
+        return self._adaptive_work(group, lr, params, grads1, grads2, beta1=beta1, beta2=beta2)
 
 
 class SVAGRMSprop(_AdaptiveOptimizer):
@@ -130,6 +162,10 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     """
 
     _moment_names = ("square_avg",)
+    torch_kin = TorchKin(
+        "RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered", "maximize"), any_l=False
+    )
+    state_names = frozenset({"step", "square_avg"})
 
     def __init__(
         self,
@@ -147,9 +183,11 @@ class SVAGRMSprop(_AdaptiveOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        check_number("alpha value", group["alpha"])
+        check_nonnegative("alpha value", group["alpha"])
         check_beta("alpha", group["alpha"], group["l"])
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
-    ) -> StepStats:
-        return self._adaptive_update(group, params, grads1, grads2, skip_nonfinite, beta1=None, beta2=group["alpha"])
+    def _work(
+        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+    ) -> Work:
+        return self._adaptive_work(group, lr, params, grads1, grads2, beta1=None, beta2=group["alpha"])

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer, optimizer
 from torch.optim.optimizer import ParamsT
 
-from svag_fast.ops.backends import check_name
+from svag_fast.grad_lists import Grads
+from svag_fast.held_gradient import GroupGrads
+from svag_fast.loaded_state import TorchKin
 from svag_fast.ops.checked_step import CheckedStep
-from svag_fast.ops.checks import PARAM_DTYPES, check_l, check_nonnegative
-from svag_fast.ops.step import step_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.checks import PARAM_DTYPES
+from svag_fast.ops.step import check_step, step_coefficients, svag_coefficients, svag_step_
 from svag_fast.ops.step_stats import StepStats
+from svag_fast.two_batch import TwoBatchOptimizer, Work
 
-Grads = list[Tensor]
-_Step = TypeVar("_Step", bound=Callable[..., Any])
-
-
-def _plain(method: Any) -> Any:
-    """The optimizer's method without what keeps torch.compile out of it: that imports the compiler, 2.4 s of CPU."""
-    return getattr(method, "__wrapped__", method)
-
-
-_add_param_group = _plain(Optimizer.add_param_group)
-
-
-def _seen_by_hooks_and_profilers(step: _Step) -> _Step:
-    """Wrap ``step`` as torch.optim would, entered only where someone watches: it costs half a small net's step."""
-    watched = Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if (
-            optimizer._global_optimizer_pre_hooks
-            or optimizer._global_optimizer_post_hooks
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        ):
-            return watched(self, *args, **kwargs)
-        return step(self, *args, **kwargs)
-
-    wrapper.hooked = True  # type: ignore[attr-defined]  # Optimizer looks for it
-    return wrapper  # type: ignore[return-value]
+__all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
 
 
 def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
@@ -60,213 +32,6 @@ def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
     """
     c1, c2 = svag_coefficients(l)
     return c1 * loss1 + c2 * loss2
-
-
-class TwoBatchOptimizer(Optimizer):
-    """An optimizer whose step combines the gradients of two batches: what SVAG and its adaptive kin share.
-
-    A subclass updates one group's tensors in :meth:`_update`.
-    """
-
-    _step_supports_amp_scaling = True
-    state_dict = _plain(Optimizer.state_dict)
-    load_state_dict = _plain(Optimizer.load_state_dict)
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._reset()
-        super().__init__(params, {**defaults, "steps": 0, "time": 0.0})
-
-    def _reset(self) -> None:
-        # The held gradients, group by group, beside their params.
-        self._held: list[list[Tensor | None]] | None = None
-        self._saw_grad_scaler = False
-        self.stats: StepStats | None = None
-        """The last step's statistics."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._reset()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with its own options; ``l`` must be the other groups' own."""
-        group = {**self.defaults, **param_group}
-        self._check_group(group)
-        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        for i, p in enumerate(params):
-            if isinstance(p, Tensor) and p.dtype not in self._dtypes(group):
-                allowed = ", ".join(map(str, self._dtypes(group)))
-                raise TypeError(f"params[{i}] of the group is {p.dtype}: expected one of {allowed}")
-        _add_param_group(self, {**param_group, "params": params})
-
-    def _dtypes(self, group: dict[str, Any]) -> tuple[torch.dtype, ...]:
-        return PARAM_DTYPES
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_nonnegative("learning rate", float(group["lr"]))
-        check_nonnegative("weight_decay", group["weight_decay"])
-        check_l(group["l"])
-        check_name(group["backend"])
-        if self.param_groups and group["l"] != self.l:
-            raise ValueError(f"Invalid l: {group['l']} (the other param groups have {self.l}, and all must agree)")
-
-    @property
-    def l(self) -> float:
-        """SVAG's hyperparameter, the same for all param groups."""
-        return float(self.param_groups[0]["l"])
-
-    @property
-    def effective_steps(self) -> float:
-        """Steps taken divided by ``l``: a schedule in the paper's sense is a function of these."""
-        return float(self.param_groups[0]["steps"]) / self.l
-
-    @property
-    def time(self) -> float:
-        """The SDE's time: the sum of ``lr / l`` over the steps, for the first param group."""
-        return float(self.param_groups[0]["time"])
-
-    def hold_gradient(self) -> None:
-        """Keep ``.grad`` as the first batch's gradient, without a copy, and clear it for the second batch's.
-
-        Raises:
-            RuntimeError: a gradient is held already, or there is none to hold.
-        """
-        if self._held is not None:
-            raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
-        held = [[p.grad for p in group["params"]] for group in self.param_groups]
-        grads = [g for grads in held for g in grads if g is not None]
-        if not grads:
-            raise RuntimeError("no parameter has a gradient to hold: call backward() on the first batch's loss first")
-        self._held = held
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-        if self._saw_grad_scaler:
-            # The scaler looks only at .grad. A zero there, or a nan if the held gradient overflowed, shows it both.
-            with_grad = [
-                p
-                for group, gs in zip(self.param_groups, held, strict=True)
-                for p, g in zip(group["params"], gs, strict=True)
-                if g is not None
-            ]
-            smallest = min(with_grad, key=Tensor.numel)
-            overflow = torch.stack([~g.isfinite().all() for g in grads]).any()
-            smallest.grad = torch.zeros_like(smallest).masked_fill_(overflow, torch.nan)
-
-    def discard_gradient(self) -> None:
-        """Forget the held gradient, if any."""
-        self._held = None
-
-    @_seen_by_hooks_and_profilers
-    def step(self, closure: Callable[[], Any] | None = None) -> StepStats:  # type: ignore[override]
-        """Take one step from the held gradient and the current one.
-
-        Args:
-            closure: clears the gradients, draws a fresh batch, backpropagates its loss. It is called twice, or once
-                at ``l = 1``, where the second batch has weight 0. Without it: backward, :meth:`hold_gradient`,
-                backward, ``step()``; at ``l = 1`` a single backward is enough.
-
-        Returns:
-            The step's statistics (also kept as ``.stats``); gradients are left as they are, so clear them with
-            ``zero_grad`` as usual. Parameters without a gradient are skipped; one that only one of the two batches
-            reaches has gradient zero on the other.
-
-        Raises:
-            RuntimeError: ``l > 1`` and no gradient is held, or a gradient is sparse.
-        """
-        if closure is not None:
-            with torch.enable_grad():
-                if self._held is None and self.l != 1:
-                    closure()
-                    self.hold_gradient()
-                closure()
-        if self._held is None and self.l != 1:
-            raise RuntimeError(
-                f"{type(self).__name__} with l = {self.l:g} combines two batches, and no gradient is held: call "
-                "hold_gradient() between the two backward passes, or pass step() a closure"
-            )
-        held = self._held
-        updates = [
-            update
-            for i, group in enumerate(self.param_groups)
-            for update in self._updates(group, *_first_and_second(group["params"], None if held is None else held[i]))
-        ]
-        scaled = self._unscale(held)
-        parts = [update(scaled) for update in updates]
-        if not parts:
-            parts = [svag_step_([], [], None if held is None else [], lr=0.0, l=1)]
-        self._held = None
-        self.stats = StepStats.total(parts)
-        taken = self.stats.finite if scaled else True
-        for group in self.param_groups:
-            steps, time = group["steps"], group["time"]
-            if group.get("capturable"):  # in place: a replayed graph counts on
-                steps += taken
-                time += taken * (group["lr"] / group["l"])
-            else:
-                group["steps"] = steps + taken
-                group["time"] = time + taken * (group["lr"] / group["l"])
-        return self.stats
-
-    def _unscale(self, held: list[list[Tensor | None]] | None) -> bool:
-        """Divide held and current gradients by the GradScaler's scale; return whether one is at work."""
-        if getattr(self, "found_inf", None) is None:
-            return False
-        self._saw_grad_scaler = True
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is None and held is not None:
-            raise RuntimeError(
-                "GradScaler.unscale_ has divided the current gradient alone: with a held gradient, let "
-                "GradScaler.step unscale both"
-            )
-        if scale is not None:
-            current = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            first = [g for grads in held or [] for g in grads if g is not None]
-            for grads in (current, first):
-                if grads:
-                    with torch.no_grad():
-                        torch._foreach_mul_(grads, scale.double().reciprocal().to(grads[0].device))
-        return True
-
-    def _updates(
-        self, group: dict[str, Any], first: list[Tensor | None], second: list[Tensor | None] | None
-    ) -> list[Callable[[bool], StepStats]]:
-        """Check a group's gradients; return what updates it, called with ``skip_nonfinite``."""
-        return [functools.partial(self._update, group, *lists) for lists in _gradients(group["params"], first, second)]
-
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
-    ) -> StepStats:
-        raise NotImplementedError
-
-
-def _first_and_second(
-    params: list[Tensor], held: list[Tensor | None] | None
-) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
-    """A group's gradients of the first and, where one is held, the second batch."""
-    current = [p.grad for p in params]
-    return (current, None) if held is None else (held, current)
-
-
-def _gradients(
-    params: list[Tensor], first: list[Tensor | None], second: list[Tensor | None] | None
-) -> Iterable[tuple[list[Tensor], Grads, Grads | None]]:
-    """Yield a group's ``(params, grads1, grads2)``, one triple for each device."""
-    everywhere = all(g is not None and not g.is_sparse for grads in (first, second or []) for g in grads)
-    if everywhere and params and len(set(map(Tensor.get_device, params))) == 1:
-        yield params, first, second  # type: ignore[misc]
-        return
-    devices: dict[torch.device, tuple[list[Tensor], Grads, Grads]] = {}
-    for i, p in enumerate(params):
-        pair = [first[i]] if second is None else [first[i], second[i]]
-        if any(g is not None and g.is_sparse for g in pair):
-            raise RuntimeError(f"sparse gradients are not supported (a parameter of shape {list(p.shape)} has one)")
-        if any(g is not None for g in pair):
-            lists = devices.setdefault(p.device, ([], [], []))
-            lists[0].append(p)
-            for grads, g in zip(lists[1:], pair, strict=False):
-                grads.append(torch.zeros_like(p) if g is None else g)
-    for listed, grads1, grads2 in devices.values():
-        yield listed, grads1, None if second is None else grads2
 
 
 class SVAG(TwoBatchOptimizer):
@@ -284,7 +49,7 @@ class SVAG(TwoBatchOptimizer):
         loss(batch2).backward()
         stats = opt.step()
 
-        stats = opt.step(closure)  # or: closure clears, draws a fresh batch, backpropagates; called twice
+        loss = opt.step(closure)  # or: closure clears, draws a fresh batch, backpropagates; called twice. opt.stats
 
     Args:
         params: parameters or param groups, each group with its own ``lr`` and ``weight_decay`` if it wants.
@@ -299,11 +64,21 @@ class SVAG(TwoBatchOptimizer):
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
-    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising.
+    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising. To clip, call
+    ``opt.unscale_(scaler)`` where it is used, and ``opt.clip_grad_norm_(max_norm)``, before the step: both serve both
+    gradients.
+
+    Trainers that wrap an optimizer: Lightning's manual optimisation and Fabric offer all methods on the wrapper;
+    behind Accelerate's, call ``optimizer.optimizer.hold_gradient()``.
 
     Raises:
         ValueError, TypeError: an option or a parameter is out of range, and which.
     """
+
+    torch_kin = TorchKin(
+        "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("momentum", "nesterov", "maximize"), any_l=True
+    )
+    state_names = frozenset({"compensation"})
 
     def __init__(
         self,
@@ -324,34 +99,30 @@ class SVAG(TwoBatchOptimizer):
             "capturable": capturable,
             "backend": backend,
         }
+        # What a capturable step reads on each device, and the l and weight decay that were written there.
+        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, tuple[float, float]]] = {}
         super().__init__(params, defaults)
 
-    def _reset(self) -> None:
-        super()._reset()
-        # What a capturable step reads on each device, and the weight decay that was written there.
-        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
+        for group in state["param_groups"]:
             group.setdefault("capturable", False)
+        self._on_device = {}
+        super().__setstate__(state)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with its own options; ``l`` must be the other groups' own."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["capturable"]:
-            for name in ("lr", "steps", "time"):
-                if not isinstance(group[name], Tensor):
-                    device = group["params"][0].device
-                    group[name] = torch.tensor(float(group[name]), dtype=torch.float64, device=device)
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        for i, p in enumerate(group["params"]):
+            if group["compensated"] and p.requires_grad and p.dtype == torch.float64:
+                allowed = ", ".join(str(d) for d in PARAM_DTYPES if d != torch.float64)
+                raise TypeError(f"params[{i}] of the group is torch.float64: compensated serves {allowed}")
 
-    def _dtypes(self, group: dict[str, Any]) -> tuple[torch.dtype, ...]:
-        return tuple(d for d in PARAM_DTYPES if d != torch.float64 or not group["compensated"])
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("compensated", "capturable"):
+            if not isinstance(group[name], bool):
+                raise TypeError(f"Invalid {name}: {group[name]!r} (expected a bool)")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave; a gradient held meanwhile is forgotten."""
-        super().load_state_dict(state_dict)
+    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameter's dtype; the compensation of a 16-bit parameter is float32.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -359,60 +130,57 @@ class SVAG(TwoBatchOptimizer):
             if "compensation" in self.state.get(p, {}):
                 value = state_dict["state"][i]["compensation"]
                 self.state[p]["compensation"] = torch.empty_like(p, dtype=torch.float32).copy_(value)
+        for group in self.param_groups:
+            if group["capturable"]:  # from another device's checkpoint
+                for name in (k for k, v in group.items() if isinstance(v, Tensor)):
+                    group[name] = group[name].to(group["params"][0].device)
 
-    def _updates(
-        self, group: dict[str, Any], first: list[Tensor | None], second: list[Tensor | None] | None
-    ) -> list[Callable[[bool], StepStats]]:
-        if not (group["compensated"] or group["capturable"]):
-            lr, l, weight_decay = float(group["lr"]), group["l"], group["weight_decay"]
+    def _work_of(
+        self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
+    ) -> list[Work]:
+        if lr is not None and not (group["compensated"] or group["capturable"]):
+            l, weight_decay, backend = group["l"], group["weight_decay"], group["backend"]
             step = CheckedStep.of(
-                group["params"], first, second, lr=lr, l=l, weight_decay=weight_decay, backend=group["backend"]
+                group["params"], first, second, lr=lr, l=l, weight_decay=weight_decay, backend=backend
             )
             if step is not None:
-                return [step]
-        return super()._updates(group, first, second)
+                return [Work(step, check=None)]
+        return super()._work_of(group, lr, first, second)
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads1: Grads, grads2: Grads | None, skip_nonfinite: bool
-    ) -> StepStats:
-        compensation = [self._compensation(p) for p in params] if group["compensated"] else None
-        if group["capturable"]:
-            return svag_step_(
-                params,
-                grads1,
-                grads2,
-                lr=0.0,  # the coefficients' is used
-                l=group["l"],
-                compensation=compensation,
-                skip_nonfinite=skip_nonfinite,
-                coefficients=self._coefficients(group, params[0].device),
-                backend=group["backend"],
-            )
-        return svag_step_(
-            params,
-            grads1,
-            grads2,
-            lr=float(group["lr"]),
-            l=group["l"],
-            weight_decay=group["weight_decay"],
-            compensation=compensation,
-            skip_nonfinite=skip_nonfinite,
-            backend=group["backend"],
-        )
+    def _work(
+        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+    ) -> Work:
+        options: dict[str, Any] = {"lr": lr, "l": group["l"], "weight_decay": group["weight_decay"]}
+        if group["capturable"]:  # the coefficients' rate is used
+            options |= {"lr": 0.0, "coefficients": self._coefficients(group, params[0].device)}
+        if group["compensated"]:
+            options["compensation"] = [self._compensation(p) for p in params]
+        options["backend"] = group["backend"]
+
+        def take(skip_nonfinite: bool) -> StepStats:
+            stats = svag_step_(params, grads1, grads2, skip_nonfinite=skip_nonfinite, **options)
+            for p, value in zip(params, options.get("compensation", []), strict=False):
+                self.state[p]["compensation"] = value
+            return stats
+
+        return Work(take, functools.partial(check_step, params, grads1, grads2, **options))
+
+    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params if group["compensated"] else []:
+            self.state[p]["compensation"] = self._compensation(p)
 
     def _coefficients(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """Return the group's coefficients on the device, with lr copied there by the device itself."""
-        weight_decay = float(group["weight_decay"])
+        options = float(group["l"]), float(group["weight_decay"])
         coefficients, written = self._on_device.get((id(group), device), (None, None))
-        if coefficients is None or written != weight_decay:
-            coefficients = step_coefficients(0.0, group["l"], weight_decay, device)
-            self._on_device[id(group), device] = coefficients, weight_decay
+        if coefficients is None or written != options:
+            coefficients = step_coefficients(0.0, *options, device)
+            self._on_device[id(group), device] = coefficients, options
         coefficients[0].copy_(group["lr"])
         return coefficients
 
     def _compensation(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "compensation" not in state:
-            state["compensation"] = torch.zeros_like(p, dtype=torch.float32)
-        buffer: Tensor = state["compensation"]
-        return buffer
+        if p in self.state and "compensation" in self.state[p]:
+            kept: Tensor = self.state[p]["compensation"]
+            return kept
+        return torch.zeros_like(p, dtype=torch.float32)

@@ -223,10 +223,9 @@ def test_a_closure_is_called_for_both_batches(optimizer: Any) -> None:
         return value
 
     for _ in range(3):
-        stats = opt.step(closure)
+        opt.step(closure)
     assert same(held, closed)
-    assert stats is opt.stats
-    assert float(stats.noise_trace) > 0
+    assert float(opt.stats.noise_trace) > 0
     assert opt.effective_steps == 3 / 4
 
 
@@ -351,7 +350,7 @@ def test_l_above_1_needs_two_batches() -> None:
         (SVAGAdam, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
         (SVAGAdam, {"betas": (0.9,)}, "Invalid betas"),
         (SVAGAdam, {"eps": -1.0}, "Invalid epsilon value: -1.0"),
-        (SVAGAdam, {"weight_decay": -1.0}, "Invalid weight_decay: -1.0"),
+        (SVAGAdam, {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
         (SVAGAdam, {"l": 0.5}, "Invalid l: 0.5"),
         (SVAGAdam, {"l": 1e18}, "rounds to 1"),
         (SVAGRMSprop, {"alpha": 1.0}, "Invalid alpha: 1.0"),

@@ -67,8 +67,7 @@ def test_a_step_is_the_formula_in_both_forms(l: int) -> None:
             value.backward()
             return value
 
-        stats = opt_closed.step(closure)
-        assert stats is opt_closed.stats
+        opt_closed.step(closure)
         assert len(queue) == (1 if l == 1 else 0)
         g1 = torch.autograd.grad(loss(plain, data[k]), list(plain.parameters()))
         g2 = torch.autograd.grad(loss(plain, data[k + 1]), list(plain.parameters()))
@@ -111,8 +110,7 @@ def test_holding_makes_no_copy_and_clears_grad() -> None:
     loss(model, batches(1)[0]).backward()
     addresses = [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
     opt.hold_gradient()
-    assert opt._held is not None
-    assert [g.data_ptr() for grads in opt._held for g in grads if g is not None] == addresses
+    assert [g.data_ptr() for g in opt._pair.first()] == addresses
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -253,7 +251,7 @@ def test_parameters_without_gradient_are_skipped_and_a_missing_one_counts_as_zer
     opt = SVAG([a, b, c], lr=1.0, l=5, weight_decay=0.5)
     (2 * a).sum().backward()
     opt.hold_gradient()
-    (a + b).sum().backward()
+    (1 * a + b).sum().backward()
     opt.step()
     c1, c2 = svag_coefficients(5)
     torch.testing.assert_close(a.detach(), torch.full_like(a, 1 - (2 * c1 + c2 + 0.5) / 5))
@@ -395,7 +393,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr nan": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
     "l below 1": ({"lr": 0.1, "l": 0}, ValueError, "Invalid l: 0"),
     "l nan": ({"lr": 0.1, "l": math.nan}, ValueError, "Invalid l: nan"),
-    "weight_decay": ({"lr": 0.1, "weight_decay": -0.1}, ValueError, "Invalid weight_decay: -0.1"),
+    "weight_decay": ({"lr": 0.1, "weight_decay": -0.1}, ValueError, "Invalid weight_decay value: -0.1"),
     "backend": ({"lr": 0.1, "backend": "gpu"}, RuntimeError, "unknown backend 'gpu'"),
     "float64 compensated": ({"lr": 0.1, "compensated": True}, TypeError, r"params\[0\] of the group is torch.float64"),
 }
@@ -408,9 +406,7 @@ def test_bad_options_are_refused(case: tuple[dict[str, Any], type[Exception], st
         SVAG(net().parameters(), **options)
 
 
-def test_integer_and_repeated_parameters_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"params\[0\] of the group is torch.int64"):
-        SVAG([torch.ones(3, dtype=torch.int64)], lr=0.1)
+def test_a_parameter_in_two_groups_is_refused() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         SVAG([{"params": [p]}, {"params": [p]}], lr=0.1)

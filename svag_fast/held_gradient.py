@@ -1,0 +1,226 @@
+"""The first batch's gradient, kept while the second batch's is made, and the checks that there are two."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svag_fast.ops.step_stats import StepStats
+
+GroupGrads = list[Tensor | None]
+_Groups = list[dict[str, Any]]
+
+
+class HeldGradient:
+    """What a two-batch optimizer keeps between its calls.
+
+    One object for the optimizer's life, changed in place: trainers wrap an optimizer by copying its ``__dict__``, and
+    what the wrapper holds the optimizer must step with.
+    """
+
+    def __init__(self) -> None:
+        self.stats: StepStats | None = None
+        self.saw_grad_scaler = False
+        self.warned = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.grads: list[GroupGrads] | None = None
+        """Group by group, beside its params; None where nothing is held."""
+        self.unscaled = False
+        """Whether a GradScaler's scale was taken out of both gradients already."""
+        self._params: list[list[Tensor]] = []
+        # How much more often each second gradient may be changed in place than its first; None where that says nothing.
+        self._allowed: list[list[int | None]] = []
+        # A parameter, the .grad that a GradScaler is shown there, and its version.
+        self._sentinel: tuple[Tensor, Tensor, int] | None = None
+
+    def take(self, groups: _Groups) -> None:
+        """Take the groups' gradients out of ``.grad``, without a copy where nobody else can write to them.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        taken = [[_take(p) for p in group["params"]] for group in groups]
+        if all(g is None for pairs in taken for g, _ in pairs):
+            raise RuntimeError("no parameter has a gradient to hold: call backward() on the first batch's loss first")
+        self.clear()
+        self.grads, self._allowed = [], []
+        for group, pairs in zip(groups, taken, strict=True):
+            self._add(group["params"], pairs)
+        if self.saw_grad_scaler:
+            self._show_overflow()
+
+    def take_group(self, params: list[Tensor]) -> None:
+        """Take the gradients of a group that joins while the others' are held.
+
+        Raises:
+            RuntimeError: the second batch's backward pass has begun, so that theirs are sums over both batches.
+        """
+        begun = any(p.grad is not None for listed in self._params for p in listed)
+        if begun and any(p.grad is not None for p in params):
+            raise RuntimeError(
+                "the new group's parameters have a gradient that may be the sum over both batches: add the group "
+                "before the second batch's backward(), or call discard_gradient() first"
+            )
+        self._add(params, [_take(p) for p in params])
+
+    def _add(self, params: list[Tensor], pairs: list[tuple[Tensor | None, int | None]]) -> None:
+        assert self.grads is not None
+        self._params.append(list(params))
+        self.grads.append([g for g, _ in pairs])
+        self._allowed.append([allowed for _, allowed in pairs])
+        for p in params:
+            p.grad = None
+
+    def first(self) -> list[Tensor]:
+        """Return what is held, in one list."""
+        return [g for listed in self.grads or [] for g in listed if g is not None]
+
+    def second(self, groups: _Groups, *, seen_by_scaler: bool) -> list[GroupGrads]:
+        """Return the second batch's gradients, which are in ``.grad``.
+
+        Args:
+            groups: the optimizer's.
+            seen_by_scaler: a GradScaler has gone over them alone.
+
+        Raises:
+            RuntimeError: there are none, the parameters are others, or they alone were changed after their backward.
+        """
+        if len(groups) != len(self._params) or not all(map(_same, groups, self._params)):
+            raise RuntimeError(
+                "the parameters are others than when the gradient was held: call discard_gradient(), then both "
+                "backward passes again"
+            )
+        second = [[p.grad for p in params] for params in self._params]
+        counted = _changes_of_a_scaler() if seen_by_scaler or self.unscaled else 0
+        if not self._is_there(second, counted):
+            raise RuntimeError(
+                "a gradient is held, but no parameter has one of the second batch: call backward() on the second "
+                "batch's loss after hold_gradient() (a closure: at each of its calls)"
+            )
+        if self._changed_alone(second, counted if seen_by_scaler else 0):
+            raise RuntimeError(
+                "the second gradient was changed in place after its backward pass and the held one was not, as by "
+                "clip_grad_norm_ after hold_gradient(). Clip both by optimizer.clip_grad_norm_(max_norm) before "
+                "step(), under a GradScaler after optimizer.unscale_(scaler); or change each after its own backward "
+                "pass. (Gradients accumulated over several backward passes: as many for the one as for the other.)"
+            )
+        return second
+
+    def _is_there(self, second: list[GroupGrads], changes: int) -> bool:
+        shown: Tensor | None = None
+        if self._sentinel is not None:
+            p, sentinel, version = self._sentinel
+            if p.grad is sentinel and sentinel._version <= version + changes:
+                shown = sentinel  # nothing was added to it
+        for listed in second:
+            for g in listed:
+                if g is not None and g is not shown:
+                    return True
+        return False
+
+    def _changed_alone(self, second: list[GroupGrads], more: int) -> bool:
+        """Whether every second gradient was changed in place more often than its first."""
+        assert self.grads is not None
+        compared = 0
+        for limits, listed1, listed2 in zip(self._allowed, self.grads, second, strict=True):
+            for allowed, g1, g2 in zip(limits, listed1, listed2, strict=True):
+                if g1 is None or g2 is None:
+                    continue
+                if allowed is None or g2.is_inference() or g2._version <= g1._version + allowed + more:
+                    return False  # as a rule at the first of them
+                compared += 1
+        # Views of one buffer count each other's changes.
+        return compared > 0 and not any(_shares_memory(g) for listed in second for g in listed if g is not None)
+
+    def _show_overflow(self) -> None:
+        """Show a GradScaler, which looks at ``.grad`` alone, a nan there if the held gradient overflowed, else a 0."""
+        assert self.grads is not None
+        _, k, i = min(
+            (p.numel(), k, i)
+            for k, params in enumerate(self._params)
+            for i, p in enumerate(params)
+            if self.grads[k][i] is not None
+        )
+        p, allowed = self._params[k][i], self._allowed[k][i]
+        overflow = [~g.isfinite().all().to(p.device) for g in self.first()]
+        sentinel = torch.zeros_like(p).masked_fill_(torch.stack(overflow).any(), torch.nan)
+        p.grad = sentinel
+        self._sentinel = p, sentinel, sentinel._version
+        if allowed is not None:  # the second batch's gradient is added to it in place
+            self._allowed[k][i] = sentinel._version + 1
+
+
+@functools.cache
+def _changes_of_a_scaler() -> int:
+    """Return how many changes in place a GradScaler's pass over a gradient counts as, in this torch."""
+    g, one = torch.ones(1, device="cpu"), torch.ones((), device="cpu")
+    version = g._version
+    torch._amp_foreach_non_finite_check_and_unscale_([g], torch.zeros_like(one), one)
+    return g._version - version
+
+
+def _same(group: dict[str, Any], params: list[Tensor]) -> bool:
+    return len(group["params"]) == len(params) and all(map(operator.is_, group["params"], params))
+
+
+def _take(p: Tensor) -> tuple[Tensor | None, int | None]:
+    """Return the gradient to keep, and 0, or None where its count of changes in place can't be compared."""
+    owned = _owned(p)
+    g = p.grad
+    if g is None:
+        return None, None
+    return (g, 0) if owned else (g.detach().clone(), None)
+
+
+def _owned(p: Tensor) -> bool:
+    """Whether a parameter's gradient fills memory of its own, to which nothing but ``p.grad`` refers.
+
+    Views of a bucket (DistributedDataParallel), buffers that a trainer or a captured graph writes to again, and what a
+    user's variable refers to are not.
+    """
+    g = p.grad
+    if g is None or not _is_plain(g):
+        return False
+    storage = g.untyped_storage()
+    return _fills(g, storage) and _references(g, storage) == _references_alone()
+
+
+def _shares_memory(g: Tensor) -> bool:
+    """Whether other tensors may lie in the gradient's memory."""
+    if not _is_plain(g):
+        return True
+    storage = g.untyped_storage()
+    return not _fills(g, storage) or _references(g, storage)[0] != _references_alone()[0]
+
+
+def _is_plain(g: Tensor) -> bool:
+    return type(g) is Tensor and g.layout is torch.strided and not g.is_inference()
+
+
+def _fills(g: Tensor, storage: torch.UntypedStorage) -> bool:
+    # Memory of another library can't be resized.
+    return storage.nbytes() == g.nbytes and storage.resizable()
+
+
+def _references(g: Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
+    """Count what refers to the memory, to the tensor and to the two Python objects."""
+    uses = torch._C._storage_Use_Count(storage._cdata), g._use_count()  # type: ignore[attr-defined]
+    return *uses, sys.getrefcount(g), sys.getrefcount(storage)
+
+
+@functools.cache
+def _references_alone() -> tuple[int, ...]:
+    """Return the counts of a gradient to which nothing but ``p.grad`` refers: they differ between versions of torch."""
+    p = nn.Parameter(torch.empty(1, device="cpu"))
+    p.grad = torch.empty(1, device="cpu")
+    g = p.grad
+    storage = g.untyped_storage()
+    return _references(g, storage)
