@@ -58,9 +58,9 @@ MUTANTS = (
     Mutant("svag_loss: c2 dropped", "optim.py", "c1 * loss1 + c2 * loss2", "c1 * loss1 - c2 * loss2", "steps-4.7"),
     Mutant(
         "hold_gradient: batches swapped",
-        "optim.py",
-        "(current, None) if held is None else (held, current)",
-        "(current, None) if held is None else (current, held)",
+        "two_batch.py",
+        "list(zip(pair.grads, second, strict=True))",
+        "list(zip(second, pair.grads, strict=True))",
         None,
         "tests/test_optim.py",
     ),
@@ -73,8 +73,8 @@ MUTANTS = (
     Mutant(
         "G: |g1|² for <g1, g2>",
         "ops/step_stats.py",
-        "        return self.inner\n",
-        "        return self.sq_norm1\n",
+        "self._estimate(self.raw[_INNER])",
+        "self._estimate(self.raw[_SQ_NORM1])",
         "steps-4.7",
     ),
     # estimators
