@@ -48,16 +48,18 @@ void raise_for(int status) {
     throw std::runtime_error("svag_fast._C: unknown status " + std::to_string(status));
 }
 
-// An empty list stands for "none": no second gradients, no compensation.
+// An empty list stands for "none": no second gradients, no compensation, no momentum.
 std::vector<svag::StepTensor> step_tensors(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
-                                           const Addresses& compensation, const std::vector<int64_t>& sizes,
-                                           const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes) {
+                                           const Addresses& compensation, const Addresses& momentum_buffers,
+                                           const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
+                                           const std::vector<int>& grad_dtypes) {
     std::vector<svag::StepTensor> tensors(params.size());
     for (std::size_t i = 0; i < params.size(); ++i) {
         tensors[i] = {reinterpret_cast<void*>(params[i]),
                       reinterpret_cast<const void*>(grads1[i]),
                       reinterpret_cast<const void*>(grads2.empty() ? 0 : grads2[i]),
                       reinterpret_cast<void*>(compensation.empty() ? 0 : compensation[i]),
+                      reinterpret_cast<void*>(momentum_buffers.empty() ? 0 : momentum_buffers[i]),
                       sizes[i],
                       static_cast<svag::DType>(param_dtypes[i]),
                       static_cast<svag::DType>(grad_dtypes[i])};
@@ -66,11 +68,12 @@ std::vector<svag::StepTensor> step_tensors(const Addresses& params, const Addres
 }
 
 void step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
-          const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes,
-          double rate, double c1, double c2, double weight_decay, bool skip_nonfinite, int threads,
-          std::uintptr_t stats) {
-    const auto tensors = step_tensors(params, grads1, grads2, compensation, sizes, param_dtypes, grad_dtypes);
-    const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads};
+          const Addresses& momentum_buffers, const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
+          const std::vector<int>& grad_dtypes, double rate, double c1, double c2, double weight_decay,
+          double momentum64, double momentum32, bool skip_nonfinite, int threads, std::uintptr_t stats) {
+    const auto tensors =
+        step_tensors(params, grads1, grads2, compensation, momentum_buffers, sizes, param_dtypes, grad_dtypes);
+    const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads, {momentum64, momentum32}};
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
                                      reinterpret_cast<double*>(stats)));
@@ -79,12 +82,12 @@ void step(const Addresses& params, const Addresses& grads1, const Addresses& gra
 // A step whose tensors have been read and checked; the lists keep them alive.
 struct CheckedStep {
     py::list params, grads1;
-    std::optional<py::list> grads2;
+    std::optional<py::list> grads2, momentum_buffers;
     std::vector<svag::StepTensor> tensors;
 
-    void take(double rate, double c1, double c2, double weight_decay, bool skip_nonfinite, int threads,
-              std::uintptr_t stats) const {
-        const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads};
+    void take(double rate, double c1, double c2, double weight_decay, double momentum64, double momentum32,
+              bool skip_nonfinite, int threads, std::uintptr_t stats) const {
+        const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads, {momentum64, momentum32}};
         py::gil_scoped_release unlocked;
         raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
                                          reinterpret_cast<double*>(stats)));
@@ -92,10 +95,11 @@ struct CheckedStep {
 };
 
 std::optional<CheckedStep> checked_step(const svag::TensorReader& reader, const py::list& params,
-                                        const py::list& grads1, const std::optional<py::list>& grads2) {
-    auto tensors = reader.step_tensors(params, grads1, grads2);
+                                        const py::list& grads1, const std::optional<py::list>& grads2,
+                                        const std::optional<py::list>& momentum_buffers) {
+    auto tensors = reader.step_tensors(params, grads1, grads2, momentum_buffers);
     if (!tensors) return std::nullopt;
-    return CheckedStep{params, grads1, grads2, std::move(*tensors)};
+    return CheckedStep{params, grads1, grads2, momentum_buffers, std::move(*tensors)};
 }
 
 void adaptive_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& exp_avgs,
@@ -104,7 +108,7 @@ void adaptive_step(const Addresses& params, const Addresses& grads1, const Addre
                    const std::vector<int>& dtypes, double c1, double c2, double weight_decay, double one_minus_beta1,
                    double beta2, double one_minus_beta2, double eps, bool skip_nonfinite, int threads,
                    std::uintptr_t stats) {
-    const auto plain = step_tensors(params, grads1, grads2, {}, sizes, dtypes, dtypes);
+    const auto plain = step_tensors(params, grads1, grads2, {}, {}, sizes, dtypes, dtypes);
     std::vector<svag::AdaptiveTensor> tensors(plain.size());
     for (std::size_t i = 0; i < plain.size(); ++i)
         tensors[i] = {plain[i], reinterpret_cast<void*>(exp_avgs.empty() ? 0 : exp_avgs[i]),
@@ -124,7 +128,7 @@ void step_per_sample(const Addresses& params, const Addresses& grads1, const Add
     for (std::size_t i = 0; i < params.size(); ++i)
         tensors[i] = {reinterpret_cast<void*>(params[i]), reinterpret_cast<const void*>(grads1[i]),
                       reinterpret_cast<const void*>(grads2.empty() ? 0 : grads2[i]), sizes[i], is_double[i]};
-    const svag::StepOptions options{rate, c1, c2, weight_decay, false, threads};
+    const svag::StepOptions options{rate, c1, c2, weight_decay, false, threads, {}};
     py::gil_scoped_release unlocked;
     raise_for(SVAG_KERNEL(svag_step_per_sample)(tensors.data(), static_cast<int64_t>(tensors.size()), samples1, samples2,
                                                 options, reinterpret_cast<double*>(sq_norms),
@@ -211,12 +215,15 @@ void affine_walk(std::uintptr_t x, bool is_double, int64_t size, int64_t steps, 
 
 #ifdef SVAG_WITH_CUDA
 void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
-               const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
-               const std::vector<int>& grad_dtypes, double rate, double c1, double c2, double weight_decay,
+               const Addresses& momentum_buffers, const std::vector<int64_t>& sizes,
+               const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes, double rate, double c1,
+               double c2, double weight_decay, double momentum64, double momentum32,
                std::uintptr_t device_coefficients, bool skip_nonfinite, int device, std::uintptr_t stream,
                std::uintptr_t workspace, std::uintptr_t stats) {
-    const auto tensors = step_tensors(params, grads1, grads2, compensation, sizes, param_dtypes, grad_dtypes);
+    const auto tensors =
+        step_tensors(params, grads1, grads2, compensation, momentum_buffers, sizes, param_dtypes, grad_dtypes);
     const svag::CudaStepOptions options{{rate, c1, c2, weight_decay},
+                                        {momentum64, momentum32},
                                         reinterpret_cast<const double*>(device_coefficients),
                                         skip_nonfinite,
                                         device,
@@ -232,7 +239,7 @@ void cuda_step_per_sample(const Addresses& params, const Addresses& grads1, cons
                           int64_t samples2, double rate, double c1, double c2, double weight_decay, int device,
                           std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t sq_norms,
                           std::uintptr_t stats) {
-    const auto tensors = step_tensors(params, grads1, grads2, {}, sizes, dtypes, dtypes);
+    const auto tensors = step_tensors(params, grads1, grads2, {}, {}, sizes, dtypes, dtypes);
     const svag::CudaPerSampleOptions options{{rate, c1, c2, weight_decay},
                                              samples1,
                                              samples2,

@@ -9,22 +9,55 @@
 
 namespace svag {
 
-// x -= rate * (c1 g1 + c2 g2 + weight_decay x), rate = lr / l.
+// x -= rate * u, u = c1 g1 + c2 g2 + weight_decay x; with momentum v = mu v + u, x -= rate * v.
 template <class S>
 struct StepCoefficients {
     S rate, c1, c2, weight_decay;
 };
 
-// The step's decrement without the second gradient (l = 1: c2 = 0, and an inf in g2 must not reach x).
+// The step's direction u without the second gradient (l = 1: c2 = 0, and an inf in g2 must not reach x).
+template <class T, class S>
+SVAG_INLINE T direction(const T& x, const T& g1, const StepCoefficients<S>& c) {
+    return c.c1 * g1 + c.weight_decay * x;
+}
+
+template <class T, class S>
+SVAG_INLINE T direction(const T& x, const T& g1, const T& g2, const StepCoefficients<S>& c) {
+    return c.c1 * g1 + c.c2 * g2 + c.weight_decay * x;
+}
+
 template <class T, class S>
 SVAG_INLINE T decrement(const T& x, const T& g1, const StepCoefficients<S>& c) {
-    return c.rate * (c.c1 * g1 + c.weight_decay * x);
+    return c.rate * direction(x, g1, c);
 }
 
 template <class T, class S>
 SVAG_INLINE T decrement(const T& x, const T& g1, const T& g2, const StepCoefficients<S>& c) {
-    return c.rate * (c.c1 * g1 + c.c2 * g2 + c.weight_decay * x);
+    return c.rate * direction(x, g1, g2, c);
 }
+
+// A list's momentum: for params of float64, and for all others.
+struct MomentumFactors {
+    double float64, float32;
+};
+
+// mu = kept + rest. Near 1 what rounding to float32 takes off mu is a part of 1 - mu that counts.
+template <class S>
+struct Momentum {
+    S kept, rest;
+
+    static SVAG_INLINE Momentum of(const MomentumFactors& factors) {
+        const double mu = sizeof(S) == sizeof(double) ? factors.float64 : factors.float32;
+        const S kept = static_cast<S>(mu);
+        return {kept, static_cast<S>(mu - static_cast<double>(kept))};
+    }
+
+    // The new v.
+    template <class T>
+    SVAG_INLINE T after(const T& v, const T& u) const {
+        return kept * v + (u + rest * v);
+    }
+};
 
 // Knuth's two-sum: sum + error == a + b exactly, whichever is larger.
 template <class T>

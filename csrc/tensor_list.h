@@ -7,12 +7,13 @@ namespace svag {
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// One tensor of each list of a fused step. Null: no second gradient, no compensation.
+// One tensor of each list of a fused step. Null: no second gradient, no compensation, no momentum.
 struct StepTensor {
     void* param;
     const void* grad1;
     const void* grad2;
     void* compensation;  // float32, as long as param
+    void* momentum;      // as long as param; float64 where param is, else float32
     int64_t size;
     DType param_dtype;
     DType grad_dtype;

@@ -88,23 +88,25 @@ bool TensorReader::read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) 
     return tensor.device_type == kCpu && dtype_of(tensor, dtype);
 }
 
-std::optional<std::vector<StepTensor>> TensorReader::step_tensors(const py::list& params, const py::list& grads1,
-                                                                  const std::optional<py::list>& grads2) const {
+std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
+    const py::list& params, const py::list& grads1, const std::optional<py::list>& grads2,
+    const std::optional<py::list>& momentum_buffers) const {
     const std::size_t count = params.size();
     if (grads1.size() != count || (grads2 && grads2->size() != count)) return std::nullopt;
+    if (momentum_buffers && momentum_buffers->size() != count) return std::nullopt;
     std::vector<StepTensor> tensors(count);
     std::vector<std::pair<const char*, const char*>> spans;
     std::vector<std::pair<int64_t, int64_t>> scratch;
-    spans.reserve(count);
+    spans.reserve(momentum_buffers ? 2 * count : count);
     for (std::size_t i = 0; i < count; ++i) {
-        dlpack::Tensor param, grad;
-        DType dtype, grad_dtype;
+        dlpack::Tensor param, grad, buffer;
+        DType dtype, grad_dtype, buffer_dtype;
         if (!read(PyList_GET_ITEM(params.ptr(), i), param, dtype)) return std::nullopt;
         const int64_t size = size_of(param);
         if (!is_dense(param, size, scratch)) return std::nullopt;
         char* data = data_of(param);
         if (size != 0) spans.emplace_back(data, data + size * (param.dtype_bits / 8));
-        tensors[i] = {data, nullptr, nullptr, nullptr, size, dtype, dtype};
+        tensors[i] = {data, nullptr, nullptr, nullptr, nullptr, size, dtype, dtype};
         for (const py::list* grads : {&grads1, grads2 ? &*grads2 : nullptr}) {
             if (grads == nullptr) break;
             if (!read(PyList_GET_ITEM(grads->ptr(), i), grad, grad_dtype)) return std::nullopt;
@@ -114,6 +116,14 @@ std::optional<std::vector<StepTensor>> TensorReader::step_tensors(const py::list
                 return std::nullopt;
             tensors[i].grad_dtype = grad_dtype;
             (first ? tensors[i].grad1 : tensors[i].grad2) = data_of(grad);
+        }
+        if (momentum_buffers) {
+            if (!read(PyList_GET_ITEM(momentum_buffers->ptr(), i), buffer, buffer_dtype)) return std::nullopt;
+            if (buffer_dtype != (dtype == DType::float64 ? DType::float64 : DType::float32)) return std::nullopt;
+            if (!same_shape_and_order(buffer, param, size)) return std::nullopt;
+            data = data_of(buffer);
+            if (size != 0) spans.emplace_back(data, data + size * (buffer.dtype_bits / 8));
+            tensors[i].momentum = data;
         }
     }
     if (!apart(spans)) return std::nullopt;

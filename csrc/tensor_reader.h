@@ -49,9 +49,11 @@ public:
 
     // What a fused step on the CPU may take as it is; nothing where anything needs a copy, another backend or an error:
     // tensors of exactly the types given, on the CPU, params dense in memory and apart from each other, gradients of
-    // their shape and order in memory, both of one dtype: the param's own or float32.
-    std::optional<std::vector<StepTensor>> step_tensors(const pybind11::list& params, const pybind11::list& grads1,
-                                                        const std::optional<pybind11::list>& grads2) const;
+    // their shape and order in memory, both of one dtype: the param's own or float32; momentum buffers likewise, of
+    // float64 beside a param of float64, else float32, apart from each other and from the params.
+    std::optional<std::vector<StepTensor>> step_tensors(
+        const pybind11::list& params, const pybind11::list& grads1, const std::optional<pybind11::list>& grads2,
+        const std::optional<pybind11::list>& momentum_buffers) const;
 
 private:
     TensorReader(dlpack::Read read, std::vector<pybind11::object> types) : read_(read), types_(std::move(types)) {}

@@ -57,8 +57,10 @@ def _store(pointer, offsets, values, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _block(
-    x_ptr, g1_ptr, g2_ptr, e_ptr, offsets, mask, rate, c1, c2, weight_decay, s1, s2, s12, sx, poison,
-    A: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, UPDATE: tl.constexpr, MASKED: tl.constexpr,
+    x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, mask, rate, c1, c2, weight_decay, mu, mu_rest,
+    s1, s2, s12, sx, poison,
+    A: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, MOMENTUM: tl.constexpr, UPDATE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update one block where asked, and add its elements to the sums; ``poison`` becomes nan by an inf or a nan."""
     x = _load(x_ptr, offsets, mask, A, MASKED)
@@ -74,9 +76,17 @@ def _block(
         poison += g2 * 0.0
         combined = tl.where(c2 == 0.0, combined, combined + c2 * g2)
     if UPDATE:
+        value = x
         if COMPENSATED:
             e = _load(e_ptr, offsets, mask, A, MASKED)
-            step = e - rate * (combined + weight_decay * (x + e))
+            value = x + e
+        direction = combined + weight_decay * value
+        if MOMENTUM:
+            v = _load(v_ptr, offsets, mask, A, MASKED)
+            direction = mu * v + (direction + mu_rest * v)
+            _store(v_ptr, offsets, direction, mask, MASKED)
+        if COMPENSATED:
+            step = e - rate * direction
             total = x + step
             part = total - x
             error = (x - (total - part)) + (step - part)
@@ -84,7 +94,7 @@ def _block(
             _store(x_ptr, offsets, rounded, mask, MASKED)
             _store(e_ptr, offsets, (total - rounded.to(A)) + error, mask, MASKED)
         else:
-            updated = x - rate * (combined + weight_decay * x)
+            updated = x - rate * direction
             _store(x_ptr, offsets, updated.to(x_ptr.dtype.element_ty), mask, MASKED)
     return s1, s2, s12, sx, poison
 
@@ -110,14 +120,14 @@ def _sums_in_float64(g1_ptr, g2_ptr, start, size, GRAD2: tl.constexpr, BLOCK: tl
 @triton.jit(do_not_specialize=["programs"])
 def _step_kernel(
     table, owners, coefficients, partials, stats, programs,
-    PAIRS: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, UPDATE: tl.constexpr, GATED: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+    PAIRS: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, MOMENTUM: tl.constexpr, UPDATE: tl.constexpr,
+    GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """One program's share of one tensor; PAIRS has bit 4 * param_code + grad_code set for each pair in the list."""
     program = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(owners + 2 * program) * 6
+    row = table + tl.load(owners + 2 * program) * 7
     start = tl.load(owners + 2 * program + 1)
-    size, code = tl.load(row + 4), tl.load(row + 5)
+    size, code = tl.load(row + 5), tl.load(row + 6)
     go = True
     if GATED:
         go = tl.load(stats + 4) != 0.0
@@ -131,10 +141,14 @@ def _step_kernel(
                     c1 = tl.load(coefficients + 2).to(A)
                     c2 = tl.load(coefficients + 3).to(A)
                     weight_decay = tl.load(coefficients + 4).to(A)
+                    exact_mu = tl.load(coefficients + (5 if pair // 4 == 1 else 6))
+                    mu = exact_mu.to(A)
+                    mu_rest = (exact_mu - mu.to(tl.float64)).to(A)
                     x_ptr = _pointer(tl.load(row), pair // 4, ALIGNED)
                     g1_ptr = _pointer(tl.load(row + 1), pair % 4, ALIGNED)
                     g2_ptr = _pointer(tl.load(row + 2), pair % 4, ALIGNED)
                     e_ptr = _pointer(tl.load(row + 3), 0, ALIGNED)
+                    v_ptr = _pointer(tl.load(row + 4), 1 if pair // 4 == 1 else 0, ALIGNED)
                     s1 = tl.zeros((BLOCK,), dtype=A)
                     s2 = tl.zeros((BLOCK,), dtype=A)
                     s12 = tl.zeros((BLOCK,), dtype=A)
@@ -145,13 +159,15 @@ def _step_kernel(
                         offsets = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
                         if first + BLOCK <= size:
                             s1, s2, s12, sx, poison = _block(
-                                x_ptr, g1_ptr, g2_ptr, e_ptr, offsets, offsets < size, rate, c1, c2, weight_decay,
-                                s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, UPDATE, False,
+                                x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, offsets < size, rate, c1, c2,
+                                weight_decay, mu, mu_rest, s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, MOMENTUM,
+                                UPDATE, False,
                             )  # fmt: skip
                         else:
                             s1, s2, s12, sx, poison = _block(
-                                x_ptr, g1_ptr, g2_ptr, e_ptr, offsets, offsets < size, rate, c1, c2, weight_decay,
-                                s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, UPDATE, True,
+                                x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, offsets < size, rate, c1, c2,
+                                weight_decay, mu, mu_rest, s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, MOMENTUM,
+                                UPDATE, True,
                             )  # fmt: skip
                     if not GATED:
                         total1 = tl.sum(s1).to(tl.float64)
@@ -190,9 +206,13 @@ def _finish_kernel(partials, stats, programs, FINISH: tl.constexpr):
 
 
 def _table(
-    params: Sequence[Tensor], grads1: Sequence[Tensor], grads2: Sequence[Tensor] | None, compensation: Sequence[Tensor]
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    compensation: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the device's table of tensors [T, 6] and of programs [P, 2] (row, first element), both int64."""
+    """Return the device's table of tensors [T, 7] and of programs [P, 2] (row, first element), both int64."""
     rows = [
         value
         for i, p in enumerate(params)
@@ -201,6 +221,7 @@ def _table(
             grads1[i].data_ptr(),
             grads2[i].data_ptr() if grads2 else 0,
             compensation[i].data_ptr() if compensation else 0,
+            momentum_buffers[i].data_ptr() if momentum_buffers else 0,
             p.numel(),
             4 * _CODES[p.dtype] + _CODES[grads1[i].dtype],
         )
@@ -222,29 +243,32 @@ def svag_step(
     grads1: Sequence[Tensor],
     grads2: Sequence[Tensor] | None,
     compensation: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
     coefficients: Tensor,
     skip_nonfinite: bool,
 ) -> Tensor:
     """Take the step in place and return the raw statistics, [5] float64.
 
     Args:
-        params, grads1, grads2, compensation: as :func:`svag_fast.ops.svag_step_` checks them; not empty.
-        coefficients: [5] float64 on the device: lr, l, c1, c2, weight_decay.
+        params, grads1, grads2, compensation, momentum_buffers: as :func:`svag_fast.ops.svag_step_` checks them, the
+            params not empty; no compensation or momentum: an empty list.
+        coefficients: [7] float64 on the device, as :func:`svag_fast.ops.step.step_scalars` names them.
         skip_nonfinite: update in a launch of its own, which does nothing where a gradient is not finite.
     """
     device = params[0].device
-    table, owners = _table(params, grads1, grads2, compensation)
+    table, owners = _table(params, grads1, grads2, compensation, momentum_buffers)
     programs = owners.numel() // 2
     if programs == 0:
         return torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
     stats = torch.empty(5, dtype=torch.float64, device=device)  # no copy from the host: a capture forbids it
     partials = torch.empty(5 * programs, dtype=torch.float64, device=device)
-    everything = [*params, *grads1, *(grads2 or []), *compensation]
+    everything = [*params, *grads1, *(grads2 or []), *compensation, *momentum_buffers]
     pairs = {4 * _CODES[p.dtype] + _CODES[g.dtype] for p, g in zip(params, grads1, strict=True)}
     options = {
         "PAIRS": sum(1 << pair for pair in pairs),
         "GRAD2": grads2 is not None,
         "COMPENSATED": len(compensation) > 0,
+        "MOMENTUM": len(momentum_buffers) > 0,
         "ALIGNED": all(t.data_ptr() % 16 == 0 for t in everything),
         "BLOCK": BLOCK,
         "ROUNDS": ROUNDS,

@@ -202,7 +202,7 @@ def product_tiles(
         convolution: its options; the default for Linear.
         target: the weight's numbers in memory order: [O, C / groups, k_h, k_w], or [O, k_h, k_w, C / groups] where
             ``channels_fastest``. float32 for a gradient, any of the weight's dtypes for a step.
-        coefficients: [5] float64: lr, l, c1, c2, weight_decay.
+        coefficients: float64, beginning with lr, its divisor, c1, c2, weight_decay.
 
     Returns:
         sq_norms [B] float64, and the statistics [5] float64 of the segments' sums: both squared norms, the inner

@@ -10,6 +10,7 @@ def step(
     grads1: list[int],
     grads2: list[int],
     compensation: list[int],
+    momentum_buffers: list[int],
     sizes: list[int],
     param_dtypes: list[int],
     grad_dtypes: list[int],
@@ -17,6 +18,8 @@ def step(
     c1: float,
     c2: float,
     weight_decay: float,
+    momentum64: float,
+    momentum32: float,
     skip_nonfinite: bool,
     threads: int,
     stats: int,
@@ -24,14 +27,27 @@ def step(
 
 class CheckedStep:
     def take(
-        self, rate: float, c1: float, c2: float, weight_decay: float, skip_nonfinite: bool, threads: int, stats: int
+        self,
+        rate: float,
+        c1: float,
+        c2: float,
+        weight_decay: float,
+        momentum64: float,
+        momentum32: float,
+        skip_nonfinite: bool,
+        threads: int,
+        stats: int,
     ) -> None: ...
 
 class TensorReader:
     @staticmethod
     def of(exchange_api: object, types: list[type]) -> TensorReader | None: ...
     def checked_step(
-        self, params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None
+        self,
+        params: list[Tensor],
+        grads1: list[Tensor],
+        grads2: list[Tensor] | None,
+        momentum_buffers: list[Tensor] | None,
     ) -> CheckedStep | None: ...
 
 def triad(x: int, y: int, z: int, size: int, threads: int) -> None: ...
@@ -122,6 +138,7 @@ def cuda_step(
     grads1: list[int],
     grads2: list[int],
     compensation: list[int],
+    momentum_buffers: list[int],
     sizes: list[int],
     param_dtypes: list[int],
     grad_dtypes: list[int],
@@ -129,6 +146,8 @@ def cuda_step(
     c1: float,
     c2: float,
     weight_decay: float,
+    momentum64: float,
+    momentum32: float,
     device_coefficients: int,
     skip_nonfinite: bool,
     device: int,

@@ -123,8 +123,8 @@ def test_unaligned_views_are_served(kernels: HostKernels, offset: int) -> None:
 
 
 @ran_on_host
-@pytest.mark.parametrize(("count", "launches"), [(1, 2), (76, 2), (77, 2), (500, 2), (630, 3)][: 3 if ASAN else None])
-def test_long_lists_take_a_launch_for_every_624_tensors(kernels: HostKernels, count: int, launches: int) -> None:
+@pytest.mark.parametrize(("count", "launches"), [(1, 2), (64, 2), (65, 2), (500, 2), (545, 3)][: 3 if ASAN else None])
+def test_long_lists_take_a_launch_for_every_540_tensors(kernels: HostKernels, count: int, launches: int) -> None:
     shapes = [(1 + i % 3,) for i in range(count)]
     params, grads1, grads2 = (draw(torch.float32, seed, shapes) for seed in range(3))
     start = clones(params)
@@ -163,19 +163,47 @@ def test_skip_nonfinite_leaves_all_params_and_reads_the_gradients_once_more(
     kernels: HostKernels, bad: float | None
 ) -> None:
     params, grads1, grads2 = (draw(torch.float32, seed) for seed in range(3))
-    compensation = [torch.full_like(p, 1e-9) for p in params]
-    start, kept = clones(params), clones(compensation)
+    compensation, buffers = [torch.full_like(p, 1e-9) for p in params], draw(torch.float32, 3)
+    start, kept = clones(params), clones([*compensation, *buffers])
     if bad is not None:
         grads2[5][17] = bad
     stats = svag_step_(
-        params, grads1, grads2, lr=0.3, l=2, compensation=compensation, skip_nonfinite=True, backend="cuda"
-    )
+        params, grads1, grads2, lr=0.3, l=2, compensation=compensation, skip_nonfinite=True, backend="cuda",
+        momentum_buffers=buffers, momentum=0.9,
+    )  # fmt: skip
     assert len(kernels.launches()) == 4
     assert bool(stats.finite) == (bad is None)
     expected = sum(float((x.double() ** 2).sum()) for x in start)
     assert float(stats.weight_sq_norm) == pytest.approx(expected, rel=1e-6)
-    same = [torch.equal(x, y) for x, y in zip([*params, *compensation], [*start, *kept], strict=True) if x.numel()]
+    after = [*params, *compensation, *buffers]
+    same = [torch.equal(x, y) for x, y in zip(after, [*start, *kept], strict=True) if x.numel()]
     assert not any(same) if bad is None else all(same)
+
+
+@ran_on_host
+@pytest.mark.parametrize("l", [1, 65536])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_momentum_moves_the_buffers_and_they_the_params(
+    kernels: HostKernels, dtypes: tuple[torch.dtype, torch.dtype], l: float
+) -> None:
+    params, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+    buffers = draw(torch.float64 if dtypes[0] == torch.float64 else torch.float32, 3)
+    compensation = [torch.zeros(p.shape) for p in params] if dtypes[0] == torch.float32 else None
+    start, before = clones(params), clones(buffers)
+    options = {"momentum_buffers": buffers, "momentum": 0.9, "compensation": compensation, "backend": "cuda"}
+    coefficients = step_coefficients(0.3, l, 0.02, torch.device("cpu"), momentum=0.9) if l == 1 else None
+    lr = 0.3 if coefficients is None else 9.0
+    stats = svag_step_(params, grads1, grads2, lr=lr, l=l, weight_decay=0.02, coefficients=coefficients, **options)  # type: ignore[arg-type]
+    check_stats(stats, start, grads1, grads2)
+    c1, c2 = svag_coefficients(l)
+    for x, v, x0, v0, a, b in zip(params, buffers, start, before, grads1, grads2, strict=True):
+        moved = (1 - 0.1 / l) * v0.double() + c1 * a.double() + c2 * b.double() + 0.02 * x0.double()
+        exact = x0.double() - 0.3 / l**2 * moved
+        eps = torch.finfo(v.dtype).eps
+        assert ((v.double() - moved).abs() <= 4 * eps * (moved.abs() + 5 * (2 * l) ** 0.5)).all()
+        assert (
+            (x.double() - exact).abs() <= exact.abs() * torch.finfo(x.dtype).eps / 2 + 4 * eps * (exact.abs() + 1)
+        ).all()
 
 
 @ran_on_host
@@ -237,11 +265,11 @@ def test_what_the_kernel_cannot_serve_is_a_status_and_nothing_is_launched(kernel
     x, g = torch.zeros(3), torch.zeros(3, dtype=torch.float64)
     module = HostModule(kernels)
     workspace = torch.zeros(module.cuda_step_workspace([3]), dtype=torch.float64)
-    descriptors = ([x.data_ptr()], [g.data_ptr()], [], [], [3], [0], [1])
-    tail = (0.1, 1.0, 0.0, 0.0, 0, False)
+    descriptors = ([x.data_ptr()], [g.data_ptr()], [], [], [], [3], [0], [1])
+    tail = (0.1, 1.0, 0.0, 0.0, 0.0, 0.0, 0, False)
     with pytest.raises(RuntimeError, match="returned 1"):
         module.cuda_step(*descriptors, *tail, 0, 0, workspace.data_ptr(), workspace.data_ptr())
-    same = ([x.data_ptr()], [x.data_ptr()], [], [], [3], [0], [0])
+    same = ([x.data_ptr()], [x.data_ptr()], [], [], [], [3], [0], [0])
     with pytest.raises(RuntimeError, match="returned -101"):  # cudaErrorInvalidDevice
         module.cuda_step(*same, *tail, 5, 0, workspace.data_ptr(), workspace.data_ptr())
     assert kernels.launches() == []

@@ -4,15 +4,17 @@
 #include <cstdint>
 
 #include "cpu/simd_level.h"
+#include "svag_math.h"
 #include "tensor_list.h"
 
 namespace svag {
 
 struct StepOptions {
-    double rate;  // lr / l
+    double rate;  // lr / l, or lr / l² where momentum keeps its time
     double c1, c2, weight_decay;
     bool skip_nonfinite;  // leave every param untouched when any gradient entry is inf or nan
     int threads;
+    MomentumFactors momentum{};  // of tensors that have a momentum buffer
 };
 
 }  // namespace svag

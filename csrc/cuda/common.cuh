@@ -100,9 +100,9 @@ inline cudaLaunchConfig_t launch_config(int64_t blocks, cudaStream_t stream) {
 }
 
 // Kernel parameters end at 4 KB before CUDA 12.1, at 32764 bytes since; a small table is cheaper to launch with.
-constexpr int kSmallTable = 76;
+constexpr int kSmallTable = 64;
 #if CUDART_VERSION >= 12010
-constexpr int kLargeTable = 624;
+constexpr int kLargeTable = 540;
 #else
 constexpr int kLargeTable = kSmallTable;
 #endif

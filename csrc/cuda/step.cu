@@ -13,10 +13,11 @@ constexpr int64_t kManyBlocks = 8192;
 
 struct Pass {
     StepCoefficients<double> coefficients;
-    const double* device_coefficients;  // lr, l, c1, c2, weight_decay, instead of the above where not null
-    bool has_second, compensated;       // all tensors of the list, or none
-    bool weights;                       // read the params, and update them
-    const double* finite;               // update only where this is 1; null: always
+    MomentumFactors momentum;
+    const double* device_coefficients;           // as CudaStepOptions has them, instead of the above where not null
+    bool has_second, compensated, has_momentum;  // all tensors of the list, or none
+    bool weights;                                // read the params, and update them
+    const double* finite;                        // update only where this is 1; null: always
     int64_t span;
     int64_t partial_stride;
     double* partials;  // [kStatCount][partial_stride]
@@ -30,6 +31,11 @@ __device__ __forceinline__ StepCoefficients<double> coefficients_of(const Pass& 
     return from == nullptr ? pass.coefficients : StepCoefficients<double>{from[0] / from[1], from[2], from[3], from[4]};
 }
 
+__device__ __forceinline__ MomentumFactors momentum_of(const Pass& pass) {
+    const double* from = pass.device_coefficients;
+    return from == nullptr ? pass.momentum : MomentumFactors{from[5], from[6]};
+}
+
 // A block's part of one tensor, its pointers moved to the part's start.
 template <class P, class G, class A>
 struct Part {
@@ -37,7 +43,9 @@ struct Part {
     const G* grad1;
     const G* grad2;
     float* compensation;
+    A* momentum;
     StepCoefficients<A> c;
+    Momentum<A> mu;
     const Pass& pass;
     bool update;
 
@@ -48,10 +56,12 @@ struct Part {
         Pack<G, V> g2{};
         Pack<P, V> x{};
         Pack<float, V> e{};
+        Pack<A, V> v{};
         if (pass.has_second) g2 = load<V>(grad2 + i);
         if (pass.weights) {
             x = load<V>(param + i);
             if (pass.compensated) e = load<V>(compensation + i);
+            if (pass.has_momentum) v = load<V>(momentum + i);
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -63,23 +73,32 @@ struct Part {
                 if (pass.compensated) {
                     // The param's value is x + e; e holds what rounding x to its dtype has lost so far.
                     A sum, error;
-                    two_sum(value, e.v[j] - decrement(value + e.v[j], a1, used2, c), sum, error);
+                    two_sum(value, e.v[j] - decrement_at(value + e.v[j], a1, used2, v.v[j]), sum, error);
                     x.v[j] = narrow<P, A>(sum);
                     e.v[j] = (sum - widen(x.v[j])) + error;
                     continue;
                 }
             }
-            x.v[j] = narrow<P, A>(value - decrement(value, a1, used2, c));
+            x.v[j] = narrow<P, A>(value - decrement_at(value, a1, used2, v.v[j]));
         }
         if (update) {
             store<V>(param + i, x);
             if (pass.compensated) store<V>(compensation + i, e);
+            if (pass.has_momentum) store<V>(momentum + i, v);
         }
+    }
+
+    // rate * v after v's own update, or rate * u.
+    __device__ __forceinline__ A decrement_at(A value, A g1, A g2, A& v) const {
+        if (!pass.has_momentum) return decrement(value, g1, g2, c);
+        v = mu.after(v, direction(value, g1, g2, c));
+        return c.rate * v;
     }
 };
 
 struct BlockShared {
     StepCoefficients<double> coefficients;
+    MomentumFactors momentum;
     double of_warps[kWarps][kStatCount];
     double totals[kStatCount];
 };
@@ -112,7 +131,8 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
     constexpr int V = kPackSize<P, G>;
     const StepCoefficients<double>& c = block.coefficients;
     const bool aligned = ((reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad1) |
-                           reinterpret_cast<uintptr_t>(t.grad2) | reinterpret_cast<uintptr_t>(t.compensation)) %
+                           reinterpret_cast<uintptr_t>(t.grad2) | reinterpret_cast<uintptr_t>(t.compensation) |
+                           reinterpret_cast<uintptr_t>(t.momentum)) %
                           16) == 0;
     const int64_t left = t.size - begin;
     const int size = static_cast<int>(left < pass.span ? left : pass.span);
@@ -120,7 +140,9 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
                              static_cast<const G*>(t.grad1) + begin,
                              pass.has_second ? static_cast<const G*>(t.grad2) + begin : nullptr,
                              pass.compensated ? static_cast<float*>(t.compensation) + begin : nullptr,
+                             pass.has_momentum ? static_cast<A*>(t.momentum) + begin : nullptr,
                              {A(c.rate), A(c.c1), A(c.c2), A(c.weight_decay)},
+                             Momentum<A>::of(block.momentum),
                              pass,
                              pass.weights && (pass.finite == nullptr || *pass.finite == 1)};
     Moments<A> moments{};
@@ -155,10 +177,14 @@ __host__ __device__ constexpr int pair(DType param, DType grad) {
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads)
+// Three blocks a multiprocessor have twice the loads under way that the bandwidth asks for (docs/roofline.md).
+__global__ void __launch_bounds__(kThreads, 3)
     step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
     __shared__ BlockShared shared;
-    if (threadIdx.x == 0) shared.coefficients = coefficients_of(pass);
+    if (threadIdx.x == 0) {
+        shared.coefficients = coefficients_of(pass);
+        shared.momentum = momentum_of(pass);
+    }
     __syncthreads();
     const int block = static_cast<int>(blockIdx.x);
     const int i = table.tensor_of(block);
@@ -243,10 +269,12 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
     if (guard.status() != cudaSuccess) return guard.status();
     Pass pass{};
     pass.coefficients = o.coefficients;
+    pass.momentum = o.momentum;
     pass.device_coefficients = o.device_coefficients;
     for (int64_t i = 0; i < count; ++i) {  // an empty tensor's addresses may be null
         pass.has_second |= tensors[i].grad2 != nullptr;
         pass.compensated |= tensors[i].compensation != nullptr;
+        pass.has_momentum |= tensors[i].momentum != nullptr;
     }
     pass.weights = true;
     const Partition parts = partition(count, [tensors](int64_t i) { return tensors[i].size; });

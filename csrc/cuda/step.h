@@ -10,7 +10,9 @@ namespace svag {
 
 struct CudaStepOptions {
     StepCoefficients<double> coefficients;
-    // lr, l, c1, c2, weight_decay on the device, read instead of the above where not null: a captured graph follows them.
+    MomentumFactors momentum;
+    // lr, its divisor, c1, c2, weight_decay and the momentum's two factors on the device, read instead of the above
+    // where not null: a captured graph follows them.
     const double* device_coefficients;
     bool skip_nonfinite;  // leave every param untouched when any gradient entry is inf or nan
     int device;

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import implements, select
-from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
+from svag_fast.ops.checks import (
+    check_apart,
+    check_l,
+    check_like,
+    check_nonnegative,
+    check_params,
+    check_strides,
+    laid_out_like,
+)
 from svag_fast.ops.library import register_op
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
 from svag_fast.ops.step_stats import StepStats, raw_statistics
@@ -36,6 +44,7 @@ def svag_adaptive_step_(
     weight_decay: float = 0.0,
     skip_nonfinite: bool = False,
     backend: str = "auto",
+    maximize: bool = False,
 ) -> StepStats:
     """Take one step of Adam, or of RMSprop (``exp_avgs`` None), in place on the gradient ``c1*g1 + c2*g2``.
 
@@ -64,6 +73,7 @@ def svag_adaptive_step_(
         weight_decay: L2, added to the gradient.
         skip_nonfinite: leave everything as it is when any gradient entry is inf or nan, without synchronising.
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`; "cpu" serves float32 and float64.
+        maximize: turn the gradients' sign, not the decay's, as torch.optim does. The statistics stay.
 
     Raises:
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
@@ -96,6 +106,7 @@ def svag_adaptive_step_(
             weight_decay,
             skip_nonfinite,
             backend,
+            maximize,
         )
     return StepStats(raw, grads2 is not None)
 
@@ -147,10 +158,9 @@ def _check(
         if tensors is not None:
             check_like(name, tensors, params, dtypes="same")
     for name, tensors in moments.items():
-        for i, (t, p) in enumerate(zip(tensors or [], params, strict=False)):
-            if t.stride() != p.stride():
-                raise ValueError(f"{name}[{i}] has strides {list(t.stride())}, but params[{i}] has {list(p.stride())}")
-    check_params([*params, *(exp_avgs or []), *exp_avg_sqs])
+        if tensors is not None:
+            check_strides(name, tensors, params)
+    check_apart({"params": params, **moments})
     if len(steps) != len(params):
         raise ValueError(f"steps has {len(steps)} numbers, but params has {len(params)}")
     for i, step in enumerate(steps):
@@ -162,12 +172,21 @@ class _Rates:
     """The scaled hyperparameters of one call, in the numbers that torch.optim's formulae use."""
 
     def __init__(
-        self, lr: float, l: float, beta1: float, beta2: float, eps: float, weight_decay: float, adam: bool
+        self,
+        lr: float,
+        l: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        adam: bool,
+        maximize: bool,
     ) -> None:
         scaled = square_root_scaling_rule(
             1 / l, batch_size=1, lr=lr, beta1=beta1 if adam else None, beta2=beta2, eps=eps
         )
-        self.c1, self.c2 = svag_coefficients(l)
+        c1, c2 = svag_coefficients(l)
+        self.c1, self.c2 = (-c1, -c2) if maximize else (c1, c2)
         self.lr, self.beta1, self.beta2, self.eps = scaled.lr, scaled.beta1, scaled.beta2, scaled.eps
         self.weight_decay = weight_decay
 
@@ -195,12 +214,13 @@ def _run(
     weight_decay: float,
     skip_nonfinite: bool,
     backend: str,
+    maximize: bool = False,
 ) -> Tensor:
     _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
     step = select("svag_adaptive_step_", backend, params)
     grads1 = laid_out_like(grads1, params)
     grads2 = None if grads2 is None else laid_out_like(grads2, params)
-    rates = _Rates(lr, l, beta1, beta2, eps, weight_decay, adam=exp_avgs is not None)
+    rates = _Rates(lr, l, beta1, beta2, eps, weight_decay, exp_avgs is not None, maximize)
     raw: Tensor = step(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, rates, skip_nonfinite)
     torch.autograd.graph.increment_version([*params, *(exp_avgs or []), *exp_avg_sqs])
     return raw
@@ -213,7 +233,7 @@ def _fake(params: list[Tensor], *rest: object) -> Tensor:
 _op = register_op(
     "svag_adaptive_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[]? exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, int[] steps, float lr, float l, float beta1, float beta2, float eps, "
-    "float weight_decay, bool skip_nonfinite, str backend) -> Tensor",
+    "float weight_decay, bool skip_nonfinite, str backend, bool maximize=False) -> Tensor",
     _run,
     _fake,
 )
@@ -232,9 +252,9 @@ def _reference(
 ) -> Tensor:
     raw = raw_statistics(params, grads1, grads2)
     for i, x in enumerate(params):
-        grad = grads1[i]
+        grad = rates.c1 * grads1[i]
         if rates.c2 != 0 and grads2 is not None:
-            grad = rates.c1 * grad + rates.c2 * grads2[i]
+            grad = grad + rates.c2 * grads2[i]
         if rates.weight_decay != 0:
             grad = grad.add(x, alpha=rates.weight_decay)
         new = {}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import BACKENDS, requested
-from svag_fast.ops.checks import check_nonnegative
-from svag_fast.ops.step import host_coefficients
+from svag_fast.ops.checks import check_l, check_momentum, check_nonnegative
+from svag_fast.ops.step import host_scalars, step_scalars
 from svag_fast.ops.step_stats import StepStats
 
 
@@ -32,9 +32,9 @@ def tensor_reader() -> Any:
 class CheckedStep:
     """A step of plain tensors on the CPU, with all checks of :func:`svag_step_` made; it holds the tensors."""
 
-    def __init__(self, step: Any, params: list[Tensor], scalars: tuple[float, ...], has_second: bool) -> None:
+    def __init__(self, step: Any, written: list[Tensor], scalars: tuple[float, ...], has_second: bool) -> None:
         self._step = step
-        self._params = params
+        self._written = written
         self._scalars = scalars
         self._has_second = has_second
 
@@ -48,21 +48,30 @@ class CheckedStep:
         l: float,
         weight_decay: float,
         backend: str,
+        momentum_buffers: list[Tensor] | None = None,
+        momentum: float = 0.0,
+        momentum_rule: str = "time",
+        maximize: bool = False,
     ) -> CheckedStep | None:
         """Return the step, or None where :func:`svag_step_` must take it or say what is wrong."""
         if requested(backend) not in ("auto", "cpu") or torch.compiler.is_compiling():
             return None
         if not params or (reader := tensor_reader()) is None:
             return None
-        if (step := reader.checked_step(params, grads1, grads2)) is None:
+        if (momentum != 0) != (momentum_buffers is not None):
+            return None
+        if (step := reader.checked_step(params, grads1, grads2, momentum_buffers)) is None:
             return None
         check_nonnegative("learning rate", lr)
         check_nonnegative("weight_decay", weight_decay)
-        return CheckedStep(step, params, host_coefficients(lr, l, weight_decay), grads2 is not None)
+        check_l(l)
+        check_momentum(momentum, momentum_rule, l)
+        scalars = host_scalars(step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize))
+        return CheckedStep(step, [*params, *(momentum_buffers or [])], scalars, grads2 is not None)
 
     def __call__(self, skip_nonfinite: bool) -> StepStats:
         """Take the step."""
         raw = torch.empty(5, dtype=torch.float64)
         self._step.take(*self._scalars, skip_nonfinite, torch.get_num_threads(), raw.data_ptr())
-        torch.autograd.graph.increment_version(self._params)
+        torch.autograd.graph.increment_version(self._written)
         return StepStats(raw, self._has_second)

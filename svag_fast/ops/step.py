@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from svag_fast.kernels.device_cache import DeviceCache
 from svag_fast.ops.backends import device_and_stream, implements, select
-from svag_fast.ops.checks import check_l, check_like, check_nonnegative, check_params, laid_out_like
+from svag_fast.ops.checks import (
+    check_apart,
+    check_l,
+    check_like,
+    check_momentum,
+    check_nonnegative,
+    check_params,
+    check_strides,
+    laid_out_like,
+)
 from svag_fast.ops.library import register_op
 from svag_fast.ops.step_stats import FINITE, StepStats, raw_statistics
 
@@ -47,12 +58,21 @@ def svag_step_(
     skip_nonfinite: bool = False,
     coefficients: Tensor | None = None,
     backend: str = "auto",
+    momentum_buffers: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    momentum_rule: str = "time",
+    maximize: bool = False,
 ) -> StepStats:
     """Take one SVAG step in place, ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)``, and measure the noise.
 
     With ``c1, c2 = svag_coefficients(l)`` (paper, equation 5, with the weight decay of equation 7). At ``l = 1`` it is
     SGD on ``grads1``: ``grads2`` only serves the statistics, and an inf in it never reaches the params.
     The same bits come out for any number of threads. Autograd does not record the step.
+
+    With momentum μ the bracket u moves a buffer, and the buffer the params (heavy ball, as in torch.optim.SGD):
+    ``v = μ_l*v + u``, ``x -= rate*v``, with ``momentum_rule="time"``: μ_l = 1 - (1 - μ)/l and rate = lr/l²,
+    ``"fixed"``: μ_l = μ and rate = lr/l (docs/theory.md says what each answers). μ counts in the params' arithmetic, as
+    in torch: float32's neighbour of 0.9 for all but float64 params.
 
     Args:
         params: float32, float64, bfloat16 or float16 tensors on one device, dense in memory (any order of
@@ -73,6 +93,12 @@ def svag_step_(
             there when it runs instead of the arguments, so that a captured CUDA graph follows what is written there.
             ``cpu`` and ``reference`` read it at once (on a GPU ``reference`` synchronises for it).
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
+        momentum_buffers: v, updated in place, zero before the first step: float64 for float64 params, else float32,
+            since in 16 bits a buffer loses gradients below 1/256 of it. Shaped and laid out as the params. Needed
+            where ``momentum`` is not 0, refused where it is.
+        momentum: μ, in [0, 1). At 0 the rule plays no part.
+        momentum_rule: "time" or "fixed".
+        maximize: turn the gradients' sign, not the decay's, as torch.optim.SGD does. The statistics stay.
 
     Returns:
         The statistics, from the same pass.
@@ -84,10 +110,16 @@ def svag_step_(
     check_nonnegative("learning rate", lr)
     check_l(l)
     check_nonnegative("weight_decay", weight_decay)
+    check_momentum(momentum, momentum_rule, l)
+    if coefficients is None and (momentum != 0) != (momentum_buffers is not None):
+        raise ValueError(
+            f"momentum is {momentum}, and momentum_buffers "
+            + ("None: expected a buffer for each of the params" if momentum_buffers is None else "given: expected None")
+        )
     if grads2 is None and l != 1:
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
     if not params:
-        _check_lists(params, grads1, grads2, compensation)
+        _check_lists(params, grads1, grads2, compensation, momentum_buffers)
         return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64), grads2 is not None)
     with torch.no_grad():
         raw = _op(
@@ -101,6 +133,10 @@ def svag_step_(
             skip_nonfinite,
             coefficients,
             backend,
+            None if momentum_buffers is None else list(momentum_buffers),
+            momentum,
+            momentum_rule,
+            maximize,
         )
     return StepStats(raw, grads2 is not None)
 
@@ -132,6 +168,7 @@ def _check_lists(
     grads1: Sequence[Tensor],
     grads2: Sequence[Tensor] | None,
     compensation: Sequence[Tensor] | None,
+    momentum_buffers: Sequence[Tensor] | None,
 ) -> None:
     check_params(params)
     check_like("grads1", grads1, params)
@@ -142,22 +179,68 @@ def _check_lists(
                 raise TypeError(f"grads2[{i}] is {g2.dtype}, but grads1[{i}] is {g1.dtype}: expected the same dtype")
     if compensation:
         check_like("compensation", compensation, params, dtypes="float32")
-        for i, (e, p) in enumerate(zip(compensation, params, strict=True)):
+        for i, p in enumerate(params):
             if p.dtype == torch.float64:
                 raise TypeError(f"params[{i}] is torch.float64: compensation serves float32, bfloat16 and float16")
-            if e.stride() != p.stride():
-                raise ValueError(
-                    f"compensation[{i}] has strides {list(e.stride())}, but params[{i}] has {list(p.stride())}"
-                )
+        check_strides("compensation", compensation, params)
+    if momentum_buffers is not None:
+        check_like("momentum_buffers", momentum_buffers, params, dtypes="arithmetic")
+        check_strides("momentum_buffers", momentum_buffers, params)
+    if compensation or momentum_buffers:
+        check_apart({"params": params, "compensation": compensation, "momentum_buffers": momentum_buffers})
 
 
-def step_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
-    """Return ``[lr, l, c1, c2, weight_decay]``, float64 on ``device``, for ``svag_step_(coefficients=...)``."""
-    return torch.tensor([lr, l, *svag_coefficients(l), weight_decay], dtype=torch.float64, device=device)
+class StepScalars(NamedTuple):
+    """A step's scalars as the kernels read them, in this order; the step is ``lr / divisor`` of the direction."""
+
+    lr: float
+    divisor: float
+    c1: float
+    c2: float
+    weight_decay: float
+    momentum64: float
+    """μ_l for float64 params."""
+    momentum32: float
+    """μ_l for all others, from the float32 that is nearest μ; not rounded itself: near 1 that changes 1 - μ_l."""
+
+
+def step_scalars(
+    lr: float,
+    l: float,
+    weight_decay: float,
+    momentum: float = 0.0,
+    momentum_rule: str = "time",
+    maximize: bool = False,
+) -> StepScalars:
+    """Return the scalars of a step with these options; they must have been checked."""
+    c1, c2 = svag_coefficients(l)
+    if maximize:
+        c1, c2 = -c1, -c2
+    if momentum == 0:
+        return StepScalars(lr, l, c1, c2, weight_decay, 0.0, 0.0)
+    momentum32 = ctypes.c_float(momentum).value
+    if momentum_rule == "fixed" or l == 1:
+        return StepScalars(lr, l, c1, c2, weight_decay, momentum, momentum32)
+    return StepScalars(lr, l * l, c1, c2, weight_decay, 1 - (1 - momentum) / l, 1 - (1 - momentum32) / l)
+
+
+def step_coefficients(
+    lr: float,
+    l: float,
+    weight_decay: float,
+    device: torch.device,
+    *,
+    momentum: float = 0.0,
+    momentum_rule: str = "time",
+    maximize: bool = False,
+) -> Tensor:
+    """Return :func:`step_scalars`, float64 on ``device``, for ``svag_step_(coefficients=...)``."""
+    scalars = step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize)
+    return torch.tensor(scalars, dtype=torch.float64, device=device)
 
 
 def _check_coefficients(coefficients: Tensor, device: torch.device) -> None:
-    if coefficients.dtype != torch.float64 or coefficients.shape != (5,) or not coefficients.is_contiguous():
+    if coefficients.dtype != torch.float64 or coefficients.shape != (7,) or not coefficients.is_contiguous():
         raise ValueError(
             f"coefficients is {coefficients.dtype} of shape {list(coefficients.shape)}: expected what "
             "step_coefficients returns"
@@ -177,15 +260,21 @@ def _run(
     skip_nonfinite: bool,
     coefficients: Tensor | None,
     backend: str,
+    momentum_buffers: list[Tensor] | None = None,
+    momentum: float = 0.0,
+    momentum_rule: str = "time",
+    maximize: bool = False,
 ) -> Tensor:
-    _check_lists(params, grads1, grads2, compensation)
+    _check_lists(params, grads1, grads2, compensation, momentum_buffers)
     if coefficients is not None:
         _check_coefficients(coefficients, params[0].device)
     step = select("svag_step_", backend, params)
     grads1 = laid_out_like(grads1, params)
     grads2 = None if grads2 is None else laid_out_like(grads2, params)
-    raw: Tensor = step(params, grads1, grads2, compensation, lr, l, weight_decay, skip_nonfinite, coefficients)
-    torch.autograd.graph.increment_version(params)
+    scalars = step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize)
+    buffers = momentum_buffers or []
+    raw: Tensor = step(params, grads1, grads2, compensation, buffers, scalars, skip_nonfinite, coefficients)
+    torch.autograd.graph.increment_version([*params, *compensation, *buffers])
     return raw
 
 
@@ -195,20 +284,19 @@ def _fake(params: list[Tensor], *rest: object) -> Tensor:
 
 _op = register_op(
     "svag_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[] compensation, float lr, float l, "
-    "float weight_decay, bool skip_nonfinite, Tensor? coefficients, str backend) -> Tensor",
+    "float weight_decay, bool skip_nonfinite, Tensor? coefficients, str backend, "
+    'Tensor(c!)[]? momentum_buffers=None, float momentum=0.0, str momentum_rule="time", bool maximize=False) -> Tensor',
     _run,
     _fake,
 )
 
 
-def host_coefficients(
-    lr: float, l: float, weight_decay: float, coefficients: Tensor | None = None
-) -> tuple[float, float, float, float]:
-    """Return ``lr / l, c1, c2, weight_decay``, from the tensor if there is one."""
-    if coefficients is None:
-        return lr / l, *svag_coefficients(l), weight_decay
-    lr, l, c1, c2, weight_decay = coefficients.tolist()
-    return lr / l, c1, c2, weight_decay
+def host_scalars(
+    scalars: StepScalars, coefficients: Tensor | None = None
+) -> tuple[float, float, float, float, float, float]:
+    """Return ``rate, c1, c2, weight_decay, momentum64, momentum32``, from the tensor if there is one."""
+    read = scalars if coefficients is None else StepScalars(*coefficients.tolist())
+    return read.lr / read.divisor, *read[2:]
 
 
 @implements("svag_step_", "reference")
@@ -217,30 +305,39 @@ def _reference(
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
     compensation: list[Tensor],
-    lr: float,
-    l: float,
-    weight_decay: float,
+    momentum_buffers: list[Tensor],
+    scalars: StepScalars,
     skip_nonfinite: bool,
     coefficients: Tensor | None,
 ) -> Tensor:
     raw = raw_statistics(params, grads1, grads2)
     finite = raw[FINITE] != 0
-    rate, c1, c2, weight_decay = host_coefficients(lr, l, weight_decay, coefficients)
+    rate, c1, c2, weight_decay, momentum64, momentum32 = host_scalars(scalars, coefficients)
+
+    def write(old: Tensor, new: Tensor) -> None:
+        old.copy_(torch.where(finite, new, old) if skip_nonfinite else new)
+
     for i, x in enumerate(params):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         combined = c1 * grads1[i].to(dtype)
         if c2 != 0 and grads2 is not None:
             combined = combined + c2 * grads2[i].to(dtype)
+        value = x.to(dtype) + compensation[i] if compensation else x.to(dtype)
+        direction = combined + weight_decay * value
+        if momentum_buffers:
+            v = momentum_buffers[i]
+            mu = momentum64 if dtype == torch.float64 else momentum32
+            kept = float(torch.tensor(mu, dtype=dtype))
+            direction = kept * v + (direction + (mu - kept) * v)  # mu * v + direction
+            write(v, direction)
         if compensation:
             e = compensation[i]
-            step = e - rate * (combined + weight_decay * (x.to(dtype) + e))
-            value, error = two_sum(x.to(dtype), step)
-            rounded = value.to(x.dtype)
-            lost = (value - rounded.to(dtype)) + error
-            e.copy_(torch.where(finite, lost, e) if skip_nonfinite else lost)
+            total, error = two_sum(x.to(dtype), e - rate * direction)
+            rounded = total.to(x.dtype)
+            write(e, (total - rounded.to(dtype)) + error)
         else:
-            rounded = (x.to(dtype) - rate * (combined + weight_decay * x.to(dtype))).to(x.dtype)
-        x.copy_(torch.where(finite, rounded, x) if skip_nonfinite else rounded)
+            rounded = (x.to(dtype) - rate * direction).to(x.dtype)
+        write(x, rounded)
     return raw
 
 
@@ -257,9 +354,8 @@ def _cpu(
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
     compensation: list[Tensor],
-    lr: float,
-    l: float,
-    weight_decay: float,
+    momentum_buffers: list[Tensor],
+    scalars: StepScalars,
     skip_nonfinite: bool,
     coefficients: Tensor | None,
 ) -> Tensor:
@@ -267,8 +363,8 @@ def _cpu(
 
     raw = torch.empty(5, dtype=torch.float64)
     _C.step(
-        *_descriptors(params, grads1, grads2, compensation),
-        *host_coefficients(lr, l, weight_decay, coefficients),
+        *_descriptors(params, grads1, grads2, compensation, momentum_buffers),
+        *host_scalars(scalars, coefficients),
         skip_nonfinite,
         torch.get_num_threads(),
         raw.data_ptr(),
@@ -282,20 +378,19 @@ def _cuda(
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
     compensation: list[Tensor],
-    lr: float,
-    l: float,
-    weight_decay: float,
+    momentum_buffers: list[Tensor],
+    scalars: StepScalars,
     skip_nonfinite: bool,
     coefficients: Tensor | None,
 ) -> Tensor:
     from svag_fast import _C
 
-    described = _descriptors(params, grads1, grads2, compensation)
+    described = _descriptors(params, grads1, grads2, compensation, momentum_buffers)
     raw = params[0].new_empty(5, dtype=torch.float64)
-    workspace = params[0].new_empty(_C.cuda_step_workspace(described[4]), dtype=torch.float64)
+    workspace = params[0].new_empty(_C.cuda_step_workspace(described[5]), dtype=torch.float64)
     _C.cuda_step(
         *described,
-        *host_coefficients(lr, l, weight_decay),
+        *host_scalars(scalars),
         0 if coefficients is None else coefficients.data_ptr(),
         skip_nonfinite,
         *device_and_stream(params[0].device),
@@ -308,11 +403,13 @@ def _cuda(
 _COEFFICIENTS: DeviceCache[Tensor] = DeviceCache(64)
 
 
-def constant_coefficients(lr: float, l: float, weight_decay: float, device: torch.device) -> Tensor:
-    """Return what :func:`step_coefficients` does, kept on the device: a schedule sets each rate many steps long."""
-    kept: Tensor = _COEFFICIENTS.get(
-        device, (lr, l, weight_decay), lambda: step_coefficients(lr, l, weight_decay, device), "coefficients"
-    )
+def constant_coefficients(scalars: StepScalars, device: torch.device) -> Tensor:
+    """Return the scalars as a tensor, kept on the device: a schedule sets each rate many steps long."""
+
+    def make() -> Tensor:
+        return torch.tensor(scalars, dtype=torch.float64, device=device)
+
+    kept: Tensor = _COEFFICIENTS.get(device, scalars, make, "coefficients")
     return kept
 
 
@@ -322,30 +419,34 @@ def _triton(
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
     compensation: list[Tensor],
-    lr: float,
-    l: float,
-    weight_decay: float,
+    momentum_buffers: list[Tensor],
+    scalars: StepScalars,
     skip_nonfinite: bool,
     coefficients: Tensor | None,
 ) -> Tensor:
     from svag_fast.kernels.step import svag_step
 
     if coefficients is None:
-        coefficients = constant_coefficients(lr, l, weight_decay, params[0].device)
+        coefficients = constant_coefficients(scalars, params[0].device)
     with torch.cuda.device_of(params[0]):  # type: ignore[no-untyped-call]
-        raw: Tensor = svag_step(params, grads1, grads2, compensation, coefficients, skip_nonfinite)
+        raw: Tensor = svag_step(params, grads1, grads2, compensation, momentum_buffers, coefficients, skip_nonfinite)
     return raw
 
 
 def _descriptors(
-    params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, compensation: list[Tensor]
-) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    momentum_buffers: list[Tensor],
+) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
     """What the compiled kernels are told of the tensors: addresses, sizes and dtypes."""
     return (
         list(map(Tensor.data_ptr, params)),
         list(map(Tensor.data_ptr, grads1)),
         list(map(Tensor.data_ptr, grads2 or [])),
         list(map(Tensor.data_ptr, compensation)),
+        list(map(Tensor.data_ptr, momentum_buffers)),
         list(map(Tensor.numel, params)),
         [DTYPE_CODES[p.dtype] for p in params],
         [DTYPE_CODES[g.dtype] for g in grads1],

@@ -136,7 +136,7 @@ def direct_step(product: LayerProduct, weight: Tensor, coefficients: Tensor) -> 
     Args:
         product: its weights are those of the means of one or two segments.
         weight: float32, dense in memory; another order than contiguous or channels_last costs a copy.
-        coefficients: [5] float64 on the device: lr, l, c1, c2, weight_decay.
+        coefficients: float64 on the device, beginning with lr, its divisor, c1, c2, weight_decay.
 
     Returns:
         The samples' squared norms [B], and the step's raw statistics [5], float64.

@@ -12,7 +12,7 @@ from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_l, check_nonnegative, check_params
 from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step import constant_coefficients, svag_coefficients, svag_step_
+from svag_fast.ops.step import constant_coefficients, step_scalars, svag_coefficients, svag_step_
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.ops.weight_grad import reference as reference_product
 
@@ -192,4 +192,5 @@ def _cpu(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_deca
 
 @implements("svag_weight_step_", "triton", weight_grad_triton.why_not)
 def _triton(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float) -> tuple[Tensor, Tensor]:
-    return weight_grad_triton.direct_step(product, weight, constant_coefficients(lr, l, weight_decay, weight.device))
+    coefficients = constant_coefficients(step_scalars(lr, l, weight_decay), weight.device)
+    return weight_grad_triton.direct_step(product, weight, coefficients)

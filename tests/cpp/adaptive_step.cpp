@@ -21,7 +21,7 @@ struct Lists {
     }
 
     svag::AdaptiveTensor describe(bool second, bool first_moment) {
-        return {{x.data(), g1.data(), second ? g2.data() : nullptr, nullptr, static_cast<int64_t>(x.size()) - 1,
+        return {{x.data(), g1.data(), second ? g2.data() : nullptr, nullptr, nullptr, static_cast<int64_t>(x.size()) - 1,
                  kDType<A>, kDType<A>},
                 first_moment ? m.data() : nullptr, v.data(), 0.03, 0.9};
     }

@@ -88,11 +88,13 @@ const Pair kPairs[] = {{DType::float32, DType::float32},   {DType::float64, DTyp
                        {DType::bfloat16, DType::float32},  {DType::float16, DType::float16},
                        {DType::float16, DType::float32}};
 
-svag::StepTensor describe(Tensor& x, Tensor& g1, Tensor* g2, Tensor* compensation = nullptr) {
+svag::StepTensor describe(Tensor& x, Tensor& g1, Tensor* g2, Tensor* compensation = nullptr,
+                          Tensor* momentum = nullptr) {
     return {x.data(),
             g1.data(),
             g2 == nullptr ? nullptr : g2->data(),
             compensation == nullptr ? nullptr : compensation->data(),
+            momentum == nullptr ? nullptr : momentum->data(),
             x.size(),
             x.dtype(),
             g1.dtype()};
@@ -100,28 +102,36 @@ svag::StepTensor describe(Tensor& x, Tensor& g1, Tensor* g2, Tensor* compensatio
 
 svag::StepOptions options(double lr, double l, double weight_decay, int threads = 1) {
     const double root = std::sqrt(2 * l - 1);
-    return {lr / l, (1 + root) / 2, (1 - root) / 2, weight_decay, false, threads};
+    return {lr / l, (1 + root) / 2, (1 - root) / 2, weight_decay, false, threads, {}};
 }
 
 int step(const svag::StepTensor& tensor, const svag::StepOptions& o, double* stats) {
     return SVAG_KERNEL(svag_step)(&tensor, 1, o, stats);
 }
 
-void compare_with_the_formula(Pair dtypes, int64_t n, const svag::StepOptions& o, bool second) {
+DType wide(DType param) { return param == DType::float64 ? DType::float64 : DType::float32; }
+
+void compare_with_the_formula(Pair dtypes, int64_t n, const svag::StepOptions& o, bool second, bool momentum = false) {
     Tensor x = Tensor::random(dtypes.param, n, 1), g1 = Tensor::random(dtypes.grad, n, 2),
            g2 = Tensor::random(dtypes.grad, n, 3);
-    const Tensor before = x;
+    Tensor v = Tensor::random(wide(dtypes.param), n, 4);
+    const Tensor before = x, v_before = v;
     double stats[svag::kStatCount];
-    EXPECT(step(describe(x, g1, second ? &g2 : nullptr), o, stats) == svag::kOk);
+    EXPECT(step(describe(x, g1, second ? &g2 : nullptr, nullptr, momentum ? &v : nullptr), o, stats) == svag::kOk);
 
     const double arithmetic = dtypes.param == DType::float64 ? 0x1p-53 : 0x1p-24;
     double sq_norm1 = 0, sq_norm2 = 0, inner = 0, weight_sq_norm = 0, magnitude = 0;
     for (int64_t i = 0; i < n; ++i) {
         const double p = before.get(i), a = g1.get(i), b = second ? g2.get(i) : 0;
-        const double expected = p - o.rate * (o.c1 * a + o.c2 * b + o.weight_decay * p);
+        const double mu = dtypes.param == DType::float64 ? o.momentum.float64 : o.momentum.float32;
+        const double kept = momentum ? mu * v_before.get(i) : 0;
+        const double moved = kept + (o.c1 * a + o.c2 * b + o.weight_decay * p);
+        const double expected = p - o.rate * moved;
         // Every operation rounds once, to at most the sum of the terms' sizes.
-        const double terms = std::fabs(p) + o.rate * (std::fabs(o.c1 * a) + std::fabs(o.c2 * b) +
-                                                      std::fabs(o.weight_decay * p));
+        const double of_moved = std::fabs(kept) + std::fabs(o.c1 * a) + std::fabs(o.c2 * b) +
+                                std::fabs(o.weight_decay * p);
+        const double terms = std::fabs(p) + o.rate * of_moved;
+        if (momentum) EXPECT_NEAR(v.get(i), moved, 8 * arithmetic * of_moved);
         EXPECT_NEAR(x.get(i), expected, 8 * arithmetic * terms + x.epsilon() * std::fabs(expected) + x.tiny());
         sq_norm1 += a * a;
         sq_norm2 += b * b;
@@ -137,6 +147,8 @@ void compare_with_the_formula(Pair dtypes, int64_t n, const svag::StepOptions& o
     EXPECT_NEAR(stats[svag::kWeightSqNorm], weight_sq_norm, relative * weight_sq_norm);
     EXPECT(stats[svag::kFinite] == 1);
     EXPECT(x.guard_is_intact());
+    EXPECT(v.guard_is_intact());
+    EXPECT(momentum || v == v_before);
 }
 
 }  // namespace
@@ -149,6 +161,16 @@ SVAG_CHECK(step_follows_the_formula) {
             compare_with_the_formula(dtypes, n, options(0.3, 1, 0), false);
         }
     compare_with_the_formula(kPairs[0], 65536 + 5, options(0.1, 65536, 0.01), true);
+}
+
+SVAG_CHECK(step_with_momentum_follows_the_formula) {
+    auto one = options(0.3, 1, 0.05), several = options(0.3, 4, 0.05);
+    one.momentum = several.momentum = {0.9, 0.8};
+    for (const Pair dtypes : kPairs)
+        for (const int64_t n : {0, 1, 8, 33, 4097}) {
+            compare_with_the_formula(dtypes, n, several, true, true);
+            compare_with_the_formula(dtypes, n, one, false, true);
+        }
 }
 
 // No step is taken: all that the kernel does is to widen and to narrow again.
@@ -225,19 +247,19 @@ SVAG_CHECK(step_skips_when_a_gradient_is_not_finite) {
     for (const double bad : {kInf, -kInf, std::nan("")})
         for (const int64_t place : {0, 5000, 9999}) {
             Tensor x = Tensor::random(DType::float32, 10000, 1), g1 = Tensor::random(DType::float32, 10000, 2),
-                   g2 = Tensor::random(DType::float32, 10000, 3);
-            const Tensor before = x;
+                   g2 = Tensor::random(DType::float32, 10000, 3), v = Tensor::random(DType::float32, 10000, 4);
+            const Tensor before = x, v_before = v;
             g2.set(place, bad);
             auto o = options(0.1, 2, 0.1);
             o.skip_nonfinite = true;
             double stats[svag::kStatCount];
-            EXPECT(step(describe(x, g1, &g2), o, stats) == svag::kOk);
+            EXPECT(step(describe(x, g1, &g2, nullptr, &v), o, stats) == svag::kOk);
             EXPECT(stats[svag::kFinite] == 0);
-            EXPECT(x == before);
+            EXPECT(x == before && v == v_before);
             g2.set(place, 0);
-            EXPECT(step(describe(x, g1, &g2), o, stats) == svag::kOk);
+            EXPECT(step(describe(x, g1, &g2, nullptr, &v), o, stats) == svag::kOk);
             EXPECT(stats[svag::kFinite] == 1);
-            EXPECT(!(x == before));
+            EXPECT(!(x == before) && !(v == v_before));
         }
 }
 

@@ -20,7 +20,7 @@ DEVICE, STREAM = 1, 7
 
 class _StepTensor(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("param", "grad1", "grad2", "compensation")),
+        *((name, ctypes.c_void_p) for name in ("param", "grad1", "grad2", "compensation", "momentum")),
         ("size", ctypes.c_int64),
         ("param_dtype", ctypes.c_int),
         ("grad_dtype", ctypes.c_int),
@@ -29,7 +29,7 @@ class _StepTensor(ctypes.Structure):
 
 class _StepOptions(ctypes.Structure):
     _fields_ = [
-        ("coefficients", ctypes.c_double * 4),
+        ("coefficients_and_momentum", ctypes.c_double * 6),
         ("device_coefficients", ctypes.c_void_p),
         ("skip_nonfinite", ctypes.c_bool),
         ("device", ctypes.c_int),
@@ -64,15 +64,17 @@ class HostModule:
         grads1: list[int],
         grads2: list[int],
         compensation: list[int],
+        momentum_buffers: list[int],
         sizes: list[int],
         param_dtypes: list[int],
         grad_dtypes: list[int],
         *options: float,
     ) -> None:
         none = [None] * len(params)
-        columns = (params, grads1, grads2 or none, compensation or none, sizes, param_dtypes, grad_dtypes)
+        optional = (grads2 or none, compensation or none, momentum_buffers or none)
+        columns = (params, grads1, *optional, sizes, param_dtypes, grad_dtypes)
         tensors = (_StepTensor * len(params))(*zip(*columns, strict=True))
-        packed = _StepOptions((ctypes.c_double * 4)(*options[:4]), *options[4:])
+        packed = _StepOptions((ctypes.c_double * 6)(*options[:6]), *options[6:])
         status = self.kernels.run("svag_step_cuda", tensors, ctypes.c_int64(len(params)), ctypes.byref(packed))
         if status:
             raise RuntimeError(f"svag_step_cuda returned {status}")
@@ -102,7 +104,7 @@ class HostModule:
         *options: float,
     ) -> None:
         none = [None] * len(params)
-        columns = (params, grads1, grads2 or none, none, sizes, dtypes, dtypes)
+        columns = (params, grads1, grads2 or none, none, none, sizes, dtypes, dtypes)
         tensors = (_StepTensor * len(params))(*zip(*columns, strict=True))
         packed = _PerSampleOptions((ctypes.c_double * 4)(*options[:4]), samples1, samples2, *options[4:])
         status = self.kernels.run(

@@ -12,7 +12,7 @@ from svag_fast.kernels import device_cache
 from svag_fast.kernels import step as kernel
 from svag_fast.ops import svag_step_
 from svag_fast.ops.backends import select
-from svag_fast.ops.step import constant_coefficients
+from svag_fast.ops.step import constant_coefficients, step_scalars
 from svag_fast.ops.step_stats import StepStats
 
 DTYPES = [
@@ -35,15 +35,16 @@ def draw(dtype: torch.dtype, seed: int, shapes: list[tuple[int, ...]] = SHAPES, 
 
 def both(
     params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, compensation: list[Tensor] | None = None,
-    **options: object,
+    momentum_buffers: list[Tensor] | None = None, **options: object,
 ) -> tuple[StepStats, StepStats, list[Tensor], list[Tensor]]:  # fmt: skip
     """Step by Triton and by the reference; return both's statistics and tensors."""
     results = []
     for backend in ("triton", "reference"):
         p = [t.clone() for t in params]
         e = None if compensation is None else [t.clone() for t in compensation]
-        stats = svag_step_(p, grads1, grads2, compensation=e, backend=backend, **options)  # type: ignore[arg-type]
-        results.append((stats, [*p, *(e or [])]))
+        v = None if momentum_buffers is None else [t.clone() for t in momentum_buffers]
+        stats = svag_step_(p, grads1, grads2, compensation=e, momentum_buffers=v, backend=backend, **options)  # type: ignore[arg-type]
+        results.append((stats, [*p, *(e or []), *(v or [])]))
     (ours, our_tensors), (theirs, their_tensors) = results
     return ours, theirs, our_tensors, their_tensors
 
@@ -85,6 +86,20 @@ def test_compensated_params_and_buffers_equal_the_reference(
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("l", [1, 65536])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_params_and_momentum_buffers_equal_the_reference(dtypes: tuple[torch.dtype, torch.dtype], l: float) -> None:
+    lists = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+    buffers = draw(torch.float64 if dtypes[0] == torch.float64 else torch.float32, 3)
+    compensation = draw(torch.float32, 4, scale=1e-4) if dtypes[0] == torch.float32 else None
+    ours, theirs, a, b = both(
+        *lists, compensation, buffers, lr=0.3, l=l, weight_decay=0.02, momentum=0.9, maximize=True
+    )
+    assert_same(a, b)
+    scale = float(theirs.raw[:4].max())
+    torch.testing.assert_close(ours.raw, theirs.raw, rtol=0, atol=scale * (1e-12 if dtypes[0].itemsize == 8 else 1e-6))
+
+
 @pytest.mark.parametrize("count", [1, 500])
 def test_lists_of_one_and_of_500_tensors_of_mixed_dtypes(count: int) -> None:
     lists: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
@@ -112,18 +127,18 @@ def test_unaligned_views() -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("which", [0, 1])
-def test_skip_nonfinite_leaves_params_and_compensation_untouched(bad: float, which: int) -> None:
+def test_skip_nonfinite_leaves_params_compensation_and_momentum_untouched(bad: float, which: int) -> None:
     params, grads = draw(torch.float32, 0), [draw(torch.float32, 1), draw(torch.float32, 2)]
-    compensation = draw(torch.float32, 3, scale=1e-4)
-    options = {"lr": 0.3, "l": 8, "skip_nonfinite": True, "backend": "triton"}
-    ours, _, a, b = both(params, *grads, compensation=compensation, lr=0.3, l=8, skip_nonfinite=True)
+    compensation, buffers = draw(torch.float32, 3, scale=1e-4), draw(torch.float32, 4)
+    options = {"lr": 0.3, "l": 8, "skip_nonfinite": True, "momentum": 0.9}
+    ours, _, a, b = both(params, *grads, compensation, buffers, **options)
     assert bool(ours.finite)
     assert_same(a, b)
     grads[which][-1][-1] = bad
-    before = [t.clone() for t in (*params, *compensation)]
-    stats = svag_step_(params, *grads, compensation=compensation, **options)  # type: ignore[arg-type]
+    before = [t.clone() for t in (*params, *compensation, *buffers)]
+    stats = svag_step_(params, *grads, compensation=compensation, momentum_buffers=buffers, backend="triton", **options)  # type: ignore[arg-type]
     assert not bool(stats.finite)
-    assert_same([*params, *compensation], before)
+    assert_same([*params, *compensation, *buffers], before)
 
 
 def test_at_l_1_a_bad_second_gradient_never_reaches_the_params() -> None:
@@ -149,8 +164,8 @@ def test_what_a_captured_graph_reads_is_kept_and_what_was_not_seen_before_is_ref
         svag_step_(tensors, tensors, None, lr=lr, l=1, backend="triton")
 
     def held() -> tuple[int, int]:
-        table = kernel._table(seen, seen, None, [])[0]
-        return table.data_ptr(), constant_coefficients(0.1, 1, 0.0, torch.device("cpu")).data_ptr()
+        table = kernel._table(seen, seen, None, [], [])[0]
+        return table.data_ptr(), constant_coefficients(step_scalars(0.1, 1, 0.0), torch.device("cpu")).data_ptr()
 
     step(seen)
     before = held()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +33,7 @@ def of(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) 
     return CheckedStep.of(params, grads1, grads2, backend="auto", **OPTIONS)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(
     "dtypes",
     [
@@ -40,18 +42,23 @@ def of(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) 
     ],
     ids=str,
 )
-def test_it_is_the_op_to_the_bit(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_it_is_the_op_to_the_bit(dtypes: tuple[torch.dtype, torch.dtype], momentum: float) -> None:
     params, grads1, grads2 = lists(*dtypes)
     for tensors in (params, grads1, grads2):
         tensors[4].data = tensors[4].data.to(memory_format=torch.channels_last)
     expected = [p.detach().clone() for p in params]
-    stats = svag_step_(expected, grads1, grads2, **OPTIONS)
-    step = of(params, grads1, grads2)
+    wide = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    buffers = [p.detach().to(wide, copy=True) for p in params] if momentum else []
+    expected_buffers = [v.clone() for v in buffers]
+    options = {**OPTIONS, "momentum": momentum, "momentum_rule": "time", "maximize": True}
+    stats = svag_step_(expected, grads1, grads2, momentum_buffers=expected_buffers or None, **options)
+    step = CheckedStep.of(params, grads1, grads2, momentum_buffers=buffers or None, backend="auto", **options)
     assert step is not None
-    versions = [p._version for p in params]
+    written = [*params, *buffers]
+    versions = [t._version for t in written]
     assert torch.equal(step(skip_nonfinite=False).raw, stats.raw)
-    assert all(torch.equal(p.detach(), e) for p, e in zip(params, expected, strict=True))
-    assert [p._version for p in params] == [v + 1 for v in versions]
+    assert all(torch.equal(t.detach(), e) for t, e in zip(written, [*expected, *expected_buffers], strict=True))
+    assert [t._version for t in written] == [v + 1 for v in versions]
 
 
 def test_one_gradient_at_l_1() -> None:
@@ -124,6 +131,27 @@ def test_what_is_not_plain_is_left_to_the_op(change: Callable[[Lists], None]) ->
     assert of(*tensors) is None
 
 
+BAD_BUFFERS = {
+    "fewer": lambda buffers, params: buffers.pop(),
+    "dtype": lambda buffers, params: buffers.__setitem__(0, buffers[0].double()),
+    "shape": lambda buffers, params: buffers.__setitem__(0, buffers[0].flatten()),
+    "order in memory": lambda buffers, params: buffers.__setitem__(0, buffers[0].T.contiguous().T),
+    "a param's memory": lambda buffers, params: buffers.__setitem__(5, params[5].data),
+    "another buffer's memory": lambda buffers, params: buffers.__setitem__(2, buffers[5][:1]),
+}
+
+
+@pytest.mark.parametrize("change", BAD_BUFFERS.values(), ids=BAD_BUFFERS.keys())
+def test_buffers_that_do_not_fit_are_left_to_the_op(change: Callable[[list[Tensor], list[Tensor]], None]) -> None:
+    params, grads1, grads2 = lists()
+    buffers = [torch.zeros_like(p) for p in params]
+    step = functools.partial(CheckedStep.of, params, grads1, grads2, backend="auto", momentum=0.9, **OPTIONS)
+    assert step(momentum_buffers=buffers) is not None
+    change(buffers, params)
+    assert step(momentum_buffers=buffers) is None
+    assert step(momentum_buffers=None) is None
+
+
 def test_another_backend_is_asked_for() -> None:
     tensors = lists()
     with svag_fast.backend("reference"):
@@ -131,7 +159,11 @@ def test_another_backend_is_asked_for() -> None:
     assert of(*tensors) is not None
 
 
-@pytest.mark.parametrize("option", [{"lr": -0.1}, {"lr": float("nan")}, {"l": 0.5}, {"weight_decay": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [{"lr": -0.1}, {"lr": float("nan")}, {"l": 0.5}, {"weight_decay": -1.0}, {"momentum_rule": "slow"}],
+    ids=str,
+)
 def test_scalars_are_checked(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Invalid"):
         CheckedStep.of(*lists(), **{**OPTIONS, **option}, backend="auto")

@@ -78,9 +78,13 @@ def test_every_level_gives_the_reference_bits(level: str, dtypes: tuple[torch.dt
         for backend in ("cpu", "reference"):
             params, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
             compensation = None if dtypes[0] == torch.float64 else [torch.full(s, 1e-4) for s in SHAPES]
-            for e in (None, compensation):
-                svag_step_(params, grads1, grads2, lr=0.3, l=l, weight_decay=0.02, compensation=e, backend=backend)
-            results.append([*params, *(compensation or [])])
+            buffers = draw(torch.float64 if dtypes[0] == torch.float64 else torch.float32, 3)
+            for e, v in itertools.product((None, compensation), (None, buffers)):
+                svag_step_(
+                    params, grads1, grads2, lr=0.3, l=l, weight_decay=0.02, compensation=e, backend=backend,
+                    momentum_buffers=v, momentum=0 if v is None else 0.9,
+                )  # fmt: skip
+            results.append([*params, *(compensation or []), *buffers])
     finally:
         _C.select_simd_level(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -184,12 +188,12 @@ def test_compensated_params_follow_float64_through_a_million_steps_of_pure_decay
     start = torch.tensor([1.0, -0.37, 3e-3, 0.0, 117.0])
     x, e, zero = start.to(dtype), torch.zeros(5), torch.zeros(5, dtype=dtype)
     exact_start = x.double()
-    args = ([x.data_ptr()], [zero.data_ptr()], [zero.data_ptr()], [e.data_ptr()], [5])
+    args = ([x.data_ptr()], [zero.data_ptr()], [zero.data_ptr()], [e.data_ptr()], [], [5])
     codes = [{torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]]
     raw = torch.empty(5, dtype=torch.float64)
     c1, c2 = svag_coefficients(l)
     for _ in range(steps):
-        _C.step(*args, codes, codes, 0.1 / l, c1, c2, 0.5, False, 1, raw.data_ptr())
+        _C.step(*args, codes, codes, 0.1 / l, c1, c2, 0.5, 0.0, 0.0, False, 1, raw.data_ptr())
     expected = exact_start * (1 - 0.1 / l * 0.5) ** steps
     # Each of a million decrements carries float32's relative error of 2^-24 twice or so; the sum keeps them all.
     torch.testing.assert_close(x.double() + e.double(), expected, rtol=5e-7, atol=0)
@@ -307,15 +311,16 @@ def test_statistics_of_groups_add_up() -> None:
     assert not bool(StepStats.total([parts[0], bad]).finite)
 
 
-@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(("compensated", "momentum"), [(False, 0.0), (True, 0.0), (False, 0.9)])
 @pytest.mark.parametrize("second", [False, True])
-def test_opcheck(backend: str, compensated: bool, second: bool) -> None:
+def test_opcheck(backend: str, compensated: bool, momentum: float, second: bool) -> None:
     params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
     compensation = [torch.zeros(3), torch.zeros(4, 5)] if compensated else []
     l = 4.0 if second else 1.0
     coefficients = step_coefficients(0.1, l, 0.1, torch.device("cpu")) if compensated else None
     args = (params, grads, grads if second else None, compensation, 0.1, l, 0.1, False, coefficients, backend)
-    torch.library.opcheck(torch.ops.svag_fast.svag_step_.default, args)
+    buffers = [torch.zeros(3), torch.zeros(4, 5)] if momentum else None
+    torch.library.opcheck(torch.ops.svag_fast.svag_step_.default, (*args, buffers, momentum, "time", True))
 
 
 def test_coefficients_in_a_tensor_replace_the_arguments(backend: str) -> None:

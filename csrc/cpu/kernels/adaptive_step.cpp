@@ -74,9 +74,10 @@ class AdaptiveBlock {
         if constexpr (kGrad2) {
             const V second = load_raw<V>(g2);
             moments.add(vx, g, second);
-            if (combine_) g = c1_ * g + c2_ * second;
+            g = combine_ ? c1_ * g + c2_ * second : c1_ * g;
         } else {
             moments.add(vx, g);
+            g = c1_ * g;
         }
         if (!update_) return;
         if (weight_decay_ != 0) g = multiply_add(V{} + weight_decay_, vx, g);
