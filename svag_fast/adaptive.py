@@ -31,6 +31,8 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
         for p_state in self.state.values():
             if "step" in p_state:  # torch counts in float32, which ends at 2^24, and its old versions in Python
                 p_state["step"] = torch.as_tensor(p_state["step"], device="cpu").double()
@@ -71,6 +73,7 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
             "beta2": beta2,
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
             "backend": group["backend"],
         }
 
@@ -110,6 +113,7 @@ class SVAGAdam(_AdaptiveOptimizer):
         eps: plain Adam's term for the denominator.
         l: SVAG's hyperparameter, >= 1.
         weight_decay: L2, added to the gradient as in torch.optim.Adam.
+        maximize: turn the gradients' sign, not the decay's, as torch.optim does.
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     Raises:
@@ -118,7 +122,7 @@ class SVAGAdam(_AdaptiveOptimizer):
 
     _moment_names = ("exp_avg", "exp_avg_sq")
     torch_kin = TorchKin(
-        "Adam", frozenset({"betas", "amsgrad"}), off=("amsgrad", "maximize", "decoupled_weight_decay"), any_l=False
+        "Adam", frozenset({"betas", "amsgrad"}), off=("amsgrad", "decoupled_weight_decay"), any_l=False
     )
     state_names = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
@@ -131,9 +135,18 @@ class SVAGAdam(_AdaptiveOptimizer):
         *,
         l: float = 1,
         weight_decay: float = 0.0,
+        maximize: bool = False,
         backend: str = "auto",
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "l": l, "weight_decay": weight_decay, "backend": backend}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "l": l,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "backend": backend,
+        }
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -162,9 +175,7 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     """
 
     _moment_names = ("square_avg",)
-    torch_kin = TorchKin(
-        "RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered", "maximize"), any_l=False
-    )
+    torch_kin = TorchKin("RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered"), any_l=False)
     state_names = frozenset({"step", "square_avg"})
 
     def __init__(
@@ -176,9 +187,18 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         *,
         l: float = 1,
         weight_decay: float = 0.0,
+        maximize: bool = False,
         backend: str = "auto",
     ) -> None:
-        defaults = {"lr": lr, "alpha": alpha, "eps": eps, "l": l, "weight_decay": weight_decay, "backend": backend}
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "l": l,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "backend": backend,
+        }
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:

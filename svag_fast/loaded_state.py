@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Each kind of ours has its own of these; so a group says whose it is.
 _KINDS = frozenset({"betas", "alpha"})
 # Options that a torch optimizer and ours share, and what schedulers keep in a group.
-_SHARED = frozenset({"lr", "weight_decay", "betas", "alpha", "eps", "params", "param_names", "initial_lr"})
+_SHARED = frozenset({"lr", "weight_decay", "maximize", "betas", "alpha", "eps", "params", "param_names", "initial_lr"})
 
 
 class TorchKin(NamedTuple):
@@ -73,7 +73,7 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
         raise ValueError(f"the loaded state is another optimizer's, not {name}'s: its param group {i} has {options}")
     if more := [k for k in kin.off if saved.get(k)]:
         had = ", ".join(f"{k}={saved[k]!r}" for k in more)
-        raise ValueError(f"the loaded state is of torch's {kin.name} with {had}, which {name} has nothing for")
+        raise ValueError(f"the loaded state is of torch's {kin.name} with {had}, which {name} doesn't take over")
     if not kin.any_l and now["l"] != 1:
         raise ValueError(f"the loaded state is of torch's {kin.name}, whose moments are not those at l = {now['l']:g}")
     return {**now, **{k: v for k, v in saved.items() if k in _SHARED}}
@@ -81,7 +81,7 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
 
 def _check_state(what: str, state: dict[str, Any], p: Tensor, names: frozenset[str]) -> None:
     """Refuse a parameter's state that lacks a part, or has one of another shape."""
-    needed = names - {"compensation"}
+    needed = names - {"compensation", "momentum_buffer"}
     if state and (missing := needed - state.keys()):
         raise ValueError(f"{what} of the loaded state lacks {', '.join(sorted(missing))}")
     for name in names & state.keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.grad_lists import Grads
+from svag_fast.group_options import check_number
 from svag_fast.held_gradient import GroupGrads
+from svag_fast.kernels.device_cache import is_capturing
 from svag_fast.loaded_state import TorchKin
 from svag_fast.ops.checked_step import CheckedStep
-from svag_fast.ops.checks import PARAM_DTYPES
+from svag_fast.ops.checks import PARAM_DTYPES, check_momentum
 from svag_fast.ops.step import check_step, step_coefficients, svag_coefficients, svag_step_
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.two_batch import TwoBatchOptimizer, Work
@@ -32,6 +35,17 @@ def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
     """
     c1, c2 = svag_coefficients(l)
     return c1 * loss1 + c2 * loss2
+
+
+_MOMENTUM_DEFAULTS = {"momentum": 0.0, "momentum_rule": "time", "maximize": False}
+_BUFFERS = ("compensation", "momentum_buffer")
+
+
+def _new_buffer(p: Tensor) -> Tensor:
+    """A buffer of zeros in the step's arithmetic: float64 beside float64, else float32."""
+    if is_capturing(p.device):
+        raise RuntimeError("a captured graph would zero the buffer at each replay: take a step before the capture")
+    return torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, requires_grad=False)
 
 
 class SVAG(TwoBatchOptimizer):
@@ -56,29 +70,33 @@ class SVAG(TwoBatchOptimizer):
         lr: the paper's eta, what a scheduler changes; the step taken is ``lr / l``. A float or a 0-d tensor.
         l: SVAG's hyperparameter, >= 1.
         weight_decay: the paper's lambda.
+        momentum: μ of the heavy ball, in [0, 1), in torch.optim.SGD's form: ``v = μ*v + u``, ``x -= rate*v``, with u
+            the bracket above. Kept in ``state[p]["momentum_buffer"]``, float32 for 16-bit parameters.
+        momentum_rule: what μ and the rate become as ``l`` grows. "time": 1 - (1 - μ)/l and lr/l², which keep drift,
+            noise and the momentum's memory in units of time, so that the path converges to the underdamped SDE of SGD
+            with this momentum: the default, since SVAG is there to ask whether *this* SGD follows its SDE. "fixed": μ
+            and lr/l, which answers another question, whether momentum matters at a small rate: its limit is the SDE
+            of SGD without momentum at lr/(1 - μ) (docs/theory.md). At ``l = 1`` they are the same.
+        maximize: turn the gradients' sign, not the decay's, as torch.optim.SGD does.
         compensated: keep in float32 what rounding the parameters loses (one float32 buffer a parameter): needed where
             ``lr / l`` is so small that a step is below one ulp of the parameters. Not for float64 parameters.
         capturable: allow the step in a CUDA graph: ``lr`` becomes a 0-d float64 tensor on the parameters' device (one
             that is given stays), which the kernel reads when it runs, so a replayed graph follows what a scheduler
-            writes there. Take a few steps before the capture. Needs backend ``cuda`` or ``triton`` in a graph.
+            writes there; weight decay and momentum stay as they were at the capture. Take a few steps before it.
+            Needs backend ``cuda`` or ``triton`` in a graph.
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
-    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising. To clip, call
-    ``opt.unscale_(scaler)`` where it is used, and ``opt.clip_grad_norm_(max_norm)``, before the step: both serve both
-    gradients.
-
-    Trainers that wrap an optimizer: Lightning's manual optimisation and Fabric offer all methods on the wrapper;
-    behind Accelerate's, call ``optimizer.optimizer.hold_gradient()``.
+    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising.
 
     Raises:
         ValueError, TypeError: an option or a parameter is out of range, and which.
     """
 
     torch_kin = TorchKin(
-        "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("momentum", "nesterov", "maximize"), any_l=True
+        "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("momentum", "dampening", "nesterov"), any_l=True
     )
-    state_names = frozenset({"compensation"})
+    state_names = frozenset(_BUFFERS)
 
     def __init__(
         self,
@@ -87,6 +105,9 @@ class SVAG(TwoBatchOptimizer):
         *,
         l: float = 1,
         weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        momentum_rule: str = "time",
+        maximize: bool = False,
         compensated: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -95,17 +116,21 @@ class SVAG(TwoBatchOptimizer):
             "lr": lr,
             "l": l,
             "weight_decay": weight_decay,
+            "momentum": momentum,
+            "momentum_rule": momentum_rule,
+            "maximize": maximize,
             "compensated": compensated,
             "capturable": capturable,
             "backend": backend,
         }
-        # What a capturable step reads on each device, and the l and weight decay that were written there.
-        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, tuple[float, float]]] = {}
+        # What a capturable step reads on each device, and all but the rate that was written there.
+        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, dict[str, Any]]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            group.setdefault("capturable", False)
+            for name, value in (("capturable", False), *_MOMENTUM_DEFAULTS.items()):
+                group.setdefault(name, value)
         self._on_device = {}
         super().__setstate__(state)
 
@@ -118,18 +143,19 @@ class SVAG(TwoBatchOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for name in ("compensated", "capturable"):
+        check_number("momentum value", group["momentum"])
+        check_momentum(group["momentum"], group["momentum_rule"], group["l"])
+        for name in ("compensated", "capturable", "maximize"):
             if not isinstance(group[name], bool):
                 raise TypeError(f"Invalid {name}: {group[name]!r} (expected a bool)")
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
-        # torch casts state to the parameter's dtype; the compensation of a 16-bit parameter is float32.
+        # torch casts state to the parameter's dtype; that of a 16-bit parameter is float32 here.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, params, strict=True):
-            if "compensation" in self.state.get(p, {}):
-                value = state_dict["state"][i]["compensation"]
-                self.state[p]["compensation"] = torch.empty_like(p, dtype=torch.float32).copy_(value)
+            for name in self.state.get(p, {}).keys() & set(_BUFFERS):
+                self.state[p][name] = _new_buffer(p).copy_(state_dict["state"][i][name])
         for group in self.param_groups:
             if group["capturable"]:  # from another device's checkpoint
                 for name in (k for k, v in group.items() if isinstance(v, Tensor)):
@@ -139,48 +165,70 @@ class SVAG(TwoBatchOptimizer):
         self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
     ) -> list[Work]:
         if lr is not None and not (group["compensated"] or group["capturable"]):
-            l, weight_decay, backend = group["l"], group["weight_decay"], group["backend"]
-            step = CheckedStep.of(
-                group["params"], first, second, lr=lr, l=l, weight_decay=weight_decay, backend=backend
-            )
+            params = group["params"]
+            options, buffers = self._options(group), self._buffers("momentum_buffer", group["momentum"] != 0, params)
+            backend = group["backend"]
+            step = CheckedStep.of(params, first, second, lr=lr, momentum_buffers=buffers, backend=backend, **options)
             if step is not None:
-                return [Work(step, check=None)]
+                return [Work(functools.partial(self._take, step, params, {"momentum_buffer": buffers}), check=None)]
         return super()._work_of(group, lr, first, second)
 
     def _work(
         self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
     ) -> Work:
-        options: dict[str, Any] = {"lr": lr, "l": group["l"], "weight_decay": group["weight_decay"]}
+        options: dict[str, Any] = {"lr": lr, **self._options(group), "backend": group["backend"]}
         if group["capturable"]:  # the coefficients' rate is used
             options |= {"lr": 0.0, "coefficients": self._coefficients(group, params[0].device)}
-        if group["compensated"]:
-            options["compensation"] = [self._compensation(p) for p in params]
-        options["backend"] = group["backend"]
+        buffers = {
+            "compensation": self._buffers("compensation", group["compensated"], params),
+            "momentum_buffer": self._buffers("momentum_buffer", group["momentum"] != 0, params),
+        }
+        options |= {"compensation": buffers["compensation"], "momentum_buffers": buffers["momentum_buffer"]}
+        step = functools.partial(svag_step_, params, grads1, grads2, **options)
+        return Work(
+            functools.partial(self._take, step, params, buffers),
+            functools.partial(check_step, params, grads1, grads2, **options),
+        )
 
-        def take(skip_nonfinite: bool) -> StepStats:
-            stats = svag_step_(params, grads1, grads2, skip_nonfinite=skip_nonfinite, **options)
-            for p, value in zip(params, options.get("compensation", []), strict=False):
-                self.state[p]["compensation"] = value
-            return stats
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of a group's step but for lr, as :func:`svag_step_` takes them."""
+        return {
+            "l": group["l"],
+            "weight_decay": float(group["weight_decay"]),
+            **{name: group[name] for name in _MOMENTUM_DEFAULTS},
+        }
 
-        return Work(take, functools.partial(check_step, params, grads1, grads2, **options))
+    def _take(
+        self,
+        step: Callable[..., StepStats],
+        params: list[Tensor],
+        buffers: dict[str, list[Tensor] | None],
+        skip_nonfinite: bool,
+    ) -> StepStats:
+        stats: StepStats = step(skip_nonfinite=skip_nonfinite)
+        for name, listed in buffers.items():
+            for p, buffer in zip(params, listed or [], strict=False):
+                self.state[p][name] = buffer
+        return stats
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params if group["compensated"] else []:
-            self.state[p]["compensation"] = self._compensation(p)
+        for name, wanted in (("compensation", group["compensated"]), ("momentum_buffer", group["momentum"] != 0)):
+            for p, buffer in zip(params, self._buffers(name, wanted, params) or [], strict=False):
+                self.state[p][name] = buffer
 
     def _coefficients(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """Return the group's coefficients on the device, with lr copied there by the device itself."""
-        options = float(group["l"]), float(group["weight_decay"])
+        options = self._options(group)
         coefficients, written = self._on_device.get((id(group), device), (None, None))
         if coefficients is None or written != options:
-            coefficients = step_coefficients(0.0, *options, device)
+            coefficients = step_coefficients(0.0, device=device, **options)
             self._on_device[id(group), device] = coefficients, options
         coefficients[0].copy_(group["lr"])
         return coefficients
 
-    def _compensation(self, p: Tensor) -> Tensor:
-        if p in self.state and "compensation" in self.state[p]:
-            kept: Tensor = self.state[p]["compensation"]
-            return kept
-        return torch.zeros_like(p, dtype=torch.float32)
+    def _buffers(self, name: str, wanted: bool, params: list[Tensor]) -> list[Tensor] | None:
+        """Return the params' buffers, fresh ones where there is none yet: those are kept once a step has used them."""
+        if not wanted:
+            return None
+        states = [self.state.get(p, {}) for p in params]
+        return [s[name] if name in s else _new_buffer(p) for s, p in zip(states, params, strict=True)]

@@ -17,7 +17,7 @@ from svag_fast.grad_lists import Grads, carriers, divide, gradients, sharded, sh
 from svag_fast.group_options import CLOCKS, check_number, count, learning_rate, start_clocks
 from svag_fast.held_gradient import GroupGrads, HeldGradient
 from svag_fast.ops.backends import check_name
-from svag_fast.ops.checks import _check_no_overlap, check_l, check_nonnegative
+from svag_fast.ops.checks import check_apart, check_l, check_nonnegative
 from svag_fast.ops.step import svag_step_
 from svag_fast.ops.step_stats import FINITE, StepStats
 from svag_fast.optimizer_methods import outside_compiler, plain, seen_by_hooks_and_profilers
@@ -76,7 +76,11 @@ class TwoBatchOptimizer(Optimizer):
 
     @property
     def time(self) -> float:
-        """The SDE's time: the sum of ``lr / l`` over the steps (adaptive: ``lr² / l``), for the first param group."""
+        """The SDE's time: the sum of ``lr / l`` over the steps (adaptive: ``lr² / l``), for the first param group.
+
+        With momentum and ``momentum_rule="fixed"`` the limit is the SDE of SGD at lr/(1 - momentum), whose time runs
+        1/(1 - momentum) times as fast.
+        """
         return float(self.param_groups[0]["time"])
 
     # ---- param groups and their options
@@ -330,7 +334,7 @@ class TwoBatchOptimizer(Optimizer):
                 if part.check is not None:
                     part.check()
         if len(self.param_groups) > 1:
-            _check_no_overlap(list(with_gradient(self.param_groups, lists)))
+            check_apart({"params": list(with_gradient(self.param_groups, lists))})
         if any(second is not None and share_memory(first, second) for first, second in lists):
             raise RuntimeError("the held gradient and the current one share memory: each must have its own")
 

@@ -11,7 +11,15 @@ from gpu_binary import ARCHITECTURES, Report, held_to_golden, report
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 STEP = {"table": "*i64", "owners": "*i64", "coefficients": "*fp64", "partials": "*fp64", "stats": "*fp64"}
-STEP_OPTIONS = {"UPDATE": True, "GATED": False, "ALIGNED": True, "BLOCK": 1024, "ROUNDS": 8, "GRAD2": True}
+STEP_OPTIONS = {
+    "UPDATE": True,
+    "GATED": False,
+    "ALIGNED": True,
+    "BLOCK": 1024,
+    "ROUNDS": 8,
+    "GRAD2": True,
+    "MOMENTUM": False,
+}
 SIZES = dict.fromkeys(["B", "M", "N", "T", "OUT_W", "H", "W", "CHANNELS"], "i32")
 STRIDES = dict.fromkeys([f"{t}_{d}" for t in "ab" for d in ("sample", "channel", "row", "column")], "i32")
 CONVOLUTION = {
@@ -37,6 +45,11 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         "_step_kernel",
         {**STEP, "programs": "i32"},
         {**STEP_OPTIONS, "PAIRS": 1 << 10, "COMPENSATED": True},
+    ),
+    "step, float32 with momentum": (
+        "_step_kernel",
+        {**STEP, "programs": "i32"},
+        {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False, "MOMENTUM": True},
     ),
     "finish": ("_finish_kernel", {"partials": "*fp64", "stats": "*fp64", "programs": "i32"}, {"FINISH": 512}),
     "weight_grad, float32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="ieee", **EXACT),
@@ -104,10 +117,11 @@ def test_nothing_spills_and_nothing_lies_on_the_stack(reports: dict[str, Report]
 
 def test_aligned_float32_steps_load_and_store_128_bits(reports: dict[str, Report]) -> None:
     for a in ARCHITECTURES:
-        line = reports[f"step, float32, sm_{a}"]
-        # Three streams read and one written, 8 elements a thread.
-        assert line["wide loads"] >= 6
-        assert line["wide stores"] >= 2
+        # Three streams read and one written, 8 elements a thread; with momentum one more of each.
+        for name, loads, stores in (("", 6, 2), (" with momentum", 8, 4)):
+            line = reports[f"step, float32{name}, sm_{a}"]
+            assert line["wide loads"] >= loads
+            assert line["wide stores"] >= stores
 
 
 def test_no_kernel_needs_more_than_before(reports: dict[str, Report]) -> None:

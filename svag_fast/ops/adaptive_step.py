@@ -125,6 +125,7 @@ def check_adaptive_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    maximize: bool,
     backend: str,
 ) -> None:
     """Refuse what :func:`svag_adaptive_step_` would, without a step: before the first of several is taken."""

@@ -149,7 +149,11 @@ def check_step(
     lr: float,
     l: float,
     weight_decay: float,
+    momentum: float = 0.0,
+    momentum_rule: str = "time",
+    maximize: bool = False,
     compensation: list[Tensor] | None = None,
+    momentum_buffers: list[Tensor] | None = None,
     coefficients: Tensor | None = None,
     backend: str,
 ) -> None:
@@ -157,7 +161,8 @@ def check_step(
     check_nonnegative("learning rate", lr)
     check_l(l)
     check_nonnegative("weight_decay", weight_decay)
-    _check_lists(params, grads1, grads2, compensation)
+    check_momentum(momentum, momentum_rule, l)
+    _check_lists(params, grads1, grads2, compensation, momentum_buffers)
     if coefficients is not None:
         _check_coefficients(coefficients, params[0].device)
     select("svag_step_", backend, params)
