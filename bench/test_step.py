@@ -8,6 +8,7 @@ ours for vgg16, ``SVAG.step()`` at <= 1.5 times the kernel for preresnet32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from svag_fast import _C, SVAG, svag_coefficients
 from svag_fast.ops.checked_step import CheckedStep
 
-LR, L, WEIGHT_DECAY = 1e-6, 4, 5e-4
+LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
 
 
 def preresnet32() -> list[tuple[int, ...]]:
@@ -79,14 +80,51 @@ class Lists:
         return sums
 
     def foreach(self) -> list[Tensor]:
-        c1, c2 = svag_coefficients(L)
-        pairs = ((self.grads1, self.grads1), (self.grads2, self.grads2), (self.grads1, self.grads2))
-        sums = [torch.stack([t.sum() for t in torch._foreach_mul(a, b)]).sum() for a, b in pairs]
-        sums.append(torch.stack(torch._foreach_norm(self.params)).square().sum())
-        step = torch._foreach_mul(self.grads1, c1)
-        torch._foreach_add_(step, self.grads2, alpha=c2)
+        sums, step = self.foreach_statistics(), self.foreach_combined()
         torch._foreach_add_(step, self.params, alpha=WEIGHT_DECAY)
         torch._foreach_add_(self.params, step, alpha=-LR / L)
+        return sums
+
+    def foreach_statistics(self) -> list[Tensor]:
+        pairs = ((self.grads1, self.grads1), (self.grads2, self.grads2), (self.grads1, self.grads2))
+        sums = [torch.stack([t.sum() for t in torch._foreach_mul(a, b)]).sum() for a, b in pairs]
+        return [*sums, torch.stack(torch._foreach_norm(self.params)).square().sum()]
+
+    def foreach_combined(self) -> list[Tensor]:
+        c1, c2 = svag_coefficients(L)
+        step = list(torch._foreach_mul(self.grads1, c1))
+        torch._foreach_add_(step, self.grads2, alpha=c2)
+        return step
+
+    @cached_property
+    def momentum_step(self) -> CheckedStep | None:
+        options = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY, "momentum": MOMENTUM, "backend": "auto"}
+        buffers = [torch.zeros_like(p) for p in self.params]
+        return CheckedStep.of(self.params, self.grads1, self.grads2, momentum_buffers=buffers, **options)
+
+    @cached_property
+    def momentum_svag(self) -> SVAG:
+        return SVAG(self.leaves, lr=LR, l=L, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM)
+
+    @cached_property
+    def momentum_sgd(self) -> dict[str, torch.optim.SGD]:
+        options = {"lr": LR / L**2, "weight_decay": WEIGHT_DECAY, "momentum": 1 - (1 - MOMENTUM) / L}
+        return {way: torch.optim.SGD(self.leaves, **{way: True}, **options) for way in ("fused", "foreach")}
+
+    def momentum_kernel(self) -> Tensor:
+        assert self.momentum_step is not None
+        return self.momentum_step(skip_nonfinite=False).raw
+
+    def momentum_optimizer_step(self) -> Any:
+        self.momentum_svag._held = [list(self.grads1)]
+        return self.momentum_svag.step()
+
+    def momentum_by_sgd(self, way: str) -> list[Tensor]:
+        """The same work: the statistics, the combined gradient, and torch's step with momentum on it."""
+        sums = self.foreach_statistics()
+        for p, g in zip(self.leaves, self.foreach_combined(), strict=True):
+            p.grad = g
+        self.momentum_sgd[way].step()
         return sums
 
     def fused_sgd(self) -> None:
@@ -111,6 +149,12 @@ CONTENDERS: dict[str, Callable[[Lists], Any]] = {
     "eager PyTorch": Lists.eager,
     "torch.compile": lambda lists: lists.compiled(),
 }
+WITH_MOMENTUM: dict[str, Callable[[Lists], Any]] = {
+    "ours": Lists.momentum_kernel,
+    "SVAG.step()": Lists.momentum_optimizer_step,
+    "torch._foreach, SGD(fused=True)": partial(Lists.momentum_by_sgd, way="fused"),
+    "torch._foreach, SGD(foreach=True)": partial(Lists.momentum_by_sgd, way="foreach"),
+}
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -121,4 +165,19 @@ def test_step(group: tuple[str, Lists], contender: str, benchmark: Any, contest:
     with torch.no_grad():
         contest(
             lambda: CONTENDERS[contender](lists), ours=lists.kernel, rounds=ROUNDS[name], bytes_moved=lists.bytes_moved
+        )
+
+
+@pytest.mark.parametrize("contender", WITH_MOMENTUM)
+def test_step_with_momentum(group: tuple[str, Lists], contender: str, benchmark: Any, contest: Any) -> None:
+    name, lists = group
+    benchmark.group = f"{name}, momentum"
+    lists.give_gradients()
+    floor = 24 * sum(p.numel() for p in lists.params)
+    with torch.no_grad():
+        contest(
+            lambda: WITH_MOMENTUM[contender](lists),
+            ours=lists.momentum_kernel,
+            rounds=ROUNDS[name],
+            bytes_moved=floor,
         )

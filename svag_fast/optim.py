@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
 
 _MOMENTUM_DEFAULTS = {"momentum": 0.0, "momentum_rule": "time", "maximize": False}
 _BUFFERS = ("compensation", "momentum_buffer")
+_Fresh: TypeAlias = tuple[Tensor, str, Tensor]
 
 
 def _new_buffer(p: Tensor) -> Tensor:
@@ -165,12 +166,11 @@ class SVAG(TwoBatchOptimizer):
         self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
     ) -> list[Work]:
         if lr is not None and not (group["compensated"] or group["capturable"]):
-            params = group["params"]
-            options, buffers = self._options(group), self._buffers("momentum_buffer", group["momentum"] != 0, params)
-            backend = group["backend"]
-            step = CheckedStep.of(params, first, second, lr=lr, momentum_buffers=buffers, backend=backend, **options)
+            buffers, fresh = self._buffers("momentum_buffer", group["momentum"] != 0, group["params"])
+            options = {"lr": lr, **self._options(group), "backend": group["backend"]}
+            step = CheckedStep.of(group["params"], first, second, momentum_buffers=buffers, **options)
             if step is not None:
-                return [Work(functools.partial(self._take, step, params, {"momentum_buffer": buffers}), check=None)]
+                return [Work(functools.partial(self._take, step, fresh) if fresh else step, check=None)]
         return super()._work_of(group, lr, first, second)
 
     def _work(
@@ -179,14 +179,13 @@ class SVAG(TwoBatchOptimizer):
         options: dict[str, Any] = {"lr": lr, **self._options(group), "backend": group["backend"]}
         if group["capturable"]:  # the coefficients' rate is used
             options |= {"lr": 0.0, "coefficients": self._coefficients(group, params[0].device)}
-        buffers = {
-            "compensation": self._buffers("compensation", group["compensated"], params),
-            "momentum_buffer": self._buffers("momentum_buffer", group["momentum"] != 0, params),
-        }
-        options |= {"compensation": buffers["compensation"], "momentum_buffers": buffers["momentum_buffer"]}
+        fresh = []
+        for name, option, wanted in _kept(group):
+            options[option], new = self._buffers(name, wanted, params)
+            fresh += new
         step = functools.partial(svag_step_, params, grads1, grads2, **options)
         return Work(
-            functools.partial(self._take, step, params, buffers),
+            functools.partial(self._take, step, fresh) if fresh else lambda skip: step(skip_nonfinite=skip),
             functools.partial(check_step, params, grads1, grads2, **options),
         )
 
@@ -198,23 +197,18 @@ class SVAG(TwoBatchOptimizer):
             **{name: group[name] for name in _MOMENTUM_DEFAULTS},
         }
 
-    def _take(
-        self,
-        step: Callable[..., StepStats],
-        params: list[Tensor],
-        buffers: dict[str, list[Tensor] | None],
-        skip_nonfinite: bool,
-    ) -> StepStats:
+    def _take(self, step: Callable[..., StepStats], fresh: list[_Fresh], skip_nonfinite: bool) -> StepStats:
         stats: StepStats = step(skip_nonfinite=skip_nonfinite)
-        for name, listed in buffers.items():
-            for p, buffer in zip(params, listed or [], strict=False):
-                self.state[p][name] = buffer
+        self._keep(fresh)
         return stats
 
+    def _keep(self, fresh: list[_Fresh]) -> None:
+        for p, name, buffer in fresh:
+            self.state[p][name] = buffer
+
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for name, wanted in (("compensation", group["compensated"]), ("momentum_buffer", group["momentum"] != 0)):
-            for p, buffer in zip(params, self._buffers(name, wanted, params) or [], strict=False):
-                self.state[p][name] = buffer
+        for name, _, wanted in _kept(group):
+            self._keep(self._buffers(name, wanted, params)[1])
 
     def _coefficients(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """Return the group's coefficients on the device, with lr copied there by the device itself."""
@@ -226,9 +220,24 @@ class SVAG(TwoBatchOptimizer):
         coefficients[0].copy_(group["lr"])
         return coefficients
 
-    def _buffers(self, name: str, wanted: bool, params: list[Tensor]) -> list[Tensor] | None:
-        """Return the params' buffers, fresh ones where there is none yet: those are kept once a step has used them."""
+    def _buffers(self, name: str, wanted: bool, params: list[Tensor]) -> tuple[list[Tensor] | None, list[_Fresh]]:
+        """Return the params' buffers, and those of them that are new: they are kept once a step has used them."""
         if not wanted:
-            return None
-        states = [self.state.get(p, {}) for p in params]
-        return [s[name] if name in s else _new_buffer(p) for s, p in zip(states, params, strict=True)]
+            return None, []
+        fresh: list[_Fresh] = []
+        buffers = []
+        for p in params:
+            buffer = self.state.get(p, {}).get(name)
+            if buffer is None:
+                buffer = _new_buffer(p)
+                fresh.append((p, name, buffer))
+            buffers.append(buffer)
+        return buffers, fresh
+
+
+def _kept(group: dict[str, Any]) -> tuple[tuple[str, str, bool], ...]:
+    """A parameter's buffers: name in its state, name in the step's options, whether the group has them."""
+    return (
+        ("compensation", "compensation", group["compensated"]),
+        ("momentum_buffer", "momentum_buffers", group["momentum"] != 0),
+    )
