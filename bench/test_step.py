@@ -62,9 +62,12 @@ class Lists:
         return self.step(skip_nonfinite=False).raw
 
     def optimizer_step(self) -> Any:
-        pair = self.svag._pair
+        return self._step_with_held(self.svag)
+
+    def _step_with_held(self, optimizer: SVAG) -> Any:
+        pair = optimizer._pair
         pair.grads, pair._allowed, pair._params = [list(self.grads1)], [[0] * len(self.leaves)], [self.leaves]
-        return self.svag.step()
+        return optimizer.step()
 
     def give_gradients(self) -> None:
         for p, g in zip(self.leaves, self.grads2, strict=True):
@@ -116,8 +119,7 @@ class Lists:
         return self.momentum_step(skip_nonfinite=False).raw
 
     def momentum_optimizer_step(self) -> Any:
-        self.momentum_svag._held = [list(self.grads1)]
-        return self.momentum_svag.step()
+        return self._step_with_held(self.momentum_svag)
 
     def momentum_by_sgd(self, way: str) -> list[Tensor]:
         """The same work: the statistics, the combined gradient, and torch's step with momentum on it."""

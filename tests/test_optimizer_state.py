@@ -344,9 +344,15 @@ def test_sgds_checkpoint_leaves_svags_own_options() -> None:
     assert (group["lr"], group["l"], group["compensated"], group["backend"]) == (0.3, 4, True, "cpu")
 
 
+def test_maximize_is_taken_over() -> None:
+    p = ones(3)
+    opt = SVAG([p], lr=0.9)
+    opt.load_state_dict(torch.optim.SGD([p], lr=0.3, maximize=True).state_dict())
+    assert opt.param_groups[0]["maximize"] is True
+
+
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "SGD with momentum": (SVAG, lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9), "SGD with momentum=0.9"),
-    "SGD, maximize": (SVAG, lambda p: torch.optim.SGD([p], lr=0.1, maximize=True), "SGD with maximize=True"),
     "Adam for SVAG": (SVAG, lambda p: torch.optim.Adam([p]), "another optimizer's, not SVAG's: .* has .*betas"),
     "AMSGrad": (SVAGAdam, lambda p: torch.optim.Adam([p], amsgrad=True), "Adam with amsgrad=True"),
     "AdamW": (SVAGAdam, lambda p: torch.optim.AdamW([p]), "decoupled_weight_decay=True|another optimizer's"),
