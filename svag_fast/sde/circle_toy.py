@@ -32,6 +32,7 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svag_fast.sde.checks import check_count, check_number, check_vector
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 from svag_fast.sde.scale_invariant import sde_weight_sq_norm
@@ -50,8 +51,10 @@ class CircleToy:
     slopes: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.slopes or not all(map(math.isfinite, self.slopes)):
-            raise ValueError(f"Invalid slopes: {self.slopes}, expected at least one finite number")
+        if not self.slopes:
+            raise ValueError("Invalid slopes: none, expected at least one finite number")
+        for slope in self.slopes:
+            check_number("slopes", slope)
 
     @property
     def state_dim(self) -> int:
@@ -68,8 +71,13 @@ class CircleToy:
         """s^2."""
         return math.fsum((value - self.mean) ** 2 for value in self.slopes) / len(self.slopes)
 
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 2 or x.shape[1] != 2:
+            raise ValueError(f"Invalid states: shape {list(x.shape)}, expected [n, 2]")
+
     def batch_grad(self, x: Tensor, weights: Sequence[float], draws: Draws) -> Tensor:
         """``sum_j weights[j] g_j``."""
+        self._check(x)
         slopes = torch.tensor(self.slopes, dtype=x.dtype, device=x.device)
         slope = torch.zeros_like(x[:, 0])
         for weight in weights:
@@ -78,10 +86,12 @@ class CircleToy:
 
     def mean_grad(self, x: Tensor) -> Tensor:
         """``mu e/|x|``."""
+        self._check(x)
         return self._turn(x, torch.full_like(x[:, 0], self.mean))
 
     def gaussian_grad(self, x: Tensor, noise_scale: float, draws: Draws) -> Tensor:
         """``(mu + noise_scale s z) e/|x|``."""
+        self._check(x)
         noise = draws.normal_(torch.empty_like(x[:, 0]))
         return self._turn(x, noise.mul_(noise_scale * self.variance**0.5).add_(self.mean))
 
@@ -99,6 +109,7 @@ class CircleToy:
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """G, N, R of each trajectory, exact at its state: three tensors [n]."""
+        self._check(x)
         r = x.square().sum(1)
         return self.mean**2 / r, self.variance / r, r
 
@@ -125,6 +136,9 @@ class CircleToy:
         Raises:
             ValueError: a process with Gaussian noise, gradient flow, or a step that may reach the origin.
         """
+        check_vector("x0", x0, 2)
+        check_count("frequency", frequency, least=-(2**31))
+        check_count("degree", degree, least=1)
         steps, h = process.steps(time), process.step_size
         keep = 1 - h * process.weight_decay
         if any(e.noise_scale for e in process.estimates) or isinstance(process, GradientFlow):
@@ -162,7 +176,14 @@ class CircleToy:
         weight_decay: float,
         frequency: int = 0,
     ) -> complex:
-        """Exact ``E[function(R) exp(i frequency theta)]`` of the SDE (6) at `time` from `x0` [2]."""
+        """Exact ``E[function(R) exp(i frequency theta)]`` of the SDE (6) at `time` >= 0 from `x0` [2]."""
+        check_vector("x0", x0, 2)
+        check_number("time", time, least=0)
+        check_number("lr", lr, above=0)
+        check_number("weight_decay", weight_decay, least=0)
+        check_count("frequency", frequency, least=-(2**31))
+        if not bool(x0.any()):
+            raise ValueError("Invalid x0: the origin, where the angle has no value")
         r0, angle0 = float(x0.double().square().sum()), math.atan2(float(x0[1]), float(x0[0]))
 
         def r(t: float) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.philox_normal import Key, philox_normal_
+from svag_fast.sde.checks import check_count
 
 
 class Draws:
@@ -27,9 +28,15 @@ class Draws:
         device: of the tensors to fill.
         first: number of the first element of each tensor in its ensemble, a multiple of 64. On the CPU the normals of
             a block are those that the same elements of the whole ensemble would get.
+
+    Raises:
+        TypeError, ValueError: seed, stream or first is no integer of at least 0.
     """
 
     def __init__(self, seed: int, stream: int = 0, device: torch.device | str = "cpu", *, first: int = 0) -> None:
+        check_count("seed", seed)
+        check_count("stream", stream)
+        check_count("first", first)
         self.device = torch.device(device)
         low, high = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2, np.uint32).tolist()
         self.key: Key = (low, high)

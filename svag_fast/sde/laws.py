@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from svag_fast.sde.checks import check_number
 from svag_fast.sde.draws import Draws
 
 
@@ -64,8 +65,7 @@ class Gamma:
     shape: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.shape > 0:
-            raise ValueError(f"Invalid shape: {self.shape}, expected a positive number")
+        check_number("shape", self.shape, above=0)
 
     @property
     def third_cumulant(self) -> float:
@@ -96,8 +96,7 @@ class Poisson:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ValueError(f"Invalid rate: {self.rate}, expected a positive number")
+        check_number("rate", self.rate, above=0)
 
     @property
     def third_cumulant(self) -> float:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from svag_fast.sde.checks import check_count
 from svag_fast.sde.draws import Draws
 
 
@@ -52,12 +53,12 @@ class NetworkProblem:
         replacement: bool = True,
         chunk_size: int = 1024,
     ) -> None:
+        check_count("batch_size", batch_size, least=1)
+        check_count("chunk_size", chunk_size, least=1)
         if len(inputs) != len(targets) or len(inputs) == 0:
             raise ValueError(f"Invalid targets: {len(targets)} for {len(inputs)} inputs, expected as many, at least 1")
         if batch_size < 1 or (not replacement and batch_size > len(inputs)):
             raise ValueError(f"Invalid batch_size: {batch_size}, expected 1 <= batch_size <= {len(inputs)}")
-        if chunk_size < 1:
-            raise ValueError(f"Invalid chunk_size: {chunk_size}, expected at least 1")
         self.model, self.loss_fn, self.inputs, self.targets = model, loss_fn, inputs, targets
         self.batch_size, self.replacement, self.chunk_size = batch_size, replacement, chunk_size
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -154,6 +155,8 @@ class NetworkProblem:
 
     def _split(self, x: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self._parameters.values()]
+        if x.shape != (sum(sizes),):
+            raise ValueError(f"Invalid state: shape {list(x.shape)}, expected [{sum(sizes)}], the model's parameters")
         return [part.view(p.shape) for part, p in zip(torch.split(x, sizes), self._parameters.values(), strict=True)]
 
     def _losses(self, x: Tensor, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:

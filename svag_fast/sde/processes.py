@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svag_fast.sde.checks import check_number
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.problem import Problem
 from svag_fast.sde.weights import svag_weights
@@ -64,10 +65,9 @@ class Process(ABC):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low, open_end in (("lr", 0.0, True), ("weight_decay", 0.0, False), ("step_size", 0.0, True)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and (value > low or (value == low and not open_end))):
-                raise ValueError(f"Invalid {name}: {value}, expected {'>' if open_end else '>='} {low} and finite")
+        check_number("lr", self.lr, above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_number("step_size", self.step_size, above=0)
 
     @property
     def step_size(self) -> float:
@@ -85,9 +85,14 @@ class Process(ABC):
         return 0.0
 
     def steps(self, time: float) -> int:
-        """Number of steps that take continuous time `time`; it must be a whole number."""
+        """Number of steps that take continuous time `time`; it must be a whole number.
+
+        Raises:
+            TypeError, ValueError: `time` is no finite number of at least 0, or no whole number of steps.
+        """
+        check_number("time", time, least=0)
         count = round(time / self.step_size)
-        if count < 0 or abs(count * self.step_size - time) > 1e-9 * max(abs(time), self.step_size):
+        if abs(count * self.step_size - time) > 1e-9 * max(abs(time), self.step_size):
             raise ValueError(f"Invalid time: {time} is not a whole number of steps of {self.step_size}")
         return count
 

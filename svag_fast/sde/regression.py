@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from svag_fast.sde.checks import check_count, check_number, check_vector
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 
@@ -29,6 +30,9 @@ class LinearRegression:
     """
 
     def __init__(self, features: Tensor, targets: Tensor, *, batch_size: int, replacement: bool = True) -> None:
+        check_count("batch_size", batch_size, least=1)
+        if not (features.is_floating_point() and targets.dtype == features.dtype):
+            raise TypeError(f"Invalid features, targets: {features.dtype}, {targets.dtype}, expected one real dtype")
         if features.dim() != 2 or targets.shape != features.shape[:1] or len(features) < 2:
             raise ValueError(
                 f"Invalid targets: shape {tuple(targets.shape)} for features {tuple(features.shape)}, "
@@ -92,6 +96,7 @@ class LinearRegression:
                 "Invalid process: GradientFlow is not affine in its step; use sde_second_moment(noise=False)"
             )
         h, decay = process.step_size, process.weight_decay
+        start = self._start(x0)
         total = torch.zeros_like(self._spread())
         for estimate in process.estimates:
             mean_weight, variance = _mean_and_variance(estimate)
@@ -99,7 +104,6 @@ class LinearRegression:
                 decay, process.hessian_weight, mean_weight
             )
             total += estimate.probability * (torch.kron(step, step) + h**2 * variance * self._spread())
-        start = self._start(x0)
         moments = [torch.linalg.matrix_power(total, process.steps(time)) @ start for time in times]
         return torch.stack(moments).view(len(times), *self._mean().shape)
 
@@ -116,6 +120,10 @@ class LinearRegression:
         """Exact ``E (X_t, 1)(X_t, 1)^T`` of the SDE (2), (6) or of order 2: float64 [len(times), d + 1, d + 1]."""
         if order not in (1, 2):
             raise ValueError(f"Invalid order: {order}, expected 1 or 2")
+        check_number("lr", lr, above=0)
+        check_number("weight_decay", weight_decay, least=0)
+        for time in times:
+            check_number("times", time, least=0)
         drift = self._drift(weight_decay, lr / 2 if order == 2 else 0.0, 1.0)
         identity = torch.eye(drift.shape[0], dtype=torch.float64)
         generator = torch.kron(drift, identity) + torch.kron(identity, drift) + float(noise) * lr * self._spread()
@@ -151,6 +159,7 @@ class LinearRegression:
         return -boost @ (mean_weight * mean + decay)
 
     def _start(self, x0: Tensor) -> Tensor:
+        check_vector("x0", x0, self.features.shape[1])
         z = torch.cat([x0.double(), torch.ones(1, dtype=torch.float64)])
         return torch.outer(z, z).reshape(-1)
 

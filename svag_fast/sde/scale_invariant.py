@@ -22,6 +22,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from svag_fast.sde.checks import check_count, check_number
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian, Law
 from svag_fast.theory import Norms
@@ -29,6 +30,9 @@ from svag_fast.theory import Norms
 
 def sde_weight_sq_norm(r0: float, time: float, *, diffusion: float, weight_decay: float) -> float:
     """R at `time` of ``dR/dt = -2 weight_decay R + diffusion/R``: eq. 9 where R E Tr Sigma-bar is a constant."""
+    check_number("r0", r0, least=0)
+    for name, value in (("time", time), ("diffusion", diffusion), ("weight_decay", weight_decay)):
+        check_number(name, value, least=0)
     decay = -4 * weight_decay * time
     relaxed = 2 * diffusion * time if weight_decay == 0 else -math.expm1(decay) * diffusion / (2 * weight_decay)
     return math.sqrt(r0**2 * math.exp(decay) + relaxed)
@@ -48,8 +52,10 @@ class ScaleInvariantToy:
     batch_size: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.dim < 2:
-            raise ValueError(f"Invalid dim: {self.dim}, expected at least 2")
+        check_count("dim", self.dim, least=2)
+        check_number("signal", self.signal)
+        check_number("noise_std", self.noise_std, least=0)
+        check_number("batch_size", self.batch_size, above=0)
 
     @property
     def state_dim(self) -> int:
@@ -58,8 +64,7 @@ class ScaleInvariantToy:
 
     def at_batch_size(self, batch_size: float) -> ScaleInvariantToy:
         """The same samples in batches of another size (any positive real: the laws are infinitely divisible)."""
-        if not batch_size > 0:
-            raise ValueError(f"Invalid batch_size: {batch_size}, expected a positive number")
+        check_number("batch_size", batch_size, above=0)
         ratio = batch_size / self.batch_size
         return replace(self, noise_std=self.noise_std / ratio**0.5, law=self.law.averaged(ratio), batch_size=batch_size)
 
@@ -88,6 +93,7 @@ class ScaleInvariantToy:
 
     def hessian_product(self, x: Tensor, v: Tensor) -> Tensor:
         """``((e_1.w) u + u_1 w)/|x| + P e_1 (u.v)/|x|^2``, times signal, ``w = P v/|x|`` being u's velocity."""
+        self._check(x)
         norm = x.square().sum(1, keepdim=True).sqrt_()
         u = x / norm
         along = (u * v).sum(1, keepdim=True)
@@ -98,6 +104,7 @@ class ScaleInvariantToy:
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """G, N, R of each trajectory, exact at its state: three tensors [n]."""
+        self._check(x)
         r = x.square().sum(1)
         return (
             self.signal**2 * (1 - x[:, 0].square() / r) / r,
@@ -112,8 +119,8 @@ class ScaleInvariantToy:
 
     def sde_equilibrium(self, *, lr: float, weight_decay: float) -> Norms:
         """The SDE's equilibrium, exact: eq. 12 with N = noise_std^2 (d-1)/R, and the von Mises-Fisher law for G."""
-        if not (lr > 0 and weight_decay > 0):
-            raise ValueError(f"Invalid lr, weight_decay: {lr}, {weight_decay}, expected both > 0")
+        check_number("lr", lr, above=0)
+        check_number("weight_decay", weight_decay, above=0)
         r = self.noise_std * math.sqrt(lr * (self.dim - 1) / (2 * weight_decay))
         # E (1 - u_1^2) = (d - 1) A(concentration)/concentration, A the ratio of Bessel functions.
         concentration = 2 * r * self.signal / (lr * self.noise_std**2)
@@ -128,8 +135,13 @@ class ScaleInvariantToy:
             weight_sq_norm=r,
         )
 
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"Invalid states: shape {list(x.shape)}, expected [n, {self.dim}]")
+
     def _project(self, x: Tensor, gamma: Tensor, first: float) -> Tensor:
         """``P (gamma + first e_1)/|x|``, over `gamma`."""
+        self._check(x)
         gamma[:, 0] += first
         square = x.square().sum(1, keepdim=True)
         gamma.sub_(x * ((x * gamma).sum(1, keepdim=True) / square))

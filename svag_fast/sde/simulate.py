@@ -16,6 +16,7 @@ from torch import Tensor
 from svag_fast.ops.affine_walk import AffineStep, affine_walk_
 from svag_fast.ops.philox_normal import GROUP
 from svag_fast.sde.affine import AffineProblem
+from svag_fast.sde.checks import check_count, check_state
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian
 from svag_fast.sde.problem import Problem
@@ -48,15 +49,21 @@ def simulate(
 
     Returns:
         Tensor [n, *x0.shape], or of x0's shape when `trajectories` is None. `x0` is not changed.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; the message names it.
     """
+    check_state(x0, problem)
+    check_count("seed", seed)
+    if threads is not None:
+        check_count("threads", threads, least=1)
     steps = process.steps(time)
     if trajectories is None:
         state, draws = x0.detach().clone(), Draws(seed, 0, x0.device)
         for _ in range(steps):
             process.step_(problem, state, draws)
         return state
-    if trajectories < 1:
-        raise ValueError(f"Invalid trajectories: {trajectories}, expected at least 1")
+    check_count("trajectories", trajectories, least=1)
     states = x0.detach().repeat(trajectories, *[1] * x0.dim())
     step = affine_step(process, problem)
     if step and x0.dim() == 0 and x0.device.type == "cpu" and x0.dtype in (torch.float32, torch.float64):
@@ -102,7 +109,9 @@ def affine_step(process: Process, problem: Problem) -> AffineStep | None:
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of independent `values` [n] and its standard error."""
+    """Mean of independent `values` [n], n >= 2, and its standard error."""
+    if values.dim() != 1 or len(values) < 2:
+        raise ValueError(f"Invalid values: shape {list(values.shape)}, expected [n] with n at least 2")
     values = values.double()
     return values.mean().item(), values.std().item() / math.sqrt(values.numel())
 
@@ -114,6 +123,12 @@ def controlled_mean(values: Tensor, controls: Tensor, expectations: Sequence[flo
     standard error (Owen, "Monte Carlo theory, methods and examples", section 8.9). The bias from fitting the
     coefficients on the same sample is O(1/n).
     """
+    count, known = len(values), len(expectations)
+    if values.dim() != 1 or controls.shape != (count, known) or count < known + 2:
+        raise ValueError(
+            f"Invalid controls: shape {list(controls.shape)} for values {list(values.shape)} and {known} expectations, "
+            "expected [n, c] for [n] and c, n at least c + 2"
+        )
     design = np.column_stack([np.ones(len(values)), controls.double().numpy() - np.asarray(expectations)])
     target = values.double().numpy()
     coefficients, *_ = np.linalg.lstsq(design, target, rcond=None)
@@ -134,5 +149,14 @@ def expectation(
     trajectories: int,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Monte Carlo ``E g(x)`` at `time` with its standard error; `function` maps states [n, ...] to [n]."""
-    return mean_and_error(function(simulate(process, problem, x0, time, trajectories=trajectories, seed=seed)))
+    """Monte Carlo ``E g(x)`` at `time` with its standard error; `function` maps states [n, ...] to [n].
+
+    Raises:
+        TypeError, ValueError: as `simulate`; fewer than two trajectories; values of another shape than [n].
+    """
+    check_count("trajectories", trajectories, least=2)
+    values = function(simulate(process, problem, x0, time, trajectories=trajectories, seed=seed))
+    if not isinstance(values, Tensor) or values.shape != (trajectories,):
+        found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ValueError(f"Invalid function: it returned {found}, expected a value a trajectory, [{trajectories}]")
+    return mean_and_error(values)

@@ -27,6 +27,7 @@ import numpy as np
 
 from svag_fast.ops.checks import check_l
 from svag_fast.ops.step import svag_coefficients
+from svag_fast.sde.checks import check_count, check_number
 
 
 def svag_weights(l: float, batches: int = 2) -> tuple[float, ...]:
@@ -49,9 +50,9 @@ def svag_weights(l: float, batches: int = 2) -> tuple[float, ...]:
     >>> abs(sum(w**3 for w in three)) < 1e-10
     True
     """
+    check_number("l", l)
     check_l(l)
-    if batches < 2:
-        raise ValueError(f"Invalid batches: {batches}, expected at least 2")
+    check_count("batches", batches, least=2)
     if batches == 2:
         return svag_coefficients(l)
     # At the threshold itself the solutions meet in the extreme point, a double root that roots() may miss.
@@ -70,6 +71,7 @@ def vanishing_third_moment_l(batches: int) -> float:
     >>> vanishing_third_moment_l(2)
     inf
     """
+    check_count("batches", batches, least=2)
     return math.inf if batches == 2 else max(1.0, _threshold(batches))
 
 

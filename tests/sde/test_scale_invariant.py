@@ -115,5 +115,5 @@ def test_no_signal_and_bad_parameters():
     assert toy.sde_equilibrium(lr=0.1, weight_decay=0.1).grad_sq_norm == 0
     with pytest.raises(ValueError, match="Invalid dim"):
         ScaleInvariantToy(1)
-    with pytest.raises(ValueError, match="Invalid lr"):
+    with pytest.raises(ValueError, match="Invalid weight_decay"):
         toy.sde_equilibrium(lr=0.1, weight_decay=0.0)
