@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from svag_fast.files import replace_file
@@ -24,9 +26,7 @@ def style() -> AbstractContextManager[None]:
     ...     figure = Figure(figsize=(12, 5), layout="constrained")
     ...     save(figure, "out.png")
     """
-    import matplotlib
-
-    return matplotlib.rc_context(
+    context: AbstractContextManager[None] = _matplotlib().rc_context(
         {
             "text.usetex": False,
             "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
@@ -56,17 +56,38 @@ def style() -> AbstractContextManager[None]:
             "savefig.dpi": 160,
         }
     )
+    return context
 
 
 def l_colors(ls: Sequence[float]) -> dict[float, str]:
     """Return a colour for each l: SGD (l = 1) set apart, the others from light to dark blue as l grows."""
-    from matplotlib import colormaps
+    colormaps = _matplotlib().colormaps
     from matplotlib.colors import to_hex
 
     svag = sorted(set(ls) - {1})
     shades = colormaps["YlGnBu"]
     colors = {l: to_hex(shades(0.98 - 0.56 * (len(svag) - 1 - i) / max(len(svag) - 1, 1))) for i, l in enumerate(svag)}
     return {l: SGD_COLOR if l == 1 else colors[l] for l in sorted(set(ls))}
+
+
+def _matplotlib() -> ModuleType:
+    """Import matplotlib, whatever MPLBACKEND says: no figure here needs a backend but Agg.
+
+    A command started from a notebook's cell inherits its MPLBACKEND, which names a module that need not be installed
+    for this Python; matplotlib then refuses to be imported at all.
+    """
+    if "matplotlib" in sys.modules:
+        return sys.modules["matplotlib"]
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):  # where it is known it stays what the rest of the program gets
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:

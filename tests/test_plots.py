@@ -1,5 +1,6 @@
 """The shared style, and the structure of the figures: axes, lines, labels (not pixels)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,28 @@ def test_save_replaces_the_file_and_keeps_the_old_one_on_an_error(tmp_path: Path
         plots.save(figure, path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonesuch", "svg", ""])
+def test_a_notebook_s_backend_is_not_needed_and_not_lost(tmp_path: Path, backend: str) -> None:
+    """MPLBACKEND as a command started from a notebook inherits it; matplotlib can't be imported by itself then."""
+    code = (
+        "import os, sys\nfrom svag_fast import plots\nplots.l_colors([1, 2])\n"
+        "with plots.style():\n"
+        "    from matplotlib.figure import Figure\n"
+        "    figure = Figure(); figure.add_subplot().plot([0, 1]); plots.save(figure, sys.argv[1])\n"
+        "import matplotlib\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "print(os.environ['MPLBACKEND'], dict.__getitem__(matplotlib.rcParams, 'backend'))"
+    )
+    path = tmp_path / "a.png"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env={**os.environ, "MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.startswith(backend)
+    assert (done.stdout.split()[-1] == "svg") == (backend == "svg")
