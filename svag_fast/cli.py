@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import sys
 from typing import Any
 
 import rich_click as click
@@ -35,7 +37,45 @@ class LazyCommand(click.RichCommand):
         return command.make_context(info_name, args, parent, **extra)
 
 
+# For output streams that can't encode what formulae and tables are made of: LC_ALL=C, PYTHONIOENCODING=ascii, latin-1.
+_PLAIN = {
+    "κ": "kappa", "η": "eta", "λ": "lambda", "Σ": "Sigma", "∇": "grad ", "²": "^2", "³": "^3", "±": "+-", "×": "x",
+    "·": "*", "√": "sqrt ", "∝": "~", "≈": "~", "≥": ">=", "≤": "<=", "−": "-", "–": "-", "—": "-", "…": "...",
+    "’": "'", "“": "'", "”": "'", "•": "*", "→": "->", "⟨": "<", "⟩": ">",
+}  # fmt: skip
+_PLAIN |= dict.fromkeys("─━═╌╴╶╸╺", "-") | dict.fromkeys("│┃║", "|") | dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯┏┓┗┛┡┩╇╈╞╡", "+")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Spell out in ASCII what a stream can't encode; also what no stream can, such as a broken file name's bytes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    bad = error.object[error.start : error.end]
+    spelt = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in bad)
+    return "".join(spelt), error.end
+
+
+codecs.register_error("svag_fast.plain", _plain)
+
+
+def spell_out_letters() -> None:
+    """Let no text that a command prints fail for its letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not, and needs it not
+            stream.reconfigure(errors="svag_fast.plain")
+
+
+class Program(click.RichGroup):
+    """The group, on output streams of any encoding."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        spell_out_letters()
+        return super().main(*args, **kwargs)
+
+
 @click.group(
+    cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     commands={name: LazyCommand(name, *entry) for name, entry in COMMANDS.items()},
 )

@@ -165,4 +165,7 @@ def main(as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    from svag_fast.cli import spell_out_letters
+
+    spell_out_letters()
     main(prog_name="python -m svag_fast.info")

@@ -63,7 +63,7 @@ def predict(
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
     if as_json:
-        click.echo(json.dumps([p.as_dict() for p in predictions], indent=2, ensure_ascii=False))
+        click.echo(json.dumps([p.as_dict() for p in predictions], indent=2))
         return
     console = Console()
     for prediction in predictions:

@@ -1,10 +1,12 @@
 """The command line: lazy, complete, and the same by either name."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
+from make_runs import write_run
 
 from svag_fast import __version__, cli
 
@@ -39,3 +41,43 @@ def test_unknown_command_is_refused_with_exit_code_2():
     result = CliRunner().invoke(cli.main, ["nonesuch"])
     assert result.exit_code == 2
     assert "nonesuch" in result.output
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", "kappa* +- - \\xdf \\udcff"),
+        ("latin-1", "kappa* ± - ß \\udcff"),
+        ("cp1252", "kappa* ± - ß \\udcff"),
+        ("utf-8", "κ* ± ─ ß \\udcff"),
+    ],
+)
+def test_letters_are_spelt_out_where_a_stream_has_none_for_them(encoding, expected):
+    assert "κ* ± ─ ß \udcff".encode(encoding, "svag_fast.plain").decode(encoding) == expected
+
+
+def test_no_text_fails_for_its_letters(tmp_path):
+    """Help, tables, verdicts, a prediction and errors on an ASCII stream; and a name that is no text, and looks like
+    markup."""
+    folder = tmp_path / os.fsdecode(b"runs-\xff-[")
+    for seed in range(2):
+        for l in (1, 2):
+            write_run(folder / "bold]", l=l, seed=seed)
+    code = (
+        "import sys\nfrom svag_fast.cli import main\n"
+        "for arguments in (['predict', '--help'], ['report', sys.argv[1]], ['predict', sys.argv[1]],\n"
+        "                  ['report', sys.argv[1] + '-ß κ']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: print('exit code', end.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "bold]")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+        capture_output=True,
+    )
+    output = done.stdout.decode("ascii")
+    assert done.returncode == 0, done.stderr
+    assert output.count("exit code 0") == 3, output + done.stderr.decode("ascii")
+    assert output.count("exit code 1") == 1
+    assert b"no such folder" in done.stderr
+    assert "kappa*" in output

@@ -128,4 +128,4 @@ def _as_json(outcomes: Mapping[str, Outcome], settings: Settings, seconds: float
         "checks": checks,
         "data": {name: outcome.data for name, outcome in outcomes.items() if outcome.data},
     }
-    return json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(report, indent=1, allow_nan=False) + "\n"
