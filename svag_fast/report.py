@@ -150,13 +150,20 @@ class Report:
         sentences = []
         for (batch_size, _), runs in group_by_batch_size(self.runs).items():
             sources = {run.noise_source for run in runs} - {None}
-            costs = [float(run.metrics["noise_cost"][0]) for run in runs if len(run.metrics.get("noise_cost", ()))]
-            if len(sources) == 1 and costs and all(map(math.isfinite, costs)):
+            measured = [run for run in runs if math.isfinite(_noise_cost(run))]
+            sgd = [_noise_cost(run) for run in measured if run.l == 1]
+            svag = [_noise_cost(run) for run in measured if run.l > 1]
+            if len(sources) == 1 and (sgd or svag):
                 names = {"per_sample": "per-sample norms of the same backward pass", "two_batches": "pairs of batches"}
                 source = names.get(str(*sources), str(*sources))
+                added = []
+                if sgd:
+                    added.append(f"{100 * median(sgd):.0f} % to SGD's gradient (a second batch, for it alone)")
+                if svag:
+                    added.append(f"{100 * median(svag):.0f} % to SVAG's")
+                costs = " and ".join(added)
                 sentences.append(
-                    f"N at B = {batch_size} from {source}; measuring it added {100 * median(costs):.0f} % "
-                    "to the gradients' time (median of runs)."
+                    f"N at B = {batch_size} from {source}; in time measuring it added {costs}, medians of runs."
                 )
         return sentences
 
@@ -346,6 +353,11 @@ def _closeness(
         return None
     sgd, sde = (Norms(weight_sq_norm=R, grad_sq_norm=G, noise_trace=N) for G, N, R in (a, b))
     return c_closeness(sgd, sde).constant
+
+
+def _noise_cost(run: Run) -> float:
+    costs = run.metrics.get("noise_cost", np.empty(0))
+    return float(costs[0]) if len(costs) else math.nan
 
 
 def _last(runs: Sequence[Run], column: str) -> list[float]:

@@ -152,12 +152,13 @@ class Training:
         return "per_sample" if self.gradients.separable and self.config.batch_size > 1 else "two_batches"
 
     def _noise_cost(self) -> float:
-        """The time that measuring adds, as a fraction of the time of the gradients that the step itself needs."""
+        """The time that measuring adds, as a fraction of the time of the gradient that the step itself needs."""
         if self.noise_source == "two_batches":
             return 1.0 if self.config.l == 1 else 0.0  # SGD draws its second batch for the measurement alone
         some = torch.arange(2 * self.config.batch_size) % len(self.data.train_labels)
         some = some.to(self.config.device)
-        return self.gradients.norms_cost(self.data.train_images[some], self.data.train_labels[some])
+        images, labels = self.data.train_images[some], self.data.train_labels[some]
+        return self.gradients.measuring_cost(images, labels, both=self.config.l > 1)
 
     def _noise(self, stats: StepStats) -> NoiseEstimate:
         """G and N from the means over a row's steps, in which every estimator is linear."""

@@ -65,7 +65,7 @@ class TwoBatchGradients:
             labels: [2B] int64.
             freeze_statistics: the second batch leaves BatchNorm's running statistics alone.
         """
-        if self.separable and (images.is_cuda or images.numel() <= ONE_PASS_ELEMENTS):
+        if self.separable and self._in_one_pass(images):
             losses, (grads1, grads2), sq_norms = self._by_parts(images, labels, 2)
             return BatchGradients(losses, grads1, grads2, sq_norms)
         half = len(labels) // 2
@@ -84,26 +84,43 @@ class TwoBatchGradients:
         loss = F.cross_entropy(self.model(images), labels)
         return loss.detach(), list(torch.autograd.grad(loss, self.params))
 
-    def norms_cost(self, images: Tensor, labels: Tensor, *, repeats: int = 5) -> float:
-        """Return the time that the norms add to both batches' gradients by PyTorch alone, as a fraction of that time.
+    @staticmethod
+    def _in_one_pass(images: Tensor) -> bool:
+        return images.is_cuda or images.numel() <= ONE_PASS_ELEMENTS
 
-        Measured here and now, in alternation, medians; below 0 where this way is the faster one. Only if separable.
+    def measuring_cost(self, images: Tensor, labels: Tensor, *, both: bool, repeats: int = 5) -> float:
+        """Return the time that measuring adds to the gradient that a step needs, as a fraction of that one's time.
+
+        A step that combines both batches needs the gradient of a weighted mean of their losses, by PyTorch alone in as
+        many passes as `self` takes; one on the first batch alone (SGD) needs that batch's. Measured here and now, in
+        alternation, medians. Only if separable.
+
+        Args:
+            images, labels: both batches, as in a call.
+            both: whether the step needs both.
+            repeats: of the measurement, after one that warms up.
         """
         half = len(labels) // 2
 
         def plain() -> None:
+            if both and self._in_one_pass(images):
+                self.one(images, labels)
+                return
             self.one(images[:half], labels[:half])
-            self.one(images[half:], labels[half:])
+            if both:
+                self.one(images[half:], labels[half:])
 
         ways: list[Callable[[], object]] = [plain, lambda: self(images, labels)]
+        # On one thread its own time: a busy machine takes a thread off its core in the middle of a pass.
+        clock = time.thread_time if torch.get_num_threads() == 1 and not images.is_cuda else time.perf_counter
         times: list[list[float]] = [[], []]
         for _ in range(repeats + 1):
             for way, seconds in zip(ways, times, strict=True):
-                start = time.perf_counter()
+                start = clock()
                 way()
                 if images.is_cuda:
                     torch.cuda.synchronize(images.device)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
         without, with_norms = (median(seconds[1:]) for seconds in times)  # the first round warms up
         return with_norms / without - 1
 

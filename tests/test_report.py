@@ -92,8 +92,8 @@ def test_summary_has_every_figure_of_every_l(folder: Path) -> None:
     assert sgd["closeness"]["value"] == pytest.approx(1)
     assert sgd["samples_per_second"] == 3000
     assert summary["noise"] == [
-        f"N at B = {B} from per-sample norms of the same backward pass; measuring it added -12 % to the gradients' "
-        "time (median of runs)."
+        f"N at B = {B} from per-sample norms of the same backward pass; in time measuring it added -12 % to SGD's "
+        "gradient (a second batch, for it alone) and -12 % to SVAG's, medians of runs."
         for B in (8, 128)
     ]
     assert large["rows"][-1]["closeness"] is None
