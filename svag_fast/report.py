@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -124,7 +125,7 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # fits 80 columns
         for heading in ("\nB", "\nl", "\nruns", "final test\naccuracy, %", "train\nloss", "\nG", "\nN", "\nnsr"):
             table.add_column(heading, justify="right", no_wrap=True)
         for heading in ("C-\nclose", "samples\nper s"):
@@ -136,7 +137,7 @@ class Report:
                     f"{row.l:g}",
                     f"{row.seeds}" + (f"/{row.seeds + row.unfinished}" if row.unfinished else ""),
                     _accuracy(row.final_accuracy, row.final_accuracy_sd),
-                    f"{row.final_train_loss:.3f}" if row.final_train_loss is not None else "",
+                    "" if row.final_train_loss is None else f"{row.final_train_loss:.3g}",
                     *(_number(e.value if e else None) for e in (row.grad_sq_norm, row.noise_trace)),
                     _number(row.nsr),
                     _number(row.closeness.value if row.closeness else None),
@@ -234,7 +235,7 @@ def report(folder: Path, metrics: Sequence[str], margins: dict[str, Margin], con
         raise click.ClickException(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error
     console = Console()
     found.print(console)
-    console.print(f"{folder / 'summary.json'}, {folder / 'convergence.png'}", highlight=False)
+    console.print(f"{folder / 'summary.json'}, {folder / 'convergence.png'}", highlight=False, markup=False)
     if found.all_diverged:
         sys.exit(ALL_DIVERGED)
 
@@ -387,4 +388,4 @@ def _accuracy(mean: float | None, sd: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
+    return "" if value is None else re.sub(r"e([+-])0*", lambda e: f"e{e[1].strip('+')}", f"{value:.2g}")

@@ -125,6 +125,21 @@ def test_tables_fit_80_columns_and_verdicts_follow_them(folder: Path) -> None:
     assert line[-4:-1] == ["matches", "l", "="]
 
 
+def test_table_fits_80_columns_with_the_longest_values(tmp_path: Path) -> None:
+    for l in (1, 2.5, 65536):
+        rng = np.random.default_rng(0)
+        write_process(tmp_path, rising(), seeds=3, sd=0.3, rng=rng, batch_size=60_000, l=l, nsr=1.2e-5, lr=0.123)
+    report = make_report(tmp_path)
+    longest = {"samples_per_second": 131_234.0, "final_train_loss": 12.3456, "unfinished": 12}
+    rows = [tuple(replace(row, **longest) for row in rows) for rows in report.rows]
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console.print(replace(report, rows=rows).table())
+    text = console.export_text()
+    assert "…" not in text
+    assert text.count("65536 3/15") == 1
+    assert text.count("131k") == 3
+
+
 def test_unfinished_and_missing_values_are_none_and_the_report_still_comes(tmp_path: Path) -> None:
     write_run(tmp_path, l=1, seed=0)
     write_run(tmp_path, l=2, seed=0, fraction=0.4)
