@@ -16,6 +16,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from svag_fast.files import read_text
+
+SETTINGS_BYTES = 1 << 20
+
 TRAIN_SIZES = {"digits": 1437, "fashion-mnist": 60_000}
 SAMPLINGS = ("distinct", "replacement")
 INITS = ("shared", "own")
@@ -32,17 +36,61 @@ class ConfigError(ValueError):
     """A setting is wrong: the message names it, what it was and what was expected."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` to `most`; `whole` ones are integers. ``value in range`` takes any object."""
+
+    least: float
+    most: float
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        kinds = int if self.whole else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.whole else "a number"
+        least, most = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
+        if self.most >= 1e300:
+            return f"a finite number of at least {least}" if self.least > -1e300 else "a finite number"
+        return f"{kind} from {least} to {most}"
+
+
+# Of every number that comes from outside, by its name: wide, but nothing in them takes for ever or fills a disk alone.
+RANGES = {
+    "batch_size": Range(1, 1_000_000, whole=True),
+    "lr": Range(1e-12, 1e12),
+    "weight_decay": Range(0, 1e6),
+    "l": Range(1, 1e6),
+    "seed": Range(0, 2**63 - 1, whole=True),
+    "seeds": Range(1, 10_000, whole=True),
+    "effective_steps": Range(1, 1_000_000_000, whole=True),
+    "epochs": Range(1e-6, 1e6),
+    "steps": Range(1, 10_000_000_000, whole=True),
+    "threads": Range(1, 1024, whole=True),
+    "jobs": Range(1, 1024, whole=True),
+    "rows": Range(1, 100_000, whole=True),
+    "evaluations": Range(1, 100_000, whole=True),
+    "checkpoint_seconds": Range(0, math.inf),
+    "depth": Range(1, 2000, whole=True),
+    "width": Range(1, 100, whole=True),
+}
+MOST_RUNS = 10_000
+
+
+def check_range(name: str, value: object) -> None:
+    """Refuse a value that is out of its `RANGES`.
+
+    Raises:
+        ConfigError: the message names it, what it was and what was expected.
+    """
+    _check(value in RANGES[name], name, value, str(RANGES[name]))
+
+
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {expected}, not {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        shown = "an integer of many digits" if isinstance(value, int) and abs(value) > 10**200 else repr(value)
+        raise ConfigError(f"{name} must be {expected}, not {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +136,8 @@ class Settings:
             _check(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}")
         for name in ("model", "backend", "device"):
             _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
-        for name in ("threads", "rows", "evaluations"):
-            _check(_is_count(getattr(self, name)), name, getattr(self, name), "a positive integer")
-        _check(_is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+        for name in ("threads", "rows", "evaluations", "weight_decay"):
+            check_range(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +160,14 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(_is_count(self.batch_size), "batch_size", self.batch_size, "a positive integer")
+        for name in ("batch_size", "lr", "l", "seed", "effective_steps"):
+            check_range(name, getattr(self, name))
+        expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
+        _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
         if self.sampling == "distinct":
             size = TRAIN_SIZES[self.dataset]
             expected = f"at most {size}, the size of {self.dataset}'s training set, or sampling replacement"
             _check(self.batch_size <= size, "batch_size", self.batch_size, expected)
-        _check(_is_number(self.lr) and self.lr > 0, "lr", self.lr, "a positive number")
-        _check(_is_number(self.l) and self.l >= 1, "l", self.l, "a number >= 1")
-        _check(_is_count(self.seed, 0), "seed", self.seed, "an integer >= 0")
-        _check(_is_count(self.effective_steps), "effective_steps", self.effective_steps, "a positive integer")
 
     @property
     def name(self) -> str:
@@ -188,19 +234,22 @@ class ExperimentConfig(Settings):
         super().__post_init__()
         for name in ("batch_size", "lr", "l"):
             values = getattr(self, name)
-            listed = isinstance(values, tuple) and len(values) > 0 and all(_is_number(v) and v > 0 for v in values)
-            _check(listed, name, values, "a list of positive numbers")
-            _check(name == "lr" or len(set(values)) == len(values), name, values, "a list without repetition")
+            _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
+            for value in values:
+                check_range(name, value)
+            distinct = {f"{value:g}" if name == "l" else value for value in values}  # as in the runs' names
+            _check(name == "lr" or len(distinct) == len(values), name, values, "a list without repetition")
         count = len(self.batch_size)
         _check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
-        _check(_is_count(self.seeds), "seeds", self.seeds, "a positive integer")
+        check_range("seeds", self.seeds)
         _check(
             self.epochs is None or self.effective_steps is None, "epochs", self.epochs, "alone or effective_steps be"
         )
-        positive = self.epochs is None or (_is_number(self.epochs) and self.epochs > 0)
-        _check(positive, "epochs", self.epochs, "a positive number")
-        given = self.effective_steps is None or _is_count(self.effective_steps)
-        _check(given, "effective_steps", self.effective_steps, "a positive integer")
+        for name in ("epochs", "effective_steps"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name))
+        runs = count * len(self.l) * self.seeds
+        _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
         self.runs()
 
     def runs(self) -> list[RunConfig]:
@@ -254,13 +303,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file can't be read, or isn't TOML or JSON of keys and values.
     """
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path, SETTINGS_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+        raise ConfigError(str(error)) from error
+    try:
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not {kind} of settings: it is nested too deeply") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not {kind}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
     return values

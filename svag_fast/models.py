@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from svag_fast.config import check_range
+
 NORMS = ("bn", "gn", "none")
 NORM_EPS = 1e-12  # the theory wants 0; this only keeps a constant feature map from dividing by zero
 NORM_GROUPS = 8
@@ -193,6 +195,8 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int = 0)
             f"no model is called {name!r}: expected digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with "
             "norm bn, gn or none and optionally -w<width>, such as preresnet32-gn or vgg16-bn-w2"
         )
+    for part in ("depth", "width"):
+        check_range(part, int(match[part] or 1))
     build: Callable[..., FixedHeadNet] = preresnet if match["family"] == "preresnet" else vgg
     return build(
         int(match["depth"]),
