@@ -1,6 +1,7 @@
 """Checkpoints come back to the bit, or are refused with the reason and left alone."""
 
 import os
+import tracemalloc
 import zipfile
 
 import pytest
@@ -58,6 +59,42 @@ def test_a_foreign_file_is_refused(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello.txt", "hello")
     with pytest.raises(CheckpointError):
+        load_checkpoint(path, CONFIG)
+
+
+@pytest.mark.parametrize("part", ["config", "state"])
+@pytest.mark.parametrize("content", [None, 3])
+def test_a_checkpoint_without_config_or_state_is_refused(path, part, content):
+    whole = {"format": "svag_fast checkpoint 1", "config": CONFIG, "state": STATE, part: content}
+    torch.save({k: v for k, v in whole.items() if v is not None}, path)
+    with pytest.raises(CheckpointError, match="lacks its config or its state"):
+        load_checkpoint(path, CONFIG)
+
+
+def test_a_config_that_explodes_when_it_is_printed_is_refused_without_that(path):
+    laughs = ["ha"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    torch.save({"format": "svag_fast checkpoint 1", "config": {**CONFIG, "lr": laughs}, "state": STATE}, path)
+    with pytest.raises(CheckpointError, match="lr is <class 'list'> there"):
+        load_checkpoint(path, CONFIG)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("checkpoint/data.pkl", bytes(200_000_000))
+    assert path.stat().st_size < 1_000_000
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="larger than the file"):
+        load_checkpoint(path, CONFIG)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_what_is_no_file_is_refused_and_not_waited_on(path):
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="no file, but a folder, a pipe or a device"):
         load_checkpoint(path, CONFIG)
 
 
