@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from svag_fast.curves import Array, Run, group_by_batch_size, group_by_l
+from svag_fast.curves import Run, group_by_batch_size, group_by_l
 from svag_fast.phases import END, common_phases
 from svag_fast.plots import GREY, INK, l_colors
+from svag_fast.run_folder import Array
 from svag_fast.verdict import Cell, Verdict, same_sde
 from svag_fast.verdict_text import headline, svag_answer, unit
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[np.float64]
-
-# What a run's config.json must say for its curve to be placed among the others.
-_NEEDED = ("batch_size", "lr", "weight_decay", "l", "seed", "effective_steps")
-_TEXT_COLUMN = "noise_source"
-# A run in which one of these stops being finite has diverged.
-MUST_BE_FINITE = ("train_loss", "amplified_loss", "test_loss", "grad_sq_norm", "noise_trace", "weight_sq_norm")
+from svag_fast.run_folder import Array, read_config, read_metrics
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run as its folder tells it.
 
-    ``metrics`` maps a column of metrics.csv to one float64 value a row, NaN where the row did not measure it.
+    ``metrics`` maps a column of metrics.csv to one float64 value a row, NaN where the row did not measure it, and
+    infinite where the run had diverged and what it measured was no finite number.
     """
 
     name: str
@@ -70,7 +62,7 @@ class Run:
         return len(steps) > 0 and bool(steps[-1] >= self.effective_steps - (0.5 + 1e-6) / self.l)
 
     def series(self, column: str) -> tuple[Array, Array]:
-        """Return the effective steps at which ``column`` was measured, and its values there.
+        """Return the effective steps at which ``column`` was measured, and its values there (see `metrics`).
 
         Raises:
             KeyError: metrics.csv has no such column.
@@ -115,7 +107,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     runs = [load_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
     if not runs:
         raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json)")
-    _require_comparable(runs)
+    require_comparable(runs)
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
 
 
@@ -142,50 +134,19 @@ def load_run(folder: Path) -> Run:
         FileNotFoundError: There is no config.json in it.
         ValueError: A file is not what a run writes; the message names it.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    missing = [key for key in _NEEDED if key not in config] if isinstance(config, dict) else list(_NEEDED)
-    if missing:
-        raise ValueError(f"{path}: no {', '.join(missing)} in it; is this the config of a run?")
-    return Run(folder.name, config, *_load_metrics(folder / "metrics.csv"))
+    config = read_config(folder / "config.json")
+    table = read_metrics(folder / "metrics.csv")
+    steps = table.values["effective_step"]
+    diverged_at = None if table.diverged is None else float(steps[table.diverged])
+    return Run(folder.name, config, table.values, table.texts.get("noise_source"), diverged_at)
 
 
-def _load_metrics(path: Path) -> tuple[dict[str, Array], str | None, float | None]:
-    if not path.exists():  # the run has only just started
-        return {"effective_step": np.empty(0), "lr": np.empty(0)}, None, None
-    text = path.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()  # a line without its end is still being written
-    rows = list(csv.reader(lines))
-    header = rows[0] if rows else ["effective_step", "lr"]
-    for needed in ("effective_step", "lr"):
-        if needed not in header:
-            raise ValueError(f"{path}: no column {needed!r}; its first line is {lines[0]!r}")
-    columns: dict[str, Array] = {}
-    source = None
-    diverged = np.zeros(max(len(rows) - 1, 0), dtype=bool)
-    for index, name in enumerate(header):
-        if name == _TEXT_COLUMN:
-            source = next((row[index] for row in reversed(rows[1:]) if row[index:]), None)
-            continue
-        values = np.empty(max(len(rows) - 1, 0))
-        for number, row in enumerate(rows[1:]):
-            try:
-                values[number] = float(row[index]) if row[index] else math.nan
-            except (ValueError, IndexError) as error:
-                raise ValueError(f"{path}, line {number + 2}: {name} is not a number in {row}") from error
-            # an empty cell was not measured; a nan that stands there was
-            diverged[number] |= name in MUST_BE_FINITE and bool(row[index]) and not math.isfinite(values[number])
-        columns[name] = values
-    if (np.diff(columns["effective_step"]) < 0).any():
-        raise ValueError(f"{path}: effective_step goes back; are these two runs' rows in one file?")
-    at = float(columns["effective_step"][diverged.argmax()]) if diverged.any() else None
-    return columns, source, at
+def require_comparable(runs: Sequence[Run]) -> None:
+    """Refuse runs that are the same one twice, or whose curves can't be compared.
 
-
-def _require_comparable(runs: list[Run]) -> None:
+    Raises:
+        ValueError: the message names two of them, and in what they are alike or differ.
+    """
     seen: dict[tuple[int, float, float, int], str] = {}
     for run in runs:
         key = (run.batch_size, run.lr, run.l, run.seed)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.curves import Array
+from svag_fast.run_folder import Array
 
 LACK_OF_FIT_LEVEL = 0.05
 

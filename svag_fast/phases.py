@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from svag_fast.curves import Array, Run
+from svag_fast.curves import Run
+from svag_fast.run_folder import Array
 
 END = "end"
 _LEAST = 0.1  # of the run: a shorter stretch of constant rate is no phase (a warm-up's step, a cosine's row)

@@ -6,7 +6,6 @@ before the decay at 250), over all runs that differ in the seed alone.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from svag_fast.curves import Array, Run, group_by_batch_size, load_run, load_runs
+from svag_fast.curves import Run, group_by_batch_size, load_run, load_runs
 from svag_fast.equilibrium import Equilibrium, detect_equilibrium
 from svag_fast.estimate import Estimate, require_not_negative, require_positive
+from svag_fast.run_folder import Array, read_log
 from svag_fast.series import LEAST
 from svag_fast.theory import (
     SQRT2,
@@ -332,7 +332,9 @@ def from_csv(
     require_positive("batch_size", batch_size)
     require_positive("lr", lr)
     require_not_negative("weight_decay", weight_decay)
-    columns = _read_csv(Path(path))
+    table = read_log(path)
+    _require_finite(Path(path).name, None if table.diverged is None else table.values["step"][table.diverged])
+    columns = table.values
     rates = columns.get("lr", np.full(len(columns["step"]), lr))
     series = Series(
         Path(path).name,
@@ -353,7 +355,14 @@ def _verdict(interval: tuple[float, float], kappa: float) -> Verdict:
     return "fails" if kappa > high else "silent" if kappa < low else "undecided"
 
 
+def _require_finite(name: str, diverged_at: float | None) -> None:
+    if diverged_at is not None:
+        raise TooFewRowsError(f"{name} diverged: not finite from step {diverged_at:g} on, so it has no equilibrium")
+
+
 def _series(run: Run) -> Series:
+    _require_finite(run.name, run.diverged_at)
+
     def column(name: str) -> Array:
         if name not in run.metrics:
             # A run that has only begun has no metrics yet.
@@ -402,32 +411,3 @@ def _longest_phase(lr: Array) -> tuple[int, int]:
     bounds = np.concatenate([[0], edges, [len(lr)]])
     longest = int(np.argmax(np.diff(bounds)))
     return int(bounds[longest]), int(bounds[longest + 1])
-
-
-def _read_csv(path: Path) -> dict[str, Array]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.reader(file))
-    header = [name.strip() for name in rows[0]] if rows else []
-    missing = [name for name in ("step", "G", "N") if name not in header]
-    if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}; expected a first line step,G,N[,R][,lr], got {header}"
-        )
-    columns: dict[str, Array] = {}
-    for name in ("step", "G", "N", "R", "lr"):
-        if name in header:
-            index = header.index(name)
-            columns[name] = np.array([_cell(path, name, i, row, index) for i, row in enumerate(rows[1:], 2) if row])
-    if not (np.diff(columns["step"]) > 0).all():
-        raise ValueError(f"{path}: the column step must ascend")
-    return columns
-
-
-def _cell(path: Path, name: str, line: int, row: list[str], index: int) -> float:
-    text = row[index].strip() if index < len(row) else ""
-    if not text and name != "step":
-        return math.nan
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{path}, line {line}: {name} is not a number but {text!r}") from None

@@ -66,6 +66,7 @@ def write_run(
 
 def _row(u: float, accuracy: float, lr: float, effective_steps: float, l: float, nsr: float) -> dict[str, object]:
     """Return one line of metrics.csv at the fraction ``u`` of the run."""
+    accuracy = min(max(accuracy, 0.0), 1.0)  # whatever the noise on it
     G = 0.5 + 2 * np.exp(-10 * u)
     return {
         "step": round(u * effective_steps * l),

@@ -95,7 +95,7 @@ def test_first_phase_is_averaged_over_its_later_half(tmp_path: Path) -> None:
         ("not a config", ValueError, r"config\.json: no batch_size, lr, weight_decay, l, seed, effective_steps"),
         ("no column", ValueError, r"metrics\.csv: no column 'effective_step'"),
         ("not a number", ValueError, r"metrics\.csv, line 3: test_accuracy is not a number"),
-        ("short line", ValueError, r"metrics\.csv, line 2: effective_step is not a number"),
+        ("short line", ValueError, r"metrics\.csv, line 2: 1 cells, but 16 columns"),
         ("goes back", ValueError, r"metrics\.csv: effective_step goes back"),
         ("same run twice", ValueError, r"copy and B8-l1-seed0|B8-l1-seed0 and copy"),
         ("other model", ValueError, r"B8-l1-seed0 has model 'digits' and B8-l2-seed0 'vgg'"),

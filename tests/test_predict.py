@@ -230,8 +230,8 @@ def test_a_csv_without_weight_norms_serves_too(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no column step, G, N"),
-        ("step,G\n1,2\n", "no column N"),
+        ("", "no whole row; expected a first line step,G,N"),
+        ("step,G\n1,2\n", "no column 'N'"),
         ("step,G,N\n1,2,x\n", "line 2: N is not a number but 'x'"),
         ("step,G,N\n,2,3\n", "line 2: step"),
         ("step,G,N\n2,2,3\n1,2,3\n", "must ascend"),
