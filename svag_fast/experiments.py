@@ -8,14 +8,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing.forkserver
+import os
 import platform
 import signal
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,8 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svag_fast import __version__
-from svag_fast.config import ConfigError, ExperimentConfig, RunConfig, read_settings
-from svag_fast.files import remove_leftovers, replace_file
+from svag_fast.config import ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
+from svag_fast.curves import Run, load_run, require_comparable
+from svag_fast.files import is_leftover, remove_leftovers, replace_file
 
 PATIENCE = 20.0  # seconds that an interrupted worker gets to save its run
 PRELOADED = [
@@ -60,22 +63,51 @@ class _Worker:
 def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None:
     """Make `out` the folder of the experiment that `config` describes or, with `resume`, check that it is.
 
+    With `resume` too a folder that is missing or empty is made: one command line starts a job and goes on with it.
+
     Raises:
-        ExperimentError: without `resume`, it holds something already; with it, another experiment or none.
+        ExperimentError: without `resume`, it holds something already; with it, another experiment, none, or runs that
+            can't be gone on with or reported beside its own.
         OSError: it can't be written.
     """
-    if resume:
+    if holds_something(out):
+        if not resume:
+            raise ExperimentError(f"{out} is not empty: --resume goes on with it, and --out chooses another folder.")
         theirs, ours = read_experiment(out).to_dict(), config.to_dict()
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
+        _check_runs(out, config)
         remove_leftovers(out)
         return
-    if out.exists() and any(out.iterdir()):
-        raise ExperimentError(f"{out} is not empty: --resume goes on with it, and --out chooses another folder.")
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     with replace_file(out / "experiment.json") as file:
         file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+
+def holds_something(out: Path) -> bool:
+    """Whether there is anything in the folder `out` (but for what a killed process left half-written)."""
+    return out.is_dir() and any(not is_leftover(entry) for entry in os.scandir(out))
+
+
+def _check_runs(out: Path, config: ExperimentConfig) -> None:
+    """Fail now where a run or the report would fail after all else was trained."""
+    from svag_fast.checkpoint import CheckpointError
+    from svag_fast.training import read_state
+
+    ours = config.runs()
+    for run in ours:
+        try:
+            read_state(out / run.name / "checkpoint.pt", run)
+        except CheckpointError as error:
+            raise ExperimentError(f"run {run.name} can't go on: {error}") from error
+    names = {run.name for run in ours}
+    others = [book.parent for book in sorted(out.glob("*/config.json")) if book.parent.name not in names]
+    try:
+        require_comparable([Run(run.name, asdict(run), {}) for run in ours] + [load_run(folder) for folder in others])
+    except ValueError as error:
+        raise ExperimentError(f"{error}. Move what is no run of this experiment out of {out}.") from error
 
 
 def read_experiment(out: Path) -> ExperimentConfig:
@@ -129,15 +161,20 @@ def run_experiment(
         on_run_end: called after each run, while the others go on.
 
     Raises:
+        ConfigError: jobs or checkpoint_seconds is out of range.
         ExperimentError: a run failed; the others were stopped and saved.
-        ExperimentInterruptedError: Ctrl-C or a polite kill; all were stopped and saved.
+        ExperimentInterruptedError: Ctrl-C, a polite kill or a lost terminal; all were stopped and saved.
     """
+    check_range("jobs", jobs)
+    check_range("checkpoint_seconds", checkpoint_seconds)
     waiting = sorted(config.runs(), key=lambda run: run.cost)
     total, count = sum(run.cost for run in waiting), len(waiting)
     options = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard, "provenance": provenance()}
     workers: list[_Worker] = []
     done: list[RunConfig] = []
     context = start_fork_server()
+    # Nobody writes to it. It ends with this process, however that ends, and with it the workers.
+    lifeline, ours = context.Pipe(duplex=False)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -154,7 +191,7 @@ def run_experiment(
         try:
             while waiting or workers:
                 while waiting and len(workers) < jobs:
-                    workers.append(_start(context, waiting.pop(), out, options))
+                    workers.append(_start(context, waiting.pop(), out, options, lifeline))
                 for messages in wait([worker.messages for worker in workers], timeout=1.0):
                     worker = next(w for w in workers if w.messages is messages)
                     if _listen(worker):
@@ -171,7 +208,11 @@ def run_experiment(
         except KeyboardInterrupt:
             raise ExperimentInterruptedError(f"stopped: {len(done)} of {count} runs are complete") from None
         finally:
-            _stop(workers)
+            try:
+                _stop(workers)
+            finally:
+                ours.close()
+                lifeline.close()
 
 
 def provenance() -> dict[str, Any]:
@@ -199,51 +240,68 @@ def _commit() -> str | None:
 def start_fork_server() -> multiprocessing.context.ForkServerContext:
     """Start the process that workers are forked from; it does its imports while the caller goes on.
 
-    It and its workers are deaf to Ctrl-C: their parent stops them.
+    It and its workers are deaf to Ctrl-C and to the terminal's end: their parent stops them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return context
 
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM, as of a batch system or a container that ends, like Ctrl-C."""
+    """Treat SIGTERM, as of a batch system or a container that ends, and SIGHUP, of a terminal, like Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Under nohup SIGHUP is ignored, and stays so.
+    deaf = {number for number, handler in before.items() if handler is signal.SIG_IGN and number == signal.SIGHUP}
+    for number in before.keys() - deaf:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in before.keys() - deaf:
+            signal.signal(number, before[number])
 
 
 def _start(
-    context: multiprocessing.context.ForkServerContext, run: RunConfig, out: Path, options: dict[str, Any]
+    context: multiprocessing.context.ForkServerContext,
+    run: RunConfig,
+    out: Path,
+    options: dict[str, Any],
+    lifeline: Connection,
 ) -> _Worker:
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, out / run.name, options, theirs), name=run.name, daemon=True)
+    arguments = (run, out / run.name, options, theirs, lifeline)
+    process = context.Process(target=_work, args=arguments, name=run.name, daemon=True)
     process.start()
     theirs.close()  # so that the worker's end shows as the end of the messages
     return _Worker(run, process, ours)
 
 
-def _work(run: RunConfig, folder: Path, options: dict[str, Any], messages: Connection) -> None:
+def _work(run: RunConfig, folder: Path, options: dict[str, Any], messages: Connection, lifeline: Connection) -> None:
     """Train one run in a worker process: messages are steps done, or the error that ended it."""
-    from svag_fast.training import train
-
     stop = False
 
     def ask_to_stop(*_: object) -> None:
         nonlocal stop
         stop = True
+
+    def end_with_parent() -> None:
+        # Not PR_SET_PDEATHSIG: this process's parent is the fork server. A pipe's end can't be missed either, where
+        # the parent died before this thread began.
+        wait([lifeline])
+        ask_to_stop()
+        time.sleep(PATIENCE)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def report(step: int) -> None:
         try:
@@ -252,11 +310,15 @@ def _work(run: RunConfig, folder: Path, options: dict[str, Any], messages: Conne
             ask_to_stop()
 
     signal.signal(signal.SIGTERM, ask_to_stop)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    from svag_fast.training import train
+
     try:
         train(run, folder, on_progress=report, should_stop=lambda: stop, **options)
     except Exception as error:
         expected = isinstance(error, (OSError, RuntimeError, ValueError))
-        messages.send(str(error) if expected else traceback.format_exc())
+        with suppress(BrokenPipeError):  # the parent is gone
+            messages.send(str(error) if expected else traceback.format_exc())
         raise SystemExit(1) from None
 
 

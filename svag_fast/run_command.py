@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -13,11 +14,21 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.config import INITS, SAMPLINGS, SCHEDULES, TRAIN_SIZES, ConfigError, ExperimentConfig, read_settings
+from svag_fast.config import (
+    INITS,
+    SAMPLINGS,
+    SCHEDULES,
+    TRAIN_SIZES,
+    ConfigError,
+    ExperimentConfig,
+    check_range,
+    read_settings,
+)
 from svag_fast.experiments import (
     ExperimentError,
     ExperimentInterruptedError,
     check_experiment,
+    holds_something,
     prepare_folder,
     read_experiment,
     run_experiment,
@@ -142,8 +153,12 @@ def _number(text: str) -> int | float:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="TOML or JSON with these options' values (effective_steps = 1008); the command line overrides it.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the experiment in --out, or else with the newest in runs.")
-@click.option("--checkpoint-seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="Save this often.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the experiment in --out, or start it where there is none yet; without --out: the newest in runs.",
+)
+@click.option("--checkpoint-seconds", type=float, default=5.0, show_default=True, help="Save this often.")
 @metric_option
 @margin_option
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
@@ -164,8 +179,9 @@ def run(
     scaling rule, l = 1, 2, 4, 8 with three seeds, in a few minutes on two cores.
 
     Each run writes its config, metrics and checkpoint into a folder of its own; the experiment's folder gets
-    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume. Exit status 3: every run
-    diverged, so that there is no verdict.
+    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume; with --resume and --out
+    from the first, one command line serves a job that a batch system starts again. Exit status 3: every run diverged,
+    so that there is no verdict.
     """
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
@@ -173,15 +189,21 @@ def run(
     try:
         if resume:
             out = out or _newest_experiment()
-            config = ExperimentConfig.from_dict(read_experiment(out).to_dict() | _from_file(file) | given)
+            there = read_experiment(out).to_dict() if holds_something(out) else {}
+            config = ExperimentConfig.from_dict(there | _from_file(file) | given)
         else:
             config = ExperimentConfig.from_dict(_from_file(file) | given)
             out = out or _free_folder(Path("runs", config.dataset))
         start_fork_server()  # its imports and ours go on side by side
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("--tensorboard needs a package that is not there: pip install tensorboard")
+        check_range("jobs", jobs or 1)
+        check_range("checkpoint_seconds", checkpoint_seconds)
         check_experiment(config)
         _check_judging(metrics, margins)
         prepare_folder(out, config, resume=resume)
-        console.print(_plan(config), f"in {out}\n")
+        console.print(_plan(config))
+        console.print(f"in {out}\n", markup=False)
         run_experiment(
             config,
             out,
@@ -189,7 +211,7 @@ def run(
             console=console,
             checkpoint_seconds=checkpoint_seconds,
             tensorboard=tensorboard,
-            on_run_end=_EarlyReport(out, judging).refresh,
+            on_run_end=_EarlyReport(out, judging, console).refresh,
         )
         _tell(out, judging, console)
     except ConfigError as error:
@@ -202,7 +224,7 @@ def run(
 
 def _check_judging(metrics: Sequence[str], margins: dict[str, Margin]) -> None:
     """Refuse now what the report would refuse after hours of training."""
-    from svag_fast.training import COLUMNS
+    from svag_fast.run_folder import COLUMNS
 
     numbers = [column for column in COLUMNS if column != "noise_source"]
     if unknown := [metric for metric in metrics if metric not in numbers]:
@@ -216,8 +238,8 @@ def _check_judging(metrics: Sequence[str], margins: dict[str, Margin]) -> None:
 class _EarlyReport:
     """Keeps the picture and the summary up to date while runs end, at 3 % of one core's time at most."""
 
-    def __init__(self, folder: Path, judging: dict[str, Any]) -> None:
-        self.folder, self.judging = folder, judging
+    def __init__(self, folder: Path, judging: dict[str, Any], console: Console) -> None:
+        self.folder, self.judging, self.console = folder, judging, console
         self.not_before = 0.0
 
     def refresh(self) -> None:
@@ -226,7 +248,10 @@ class _EarlyReport:
         start = time.monotonic()
         if start < self.not_before:
             return
-        make_report(self.folder, **self.judging).save(self.folder)
+        try:
+            make_report(self.folder, **self.judging).save(self.folder)
+        except (OSError, ValueError) as error:  # what the runs write matters more than a picture of it on the way
+            self.console.print(f"No early report: {error}", highlight=False, markup=False)
         end = time.monotonic()
         self.not_before = end + 30 * (end - start)
 
@@ -237,16 +262,19 @@ def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     from svag_fast.predict_command import show
     from svag_fast.report import ALL_DIVERGED, make_report
 
-    report = make_report(out, **judging)
+    try:
+        report = make_report(out, **judging)
+    except ValueError as error:
+        raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
     report.save(out)
     report.print(console)
     try:
         prediction = from_runs(out)
     except ValueError as error:  # no SGD among the runs, or too few rows
-        console.print(f"No prediction from the smallest batch size: {error}", highlight=False)
+        console.print(f"No prediction from the smallest batch size: {error}", highlight=False, markup=False)
     else:
         show(prediction, console)
-    console.print(f"\n{out / 'convergence.png'}, {out / 'summary.json'}", highlight=False)
+    console.print(f"\n{out / 'convergence.png'}, {out / 'summary.json'}", highlight=False, markup=False)
     if report.all_diverged:
         sys.exit(ALL_DIVERGED)
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import fcntl
 import hashlib
-import io
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svag_fast.checkpoint import load_checkpoint, save_checkpoint
-from svag_fast.config import RunConfig
-from svag_fast.curves import MUST_BE_FINITE
+from svag_fast.checkpoint import ADVICE, CheckpointError, load_checkpoint, save_checkpoint
+from svag_fast.config import RunConfig, check_range
 from svag_fast.data import Dataset, draw_batch, load_dataset
-from svag_fast.files import remove_leftovers, replace_file
 from svag_fast.models import FixedHeadNet, build_model
 from svag_fast.noise import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim import SVAG
+from svag_fast.run_folder import COLUMNS, MUST_BE_FINITE
+from svag_fast.run_output import Events, Row, alone_in, repair, write_config, write_metrics
 from svag_fast.two_batches import TwoBatchGradients
 
 EVALUATION_LIMIT = 10_000  # an evaluation takes at most the first so many training samples
 EVALUATION_BATCH = 128
-
-COLUMNS = (
-    "step", "effective_step", "time", "train_loss", "amplified_loss", "test_loss", "train_accuracy", "test_accuracy",
-    "grad_sq_norm", "noise_trace", "weight_sq_norm", "nsr", "noise_source", "noise_cost", "lr", "samples_per_second",
-)  # fmt: skip
-
-Row = dict[str, "float | int | str | None"]
-
-
-class RunBusyError(RuntimeError):
-    """Another process is training the same run."""
 
 
 class Training:
@@ -200,7 +183,15 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.
+        """
+        for name in ("losses", "raw_stats", "sample_sq_norms"):
+            theirs, ours = state[name], getattr(self, name)
+            if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+                raise ValueError(f"{name} is {theirs.dtype} {list(theirs.shape)}, not {ours.dtype} {list(ours.shape)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for stream, saved in zip(self.streams, state["streams"], strict=True):
@@ -228,39 +219,47 @@ def train(
     diverged, and that row is its last.
 
     `folder` gets config.json, metrics.csv (as old as the last checkpoint), checkpoint.pt and, if asked for,
-    TensorBoard's events.
+    TensorBoard's events. What the checkpoint implies is made again where it isn't whole, also of a complete run.
 
     Args:
         config: the run.
         folder: made if missing; one process at a time may train in it.
         provenance: goes into config.json beside the config: versions, commit.
         checkpoint_seconds: a checkpoint is written when the last one is so old, and at the end.
-        tensorboard: write events into `folder` as well.
+        tensorboard: write events into `folder` as well, against effective steps, and the config as hyperparameters.
         on_progress: called with the number of steps done, at every row.
         should_stop: asked after every step; when it says so, the run is saved and left.
 
     Raises:
         CheckpointError: the folder's checkpoint is damaged or another run's; nothing is overwritten.
+        ConfigError: checkpoint_seconds is negative or nan.
         RunBusyError: another process is training this run.
         OSError: the folder can't be written or the disk is full; the last checkpoint is as it was.
     """
+    check_range("checkpoint_seconds", checkpoint_seconds)
     torch.set_num_threads(config.threads)
     folder.mkdir(parents=True, exist_ok=True)
     identity = dataclasses.asdict(config)
     checkpoint = folder / "checkpoint.pt"
-    with _alone_in(folder):
-        state = load_checkpoint(checkpoint, identity) if checkpoint.exists() else None
-        if state is not None and (state["step"] == config.steps or _diverged(state["rows"][-1])):
-            return True
+    with alone_in(folder):
+        state = read_state(checkpoint, config)
+        if state is None:
+            write_config(folder, identity, provenance or {})
+        else:
+            provenance = state.get("provenance", provenance)
+            repair(folder, identity, provenance or {}, state["rows"])
+            if state["step"] == config.steps or _diverged(state["rows"][-1]):
+                if tensorboard and not any(folder.glob("events.out.tfevents.*")):
+                    Events(folder, identity).write(state["rows"])
+                return True
         training = Training(config, load_dataset(config.dataset).to(config.device))
         if state is not None:
-            training.load_state_dict(state)
-        else:
-            text = json.dumps({**identity, **(provenance or {})}, indent=2)
-            with replace_file(folder / "config.json") as file:
-                file.write(text.encode() + b"\n")
+            try:
+                training.load_state_dict(state)
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(f"{checkpoint} holds no whole state of this run ({error!r}). {ADVICE}") from error
         row_steps = set(config.row_steps)
-        events = _Events(folder) if tensorboard else None
+        events = Events(folder, identity) if tensorboard else None
         saved_at = mark = time.monotonic()
         stopped = False
         while training.step < config.steps and not stopped and not training.diverged:
@@ -274,12 +273,35 @@ def train(
             done = training.step == config.steps or training.diverged
             if stopped or done or time.monotonic() - saved_at > checkpoint_seconds:
                 training.seconds += time.monotonic() - mark
-                save_checkpoint(checkpoint, identity, training.state_dict())
-                write_metrics(folder / "metrics.csv", training.rows)
+                # Events first: of a complete run they are not written again.
                 if events is not None:
                     events.write(training.rows)
+                save_checkpoint(checkpoint, identity, {**training.state_dict(), "provenance": provenance})
+                write_metrics(folder / "metrics.csv", training.rows)
                 saved_at = mark = time.monotonic()
         return training.step == config.steps or training.diverged
+
+
+def read_state(checkpoint: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Read the state that `config`'s run was last saved in, None where it never was.
+
+    Raises:
+        CheckpointError: the file is damaged or another run's.
+        OSError: it can't be read.
+    """
+    if not checkpoint.exists():
+        return None
+    state = load_checkpoint(checkpoint, dataclasses.asdict(config))
+    step, rows = state.get("step"), state.get("rows")
+    if not isinstance(step, int) or not 0 <= step <= config.steps:
+        raise CheckpointError(f"{checkpoint} stands at step {step!r} of {config.steps}. {ADVICE}")
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, dict) and set(row) == set(COLUMNS) for row in rows)
+    ):
+        raise CheckpointError(f"{checkpoint} holds no rows of metrics. {ADVICE}")
+    return state
 
 
 @torch.no_grad()
@@ -297,48 +319,6 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
         correct += (logits.argmax(1) == expected).sum()
     model.train(was_training)
     return float(loss) / len(labels), float(correct) / len(labels)
-
-
-def write_metrics(path: Path, rows: list[Row]) -> None:
-    """Write the rows as CSV, whole or not at all; an empty cell was not measured in that row."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    with replace_file(path) as file:
-        file.write(text.getvalue().encode())
-
-
-class _Events:
-    """TensorBoard events of all rows; those that an interrupted process wrote are purged and written again."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.written = 0
-        self.writer = SummaryWriter(str(folder), purge_step=0)
-
-    def write(self, rows: list[Row]) -> None:
-        for row in rows[self.written :]:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name not in ("step", "effective_step", "time"):
-                    self.writer.add_scalar(name, value, row["step"])
-        self.written = len(rows)
-        self.writer.flush()
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back from a process that dies."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_leftovers(folder)
-        yield
-    except BlockingIOError as error:
-        raise RunBusyError(f"{folder} is being trained by another process: wait for it or end it") from error
-    finally:
-        os.close(handle)
 
 
 def _diverged(row: Row) -> bool:

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from svag_fast.cli import main
 from svag_fast.config import ExperimentConfig
 from svag_fast.experiments import ExperimentError, prepare_folder, read_experiment
+from svag_fast.run_output import RunBusyError, alone_in
 
 OPTIONS = ["--batch-size", "4,16", "--l", "1,3", "--seeds", "1", "--effective-steps", "80", "--rows", "12"]
 RUNS = {"b4-lr0.1-l1-seed0", "b4-lr0.1-l3-seed0", "b16-lr0.4-l1-seed0", "b16-lr0.4-l3-seed0"}
@@ -128,6 +131,10 @@ def press_ctrl_c(process):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
 
 
+def lose_terminal(process):
+    os.killpg(process.pid, signal.SIGHUP)  # as the system does to all of them
+
+
 def finish_when_free(out):
     """Resume; an orphaned worker may still be saving its run."""
     for _ in range(50):
@@ -140,7 +147,9 @@ def finish_when_free(out):
     raise AssertionError(output)
 
 
-@pytest.mark.parametrize("stop", [press_ctrl_c, subprocess.Popen.terminate], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "stop", [press_ctrl_c, subprocess.Popen.terminate, lose_terminal], ids=["Ctrl-C", "SIGTERM", "SIGHUP"]
+)
 def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(tmp_path, stop):
     out = tmp_path / "x"
     process = start(*OPTIONS, "--out", out, "--jobs", 2)
@@ -161,18 +170,110 @@ def wait_for_end_of_group(group):
         time.sleep(0.1)
 
 
-def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
-    import shutil
-
-    out = tmp_path / "x"
+def copy_of(whole, out):
     shutil.copytree(whole, out)
-    damaged = out / "b4-lr0.1-l3-seed0" / "checkpoint.pt"
-    damaged.write_bytes(damaged.read_bytes()[:-50])
+    return out
+
+
+def resume(out):
     answer = CliRunner().invoke(main, ["run", "--resume", "--out", str(out)])
+    return answer, " ".join(answer.output.replace("│", " ").split())
+
+
+def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
+    out = copy_of(whole, tmp_path / "x")
+    with alone_in(out / "b4-lr0.1-l3-seed0"):
+        answer, output = resume(out)
     assert answer.exit_code == 1
-    assert "b4-lr0.1-l3-seed0 failed" in answer.output
-    assert "damaged" in answer.output
-    assert damaged.read_bytes() == (whole / "b4-lr0.1-l3-seed0" / "checkpoint.pt").read_bytes()[:-50]
+    assert "b4-lr0.1-l3-seed0 failed" in output
+    assert "being trained by another process" in output
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("checkpoint", "run b4-lr0.1-l3-seed0 can't go on: .* is damaged"),
+        ("foreign garbage", "not JSON .* Move what is no run of this experiment"),
+        ("foreign model", "belong in folders of their own"),
+    ],
+)
+def test_what_can_t_be_gone_on_with_or_reported_is_refused_before_anything_is_trained(whole, tmp_path, damage, message):
+    out = copy_of(whole, tmp_path / "x")
+    unfinished = out / "b16-lr0.4-l1-seed0"
+    shutil.rmtree(unfinished)
+    if damage == "checkpoint":
+        path = out / "b4-lr0.1-l3-seed0" / "checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:-50])
+    else:
+        path = out / "mine" / "config.json"
+        path.parent.mkdir()
+        other = json.loads((out / "b4-lr0.1-l3-seed0" / "config.json").read_text()) | {"model": "vgg11-gn", "seed": 7}
+        path.write_text("{" if damage == "foreign garbage" else json.dumps(other))
+    before = path.read_bytes()
+    answer, output = resume(out)
+    assert answer.exit_code == 1
+    assert re.search(message, output), output
+    assert path.read_bytes() == before
+    assert not unfinished.exists()
+
+
+def test_what_follows_from_the_checkpoints_is_made_again(whole, tmp_path):
+    """Missing, stale and damaged files of complete runs; a folder that only looks like a leftover is left alone."""
+    out = copy_of(whole, tmp_path / "x")
+    (out / "b4-lr0.1-l1-seed0" / "metrics.csv").unlink()
+    stale = out / "b4-lr0.1-l3-seed0" / "metrics.csv"
+    stale.write_text("".join(stale.read_text().splitlines(keepends=True)[:-3]))
+    (out / "b16-lr0.4-l1-seed0" / "config.json").write_text("{")
+    (out / "b16-lr0.4-l3-seed0" / "config.json").unlink()
+    for folder in (out, out / "b4-lr0.1-l1-seed0"):
+        (folder / ".mine.tmp").mkdir()
+    answer, output = resume(out)
+    assert answer.exit_code == 0, output
+    for name in RUNS:
+        for file in ("metrics.csv", "config.json"):
+            assert (out / name / file).read_bytes() == (whole / name / file).read_bytes()
+    assert (out / ".mine.tmp").is_dir()
+
+
+def test_one_command_line_starts_a_job_and_goes_on_with_it(whole, tmp_path):
+    out = copy_of(whole, tmp_path / "x")
+    config = ExperimentConfig.from_dict(json.loads((out / "experiment.json").read_text()))
+    for place in (tmp_path / "new", tmp_path / "empty", tmp_path / "killed"):
+        if place.name != "new":
+            place.mkdir()
+        if place.name == "killed":  # while the first file was written
+            (place / ".experiment.json.0123abcd.tmp").write_text("{")
+        prepare_folder(place, config, resume=True)
+        assert [file.name for file in place.iterdir()] == ["experiment.json"]
+        assert read_experiment(place) == config
+    same = [*OPTIONS, "--out", str(out), "--resume"]
+    answer = CliRunner().invoke(main, ["run", *same])
+    assert answer.exit_code == 0, answer.output
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("x")
+    with pytest.raises(ExperimentError, match="no experiment to resume"):
+        prepare_folder(tmp_path / "other", config, resume=True)
+
+
+def test_workers_end_with_their_parent_however_it_ends(tmp_path):
+    """A run of 10 million steps and one row, whose worker would not notice for an hour, and its lock is free again."""
+    out = tmp_path / "x"
+    options = ["--batch-size", "4", "--l", "1000000", "--seeds", "1", "--effective-steps", "10", "--rows", "1"]
+    process = start(*options, "--out", out, "--jobs", 1)
+    run = out / "b4-lr0.1-l1e+06-seed0"
+    wait_for((run / "config.json").exists, process)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    for _ in range(1000):
+        try:
+            with alone_in(run):
+                break
+        except RunBusyError:
+            time.sleep(0.1)
+    else:
+        raise AssertionError("the worker trains on")
+    with pytest.raises(ProcessLookupError):
+        wait_for_end_of_group(process.pid)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +281,18 @@ def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
     [
         (["--model", "vgg3"], "no model is called"),
         (["--l", "1,x"], "'x' is not a number"),
-        (["--l", "0.5"], "l must be a number >= 1"),
+        (["--l", "0.5"], "l must be a number from 1 to 1e+06"),
+        (["--l", "1e21"], "l must be a number from 1 to 1e+06"),
+        (["--epochs", "1e300"], "epochs must be a number"),
+        (["--seeds", "1000000000"], "seeds must be"),
+        (["--model", "preresnet999998-gn"], "depth must be"),
+        (["--checkpoint-seconds", "nan"], "checkpoint_seconds must be"),
+        (["--jobs", "100000"], "jobs must be"),
         (["--lr", "-1"], "lr must be"),
         (["--dataset", "nonesuch"], "nonesuch"),
         (["--device", "nonesuch"], "nonesuch"),
         (["--backend", "nonesuch"], "nonesuch"),
         (["--epochs", "1", "--effective-steps", "3"], "epochs"),
-        (["--resume"], "no experiment to resume"),
         (["--init", "zero"], "'zero' is not one of"),
         (["--metric", "accuracy"], "metric must be a column of metrics.csv, not 'accuracy'"),
         (["--margin", "nsr=1"], "a margin is given for nsr"),

@@ -2,19 +2,24 @@
 
 import csv
 import dataclasses
+import errno
 import math
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from svag_fast.checkpoint import CheckpointError
-from svag_fast.config import RunConfig
+from svag_fast.config import ConfigError, RunConfig
 from svag_fast.curves import load_run
 from svag_fast.data import load_dataset
 from svag_fast.ops.step import svag_coefficients
-from svag_fast.training import COLUMNS, RunBusyError, Training, _alone_in, train
+from svag_fast.run_folder import COLUMNS
+from svag_fast.run_output import RunBusyError, alone_in
+from svag_fast.training import Training, train
 
 BASE = RunConfig(batch_size=8, lr=0.1, l=2, seed=0, weight_decay=0.02, effective_steps=12, rows=6, evaluations=3)
 DIGITS = load_dataset("digits")
@@ -196,13 +201,107 @@ def test_a_disk_that_fills_up_leaves_a_checkpoint_to_go_on_from(tmp_path, monkey
 
 
 def test_two_processes_never_train_the_same_run(tmp_path):
-    with _alone_in(tmp_path), pytest.raises(RunBusyError, match="another process"):
+    with alone_in(tmp_path), pytest.raises(RunBusyError, match="another process"):
         train(config(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_without_locks_is_trained_on_with_a_warning(tmp_path, monkeypatch, number):
+    def flock(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(RuntimeWarning, match="has no locks"):
+        assert not train(config(), tmp_path, should_stop=lambda: True)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken disk")))
+    with pytest.raises(OSError, match="broken disk"):
+        train(config(), tmp_path)
+
+
+def test_an_error_inside_is_not_taken_for_a_lock_that_is_held(tmp_path):
+    with pytest.raises(BlockingIOError, match="a full pipe"), alone_in(tmp_path):
+        raise BlockingIOError("a full pipe")
+
+
+@pytest.mark.parametrize("seconds", [math.nan, -1.0, "5"])
+def test_checkpoint_seconds_out_of_range_are_refused_before_anything_is_written(tmp_path, seconds):
+    with pytest.raises(ConfigError, match="checkpoint_seconds must be"):
+        train(config(), tmp_path / "x", checkpoint_seconds=seconds)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_whose_folder_is_a_symbolic_link_is_trained_where_it_points(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    assert train(config(), tmp_path / "here")
+    assert (tmp_path / "here").is_symlink()
+    assert train(config(), tmp_path / "there")
+    assert (tmp_path / "there" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("calls", [["rename", "replace"], ["fsync"]], ids=str)
+def test_refused_at_any_call_that_makes_a_file_it_is_whole_in_the_end(tmp_path, monkeypatch, calls):
+    """The disk refuses call number 1, 2, ... of os.fsync, or of Path.replace, for good; then it has room again."""
+    short = config(effective_steps=2, rows=1, evaluations=1)
+    assert train(short, tmp_path / "whole")
+    for number in range(8):
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as broken:
+            left = iter([False] * number)
+            refuse_after(broken, calls, left)
+            try:
+                assert train(short, folder)
+                break
+            except OSError as error:
+                assert error.errno == errno.ENOSPC  # noqa: PT017
+        assert train(short, folder)
+        assert_same_run(tmp_path / "whole", folder)
+        assert (folder / "config.json").exists()
+        assert not list(folder.glob(".*"))
+    assert number >= 3
+
+
+def refuse_after(patch, calls, left):
+    owner, name = (os, "fsync") if calls == ["fsync"] else (Path, "replace")
+    real = getattr(owner, name)
+
+    def call(*arguments):
+        if next(left, True):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    patch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("step"), "stands at step None of 24"),
+        (lambda state: state.update(step=10**6), "stands at step 1000000 of 24"),
+        (lambda state: state.update(step=-1), "stands at step -1"),
+        (lambda state: state.pop("rows"), "no rows"),
+        (lambda state: state["rows"][0].pop("lr"), "no rows"),
+        (lambda state: state.pop("model"), r"no whole state of this run \(KeyError\('model'\)"),
+        (lambda state: state.pop("streams"), "no whole state"),
+        (lambda state: state.update(losses=torch.zeros(1, dtype=torch.float64).expand(10**9)), "losses is"),
+        (lambda state: state.update(raw_stats=3.0), "no whole state"),
+    ],
+)
+def test_a_checkpoint_with_half_a_state_is_refused(tmp_path, change, message):
+    train(config(), tmp_path, should_stop=lambda: True)
+    path = tmp_path / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    change(content["state"])
+    torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(config(), tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path):
-    (tmp_path / ".checkpoint.pt.1234.tmp").write_text("half")
+    (tmp_path / ".checkpoint.pt.0123abcd.tmp").write_text("half")
     train(config(), tmp_path, should_stop=lambda: True)
     assert not list(tmp_path.glob(".*"))
 
@@ -214,8 +313,22 @@ def test_tensorboard_gets_every_row_once_also_across_an_interruption(tmp_path):
     assert train(config(), tmp_path, tensorboard=True)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     got = [(event.step, event.value) for event in events.Scalars("weight_sq_norm")]
-    expected = [(int(row["step"]), float(row["weight_sq_norm"])) for row in rows(tmp_path)]
+    expected = [(round(float(row["effective_step"])), float(row["weight_sq_norm"])) for row in rows(tmp_path)]
     assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+    assert "step" not in events.Tags()["scalars"]
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = HParamsPluginData.FromString(hparams).session_start_info.hparams
+    assert (found["l"].number_value, found["model"].string_value) == (2, "digits-net")
+
+
+def test_a_complete_run_without_events_gets_them(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(config(), tmp_path)
+    assert train(config(), tmp_path, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("test_accuracy")] == [0, 4, 8, 12]
 
 
 DIVERGING = {"model": "preresnet8-none", "lr": 1e6, "effective_steps": 40, "rows": 20, "evaluations": 20}
