@@ -62,20 +62,55 @@ bool same_shape_and_order(const dlpack::Tensor& a, const dlpack::Tensor& b, int6
 
 char* data_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
-bool apart(std::vector<std::pair<const char*, const char*>>& spans) {
+using Span = std::pair<const char*, const char*>;
+
+Span span_of(const dlpack::Tensor& tensor, int64_t size) {
+    return {data_of(tensor), data_of(tensor) + size * (tensor.dtype_bits / 8)};
+}
+
+// Sorts the spans; false where two of them share memory.
+bool apart(std::vector<Span>& spans) {
     std::sort(spans.begin(), spans.end());
     for (std::size_t i = 1; i < spans.size(); ++i)
         if (spans[i].first < spans[i - 1].second) return false;
     return true;
 }
 
+// Whether a span shares memory with one of `sorted`, but is not that very span, whose elements are read before they
+// are written.
+bool shifted_overlap(const std::vector<Span>& sorted, const Span& span) {
+    auto after = std::lower_bound(sorted.begin(), sorted.end(), Span{span.second, nullptr});
+    if (after == sorted.begin()) return false;
+    const Span& last = *--after;
+    return last.second > span.first && last != span;
+}
+
 }  // namespace
 
-std::optional<TensorReader> TensorReader::of(const py::capsule& exchange_api, std::vector<py::object> types) {
+std::optional<TensorReader> TensorReader::of(const py::capsule& exchange_api, std::vector<py::object> types,
+                                             py::object is_neg, py::object storage_offset) {
     const auto* api = exchange_api.get_pointer<const dlpack::ExchangeApi>();
     while (api != nullptr && api->major != 1) api = api->previous;
     if (api == nullptr || api->read == nullptr) return std::nullopt;
-    return TensorReader(api->read, std::move(types));
+    return TensorReader(api->read, std::move(types), std::move(is_neg), std::move(storage_offset));
+}
+
+bool TensorReader::answers(const py::object& method, PyObject* object, PyObject* expected) {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method.ptr(), object));
+    if (!answer) PyErr_Clear();
+    return answer && PyObject_RichCompareBool(answer.ptr(), expected, Py_EQ) == 1;
+}
+
+// Whether the values lie at the tensor's address: DLPack shows neither that they are the negated ones (`is_neg`) nor
+// that the storage was freed, whose address is then null plus the tensor's offset in it.
+bool TensorReader::holds_values(PyObject* object, const dlpack::Tensor& tensor) const {
+    constexpr uintptr_t kSomewhereLow = uintptr_t(1) << 40;  // null plus any offset, and the heap of few programs
+    const auto address = reinterpret_cast<uintptr_t>(data_of(tensor));
+    if (address < kSomewhereLow && size_of(tensor) != 0) {
+        const py::int_ zero(0);
+        if (address == 0 || !answers(storage_offset_, object, zero.ptr())) return false;
+    }
+    return answers(is_neg_, object, Py_False);
 }
 
 bool TensorReader::read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const {
@@ -85,7 +120,7 @@ bool TensorReader::read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) 
         PyErr_Clear();  // no memory of its own, as of a sparse tensor
         return false;
     }
-    return tensor.device_type == kCpu && dtype_of(tensor, dtype);
+    return tensor.device_type == kCpu && dtype_of(tensor, dtype) && holds_values(object, tensor);
 }
 
 std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
@@ -95,22 +130,23 @@ std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
     if (grads1.size() != count || (grads2 && grads2->size() != count)) return std::nullopt;
     if (momentum_buffers && momentum_buffers->size() != count) return std::nullopt;
     std::vector<StepTensor> tensors(count);
-    std::vector<std::pair<const char*, const char*>> spans;
+    std::vector<Span> written, read_only;
     std::vector<std::pair<int64_t, int64_t>> scratch;
-    spans.reserve(momentum_buffers ? 2 * count : count);
+    written.reserve(momentum_buffers ? 2 * count : count);
+    read_only.reserve(2 * count);
     for (std::size_t i = 0; i < count; ++i) {
         dlpack::Tensor param, grad, buffer;
         DType dtype, grad_dtype, buffer_dtype;
         if (!read(PyList_GET_ITEM(params.ptr(), i), param, dtype)) return std::nullopt;
         const int64_t size = size_of(param);
         if (!is_dense(param, size, scratch)) return std::nullopt;
-        char* data = data_of(param);
-        if (size != 0) spans.emplace_back(data, data + size * (param.dtype_bits / 8));
-        tensors[i] = {data, nullptr, nullptr, nullptr, nullptr, size, dtype, dtype};
+        if (size != 0) written.push_back(span_of(param, size));
+        tensors[i] = {data_of(param), nullptr, nullptr, nullptr, nullptr, size, dtype, dtype};
         for (const py::list* grads : {&grads1, grads2 ? &*grads2 : nullptr}) {
             if (grads == nullptr) break;
             if (!read(PyList_GET_ITEM(grads->ptr(), i), grad, grad_dtype)) return std::nullopt;
             if (!same_shape_and_order(grad, param, size)) return std::nullopt;
+            if (size != 0) read_only.push_back(span_of(grad, size));
             const bool first = grads == &grads1;
             if (first ? grad_dtype != dtype && grad_dtype != DType::float32 : grad_dtype != tensors[i].grad_dtype)
                 return std::nullopt;
@@ -121,12 +157,13 @@ std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
             if (!read(PyList_GET_ITEM(momentum_buffers->ptr(), i), buffer, buffer_dtype)) return std::nullopt;
             if (buffer_dtype != (dtype == DType::float64 ? DType::float64 : DType::float32)) return std::nullopt;
             if (!same_shape_and_order(buffer, param, size)) return std::nullopt;
-            data = data_of(buffer);
-            if (size != 0) spans.emplace_back(data, data + size * (buffer.dtype_bits / 8));
-            tensors[i].momentum = data;
+            if (size != 0) written.push_back(span_of(buffer, size));
+            tensors[i].momentum = data_of(buffer);
         }
     }
-    if (!apart(spans)) return std::nullopt;
+    if (!apart(written)) return std::nullopt;
+    for (const Span& span : read_only)
+        if (shifted_overlap(written, span)) return std::nullopt;
     return tensors;
 }
 

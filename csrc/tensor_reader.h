@@ -43,25 +43,34 @@ struct ExchangeApi {
 
 class TensorReader {
 public:
-    // From the types' `__dlpack_c_exchange_api__`; nothing where its major version is not known here.
-    static std::optional<TensorReader> of(const pybind11::capsule& exchange_api,
-                                          std::vector<pybind11::object> types);
+    // From the types' `__dlpack_c_exchange_api__` and two of their methods; nothing where the interface's major version
+    // is not known here.
+    static std::optional<TensorReader> of(const pybind11::capsule& exchange_api, std::vector<pybind11::object> types,
+                                          pybind11::object is_neg, pybind11::object storage_offset);
 
     // What a fused step on the CPU may take as it is; nothing where anything needs a copy, another backend or an error:
-    // tensors of exactly the types given, on the CPU, params dense in memory and apart from each other, gradients of
-    // their shape and order in memory, both of one dtype: the param's own or float32; momentum buffers likewise, of
-    // float64 beside a param of float64, else float32, apart from each other and from the params.
+    // tensors of exactly the types given, on the CPU, whose address holds their values, params dense in memory, apart
+    // from each other and from the gradients, those of their shape and order in memory, both of one dtype: the param's
+    // own or float32; momentum buffers likewise, of float64 beside a param of float64, else float32, apart from all.
     std::optional<std::vector<StepTensor>> step_tensors(
         const pybind11::list& params, const pybind11::list& grads1, const std::optional<pybind11::list>& grads2,
         const std::optional<pybind11::list>& momentum_buffers) const;
 
 private:
-    TensorReader(dlpack::Read read, std::vector<pybind11::object> types) : read_(read), types_(std::move(types)) {}
+    TensorReader(dlpack::Read read, std::vector<pybind11::object> types, pybind11::object is_neg,
+                 pybind11::object storage_offset)
+        : read_(read),
+          types_(std::move(types)),
+          is_neg_(std::move(is_neg)),
+          storage_offset_(std::move(storage_offset)) {}
 
     bool read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const;
+    bool holds_values(PyObject* object, const dlpack::Tensor& tensor) const;
+    static bool answers(const pybind11::object& method, PyObject* object, PyObject* expected);
 
     dlpack::Read read_;
     std::vector<pybind11::object> types_;
+    pybind11::object is_neg_, storage_offset_;
 };
 
 }  // namespace svag

@@ -41,7 +41,7 @@ class CheckedStep:
 
 class TensorReader:
     @staticmethod
-    def of(exchange_api: object, types: list[type]) -> TensorReader | None: ...
+    def of(exchange_api: object, types: list[type], is_neg: object, storage_offset: object) -> TensorReader | None: ...
     def checked_step(
         self,
         params: list[Tensor],

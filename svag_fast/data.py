@@ -74,8 +74,8 @@ def draw_batch(population: int, batch_size: int, *, replacement: bool, generator
         generator: decides the draw.
     """
     if replacement:
-        return torch.randint(population, (batch_size,), generator=generator)
-    return torch.randperm(population, generator=generator)[:batch_size]
+        return torch.randint(population, (batch_size,), generator=generator, dtype=torch.int64, device="cpu")
+    return torch.randperm(population, generator=generator, dtype=torch.int64, device="cpu")[:batch_size]
 
 
 def _standardised(

@@ -186,7 +186,7 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int = 0)
     Raises:
         ValueError: no net has that name.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     if name == "digits-net":
         return digits_net(in_channels=in_channels, num_classes=num_classes, generator=generator)
     match = _MODEL_NAME.fullmatch(name)

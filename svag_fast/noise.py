@@ -171,7 +171,7 @@ class BatchMoments:
     def __init__(self) -> None:
         self.batches = 0
         self._mean: list[Tensor] = []
-        self._scatter = torch.zeros((), dtype=torch.float64)
+        self._scatter = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, grads: Iterable[Tensor]) -> None:
         """Take one batch's gradients, a list of tensors in the same order and shapes each time."""

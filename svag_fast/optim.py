@@ -32,8 +32,14 @@ def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
     Args:
         loss1, loss2: scalar losses of two independent batches at the same parameters.
         l: SVAG's hyperparameter, >= 1.
+
+    Raises:
+        ValueError: ``l`` is out of range, or c1 is infinite in a loss's dtype.
     """
     c1, c2 = svag_coefficients(l)
+    for name, loss in (("loss1", loss1), ("loss2", loss2)):
+        if c1 > torch.finfo(loss.dtype).max:
+            raise ValueError(f"Invalid l: {l} (c1 = {c1:.3g} is infinite in {loss.dtype}, the dtype of {name})")
     return c1 * loss1 + c2 * loss2
 
 

@@ -54,7 +54,7 @@ class Training:
             backend=config.backend,
         )
         # A stream of batches each, so that SGD's path does not depend on the batches that only measure its noise.
-        self.streams = [torch.Generator().manual_seed(_seed(config, f"stream {stream}")) for stream in range(2)]
+        self.streams = [torch.Generator("cpu").manual_seed(_seed(config, f"stream {stream}")) for stream in range(2)]
         self.step = 0
         self.seconds = 0.0
         self.rows: list[Row] = [self._first_row()]
@@ -138,7 +138,7 @@ class Training:
         """The time that measuring adds, as a fraction of the time of the gradient that the step itself needs."""
         if self.noise_source == "two_batches":
             return 1.0 if self.config.l == 1 else 0.0  # SGD draws its second batch for the measurement alone
-        some = torch.arange(2 * self.config.batch_size) % len(self.data.train_labels)
+        some = torch.arange(2 * self.config.batch_size, dtype=torch.int64, device="cpu") % len(self.data.train_labels)
         some = some.to(self.config.device)
         images, labels = self.data.train_images[some], self.data.train_labels[some]
         return self.gradients.measuring_cost(images, labels, both=self.config.l > 1)

@@ -17,9 +17,9 @@ from svag_fast.grad_lists import Grads, carriers, divide, gradients, sharded, sh
 from svag_fast.group_options import CLOCKS, check_number, count, learning_rate, start_clocks
 from svag_fast.held_gradient import GroupGrads, HeldGradient
 from svag_fast.ops.backends import check_name
-from svag_fast.ops.checks import check_apart, check_l, check_nonnegative
-from svag_fast.ops.step import svag_step_
-from svag_fast.ops.step_stats import FINITE, StepStats
+from svag_fast.ops.checks import check_l, check_nonnegative
+from svag_fast.ops.memory import check_apart, spans
+from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped
 from svag_fast.optimizer_methods import outside_compiler, plain, seen_by_hooks_and_profilers
 
 
@@ -268,10 +268,10 @@ class TwoBatchOptimizer(Optimizer):
             # As torch.distributed.checkpoint does to have the state made.
             for group in groups:
                 self._make_state(group, [p for p in group["params"] if p.grad is not None])
-            return _nothing_stepped()
+            return nothing_stepped(False)
         lists = self._both_gradients(scaled)
         if lists is None:
-            pair.stats = _nothing_stepped()
+            pair.stats = nothing_stepped(False)
             return pair.stats
         work = [
             part
@@ -334,7 +334,7 @@ class TwoBatchOptimizer(Optimizer):
                 if part.check is not None:
                     part.check()
         if len(self.param_groups) > 1:
-            check_apart({"params": list(with_gradient(self.param_groups, lists))})
+            check_apart(spans(with_gradient(self.param_groups, lists), "params"))
         if any(second is not None and share_memory(first, second) for first, second in lists):
             raise RuntimeError("the held gradient and the current one share memory: each must have its own")
 
@@ -395,10 +395,6 @@ class TwoBatchOptimizer(Optimizer):
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         """Mend what torch's own loading leaves."""
-
-
-def _nothing_stepped() -> StepStats:
-    return svag_step_([], [], None, lr=0.0, l=1)
 
 
 def _detached(value: Any) -> Any:

@@ -50,3 +50,49 @@ def test_a_child_forked_after_torch_used_its_threads_takes_a_step() -> None:
         """
     )
     assert out.split() == ["0"]
+
+
+def test_children_forked_while_another_thread_steps_take_the_same_steps() -> None:
+    out = run(
+        """
+        import threading
+        from svag_fast.ops import AffineStep, affine_walk_
+        def work(kit):
+            svag_step_(*kit[0], lr=0.5, l=1, backend="cpu")
+            affine_walk_(kit[1], AffineStep(0.9, 0.1, 0.2, 0.3), 3, key=(1, 2), threads=2)
+            return [t[::997].tolist() for t in (*kit[0][0], kit[1])]
+        def make():  # before the fork: PyTorch's own threads hang after it
+            return [[torch.ones(200_000) for _ in range(2)] for _ in range(3)], torch.zeros(100_000)
+        kits = [make() for _ in range(3)]
+        expected = work(kits.pop())
+        others = [make() for _ in range(50)]
+        thread = threading.Thread(target=lambda: [work(kit) for kit in others])
+        thread.start()
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                same = work(kits.pop()) == expected
+                grandchild = os.fork()
+                if grandchild == 0:
+                    os._exit(0 if work(kits.pop()) == expected else 1)
+                os._exit(0 if same and os.waitpid(grandchild, 0)[1] == 0 else 1)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        thread.join()
+        """
+    )
+    assert out.split() == ["0"] * 5
+
+
+def test_a_child_may_be_the_first_to_import() -> None:
+    code = (
+        "import os, torch; torch.set_num_threads(2); a = torch.randn(512, 512); (a @ a).sum()\n"
+        "lists = [[torch.ones(200_000)] for _ in range(3)]\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    from svag_fast.ops import svag_step_\n"
+        "    svag_step_(*lists, lr=0.5, l=1, backend='cpu')\n"
+        "    os._exit(0 if set(lists[0][0].tolist()) == {0.5} else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["0"]

@@ -5,7 +5,10 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <fstream>
 #include <mutex>
+#include <sstream>
+#include <string>
 #include <thread>
 
 namespace svag {
@@ -105,9 +108,23 @@ OpenMpParallel openmp() {
     return entry;
 }
 
+// Whether this process, before it loaded this module, was made by a fork and has not replaced its program since: Linux
+// says so by PF_FORKNOEXEC, 0x40, in the ninth field of /proc/self/stat.
+bool loaded_in_a_fork() {
+    std::ifstream file("/proc/self/stat");
+    std::string line;
+    std::getline(file, line);
+    std::istringstream fields(line.substr(line.rfind(')') + 1));  // the second field, a name, may hold anything
+    std::string skipped;
+    for (int field = 3; field < 9; ++field) fields >> skipped;
+    unsigned long flags = 0;
+    fields >> flags;
+    return (flags & 0x40) != 0;
+}
+
 // A forked child has neither its parent's pool threads, so it starts a pool of its own, nor the team's: the runtime
 // would wait there for them for ever if the parent used them.
-std::atomic<bool> forked{false};
+std::atomic<bool> forked{loaded_in_a_fork()};
 const bool forks_are_seen = pthread_atfork(nullptr, nullptr, [] {
                                 forked = true;
                                 the_pool = nullptr;

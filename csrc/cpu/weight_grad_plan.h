@@ -93,6 +93,8 @@ Plan make_plan(const WeightGradArgs& a) {
             const int64_t needed = (a.out_width - 1) * a.stride_w + a.kernel_w - a.pad_w - a.width;
             plan.left = a.pad_w;
             plan.right = needed > 0 ? needed : 0;
+            // Padding of any size costs nothing where each tap has its own columns; here it would be memory.
+            if (plan.left + plan.right > a.width + 64) continue;
         }
         const int64_t all_vectors = ceil_div(plan.lane_count, W);
         for (plan.vectors = 1; plan.vectors <= kMaxVectors && plan.vectors <= all_vectors; ++plan.vectors) {

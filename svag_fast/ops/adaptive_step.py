@@ -14,17 +14,20 @@ from torch import Tensor
 
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import (
-    check_apart,
-    check_l,
     check_like,
     check_nonnegative,
     check_params,
+    check_step_scalars,
     check_strides,
+    integers,
     laid_out_like,
+    number,
+    tensors,
 )
 from svag_fast.ops.library import register_op
+from svag_fast.ops.memory import address, addresses, check_apart, mark_written, spans
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
-from svag_fast.ops.step_stats import StepStats, raw_statistics
+from svag_fast.ops.step_stats import StepStats, nothing_stepped, raw_statistics
 from svag_fast.scaling_rules import square_root_scaling_rule
 
 
@@ -68,7 +71,8 @@ def svag_adaptive_step_(
         lr: of the plain optimizer, >= 0.
         l: SVAG's hyperparameter, >= 1.
         beta1: of the plain optimizer, in [0, 1); unused for RMSprop.
-        beta2: of the plain optimizer, in [0, 1); RMSprop's alpha.
+        beta2: of the plain optimizer, in [0, 1); RMSprop's alpha. What ``l`` makes of it must not round to 1: for
+            params that are not float64, (1 - β)/l > 2^-25.
         eps: of the plain optimizer, >= 0.
         weight_decay: L2, added to the gradient.
         skip_nonfinite: leave everything as it is when any gradient entry is inf or nan, without synchronising.
@@ -79,32 +83,39 @@ def svag_adaptive_step_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend can't serve the call.
     """
-    check_nonnegative("learning rate", lr)
-    check_l(l)
-    check_nonnegative("epsilon value", eps)
-    check_nonnegative("weight_decay", weight_decay)
+    params = tensors("params", params, written=True)
+    grads1 = tensors("grads1", grads1)
+    grads2 = None if grads2 is None else tensors("grads2", grads2)
+    exp_avgs = None if exp_avgs is None else tensors("exp_avgs", exp_avgs, written=True)
+    exp_avg_sqs = tensors("exp_avg_sqs", exp_avg_sqs, written=True)
+    steps = integers("steps", steps)
+    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
+    eps = check_nonnegative("epsilon value", eps)
+    beta1, beta2 = number("beta1", beta1), number("beta2", beta2)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         check_beta(name, beta, l)
+        if name == "beta2" or exp_avgs is not None:
+            _check_decays(name, beta, l, params)
     if grads2 is None and l != 1:
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
     if not params:
         _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
-        return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64), grads2 is not None)
+        return nothing_stepped(grads2 is not None)
     with torch.no_grad():
         raw = _op(
-            list(params),
-            list(grads1),
-            None if grads2 is None else list(grads2),
-            None if exp_avgs is None else list(exp_avgs),
-            list(exp_avg_sqs),
-            list(steps),
+            params,
+            grads1,
+            grads2,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
             lr,
             l,
             beta1,
             beta2,
             eps,
             weight_decay,
-            skip_nonfinite,
+            bool(skip_nonfinite),
             backend,
             maximize,
         )
@@ -129,8 +140,12 @@ def check_adaptive_step(
     backend: str,
 ) -> None:
     """Refuse what :func:`svag_adaptive_step_` would, without a step: before the first of several is taken."""
-    for name, value in (("learning rate", lr), ("epsilon value", eps), ("weight_decay", weight_decay)):
-        check_nonnegative(name, value)
+    for name, written in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        tensors(name, written or [], written=True)
+    for name, read in (("grads1", grads1), ("grads2", grads2)):
+        tensors(name, read or [])
+    check_step_scalars(lr, l, weight_decay, params)
+    check_nonnegative("epsilon value", eps)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         check_beta(name, beta, l)
     _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
@@ -145,6 +160,17 @@ def check_beta(name: str, beta: float, l: float) -> None:
         raise ValueError(f"Invalid l: {l} (with it {name} = {beta} becomes 1 - (1 - {name})/l, which rounds to 1)")
 
 
+def _check_decays(name: str, beta: float, l: float, params: Sequence[Tensor]) -> None:
+    """Refuse a decay rate that float32 would round to 1: the moment would only ever grow."""
+    if (1 - beta) / l <= 2**-25:
+        for i, p in enumerate(params):
+            if p.dtype != torch.float64:
+                raise ValueError(
+                    f"Invalid l: {l} (with it {name} = {beta} becomes 1 - {(1 - beta) / l:.3g}, which is 1 in float32, "
+                    f"in which params[{i}] of {p.dtype} is computed)"
+                )
+
+
 def _check(
     params: Sequence[Tensor],
     grads1: Sequence[Tensor],
@@ -155,13 +181,16 @@ def _check(
 ) -> None:
     check_params(params)
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in {"grads1": grads1, "grads2": grads2, **moments}.items():
-        if tensors is not None:
-            check_like(name, tensors, params, dtypes="same")
-    for name, tensors in moments.items():
-        if tensors is not None:
-            check_strides(name, tensors, params)
-    check_apart({"params": params, **moments})
+    for name, listed in {"grads1": grads1, "grads2": grads2, **moments}.items():
+        if listed is not None:
+            check_like(name, listed, params, dtypes="same")
+    for name, listed in moments.items():
+        if listed is not None:
+            check_strides(name, listed, params)
+    check_apart(
+        [*spans(params, "params"), *spans(exp_avgs or [], "exp_avgs"), *spans(exp_avg_sqs, "exp_avg_sqs")],
+        [*spans(grads1, "grads1"), *spans(grads2 or [], "grads2")],
+    )
     if len(steps) != len(params):
         raise ValueError(f"steps has {len(steps)} numbers, but params has {len(params)}")
     for i, step in enumerate(steps):
@@ -223,11 +252,20 @@ def _run(
     grads2 = None if grads2 is None else laid_out_like(grads2, params)
     rates = _Rates(lr, l, beta1, beta2, eps, weight_decay, exp_avgs is not None, maximize)
     raw: Tensor = step(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, rates, skip_nonfinite)
-    torch.autograd.graph.increment_version([*params, *(exp_avgs or []), *exp_avg_sqs])
+    mark_written([*params, *(exp_avgs or []), *exp_avg_sqs])
     return raw
 
 
-def _fake(params: list[Tensor], *rest: object) -> Tensor:
+def _fake(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    exp_avgs: list[Tensor] | None,
+    exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    *rest: object,
+) -> Tensor:
+    _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
     return params[0].new_empty(5, dtype=torch.float64)
 
 
@@ -290,13 +328,13 @@ def _cpu(
 ) -> Tensor:
     from svag_fast import _C
 
-    raw = torch.empty(5, dtype=torch.float64)
+    raw = torch.empty(5, dtype=torch.float64, device="cpu")
     _C.adaptive_step(
-        list(map(Tensor.data_ptr, params)),
-        list(map(Tensor.data_ptr, grads1)),
-        list(map(Tensor.data_ptr, grads2 or [])),
-        list(map(Tensor.data_ptr, exp_avgs or [])),
-        list(map(Tensor.data_ptr, exp_avg_sqs)),
+        addresses(params, "params"),
+        addresses(grads1, "grads1"),
+        addresses(grads2 or [], "grads2"),
+        addresses(exp_avgs or [], "exp_avgs"),
+        addresses(exp_avg_sqs, "exp_avg_sqs"),
         list(map(rates.step_size, steps)),
         list(map(rates.bias_correction2_sqrt, steps)),
         list(map(Tensor.numel, params)),
@@ -310,6 +348,6 @@ def _cpu(
         rates.eps,
         skip_nonfinite,
         torch.get_num_threads(),
-        raw.data_ptr(),
+        address(raw, "raw"),
     )
     return raw

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import implements, select
+from svag_fast.ops.checks import integer, number, numbers
+from svag_fast.ops.memory import address, has_memory, mark_written
 from svag_fast.ops.philox_normal import Key, check_stream, philox_normal_
 
 
@@ -24,10 +26,21 @@ class AffineStep:
 
     def __post_init__(self) -> None:
         for name in ("keep", "shift", "slope", "spread"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"Invalid {name}: {getattr(self, name)}, expected a finite number")
-        if not self.weights or not all(map(math.isfinite, self.weights)):
+            value = number(name, getattr(self, name))
+            if not math.isfinite(value):
+                raise ValueError(f"Invalid {name}: {value}, expected a finite number")
+            object.__setattr__(self, name, value)
+        weights = tuple(numbers("weights", self.weights))
+        if not weights or not all(map(math.isfinite, weights)):
             raise ValueError(f"Invalid weights: {self.weights}, expected at least one finite number")
+        object.__setattr__(self, "weights", weights)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a step with a number that is infinite in ``dtype``."""
+        for name in ("keep", "shift", "slope", "spread", "weights"):
+            value = getattr(self, name)
+            if max(map(abs, value if name == "weights" else (value,))) > torch.finfo(dtype).max:
+                raise ValueError(f"Invalid {name}: {value}, which is infinite in {dtype}")
 
 
 def affine_walk_(
@@ -46,7 +59,7 @@ def affine_walk_(
     normal within it and K their number (:mod:`svag_fast.ops.philox_normal`): the result depends on nothing else.
 
     Args:
-        x: float32 or float64, contiguous, any shape: one trajectory an element.
+        x: float32 or float64, contiguous, any shape: one trajectory an element. A meta or fake tensor is left alone.
         step: what a step is.
         steps: how many, 0 or more.
         key: two integers in [0, 2^32).
@@ -61,16 +74,22 @@ def affine_walk_(
         TypeError, ValueError: an argument is none of these.
         BackendError: the backend can't serve the call.
     """
-    check_stream(x, "x", key=key, draw=draw)
+    key, draw = check_stream(x, "x", key=key, draw=draw)
+    if not isinstance(step, AffineStep):
+        raise TypeError(f"step is a {type(step).__name__}: expected an AffineStep")
+    step.check_dtype(x.dtype)
+    steps = integer("steps", steps)
+    threads = torch.get_num_threads() if threads is None else integer("threads", threads)
     if x.numel() > 2**33:
         raise ValueError(f"Invalid x: {x.numel()} elements, expected at most 2^33")
     if steps < 0 or draw + steps * len(step.weights) > 2**64:
         raise ValueError(f"Invalid steps: {steps}, expected at least 0, and fewer than 2^64 draws")
-    if threads is not None and threads < 1:
-        raise ValueError(f"Invalid threads: {threads}, expected at least 1")
+    if not 1 <= threads < 2**31:
+        raise ValueError(f"Invalid threads: {threads}, expected at least 1 and below 2^31")
     walk = select("affine_walk_", backend, [x])
-    walk(x, step, steps, key, draw, threads or torch.get_num_threads())
-    torch.autograd.graph.increment_version(x)
+    if has_memory(x):
+        walk(x, step, steps, key, draw, threads)
+        mark_written([x])
     return x
 
 
@@ -89,7 +108,7 @@ def _cpu(x: Tensor, step: AffineStep, steps: int, key: Key, draw: int, threads: 
     from svag_fast import _C
 
     _C.affine_walk(
-        x.data_ptr(),
+        address(x, "x"),
         x.dtype == torch.float64,
         x.numel(),
         steps,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import BACKENDS, requested
-from svag_fast.ops.checks import check_l, check_momentum, check_nonnegative
+from svag_fast.ops.checks import check_momentum, check_step_scalars
+from svag_fast.ops.memory import address, mark_written
 from svag_fast.ops.step import host_scalars, step_scalars
 from svag_fast.ops.step_stats import StepStats
 
@@ -26,7 +27,7 @@ def tensor_reader() -> Any:
         return None
     from svag_fast import _C
 
-    return _C.TensorReader.of(exchange_api, [Tensor, torch.nn.Parameter])
+    return _C.TensorReader.of(exchange_api, [Tensor, torch.nn.Parameter], Tensor.is_neg, Tensor.storage_offset)
 
 
 class CheckedStep:
@@ -62,16 +63,14 @@ class CheckedStep:
             return None
         if (step := reader.checked_step(params, grads1, grads2, momentum_buffers)) is None:
             return None
-        check_nonnegative("learning rate", lr)
-        check_nonnegative("weight_decay", weight_decay)
-        check_l(l)
+        lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
         check_momentum(momentum, momentum_rule, l)
         scalars = host_scalars(step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize))
         return CheckedStep(step, [*params, *(momentum_buffers or [])], scalars, grads2 is not None)
 
     def __call__(self, skip_nonfinite: bool) -> StepStats:
         """Take the step."""
-        raw = torch.empty(5, dtype=torch.float64)
-        self._step.take(*self._scalars, skip_nonfinite, torch.get_num_threads(), raw.data_ptr())
-        torch.autograd.graph.increment_version(self._written)
+        raw = torch.empty(5, dtype=torch.float64, device="cpu")
+        self._step.take(*self._scalars, skip_nonfinite, torch.get_num_threads(), address(raw, "raw"))
+        mark_written(self._written)
         return StepStats(raw, self._has_second)

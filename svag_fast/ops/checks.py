@@ -2,31 +2,151 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from svag_fast.ops.memory import check_allocated, check_bits, resolved
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_l(l: float) -> None:
-    """Refuse an SVAG hyperparameter that is not a finite number of at least 1."""
-    if not (math.isfinite(l) and l >= 1):
+def number(name: str, value: Any) -> float:
+    """Return ``value`` as a float: a Python or NumPy number, or a tensor of one element."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} is {_short(value)}: expected a number") from error
+
+
+def integer(name: str, value: Any) -> int:
+    """Return ``value`` as an int: a Python or NumPy integer, or an integer tensor of one element."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {_short(value)}: expected an integer") from error
+
+
+def integers(name: str, values: Any) -> list[int]:
+    """Return ``values`` as ints; see :func:`integer`."""
+    try:
+        listed = list(values)
+    except TypeError as error:
+        raise TypeError(f"{name} is {_short(values)}: expected integers") from error
+    return [integer(f"{name}[{i}]", value) for i, value in enumerate(listed)]
+
+
+def numbers(name: str, values: Any) -> list[float]:
+    """Return ``values`` as floats; see :func:`number`."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {_short(values)}: expected numbers")
+    return [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_l(l: float) -> float:
+    """Refuse an SVAG hyperparameter that is not a finite number of at least 1, or too large for float64; return it."""
+    value = number("l", l)
+    if not (math.isfinite(value) and value >= 1):
         raise ValueError(f"Invalid l: {l} (expected a finite number >= 1)")
+    if value > _LARGEST[torch.float64]:
+        raise ValueError(f"Invalid l: {l} (expected at most 2^1022: 2l must be a number in float64)")
+    return value
 
 
-def check_nonnegative(name: str, value: float) -> None:
-    """Refuse a negative, infinite or nan ``value`` in torch.optim's own words."""
-    if not (math.isfinite(value) and value >= 0):
+def check_nonnegative(name: str, value: float) -> float:
+    """Refuse a negative, infinite or nan ``value`` in torch.optim's own words; return it as a float."""
+    result = number(name, value)
+    if not (math.isfinite(result) and result >= 0):
         raise ValueError(f"Invalid {name}: {value} (expected a finite number >= 0)")
+    return result
+
+
+# The greatest power of two whose inverse is a normal number.
+_LARGEST = {torch.float32: 2.0**126, torch.float64: 2.0**1022}
+_LEAST = 2.0**-149  # of float32's numbers, above 0
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a step of params of this dtype is computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_step_scalars(
+    lr: float, l: float, weight_decay: float, params: Sequence[Tensor]
+) -> tuple[float, float, float]:
+    """Return the step's ``lr, l, weight_decay`` as floats, refused where the params' arithmetic can't hold them.
+
+    All of them, 1/l and so c1 and c2 must be finite, normal numbers there; ``lr / l`` may not be 0 through ``l``.
+    """
+    lr, l = check_nonnegative("learning rate", lr), check_l(l)
+    weight_decay = check_nonnegative("weight_decay", weight_decay)
+    largest = _LARGEST[torch.float32]
+    if max(lr, l, weight_decay) > largest or (lr >= 1 / largest and lr / l < _LEAST):
+        for i, p in enumerate(params):
+            check_representable(p.dtype, f"params[{i}], which is {p.dtype}", lr, l, weight_decay)
+    return lr, l, weight_decay
+
+
+def check_representable(dtype: torch.dtype, what: str, lr: float, l: float, weight_decay: float = 0.0) -> None:
+    """Refuse a step's scalars that the arithmetic of tensors of ``dtype``, named ``what``, can't hold."""
+    dtype = arithmetic(dtype)
+    largest = _LARGEST[dtype]
+    least = _LEAST if dtype == torch.float32 else 2.0**-1074
+    steps = f"the step of {what}, is computed in {dtype}"
+    for name, value in (("learning rate", lr), ("l", l), ("weight_decay", weight_decay)):
+        if value > largest:
+            raise ValueError(f"Invalid {name}: {value} ({steps}: expected at most {largest:.3g})")
+    if lr >= 1 / largest and lr / l < least:
+        raise ValueError(f"Invalid l: {l} ({steps}, where lr / l = {lr} / {l} is 0)")
+
+
+def tensor(name: str, value: Any, *, written: bool = False) -> Tensor:
+    """Return ``value``, refused where it isn't a tensor, or one whose values lie in others; see :func:`tensors`."""
+    if type(value) is Tensor or type(value) is torch.nn.Parameter:
+        if value.is_nested:
+            raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
+    elif not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
+    elif is_traceable_wrapper_subclass(value):  # type: ignore[unreachable]
+        raise TypeError(f"{name} is a {type(value).__name__}, whose values lie in other tensors: expected a plain one")
+    if not torch.compiler.is_compiling():  # what is traced has no memory yet; see `address`
+        if written:
+            check_bits(value, name)
+            if value._is_zerotensor():
+                raise ValueError(f"{name} is a zero tensor, which has no memory to be written to")
+        if value.layout == torch.strided and not is_functorch_wrapped_tensor(value) and not value._is_zerotensor():
+            check_allocated(value, name)
+    return value
+
+
+def tensors(name: str, values: Any, *, written: bool = False) -> list[Tensor]:
+    """Return ``values`` as a list, refused where it isn't one of tensors with values of their own.
+
+    ``written``: in place, so none may be a negated view. To be called before the dispatcher, which resolves those.
+    """
+    if isinstance(values, Tensor):
+        raise TypeError(f"{name} is a tensor: expected a list of tensors")
+    try:
+        listed = list(values)
+    except TypeError as error:
+        raise TypeError(f"{name} is a {type(values).__name__}: expected a list of tensors") from error
+    return [tensor(f"{name}[{i}]", t, written=written) for i, t in enumerate(listed)]
 
 
 def check_momentum(momentum: float, rule: str, l: float) -> None:
     """Refuse a momentum out of [0, 1), an unknown rule, or one that ``l`` brings so near to 1 that it rounds to 1."""
-    if not 0.0 <= momentum < 1.0:
+    if not 0.0 <= number("momentum value", momentum) < 1.0:
         raise ValueError(f"Invalid momentum value: {momentum} (expected a number in [0, 1))")
     if rule not in ("time", "fixed"):
         raise ValueError(f"Invalid momentum_rule: {rule!r} (expected 'time' or 'fixed')")
@@ -35,7 +155,7 @@ def check_momentum(momentum: float, rule: str, l: float) -> None:
 
 
 def check_params(params: Sequence[Tensor]) -> None:
-    """Refuse params of a wrong dtype, on several devices, sparse, not dense in memory, or overlapping."""
+    """Refuse params of a wrong dtype, on several devices, sparse, or not dense in memory."""
     for i, p in enumerate(params):
         if p.dtype not in PARAM_DTYPES:
             raise TypeError(f"params[{i}] is {p.dtype}: expected one of {', '.join(map(str, PARAM_DTYPES))}")
@@ -48,7 +168,6 @@ def check_params(params: Sequence[Tensor]) -> None:
                 f"params[{i}] (shape {list(p.shape)}, strides {list(p.stride())}) has gaps or repeated elements in "
                 "memory: expected a tensor that is dense in some order of its dimensions"
             )
-    check_apart({"params": params})
 
 
 def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: str = "same or float32") -> None:
@@ -82,9 +201,9 @@ def check_strides(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]
 
 
 def laid_out_like(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors in the params' memory order: themselves where they match, else a copy."""
+    """Return the tensors' values in the params' memory order: themselves where they match, else a copy."""
     return [
-        t if t.stride() == p.stride() or t.numel() <= 1 else torch.empty_like(p, dtype=t.dtype).copy_(t)
+        resolved(t) if t.stride() == p.stride() or t.numel() <= 1 else torch.empty_like(p, dtype=t.dtype).copy_(t)
         for t, p in zip(tensors, params, strict=True)
     ]
 
@@ -99,17 +218,3 @@ def _is_dense(t: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def check_apart(lists: Mapping[str, Sequence[Tensor] | None]) -> None:
-    """Refuse tensors, dense in memory and to be written, that share some of it."""
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.nbytes, k, i, name)
-        for k, (name, tensors) in enumerate(lists.items())
-        for i, t in enumerate(tensors or [])
-        if t.numel()
-    )
-    for (_, end, *a), (start, _, *b) in itertools.pairwise(spans):
-        if start < end:
-            (_, i, first), (_, j, second) = sorted((a, b))
-            raise ValueError(f"{first}[{i}] and {second}[{j}] share memory: each must have its own")

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from svag_fast.ops.checks import PARAM_DTYPES, arithmetic, integer, integers, tensor
+from svag_fast.ops.memory import has_memory, resolved
+
+MAX_SEGMENTS = 4096
+"""The inner products of so many segments take 128 MiB."""
 
 
 class Geometry(NamedTuple):
@@ -33,16 +40,24 @@ class LayerProduct(NamedTuple):
 
 
 def sum_dtype(inputs: Tensor) -> torch.dtype:
-    """The dtype in which sums are formed and the gradient is returned."""
-    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    """The dtype in which sums are formed and the gradient is returned.
+
+    Raises:
+        TypeError: not a real floating-point dtype that is served: to convert a complex one would drop a part of it.
+    """
+    if inputs.dtype not in PARAM_DTYPES:
+        raise TypeError(f"inputs is {inputs.dtype}: expected one of {', '.join(map(str, PARAM_DTYPES))}")
+    return arithmetic(inputs.dtype)
 
 
 def in_sum_dtype(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
-    """Both operands in the dtype of the sums: themselves where they have it."""
+    """Both operands in the dtype of the sums, their values in memory: themselves where they are so."""
     dtype = sum_dtype(inputs)
+    if output_grads.is_complex():
+        raise TypeError(f"output_grads is {output_grads.dtype}, but inputs is {inputs.dtype}")
     return (
-        inputs if inputs.dtype == dtype else inputs.to(dtype),
-        output_grads if output_grads.dtype == dtype else output_grads.to(dtype),
+        resolved(inputs if inputs.dtype == dtype else inputs.to(dtype)),
+        resolved(output_grads if output_grads.dtype == dtype else output_grads.to(dtype)),
     )
 
 
@@ -76,7 +91,10 @@ def layer_product(
     """
     shape = _check_tensors(inputs, output_grads, weight_shape)
     geometry = Geometry(
-        _pair("stride", stride, 1), _padding(padding, shape, dilation), _pair("dilation", dilation, 1), int(groups)
+        _pair("stride", stride, 1),
+        _padding(padding, shape, dilation),
+        _pair("dilation", dilation, 1),
+        integer("groups", groups),
     )
     if len(shape) == 2:
         if geometry != Geometry():
@@ -89,29 +107,27 @@ def layer_product(
     else:
         if padding == "same":
             inputs, geometry = _pad_same(inputs, shape, geometry)
-        _check_convolution(inputs, output_grads, shape, geometry)
+        geometry = _check_convolution(inputs, output_grads, shape, geometry)
     return LayerProduct(
         inputs, output_grads, shape, _check_weights(weights, inputs), *_check_segments(segments, inputs), geometry
     )
 
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check_tensors(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int]) -> list[int]:
-    for name, tensor in (("inputs", inputs), ("output_grads", output_grads)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}: expected a tensor")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} is {tensor.layout}: expected a dense (strided) tensor")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, _DTYPES))}")
+    for name, operand in (("inputs", inputs), ("output_grads", output_grads)):
+        tensor(name, operand)
+        if operand.layout != torch.strided:
+            raise TypeError(f"{name} is {operand.layout}: expected a dense (strided) tensor")
+        if operand.dtype not in PARAM_DTYPES:
+            raise TypeError(f"{name} is {operand.dtype}: expected one of {', '.join(map(str, PARAM_DTYPES))}")
     if output_grads.dtype != inputs.dtype:
         raise TypeError(f"output_grads is {output_grads.dtype}, but inputs is {inputs.dtype}: expected one dtype")
     if output_grads.device != inputs.device:
         raise ValueError(f"output_grads is on {output_grads.device}, but inputs on {inputs.device}")
-    shape = [int(n) for n in weight_shape]
+    shape = integers("weight_shape", weight_shape)
     if len(shape) not in (2, 4) or min(shape) < (len(shape) == 4):
         raise ValueError(f"weight_shape is {shape}: expected [d, p] (Linear) or [O, C / groups, k_h, k_w] (Conv2d)")
     if len(shape) == 2:
@@ -128,7 +144,11 @@ def _check_tensors(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[
     return shape
 
 
-def _check_convolution(inputs: Tensor, output_grads: Tensor, shape: list[int], geometry: Geometry) -> None:
+def _check_convolution(inputs: Tensor, output_grads: Tensor, shape: list[int], geometry: Geometry) -> Geometry:
+    """Refuse shapes that don't fit; return the geometry with what makes no difference brought into range.
+
+    Python's integers don't overflow, the kernels' do: after this no position in the padded images exceeds 2^62 bytes.
+    """
     stride, padding, dilation, groups = geometry
     if groups < 1 or shape[0] % groups:
         raise ValueError(f"groups is {groups}: expected a divisor of the {shape[0]} output channels in weight_shape")
@@ -148,13 +168,22 @@ def _check_convolution(inputs: Tensor, output_grads: Tensor, shape: list[int], g
             f"output_grads has shape {list(output_grads.shape)}: expected {[B, shape[0], *size]} for inputs "
             f"{list(inputs.shape)}, stride {stride}, padding {padding}, dilation {dilation}"
         )
+    rows, columns = H + 2 * padding[0], W + 2 * padding[1]
+    if max(B, 1) * max(C, 1) * rows * columns >= 2**59:
+        raise ValueError(f"padding is {padding}: padded, inputs {list(inputs.shape)} would have 2^59 elements or more")
+    return geometry._replace(
+        stride=(min(stride[0], rows), min(stride[1], columns)),  # a longer one has a single position too
+        dilation=(dilation[0] if shape[2] > 1 else 1, dilation[1] if shape[3] > 1 else 1),
+    )
 
 
 def _check_weights(weights: Tensor | None, inputs: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    if not isinstance(weights, Tensor) or weights.dtype not in _DTYPES:
-        raise TypeError("weights must be a floating-point tensor, one value a sample")
+    if tensor("weights", weights).dtype not in PARAM_DTYPES or weights.layout != torch.strided:
+        raise TypeError(
+            f"weights must be a dense floating-point tensor, one value a sample, not {weights.dtype}, {weights.layout}"
+        )
     if weights.shape != inputs.shape[:1]:
         raise ValueError(f"weights has shape {list(weights.shape)}: expected [{inputs.shape[0]}], one a sample")
     if weights.device != inputs.device:
@@ -166,25 +195,37 @@ def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> 
     if segments is None:
         return None, 0
     if isinstance(segments, Tensor):
-        if segments.dtype not in _INTEGERS:
-            raise TypeError(f"segments is {segments.dtype}: expected integers")
+        tensor("segments", segments)
+        if segments.dtype not in _INTEGERS or segments.layout != torch.strided:
+            raise TypeError(f"segments is {segments.dtype}, {segments.layout}: expected integers in a dense tensor")
+        if not has_memory(segments):
+            raise ValueError("segments is on meta or fake, so their number is not known: give a list of integers")
         low, high = (int(segments.min()), int(segments.max())) if segments.numel() else (0, -1)
     else:
-        if not all(isinstance(s, int) for s in segments):
-            raise TypeError(f"segments is {segments!r}: expected integers")
+        listed = integers("segments", segments)
         # Bounds from the list itself: torch.compile then knows the number of segments.
-        low, high = min(segments, default=0), max(segments, default=-1)
-        segments = torch.tensor(segments, dtype=torch.int64)
+        low, high = min(listed, default=0), max(listed, default=-1)
+        _check_segment_range(low, high)
+        segments = torch.tensor(listed, dtype=torch.int64, device="cpu")
+    _check_segment_range(low, high)
     if segments.shape != inputs.shape[:1]:
         raise ValueError(f"segments has shape {list(segments.shape)}: expected [{inputs.shape[0]}], one a sample")
-    if low < 0:
-        raise ValueError(f"segments holds {low}: expected integers >= 0")
+    if not has_memory(inputs):
+        return inputs.new_empty(segments.shape, dtype=torch.int64), high + 1
     return segments.to(inputs.device, torch.int64), high + 1
 
 
+def _check_segment_range(low: int, high: int) -> None:
+    if low < 0 or high >= MAX_SEGMENTS:
+        raise ValueError(f"segments holds {low if low < 0 else high}: expected integers >= 0 and below {MAX_SEGMENTS}")
+
+
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+    try:
+        pair = 2 * [operator.index(value)]  # type: ignore[arg-type]
+    except TypeError:
+        pair = integers(name, value)
+    if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"{name} is {value!r}: expected an integer >= {least} or two of them")
     return (pair[0], pair[1])
 

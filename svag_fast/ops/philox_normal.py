@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import implements, select
+from svag_fast.ops.checks import integer, integers, tensor
+from svag_fast.ops.memory import address, has_memory, mark_written
 
 Key = tuple[int, int]
 
@@ -35,7 +37,8 @@ def philox_normal_(out: Tensor, *, key: Key, first: int = 0, draw: int = 0, back
     """Fill `out` with the normals of elements ``first, first + 1, ...`` in draw `draw` of the stream `key`.
 
     Args:
-        out: float32 or float64, contiguous, any shape; its elements count in memory order.
+        out: float32 or float64, contiguous, any shape; its elements count in memory order. A meta or fake tensor has
+            no values, and none are made.
         key: two integers in [0, 2^32).
         first: a multiple of 64.
         draw: in [0, 2^64); different draws are independent.
@@ -48,26 +51,34 @@ def philox_normal_(out: Tensor, *, key: Key, first: int = 0, draw: int = 0, back
         TypeError, ValueError: an argument is none of these.
         BackendError: the backend can't serve the call.
     """
-    check_stream(out, "out", key=key, draw=draw)
+    key, draw = check_stream(out, "out", key=key, draw=draw)
+    first = integer("first", first)
     if first < 0 or first % GROUP or first + out.numel() > _LAST_ELEMENT:
         raise ValueError(
             f"Invalid first: {first} for {out.numel()} elements, expected a multiple of {GROUP}, the last below 2^33"
         )
-    select("philox_normal_", backend, [out])(out, key, first, draw)
-    torch.autograd.graph.increment_version(out)
+    fill = select("philox_normal_", backend, [out])
+    if has_memory(out):
+        fill(out, key, first, draw)
+        mark_written([out])
     return out
 
 
-def check_stream(out: Tensor, name: str, *, key: Key, draw: int) -> None:
-    """Refuse what no stream of normals can be written to, and keys and draws out of range."""
+def check_stream(out: Tensor, name: str, *, key: Key, draw: int) -> tuple[Key, int]:
+    """Return key and draw as integers; refuse those out of range, and what no stream of normals can be written to."""
+    tensor(name, out, written=True)
     if out.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} is {out.dtype}: expected torch.float32 or torch.float64")
+    if out.layout != torch.strided:
+        raise TypeError(f"{name} is {out.layout}: expected a dense (strided) tensor")
     if not out.is_contiguous():
         raise ValueError(f"{name} has strides {list(out.stride())}: expected a contiguous tensor")
-    if len(key) != 2 or not all(0 <= word < 2**32 for word in key):
+    words, draw = integers("key", key), integer("draw", draw)
+    if len(words) != 2 or not all(0 <= word < 2**32 for word in words):
         raise ValueError(f"Invalid key: {key}, expected two integers in [0, 2^32)")
     if not 0 <= draw < 2**64:
         raise ValueError(f"Invalid draw: {draw}, expected an integer in [0, 2^64)")
+    return (words[0], words[1]), draw
 
 
 def philox(counter: Tensor, key: Key) -> Tensor:
@@ -93,8 +104,8 @@ def philox(counter: Tensor, key: Key) -> Tensor:
 def _reference(out: Tensor, key: Key, first: int, draw: int) -> None:
     per_counter = 4 if out.dtype == torch.float32 else 2
     groups = -(-out.numel() // (_LANES * per_counter))
-    index = first // per_counter + torch.arange(groups * _LANES, device=out.device)
-    rest = torch.tensor([draw & _LOW, draw >> 32, 0], device=out.device)
+    index = first // per_counter + torch.arange(groups * _LANES, dtype=torch.int64, device=out.device)
+    rest = torch.tensor([draw & _LOW, draw >> 32, 0], dtype=torch.int64, device=out.device)
     words = philox(torch.cat([index[:, None], rest.expand(len(index), 3)], dim=1), key)
     if out.dtype == torch.float32:
         radius, angle = words[:, 0::2], words[:, 1::2]
@@ -118,4 +129,4 @@ def _reference(out: Tensor, key: Key, first: int, draw: int) -> None:
 def _cpu(out: Tensor, key: Key, first: int, draw: int) -> None:
     from svag_fast import _C
 
-    _C.philox_normal(out.data_ptr(), out.dtype == torch.float64, out.numel(), first, key, draw)
+    _C.philox_normal(address(out, "out"), out.dtype == torch.float64, out.numel(), first, key, draw)

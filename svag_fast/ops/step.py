@@ -13,17 +13,19 @@ from torch import Tensor
 from svag_fast.kernels.device_cache import DeviceCache
 from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import (
-    check_apart,
     check_l,
     check_like,
     check_momentum,
-    check_nonnegative,
     check_params,
+    check_step_scalars,
     check_strides,
     laid_out_like,
+    tensor,
+    tensors,
 )
 from svag_fast.ops.library import register_op
-from svag_fast.ops.step_stats import FINITE, StepStats, raw_statistics
+from svag_fast.ops.memory import address, addresses, check_apart, mark_written, spans
+from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, raw_statistics
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -34,15 +36,15 @@ def svag_coefficients(l: float) -> tuple[float, float]:
     Source: Li, Malladi, Arora (NeurIPS 2021), equation 5.
 
     Raises:
-        ValueError: ``l`` is not a finite number >= 1.
+        TypeError: ``l`` is not a number.
+        ValueError: ``l`` is not a finite number >= 1, or above 2^1022.
 
     >>> svag_coefficients(1)
     (1.0, 0.0)
     >>> svag_coefficients(5)
     (2.0, -1.0)
     """
-    check_l(l)
-    root = math.sqrt(2 * l - 1)
+    root = math.sqrt(2 * check_l(l) - 1)
     return (1 + root) / 2, (1 - root) / 2
 
 
@@ -79,10 +81,14 @@ def svag_step_(
             dimensions, so channels_last too), not overlapping. Updated in place, each rounded to its dtype from
             float32 arithmetic (float64 for float64).
         grads1: gradients on the first batch, shaped as the params, of the param's dtype or float32. One whose memory
-            order is not its param's is copied first.
+            order is not its param's, or that is a negated view (as of a conjugate), is copied first. It may be its
+            param itself, but not share memory with any otherwise.
         grads2: gradients on the second, independent batch, at the same params; None only at ``l = 1``.
-        lr: the paper's eta; the step taken is ``lr / l``.
-        l: SVAG's hyperparameter, >= 1; integers are the paper's, fractions are meaningful.
+        lr: the paper's eta; the step taken is ``lr / l``. One so small that it is 0 in the params' arithmetic moves
+            nothing; a larger one that only ``l`` brings to 0 is refused.
+        l: SVAG's hyperparameter, >= 1; integers are the paper's, fractions are meaningful. At most 2^126 for params
+            whose arithmetic is float32 (2^1022 for float64): beyond it 1/l is no normal number there. The same bound
+            holds for lr and weight_decay.
         weight_decay: the paper's lambda.
         compensation: float32 tensors shaped as the params, zero at first, that keep what rounding the params loses
             (Kahan). Without them drift and decay vanish below one ulp of the params when ``lr / l`` is small: at
@@ -107,9 +113,15 @@ def svag_step_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend can't serve the call.
     """
-    check_nonnegative("learning rate", lr)
-    check_l(l)
-    check_nonnegative("weight_decay", weight_decay)
+    params = tensors("params", params, written=True)
+    grads1 = tensors("grads1", grads1)
+    grads2 = None if grads2 is None else tensors("grads2", grads2)
+    compensation = [] if compensation is None else tensors("compensation", compensation, written=True)
+    if momentum_buffers is not None:
+        momentum_buffers = tensors("momentum_buffers", momentum_buffers, written=True)
+    if coefficients is not None:
+        tensor("coefficients", coefficients)
+    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
     check_momentum(momentum, momentum_rule, l)
     if coefficients is None and (momentum != 0) != (momentum_buffers is not None):
         raise ValueError(
@@ -120,23 +132,23 @@ def svag_step_(
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
     if not params:
         _check_lists(params, grads1, grads2, compensation, momentum_buffers)
-        return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64), grads2 is not None)
+        return nothing_stepped(grads2 is not None)
     with torch.no_grad():
         raw = _op(
-            list(params),
-            list(grads1),
-            None if grads2 is None else list(grads2),
-            [] if compensation is None else list(compensation),
+            params,
+            grads1,
+            grads2,
+            compensation,
             lr,
             l,
             weight_decay,
-            skip_nonfinite,
+            bool(skip_nonfinite),
             coefficients,
             backend,
-            None if momentum_buffers is None else list(momentum_buffers),
-            momentum,
+            momentum_buffers,
+            float(momentum),
             momentum_rule,
-            maximize,
+            bool(maximize),
         )
     return StepStats(raw, grads2 is not None)
 
@@ -158,9 +170,12 @@ def check_step(
     backend: str,
 ) -> None:
     """Refuse what :func:`svag_step_` would, without a step: before the first of several is taken."""
-    check_nonnegative("learning rate", lr)
-    check_l(l)
-    check_nonnegative("weight_decay", weight_decay)
+    tensors("params", params, written=True)
+    for name, read in (("grads1", grads1), ("grads2", grads2)):
+        tensors(name, read or [])
+    for name, written in (("compensation", compensation), ("momentum_buffers", momentum_buffers)):
+        tensors(name, written or [], written=True)
+    check_step_scalars(lr, l, weight_decay, params)
     check_momentum(momentum, momentum_rule, l)
     _check_lists(params, grads1, grads2, compensation, momentum_buffers)
     if coefficients is not None:
@@ -191,8 +206,14 @@ def _check_lists(
     if momentum_buffers is not None:
         check_like("momentum_buffers", momentum_buffers, params, dtypes="arithmetic")
         check_strides("momentum_buffers", momentum_buffers, params)
-    if compensation or momentum_buffers:
-        check_apart({"params": params, "compensation": compensation, "momentum_buffers": momentum_buffers})
+    check_apart(
+        [
+            *spans(params, "params"),
+            *spans(compensation or [], "compensation"),
+            *spans(momentum_buffers or [], "momentum_buffers"),
+        ],
+        [*spans(grads1, "grads1"), *spans(grads2 or [], "grads2")],
+    )
 
 
 class StepScalars(NamedTuple):
@@ -279,11 +300,25 @@ def _run(
     scalars = step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize)
     buffers = momentum_buffers or []
     raw: Tensor = step(params, grads1, grads2, compensation, buffers, scalars, skip_nonfinite, coefficients)
-    torch.autograd.graph.increment_version([*params, *compensation, *buffers])
+    mark_written([*params, *compensation, *buffers])
     return raw
 
 
-def _fake(params: list[Tensor], *rest: object) -> Tensor:
+def _fake(
+    params: list[Tensor],
+    grads1: list[Tensor],
+    grads2: list[Tensor] | None,
+    compensation: list[Tensor],
+    lr: float,
+    l: float,
+    weight_decay: float,
+    skip_nonfinite: bool,
+    coefficients: Tensor | None,
+    backend: str,
+    momentum_buffers: list[Tensor] | None = None,
+    *rest: object,
+) -> Tensor:
+    _check_lists(params, grads1, grads2, compensation, momentum_buffers)
     return params[0].new_empty(5, dtype=torch.float64)
 
 
@@ -366,13 +401,13 @@ def _cpu(
 ) -> Tensor:
     from svag_fast import _C
 
-    raw = torch.empty(5, dtype=torch.float64)
+    raw = torch.empty(5, dtype=torch.float64, device="cpu")
     _C.step(
         *_descriptors(params, grads1, grads2, compensation, momentum_buffers),
         *host_scalars(scalars, coefficients),
         skip_nonfinite,
         torch.get_num_threads(),
-        raw.data_ptr(),
+        address(raw, "raw"),
     )
     return raw
 
@@ -396,11 +431,11 @@ def _cuda(
     _C.cuda_step(
         *described,
         *host_scalars(scalars),
-        0 if coefficients is None else coefficients.data_ptr(),
+        0 if coefficients is None else address(coefficients, "coefficients"),
         skip_nonfinite,
         *device_and_stream(params[0].device),
-        workspace.data_ptr(),
-        raw.data_ptr(),
+        address(workspace, "workspace"),
+        address(raw, "raw"),
     )
     return raw
 
@@ -447,11 +482,11 @@ def _descriptors(
 ) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
     """What the compiled kernels are told of the tensors: addresses, sizes and dtypes."""
     return (
-        list(map(Tensor.data_ptr, params)),
-        list(map(Tensor.data_ptr, grads1)),
-        list(map(Tensor.data_ptr, grads2 or [])),
-        list(map(Tensor.data_ptr, compensation)),
-        list(map(Tensor.data_ptr, momentum_buffers)),
+        addresses(params, "params"),
+        addresses(grads1, "grads1"),
+        addresses(grads2 or [], "grads2"),
+        addresses(compensation, "compensation"),
+        addresses(momentum_buffers, "momentum_buffers"),
         list(map(Tensor.numel, params)),
         [DTYPE_CODES[p.dtype] for p in params],
         [DTYPE_CODES[g.dtype] for g in grads1],

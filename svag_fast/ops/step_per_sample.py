@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import device_and_stream, implements, select
-from svag_fast.ops.checks import check_l, check_nonnegative, check_params
+from svag_fast.ops.checks import check_params, check_step_scalars, tensors
 from svag_fast.ops.library import register_op
+from svag_fast.ops.memory import address, addresses, check_apart, mark_written, resolved, spans
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients, svag_step_
 from svag_fast.ops.step_stats import StepStats
 
@@ -58,27 +59,33 @@ def svag_step_per_sample_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend can't serve the call.
     """
-    check_nonnegative("learning rate", lr)
-    check_l(l)
-    check_nonnegative("weight_decay", weight_decay)
+    params = tensors("params", params, written=True)
+    grads1 = tensors("grads1", grads1)
+    grads2 = None if grads2 is None else tensors("grads2", grads2)
+    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
     if grads2 is None and l != 1:
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
-    samples1 = _check_grads("grads1", grads1, params)
-    samples2 = 0 if grads2 is None else _check_grads("grads2", grads2, params)
-    check_params(params)
     if not params:
         raise ValueError("params is empty: the number of samples is not known without a gradient")
     with torch.no_grad():
-        sq_norms, raw = _op(
-            list(params), list(grads1), None if grads2 is None else list(grads2), lr, l, weight_decay, backend
-        )
+        sq_norms, raw = _op(params, grads1, grads2, lr, l, weight_decay, backend)
+    samples1 = grads1[0].shape[0]
     return PerSampleStep(
-        sq_norms[:samples1], None if samples2 == 0 else sq_norms[samples1:], StepStats(raw, grads2 is not None)
+        sq_norms[:samples1], None if grads2 is None else sq_norms[samples1:], StepStats(raw, grads2 is not None)
     )
 
 
-def _check_grads(name: str, grads: Sequence[Tensor], params: Sequence[Tensor]) -> int:
-    """Return the number of samples."""
+def _check(params: Sequence[Tensor], grads1: Sequence[Tensor], grads2: Sequence[Tensor] | None) -> None:
+    _check_grads("grads1", grads1, params)
+    if grads2 is not None:
+        _check_grads("grads2", grads2, params)
+    check_params(params)
+    # A sample is not the param's own element: the means are taken first.
+    read = [*spans(grads1, "grads1"), *spans(grads2 or [], "grads2")]
+    check_apart(spans(params, "params"), read, elementwise=False)
+
+
+def _check_grads(name: str, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     if len(grads) != len(params):
         raise ValueError(f"{name} has {len(grads)} tensors, but params has {len(params)}")
     for i, (g, p) in enumerate(zip(grads, params, strict=True)):
@@ -94,7 +101,6 @@ def _check_grads(name: str, grads: Sequence[Tensor], params: Sequence[Tensor]) -
             raise ValueError(
                 f"{name}[{i}] has {g.shape[0]} samples and {name}[0] {grads[0].shape[0]}: expected the same, at least 1"
             )
-    return grads[0].shape[0] if grads else 0
 
 
 def _run(
@@ -106,15 +112,17 @@ def _run(
     weight_decay: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check(params, grads1, grads2)
     step = select("svag_step_per_sample_", backend, params)
     sq_norms, raw = step(params, grads1, grads2, lr, l, weight_decay)
-    torch.autograd.graph.increment_version(params)
+    mark_written(params)
     return sq_norms, raw
 
 
 def _fake(
     params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, *rest: object
 ) -> tuple[Tensor, Tensor]:
+    _check(params, grads1, grads2)
     samples = grads1[0].shape[0] + (0 if grads2 is None else grads2[0].shape[0])
     return params[0].new_empty(samples, dtype=torch.float64), params[0].new_empty(5, dtype=torch.float64)
 
@@ -171,12 +179,12 @@ def _cpu(
 
     lists = [_samples_like(grads, params) for grads in (grads1, grads2 or [])]
     samples = [len(grads[0]) if grads else 0 for grads in lists]
-    sq_norms = torch.empty(sum(samples), dtype=torch.float64)
-    raw = torch.empty(5, dtype=torch.float64)
+    sq_norms = torch.empty(sum(samples), dtype=torch.float64, device="cpu")
+    raw = torch.empty(5, dtype=torch.float64, device="cpu")
     _C.step_per_sample(
-        [p.data_ptr() for p in params],
-        [g.data_ptr() for g in lists[0]],
-        [g.data_ptr() for g in lists[1]],
+        addresses(params, "params"),
+        addresses(lists[0], "grads1"),
+        addresses(lists[1], "grads2"),
         [p.numel() for p in params],
         [p.dtype == torch.float64 for p in params],
         samples[0],
@@ -185,8 +193,8 @@ def _cpu(
         *svag_coefficients(l),
         weight_decay,
         torch.get_num_threads(),
-        sq_norms.data_ptr(),
-        raw.data_ptr(),
+        address(sq_norms, "sq_norms"),
+        address(raw, "raw"),
     )
     return sq_norms, raw
 
@@ -208,9 +216,9 @@ def _cuda(
     floats = _C.cuda_step_per_sample_workspace(sizes, codes, sum(samples))
     sq_norms, raw, workspace = (params[0].new_empty(n, dtype=torch.float64) for n in (sum(samples), 5, floats))
     _C.cuda_step_per_sample(
-        [p.data_ptr() for p in params],
-        [g.data_ptr() for g in lists[0]],
-        [g.data_ptr() for g in lists[1]],
+        addresses(params, "params"),
+        addresses(lists[0], "grads1"),
+        addresses(lists[1], "grads2"),
         sizes,
         codes,
         samples[0],
@@ -219,9 +227,9 @@ def _cuda(
         *svag_coefficients(l),
         weight_decay,
         *device_and_stream(params[0].device),
-        workspace.data_ptr(),
-        sq_norms.data_ptr(),
-        raw.data_ptr(),
+        address(workspace, "workspace"),
+        address(sq_norms, "sq_norms"),
+        address(raw, "raw"),
     )
     return sq_norms, raw
 
@@ -229,6 +237,6 @@ def _cuda(
 def _samples_like(grads: list[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """Each sample's gradient in its param's memory order: the tensor itself where it is, else a copy."""
     return [
-        g.permute(0, *(1 + d for d in sorted(range(p.dim()), key=p.stride, reverse=True))).contiguous()
+        resolved(g.permute(0, *(1 + d for d in sorted(range(p.dim()), key=p.stride, reverse=True))).contiguous())
         for g, p in zip(grads, params, strict=False)
     ]

@@ -112,6 +112,11 @@ def is_one_batch(sq_norm1: float, sq_norm2: float, inner: float, weight_sq_norm:
     return sq_norm1 == sq_norm2 == inner != 0 and finite != 0
 
 
+def nothing_stepped(has_second: bool) -> StepStats:
+    """Return the statistics of a step over no params."""
+    return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device="cpu"), has_second)
+
+
 def raw_statistics(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) -> Tensor:
     """Return ``StepStats.raw`` by plain PyTorch, in float64."""
 

@@ -20,6 +20,7 @@ from svag_fast.ops import weight_grad_cpu, weight_grad_triton
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, in_sum_dtype, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
+from svag_fast.ops.memory import has_memory
 
 # Samples whose gradients the reference holds at a time.
 _REFERENCE_CHUNK = 8
@@ -64,13 +65,16 @@ def weight_grad_and_sq_norms(
         weight_shape: [d, p] for Linear; [O, C / groups, k_h, k_w] for Conv2d.
         weights: [B], w_i of the sum; ones if None. They don't enter ``sq_norms``.
         segments: [B] integers >= 0 that put each sample into a segment; S is the largest plus one. Given as a tensor
-            on a GPU it is read back once; give a list to avoid that.
+            on a GPU it is read back once; give a list to avoid that. S is at most 4096.
         stride, padding, dilation, groups: of the convolution, as in :func:`torch.nn.functional.conv2d`; padding also
             "valid" or "same", always with zeros. They must be left alone for Linear.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         :class:`WeightGrad`. Sums are formed in float32 for float32 and half-precision inputs, in float64 for float64.
+        On the CPU they have the same bits for any number of threads, but for ``grad`` and ``segment_gram`` of a Linear
+        layer that PyTorch's own matrix product serves (few positions a sample for its width): that product groups its
+        sums by the number of threads.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -120,7 +124,10 @@ def unchecked_weight_grads(
     inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
 ) -> tuple[Sequence[Tensor], Tensor]:
     """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself."""
-    function = select("weight_grad_and_sq_norms", "auto", (inputs, output_grads))
+    operands = (inputs, output_grads)
+    # A fake tensor has no address: plain PyTorch makes fakes of it.
+    plain = has_memory(inputs) and has_memory(output_grads)
+    function = select("weight_grad_and_sq_norms", "auto" if plain else "reference", operands)
     if function is _cpu:
         inputs, output_grads = in_sum_dtype(inputs, output_grads)
         served = weight_grad_cpu.direct_parts(inputs, output_grads, weight_shape, geometry, parts)
@@ -150,9 +157,10 @@ def reference(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch, a few samples' gradients at a time."""
     inputs, output_grads, weight_shape, weights, segments, num_segments, geometry = product
     B, dtype = inputs.shape[0], sum_dtype(inputs)
-    w = torch.ones(B, dtype=dtype, device=inputs.device) if weights is None else weights.to(dtype)
+    w = inputs.new_ones(B, dtype=dtype) if weights is None else weights.to(dtype)
     # [S, B]: w_i where sample i is in segment s.
-    members = w[None] if segments is None else w * (torch.arange(num_segments, device=w.device)[:, None] == segments)
+    numbers = torch.arange(num_segments, dtype=torch.int64, device=w.device)
+    members = w[None] if segments is None else w * (numbers[:, None] == segments)
     sums = inputs.new_zeros((len(members), *weight_shape), dtype=dtype)
     sq_norms = inputs.new_zeros(B, dtype=torch.float64)
     if sums.numel() and output_grads.numel():

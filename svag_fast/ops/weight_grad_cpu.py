@@ -25,6 +25,7 @@ from torch import Tensor
 
 from svag_fast.ops.cpu_layout import LayerShapes, layer_operands
 from svag_fast.ops.layer_product import Geometry, LayerProduct, grad_format, in_sum_dtype
+from svag_fast.ops.memory import address
 from svag_fast.ops.weight_gram_cpu import gram_sq_norms
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ def _layer(shapes: LayerShapes) -> _Layer:
     weight_shape = shapes.weight_shape
     positions = math.prod(shapes.output_shape[2:] if len(weight_shape) == 4 else shapes.input_shape[1:2])
     way = choose(weight_shape, positions, shapes.dtype.itemsize, shapes.geometry.groups)
-    inputs = torch.empty_strided(shapes.input_shape, shapes.input_strides, device="meta")
+    inputs = torch.empty_strided(shapes.input_shape, shapes.input_strides, dtype=shapes.dtype, device="meta")
     like = grad_format(inputs, weight_shape)
-    grad = torch.empty(weight_shape, memory_format=like, device="meta")
+    grad = torch.empty(weight_shape, dtype=shapes.dtype, memory_format=like, device="meta")
     return _Layer(layer_operands(shapes), way, _LOOP_ORDERS.get(way, 0), like, _four(grad.stride()))
 
 
@@ -140,7 +141,7 @@ def gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """The norms from products of pixels; the gradient's tiles summed over samples without squaring each."""
     x, _, layer = prepared = _prepared(product)
-    grad = torch.empty(product.weight_shape, dtype=x.dtype, memory_format=layer.grad_format)
+    grad = torch.empty(product.weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format)
     segment_gram = _by_segments(product, prepared, grad, TILES_OUTSIDE, sq_norms=None)
     return grad, gram_sq_norms(product), segment_gram
 
@@ -148,8 +149,8 @@ def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
     x, _, layer = prepared = _prepared(product)
-    grad = torch.empty(product.weight_shape, dtype=x.dtype, memory_format=layer.grad_format)
-    sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
+    grad = torch.empty(product.weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format)
+    sq_norms = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
     return grad, sq_norms, _by_segments(product, prepared, grad, loop_order, sq_norms=sq_norms)
 
 
@@ -164,22 +165,22 @@ def direct_parts(
     batch = x.shape[0]
     if layer.loop_order == 0 or x.numel() == 0 or dy.numel() == 0:
         return None
-    sq_norms = torch.empty(batch, dtype=torch.float64)
+    sq_norms = torch.empty(batch, dtype=torch.float64, device="cpu")
     grads: Sequence[Tensor]
     if parts == 1:
-        grads = (torch.empty(weight_shape, dtype=x.dtype, memory_format=layer.grad_format),)
+        grads = (torch.empty(weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format),)
         strides, part, ends = layer.grad_strides, 0, [batch]
     else:
-        grads = torch.empty((parts, *weight_shape), dtype=x.dtype).unbind()
+        grads = torch.empty((parts, *weight_shape), dtype=x.dtype, device="cpu").unbind()
         strides, part = _four(grads[0].stride()), grads[0].numel()
         ends = [batch // parts * (i + 1) for i in range(parts)]
     layer.operands.weight_grad(
-        x.data_ptr(),
-        dy.data_ptr(),
+        address(x, "inputs"),
+        address(dy, "output_grads"),
         ends,
-        grads[0].data_ptr(),
+        address(grads[0], "grad"),
         strides,
-        sq_norms.data_ptr(),
+        address(sq_norms, "sq_norms"),
         layer.loop_order,
         torch.get_num_threads(),
         part,
@@ -196,7 +197,7 @@ def direct_step(product: LayerProduct, weight: Tensor, step: Sequence[float]) ->
     x, _, layer = prepared = _prepared(product)
     cached = layer.way == "pixel-gram" and _stays_cached(product.weight_shape, x.dtype.itemsize)
     loop_order = SAMPLES_OUTSIDE if cached or layer.way == "samples outside" else TILES_OUTSIDE
-    sq_norms, weight_sq_norm = (torch.empty(shape, dtype=torch.float64) for shape in (x.shape[:1], ()))
+    sq_norms, weight_sq_norm = (torch.empty(shape, dtype=torch.float64, device="cpu") for shape in (x.shape[:1], ()))
     gram = _by_segments(
         product, prepared, weight, loop_order, sq_norms=sq_norms, step=step, weight_sq_norm=weight_sq_norm
     )
@@ -223,24 +224,24 @@ def _by_segments(
         S = product.num_segments
         order = torch.argsort(segments, stable=True)
         ends = torch.bincount(segments, minlength=S).cumsum(0).tolist()
-    gram = torch.empty((S, S), dtype=torch.float64)
+    gram = torch.empty((S, S), dtype=torch.float64, device="cpu")
     layer.operands.weight_grad(
-        x.data_ptr(),
-        dy.data_ptr(),
+        address(x, "inputs"),
+        address(dy, "output_grads"),
         ends,
-        target.data_ptr(),
+        address(target, "weight"),
         _four(target.stride()),
-        _address(sq_norms),
+        _address(sq_norms, "sq_norms"),
         loop_order,
         torch.get_num_threads(),
-        weights=_address(w),
-        order=_address(order),
-        segment_gram=gram.data_ptr() if S else 0,
+        weights=_address(w, "weights"),
+        order=_address(order, "segments"),
+        segment_gram=address(gram, "segment_gram") if S else 0,
         step=step,
-        weight_sq_norm=_address(weight_sq_norm),
+        weight_sq_norm=_address(weight_sq_norm, "weight_sq_norm"),
     )
     return gram
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None, name: str) -> int:
+    return 0 if tensor is None else address(tensor, name)

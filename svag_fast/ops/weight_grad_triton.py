@@ -91,7 +91,7 @@ def library(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     sq_norms = squares.view(B, -1).sum(1).clamp_(min=0)
 
     def grad(members: Tensor | None) -> Tensor:
-        w = torch.ones(B, device=inputs.device) if weights is None else weights.float()
+        w = torch.ones(B, dtype=torch.float32, device=inputs.device) if weights is None else weights.float()
         weighted = output_grads * w.view(-1, *[1] * (output_grads.dim() - 1))
         if members is not None:  # not by a weight of 0: times inf that is nan
             weighted = torch.where(members.view(-1, *[1] * (output_grads.dim() - 1)), weighted, 0.0)
@@ -113,7 +113,11 @@ def library(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in tiles: squared, then added. Up to two segments take one pass, more one each."""
     inputs, shape, segments = product.inputs, product.weight_shape, product.segments
-    w = torch.ones(len(inputs), device=inputs.device) if product.weights is None else product.weights.float()
+    w = (
+        torch.ones(len(inputs), dtype=torch.float32, device=inputs.device)
+        if product.weights is None
+        else product.weights.float()
+    )
 
     def products(weights: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         memory_format = grad_format(inputs, shape)

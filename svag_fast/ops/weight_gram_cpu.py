@@ -12,12 +12,15 @@ from torch import Tensor
 
 from svag_fast.ops.cpu_layout import LayerShapes, layer_operands
 from svag_fast.ops.layer_product import LayerProduct, in_sum_dtype
+from svag_fast.ops.memory import address
 
 
 def gram_sq_norms(product: LayerProduct) -> Tensor:
     """Return |b_iᵀ a_i|² [B] in float64; neither dW nor windows nor all T² products at once are held in memory."""
     x, dy = in_sum_dtype(product.inputs, product.output_grads)
     operands = layer_operands(LayerShapes.of(x, dy, product.weight_shape, product.geometry))
-    sq_norms = torch.empty(x.shape[0], dtype=torch.float64)
-    operands.weight_gram(x.data_ptr(), dy.data_ptr(), sq_norms.data_ptr(), torch.get_num_threads())
+    sq_norms = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
+    operands.weight_gram(
+        address(x, "inputs"), address(dy, "output_grads"), address(sq_norms, "sq_norms"), torch.get_num_threads()
+    )
     return sq_norms

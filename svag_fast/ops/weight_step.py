@@ -9,9 +9,10 @@ from torch import Tensor
 
 from svag_fast.ops import weight_grad_cpu, weight_grad_triton
 from svag_fast.ops.backends import implements, select
-from svag_fast.ops.checks import check_l, check_nonnegative, check_params
+from svag_fast.ops.checks import check_params, check_step_scalars, tensor
 from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
+from svag_fast.ops.memory import check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import constant_coefficients, step_scalars, svag_coefficients, svag_step_
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.ops.weight_grad import reference as reference_product
@@ -37,7 +38,7 @@ def svag_weight_step_(
     With g1 and g2 the means of the samples' gradients b_iᵀ a_i over segments 0 and 1,
     ``weight -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*weight)`` (paper, equation 5). Where a tile of g1 and g2 is
     finished it takes its step: the gradient is not stored. Equal to :func:`weight_grad_and_sq_norms` of each segment
-    followed by :func:`svag_step_`, to rounding.
+    followed by :func:`svag_step_`, to rounding. On the CPU the same bits come out for any number of threads.
 
     Args:
         weight: [d, p] (Linear) or [O, C / groups, k_h, k_w] (Conv2d), float32 or float64 as the sums are; any strides.
@@ -55,11 +56,7 @@ def svag_weight_step_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend named can't serve the call.
     """
-    check_nonnegative("learning rate", lr)
-    check_l(l)
-    check_nonnegative("weight_decay", weight_decay)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight is a {type(weight).__name__}: expected a tensor")
+    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, [tensor("weight", weight, written=True)])
     product = layer_product(
         inputs,
         output_grads,
@@ -73,8 +70,10 @@ def svag_weight_step_(
     )
     try:
         check_params([weight])
+        read = [*spans([product.inputs], "inputs"), *spans([product.output_grads], "output_grads")]
+        check_apart(spans([weight], "weight"), read, elementwise=False)
     except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("params[0]", "weight")) from None
+        raise type(error)(str(error).replace("params[0]", "weight").replace("[0]", "")) from None
     if weight.dtype != sum_dtype(inputs):
         raise TypeError(f"weight is {weight.dtype}, but gradients of {inputs.dtype} are formed in {sum_dtype(inputs)}")
     if weight.device != inputs.device:
@@ -107,7 +106,7 @@ def _check_two_batches(product: LayerProduct, l: float) -> None:
         raise ValueError(f"segments has no sample in the second batch (1), but a step at l = {l} needs two batches")
     if product.segments is None:
         raise ValueError("segments is None: expected 0 or 1 for each sample")
-    if not bool((product.segments == 0).any()):
+    if has_memory(product.segments) and not bool((product.segments == 0).any()):
         raise ValueError("segments has no sample in the first batch (0)")
 
 
@@ -132,7 +131,7 @@ def _run(
     product = LayerProduct(inputs, output_grads, list(weight.shape), weights, segments, num_segments, geometry)
     step = select("svag_weight_step_", backend, [weight, inputs, output_grads])
     sq_norms, raw = step(weight, product, lr, l, weight_decay)
-    torch.autograd.graph.increment_version([weight])
+    mark_written([weight])
     return sq_norms, raw
 
 

@@ -58,7 +58,7 @@ class Draws:
         """Fill `out` with independent N(0, 1)."""
         if out.device.type != "cpu" or out.dtype not in (torch.float32, torch.float64):
             return out.normal_(generator=self._generator)
-        to = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+        to = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device="cpu")
         philox_normal_(to, key=self.key, first=self._first, draw=self._draw)
         self._draw += 1
         return out if to is out else out.copy_(to)
@@ -76,11 +76,13 @@ class Draws:
 
     def indices(self, high: int, size: tuple[int, ...]) -> Tensor:
         """Independent uniform integers in [0, high): batches drawn with replacement."""
-        return torch.randint(high, size, generator=self._generator, device=self.device)
+        return torch.randint(high, size, generator=self._generator, dtype=torch.int64, device=self.device)
 
     def subsets(self, population: int, rows: int, size: int) -> Tensor:
         """`rows` independent uniform subsets of `size` distinct integers below `population`: int64 [rows, size]."""
         if rows == 1:
-            return torch.randperm(population, generator=self._generator, device=self.device)[None, :size]
-        keys = torch.rand(rows, population, generator=self._generator, device=self.device)
+            return torch.randperm(population, generator=self._generator, dtype=torch.int64, device=self.device)[
+                None, :size
+            ]
+        keys = torch.rand(rows, population, generator=self._generator, dtype=torch.float32, device=self.device)
         return keys.argsort(dim=1)[:, :size]

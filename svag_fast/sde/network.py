@@ -127,7 +127,7 @@ class NetworkProblem:
     def sample_grad(self, x: Tensor, index: int) -> Tensor:
         """The gradient [P] of one sample's loss."""
         self._refuse_coupling()
-        return self._weighted_grad(x, torch.tensor([index], device=x.device), x.new_ones(1))
+        return self._weighted_grad(x, torch.tensor([index], dtype=torch.int64, device=x.device), x.new_ones(1))
 
     def noise_weights(self, x: Tensor, draws: Draws) -> Tensor:
         """Fresh sample weights [n] whose weighted mean gradient has mean zero and covariance Sigma."""

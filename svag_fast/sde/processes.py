@@ -23,6 +23,7 @@ means: expectations of smooth functions at a fixed time differ by O(s^p).
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -98,11 +99,20 @@ class Process(ABC):
 
     def step_(self, problem: Problem, x: Tensor, draws: Draws) -> Tensor:
         """One step of every trajectory in `x`, in place."""
+        self.check_dtype(x.dtype)
         h = self.step_size
         estimate = self._estimate(problem, x, draws)
         if self.weight_decay:
             x.mul_(1 - h * self.weight_decay)
         return x.sub_(estimate, alpha=h)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a step whose numbers are infinite in the state's dtype, or whose size is 0 there.
+
+        Raises:
+            ValueError: it names the number.
+        """
+        _check_dtype(self, dtype)
 
     def _estimate(self, problem: Problem, x: Tensor, draws: Draws) -> Tensor:
         (estimate,) = self.estimates
@@ -111,6 +121,25 @@ class Process(ABC):
         if estimate.noise_scale == 0:
             return problem.mean_grad(x)
         return problem.gaussian_grad(x, estimate.noise_scale, draws)
+
+
+@functools.lru_cache(maxsize=128)
+def _check_dtype(process: Process, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    named = {
+        "step_size": process.step_size,
+        "weight_decay": process.weight_decay,
+        "hessian_weight": process.hessian_weight,
+    }
+    for estimate in process.estimates:
+        named["noise_scale"] = estimate.noise_scale
+        for j, weight in enumerate(estimate.weights):
+            named[f"weights[{j}]"] = weight
+        for name, value in named.items():
+            if abs(value) > limits.max:
+                raise ValueError(f"Invalid {process}: its {name}, {value}, is infinite in {dtype}")
+    if torch.tensor(process.step_size, dtype=dtype, device="cpu") == 0:
+        raise ValueError(f"Invalid {process}: its step_size, {process.step_size}, is 0 in {dtype}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +211,7 @@ class OneBatchSVAG(Process):
         grad = problem.batch_grad(x, (1.0,), draws)
         rows = x.shape[: x.dim() - problem.state_dim]
         signs = (2 * draws.indices(2, tuple(rows)) - 1).to(x.dtype)
-        return grad.mul_((1 + math.sqrt(self.l - 1) * signs).reshape(*rows, *[1] * problem.state_dim))
+        return grad.mul_((1 + math.sqrt(self.l - 1) * signs).reshape((*rows, *[1] * problem.state_dim)))
 
 
 @dataclass(frozen=True)
@@ -228,6 +257,7 @@ class GradientFlow(_Integrated):
 
     def step_(self, problem: Problem, x: Tensor, draws: Draws) -> Tensor:
         """One Runge-Kutta step, in place."""
+        self.check_dtype(x.dtype)
 
         def slope(y: Tensor) -> Tensor:
             return problem.mean_grad(y).add_(y, alpha=self.weight_decay).neg_()

@@ -100,7 +100,7 @@ class LinearRegression:
         total = torch.zeros_like(self._spread())
         for estimate in process.estimates:
             mean_weight, variance = _mean_and_variance(estimate)
-            step = torch.eye(self._mean().shape[0], dtype=torch.float64) + h * self._drift(
+            step = torch.eye(self._mean().shape[0], dtype=torch.float64, device=total.device) + h * self._drift(
                 decay, process.hessian_weight, mean_weight
             )
             total += estimate.probability * (torch.kron(step, step) + h**2 * variance * self._spread())
@@ -125,7 +125,7 @@ class LinearRegression:
         for time in times:
             check_number("times", time, least=0)
         drift = self._drift(weight_decay, lr / 2 if order == 2 else 0.0, 1.0)
-        identity = torch.eye(drift.shape[0], dtype=torch.float64)
+        identity = torch.eye(drift.shape[0], dtype=torch.float64, device=drift.device)
         generator = torch.kron(drift, identity) + torch.kron(identity, drift) + float(noise) * lr * self._spread()
         start = self._start(x0).numpy()
         moments = [torch.from_numpy(scipy.linalg.expm(generator.numpy() * time) @ start) for time in times]
@@ -151,16 +151,16 @@ class LinearRegression:
     def _drift(self, weight_decay: float, hessian_weight: float, mean_weight: float) -> Tensor:
         """``-(I + hessian_weight Hessian f)(mean_weight A + lambda)`` acting on z, last row zero."""
         mean = self._mean()
-        decay = weight_decay * torch.eye(len(mean), dtype=torch.float64)
+        decay = weight_decay * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
         decay[-1, -1] = 0
         hessian = mean.clone()
         hessian[:, -1] = 0
-        boost = torch.eye(len(mean), dtype=torch.float64) + hessian_weight * (hessian + decay)
+        boost = torch.eye(len(mean), dtype=torch.float64, device=mean.device) + hessian_weight * (hessian + decay)
         return -boost @ (mean_weight * mean + decay)
 
     def _start(self, x0: Tensor) -> Tensor:
         check_vector("x0", x0, self.features.shape[1])
-        z = torch.cat([x0.double(), torch.ones(1, dtype=torch.float64)])
+        z = torch.cat([x0.double(), torch.ones(1, dtype=torch.float64, device=x0.device)])
         return torch.outer(z, z).reshape(-1)
 
 

@@ -65,6 +65,7 @@ def simulate(
         return state
     check_count("trajectories", trajectories, least=1)
     states = x0.detach().repeat(trajectories, *[1] * x0.dim())
+    process.check_dtype(x0.dtype)
     step = affine_step(process, problem)
     if step and x0.dim() == 0 and x0.device.type == "cpu" and x0.dtype in (torch.float32, torch.float64):
         return affine_walk_(states, step, steps, key=Draws(seed).key, threads=threads)

@@ -136,7 +136,7 @@ def _order_two_dynamics(settings: Settings) -> Check:
     """d/dt E|X|² = -(2λ + ηλ²) R + ηG + ηN from a fixed x: one step of time h, its h |drift|² taken off."""
     kappa, h = 4.0, 1e-3
     toy, lr = _scaled(kappa), LR * kappa
-    x = torch.tensor([2.8, 0.3, -0.4, 0.3], dtype=torch.float64)
+    x = torch.tensor([2.8, 0.3, -0.4, 0.3], dtype=torch.float64, device="cpu")
     g, noise, r = (float(s) for s in toy.statistics(x[None]))
     ends = simulate(
         SDE2(lr, DECAY, h=h), toy, x, h, trajectories=settings.choose(100_000, 1_000_000), seed=settings.seed
@@ -173,7 +173,7 @@ def _equilibrium(process: Process, kappa: float, n: int, seed: int) -> Norms:
     """R, G, N over an ensemble that ran long enough to forget its start, the SDE's equilibrium."""
     toy = _scaled(kappa)
     start = toy.sde_equilibrium(lr=LR * kappa, weight_decay=DECAY)
-    x0 = torch.zeros(toy.dim, dtype=torch.float64)
+    x0 = torch.zeros(toy.dim, dtype=torch.float64, device="cpu")
     x0[0] = math.sqrt(_number(start.weight_sq_norm))
     time = math.ceil(TIME / process.step_size) * process.step_size
     g, noise, r = toy.statistics(simulate(process, toy, x0, time, trajectories=n, seed=seed))

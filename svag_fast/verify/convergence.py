@@ -55,13 +55,13 @@ def exact(settings: Settings) -> Outcome:
     regression, start = _regression()
     limit_2 = regression.sde_second_moment(start, TIMES, lr=LR, weight_decay=DECAY)
     paths = [regression.process_second_moment(SVAG(LR, DECAY, l=l), start, TIMES) - limit_2 for l in ls]
-    loss = torch.zeros(4, 4, dtype=torch.float64)
+    loss = torch.zeros(4, 4, dtype=torch.float64, device="cpu")
     loss[:3, :3] = regression.hessian / 2
     loss[:3, 3] = loss[3, :3] = -regression.features.T @ regression.targets / len(regression.targets) / 2
     for label, weights in (("the loss", loss), ("x₁²", _entry(0, 0)), ("x₂", _entry(1, 3))):
         errors = [float((gap * weights).sum((1, 2)).abs().max()) for gap in paths]
         _slope_check(outcome, f"linear regression in 3 dimensions, g = {label}, closed form", ls, np.array(errors))
-    ls, start = ls[:-2], torch.tensor([0.8, 0.6], dtype=torch.float64)
+    ls, start = ls[:-2], torch.tensor([0.8, 0.6], dtype=torch.float64, device="cpu")
     for label, function, frequency in (("|x|²", _identity, 0), ("x₁", np.sqrt, 1), ("cos 2θ", np.ones_like, 2)):
         limit_x = CIRCLE.sde_mean(start, TIME, function, lr=LR, weight_decay=DECAY, frequency=frequency)
         ends = [CIRCLE.process_mean(SVAG(LR, DECAY, l=l), start, TIME, function, frequency=frequency) for l in ls]
@@ -92,7 +92,14 @@ def contrast(settings: Settings) -> Outcome:
         )
     problem, l, n = SCALAR["Ornstein-Uhlenbeck"], 8.0, settings.choose(50_000, 500_000)
     scaled, process = problem.at_batch_size(1 / l), SGD(LR / l)
-    x = simulate(process, scaled, torch.tensor(START, dtype=torch.float64), TIME, trajectories=n, seed=settings.seed)
+    x = simulate(
+        process,
+        scaled,
+        torch.tensor(START, dtype=torch.float64, device="cpu"),
+        TIME,
+        trajectories=n,
+        seed=settings.seed,
+    )
     mean, error = mean_and_error(x**3)
     expected = float(process_moments(process, scaled, START, [TIME])[0, 3])
     outcome.checks.append(z_check("Lemma 4.7 (iii)", "the same, simulated at l = 8: E x³", mean, error, expected))
@@ -110,7 +117,7 @@ def simulated(settings: Settings) -> Outcome:
         errors = np.array([value - limit for value, _ in estimates])
         _slope_check(outcome, f"{name}, g = cos x, simulated", ls, errors, np.array([e for _, e in estimates]))
     toy = ScaleInvariantToy(4, signal=1.0, noise_std=1.5, law=Gamma())
-    x0 = torch.tensor([0.5, 0.5, -0.5, 1.0], dtype=torch.float64)
+    x0 = torch.tensor([0.5, 0.5, -0.5, 1.0], dtype=torch.float64, device="cpu")
     limit = toy.sde_weight_sq_norm(1.75, TIME, lr=LR, weight_decay=DECAY)
     estimates = []
     for l in ls:
@@ -125,7 +132,7 @@ def decomposition(settings: Settings) -> Outcome:
     """Equation 4: the error of SGD as discretisation plus non-Gaussianity, exact and by coupled simulation."""
     outcome = Outcome()
     n = settings.choose(100_000, 1_000_000)
-    start = torch.tensor(START, dtype=torch.float64)
+    start = torch.tensor(START, dtype=torch.float64, device="cpu")
     for name, problem in SCALAR.items():
         # The same seed draws the same normals: SGD's gamma noise is an increasing function of NGD's Gaussian one.
         sgd = simulate(SGD(LR), problem, start, TIME, trajectories=n, seed=settings.seed)
@@ -168,7 +175,7 @@ def _slope_check(
 
 def _cosine(problem: AffineProblem, l: float, n: int, seed: int) -> tuple[float, float]:
     """E cos x of SVAG: x..x⁴ and the Gaussian twin's cosine, all of known mean, take most of the noise away."""
-    process, start = SVAG(LR, l=l), torch.tensor(START, dtype=torch.float64)
+    process, start = SVAG(LR, l=l), torch.tensor(START, dtype=torch.float64, device="cpu")
     x = simulate(process, problem, start, TIME, trajectories=n, seed=seed)
     controls = [x**p for p in POWERS]
     expectations = list(process_moments(process, problem, START, [TIME])[0, 1:])
@@ -204,10 +211,12 @@ def _gaussian_mean_of_cosine(mean: float, variance: float) -> float:
 
 
 def _regression() -> tuple[LinearRegression, torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    features = torch.randn(8, 3, dtype=torch.float64, generator=generator)
-    targets = features.sum(1) + torch.randn(8, dtype=torch.float64, generator=generator)
-    return LinearRegression(features, targets, batch_size=1), torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(4)
+    features = torch.randn(8, 3, dtype=torch.float64, device="cpu", generator=generator)
+    targets = features.sum(1) + torch.randn(8, dtype=torch.float64, device="cpu", generator=generator)
+    return LinearRegression(features, targets, batch_size=1), torch.tensor(
+        [1.0, -0.5, 2.0], dtype=torch.float64, device="cpu"
+    )
 
 
 def _identity(r: np.ndarray) -> np.ndarray:
@@ -215,6 +224,6 @@ def _identity(r: np.ndarray) -> np.ndarray:
 
 
 def _entry(row: int, column: int) -> torch.Tensor:
-    weights = torch.zeros(4, 4, dtype=torch.float64)
+    weights = torch.zeros(4, 4, dtype=torch.float64, device="cpu")
     weights[row, column] = 1
     return weights

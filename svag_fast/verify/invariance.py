@@ -26,12 +26,12 @@ TOLERANCE = 1e-4
 def nets(settings: Settings) -> Outcome:
     """Relative violations on one batch in float64; nets without normalisation must be seen to fail."""
     outcome = Outcome(data={"nets": []})
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     for name in (*(FAST if settings.fast else FULL), *PLAIN):
         channels, side = (1, 8) if name == "digits-net" else (3, 32)
         model = build_model(name, in_channels=channels, num_classes=10, seed=settings.seed).double()
-        images = torch.randn(4, channels, side, side, dtype=torch.float64, generator=generator)
-        targets = torch.randint(10, (4,), generator=generator)
+        images = torch.randn(4, channels, side, side, dtype=torch.float64, device="cpu", generator=generator)
+        targets = torch.randint(10, (4,), generator=generator, dtype=torch.int64, device="cpu")
         report = scale_invariance_report(model, images, targets, scale=3.0)
         holds, claimed = report.holds(TOLERANCE), name not in PLAIN
         worst = max(report.loss_change, report.radial_gradient, report.gradient_change)

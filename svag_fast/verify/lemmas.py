@@ -32,7 +32,7 @@ def lemma_4_7(settings: Settings) -> Outcome:
     n = settings.choose(100_000, 1_000_000)
     for l in LS:
         process = SVAG(LR, l=l)
-        start = torch.tensor(START, dtype=torch.float64)
+        start = torch.tensor(START, dtype=torch.float64, device="cpu")
         step = simulate(process, PROBLEM, start, process.step_size, trajectories=n, seed=settings.seed) - start
         for power, expected in enumerate(_lemma_4_7(l), start=1):
             mean, error = mean_and_error(step**power)
@@ -102,6 +102,6 @@ def _increments(problem: AffineProblem, time: float) -> np.ndarray:
 
 def _geometric_step(settings: Settings, n: int, l: float) -> Tensor:
     """X_{lr/l} - x0 of ``dX = -X dt + lr^(1/2) X dW``, drawn from its log-normal law."""
-    normals = Draws(settings.seed, 1).normal_(torch.empty(n, dtype=torch.float64))
+    normals = Draws(settings.seed, 1).normal_(torch.empty(n, dtype=torch.float64, device="cpu"))
     time = LR / l
     return START * torch.expm1(-(1 + LR / 2) * time + math.sqrt(LR * time) * normals)

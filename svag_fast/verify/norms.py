@@ -35,7 +35,7 @@ def toy_dynamics(settings: Settings) -> Outcome:
     """(10) in one step from a fixed x, and (9) along a path, where R is not random and has a closed form."""
     outcome = Outcome()
     n = settings.choose(100_000, 1_000_000)
-    x0 = torch.linspace(-1, 1.5, TOY.dim, dtype=torch.float64)
+    x0 = torch.linspace(-1, 1.5, TOY.dim, dtype=torch.float64, device="cpu")
     g, noise, r = (float(s) for s in TOY.statistics(x0[None]))
     for process, l in ((SGD(LR, DECAY), 1.0), (SVAG(LR, DECAY, l=4), 4.0)):
         h = LR / l
@@ -63,7 +63,7 @@ def toy_equilibrium(settings: Settings) -> Outcome:
     toy = ScaleInvariantToy(4, signal=0.6, noise_std=1.0, law=Gamma())
     lr, decay = 0.5, 0.5
     sde = toy.sde_equilibrium(lr=lr, weight_decay=decay)
-    x0 = torch.full((4,), math.sqrt(float(_value(sde.weight_sq_norm)) / 4), dtype=torch.float64)
+    x0 = torch.full((4,), math.sqrt(float(_value(sde.weight_sq_norm)) / 4), dtype=torch.float64, device="cpu")
     runs: list[tuple[str, str, Process, float]] = [
         ("eq. 11", "toy, SGD", SGD(lr, decay), 1),
         ("eq. 11", "toy, SVAG l = 4", SVAG(lr, decay, l=4), 4),

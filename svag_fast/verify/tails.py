@@ -25,7 +25,7 @@ def known_laws(settings: Settings) -> Outcome:
     draws = Draws(settings.seed, 3)
 
     def normals() -> Tensor:
-        return draws.normal_(torch.empty(size, dtype=torch.float64))
+        return draws.normal_(torch.empty(size, dtype=torch.float64, device="cpu"))
 
     for block in BLOCKS:
         samples: dict[str, list[tuple[float, float]]] = {"Gaussian": [], "Cauchy": [], "unequal": []}
@@ -38,7 +38,7 @@ def known_laws(settings: Settings) -> Outcome:
                 (1 / tail_index(normals() * variances.sqrt(), block), 1 / gaussian_tail_index(variances, block))
             )
         for name, pairs in samples.items():
-            values = torch.tensor(pairs, dtype=torch.float64)
+            values = torch.tensor(pairs, dtype=torch.float64, device="cpu")
             off = values[:, 0] - values[:, 1]
             expected = values[:, 1].mean().item()
             error = off.std().item() / math.sqrt(repeats)
@@ -64,7 +64,9 @@ def network(settings: Settings) -> Outcome:
             "Gaussian noise, same covariance": lambda: problem.gaussian_grad(x, 1.0, draws) - grad,
         }
         values = {
-            name: torch.tensor([1 / tail_index(noise(), block) for _ in range(repeats)])
+            name: torch.tensor(
+                [1 / tail_index(noise(), block) for _ in range(repeats)], dtype=torch.float64, device="cpu"
+            )
             for name, noise in kinds.items()
         }
     found = {name: (v.mean().item(), v.std().item() / math.sqrt(repeats)) for name, v in values.items()}

@@ -1,0 +1,109 @@
+"""From a tensor to the address of its values: every address that a compiled kernel is given is taken here.
+
+A tensor's address need not hold its values: the negative bit says that they are the opposite of what lies there, a
+storage may have been freed (FSDP does so between uses), a meta or fake tensor never had one. What is only read is
+copied where that helps (:func:`resolved`); the rest is refused, before any kernel runs.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# Below lie null plus any tensor's offset in its storage, and the heap of few programs.
+_SOMEWHERE_LOW = 1 << 40
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor has values at all: a meta or fake one has a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory holds the values: itself, or a copy of a negated view or a zero tensor."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+
+
+def address(tensor: Tensor, name: str) -> int:
+    """Return where the tensor's values lie.
+
+    Raises:
+        ValueError: they lie nowhere, or what lies there is not the values; it names the tensor.
+    """
+    if not has_memory(tensor):
+        raise ValueError(f"{name} is on meta or fake, so it has no values: expected a tensor with memory")
+    check_bits(tensor, name)
+    try:
+        place = tensor.data_ptr()
+    except RuntimeError as error:  # a tensor inside vmap or grad, or another that wraps tensors
+        raise ValueError(f"{name} has no memory of its own ({str(error).splitlines()[0]})") from error
+    if place < _SOMEWHERE_LOW:
+        check_allocated(tensor, name)
+    return place
+
+
+def check_allocated(tensor: Tensor, name: str) -> None:
+    """Refuse a tensor whose storage was freed, which PyTorch's own operations would read or write out of bounds."""
+    if tensor.numel() and has_memory(tensor) and tensor.untyped_storage().data_ptr() == 0:
+        raise ValueError(f"{name} has {tensor.numel()} elements, but no memory: its storage was freed")
+
+
+def check_bits(tensor: Tensor, name: str) -> None:
+    """Refuse a tensor that is the negative of what lies in memory, where it can't be copied."""
+    if tensor.is_conj():
+        raise TypeError(f"{name} is a conjugated view of {tensor.dtype}: expected real numbers")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} is a view of negated values (is_neg() is True), as the imaginary part of a conjugate is: expected "
+            "a tensor with memory of its own, as resolve_neg() makes"
+        )
+
+
+def addresses(tensors: Sequence[Tensor], name: str) -> list[int]:
+    """Return where each tensor's values lie; see :func:`address`."""
+    return [address(t, f"{name}[{i}]") for i, t in enumerate(tensors)]
+
+
+Span = tuple[int, int, str]
+
+
+def spans(tensors: Iterable[Tensor], name: str) -> list[Span]:
+    """Return the first byte, the end and the name of the memory that each tensor lies in, of those that have any."""
+    return [
+        (start := t.data_ptr(), start + _extent(t) * t.element_size(), f"{name}[{i}]")
+        for i, t in enumerate(tensors)
+        if has_memory(t) and t.numel()
+    ]
+
+
+def _extent(t: Tensor) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def check_apart(written: Iterable[Span], read: Iterable[Span] = (), *, elementwise: bool = True) -> None:
+    """Refuse what is written where it shares memory with another tensor.
+
+    ``elementwise``: each element is read before it is written, so a read tensor may be a written one itself (a
+    gradient that is its own param).
+    """
+    listed = list(written)
+    written = sorted(listed)
+    for first, second in itertools.pairwise(written):
+        if second[0] < first[1]:
+            one, other = (name for _, _, name in sorted((first, second), key=listed.index))
+            raise ValueError(f"{one} and {other} share memory: each must have its own")
+    starts = [start for start, _, _ in written]
+    for start, end, name in read:
+        last = bisect.bisect_left(starts, end) - 1  # no other reaches as far
+        if last >= 0 and written[last][1] > start and not (elementwise and written[last][:2] == (start, end)):
+            raise ValueError(f"{name} shares memory with {written[last][2]}, which the step writes: it must be apart")
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Let autograd know that a kernel writes these."""
+    torch.autograd.graph.increment_version(tensors)

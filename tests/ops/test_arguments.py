@@ -1,0 +1,272 @@
+"""Numbers, lists and options of every op: what fits is taken, whatever its type; what doesn't is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from svag_fast import SVAG, svag_loss
+from svag_fast.ops import (
+    AffineStep,
+    affine_walk_,
+    philox_normal_,
+    svag_adaptive_step_,
+    svag_coefficients,
+    svag_step_,
+    svag_step_per_sample_,
+    svag_weight_step_,
+    weight_grad_and_sq_norms,
+)
+from svag_fast.ops.checked_step import CheckedStep
+from svag_fast.sde import processes
+from svag_fast.sde.affine import AffineProblem
+from svag_fast.sde.laws import Gaussian
+from svag_fast.sde.simulate import simulate
+
+ADAPTIVE = {"steps": [1], "lr": 0.1, "l": 4, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+
+
+def ones(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.ones(5, dtype=dtype)]
+
+
+def step(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return svag_step_(ones(dtype), ones(dtype), ones(dtype), **{"lr": 0.1, "l": 4, **options})
+
+
+def adaptive(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    lists = [ones(dtype) for _ in range(5)]
+    return svag_adaptive_step_(*lists, **{**ADAPTIVE, **options})
+
+
+def per_sample(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    grads = [torch.ones(3, 5, dtype=dtype)]
+    return svag_step_per_sample_(ones(dtype), grads, grads, **{"lr": 0.1, "l": 4, **options})
+
+
+def weight_step(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    tensors = (torch.ones(s, dtype=dtype) for s in ((2, 3), (4, 3), (4, 2)))
+    return svag_weight_step_(*tensors, **{"segments": [0, 1, 0, 1], "lr": 0.1, "l": 4, **options})
+
+
+def weight_grad(**options: Any) -> Any:
+    shape = options.pop("weight_shape", [8, 6, 3, 3])
+    return weight_grad_and_sq_norms(torch.ones(4, 6, 5, 5), torch.ones(4, 8, 3, 3), shape, **options)
+
+
+def normals(**options: Any) -> Any:
+    return philox_normal_(torch.zeros(64), **{"key": (1, 2), **options})
+
+
+def walk(**options: Any) -> Any:
+    step = options.pop("step", None) or AffineStep(1.0, 0.0, 0.0, options.pop("spread", 1.0))
+    return affine_walk_(torch.zeros(64), step, options.pop("steps", 2), **{"key": (1, 2), **options})
+
+
+def optimizer(dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(5, dtype=dtype))
+    opt = SVAG([p], **{"lr": 0.1, "l": 4, **options})
+    for then in (opt.hold_gradient, opt.step):
+        p.grad = torch.ones(5, dtype=dtype)
+        then()
+    assert p.isfinite().all()
+
+
+def checked(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    options = {"lr": 0.1, "l": 4, "weight_decay": 0.0, **options}
+    return CheckedStep.of(ones(dtype), ones(dtype), ones(dtype), backend="auto", **options)
+
+
+STEPS = {
+    "svag_step_": step,
+    "svag_adaptive_step_": adaptive,
+    "svag_step_per_sample_": per_sample,
+    "svag_weight_step_": weight_step,
+    "SVAG": optimizer,
+    "CheckedStep": checked,
+}
+
+NOT_INTEGERS = [1.5, "1", None, [1], 1 + 0j, float("nan")]
+INTEGERS = [np.int64(1), np.uint8(1), True, torch.tensor(1)]
+
+
+def _integer_places() -> dict[str, Callable[[Any], Any]]:
+    return {
+        "key": lambda v: normals(key=(v, 2)),
+        "first": lambda v: normals(first=v * 64 if isinstance(v, (int, np.integer, torch.Tensor)) else v),
+        "draw": lambda v: normals(draw=v),
+        "steps": lambda v: walk(steps=v),
+        "threads": lambda v: walk(threads=v) if v is not None else walk(threads="1"),
+        "steps[0]": lambda v: adaptive(steps=[v]),
+        "segments[3]": lambda v: weight_grad(segments=[0, 1, 0, v]),
+        "stride": lambda v: weight_grad(stride=v),
+        "dilation[1]": lambda v: weight_grad(dilation=(1, v)),
+        "groups": lambda v: weight_grad(groups=v),
+        "weight_shape[0]": lambda v: weight_grad(weight_shape=[8 * v if isinstance(v, np.int64) else v, 6, 3, 3]),
+    }
+
+
+@pytest.mark.parametrize("place", _integer_places())
+def test_what_is_no_integer_is_refused_by_name(place: str) -> None:
+    call = _integer_places()[place]
+    for value in NOT_INTEGERS:
+        if place in ("stride",) and value == [1]:
+            continue  # a list of one: another error
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call(value)
+        assert place.split("[")[0] in str(caught.value)
+        assert "incompatible function arguments" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", _integer_places())
+def test_any_kind_of_integer_is_taken(place: str) -> None:
+    if place == "weight_shape[0]":
+        weight_grad(weight_shape=np.array([8, 6, 3, 3]))
+        return
+    for value in INTEGERS:
+        _integer_places()[place](value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: normals(key=1), "key is 1"),
+        (lambda: normals(key=((1, 2), 3)), r"key\[0\] is \(1, 2\)"),
+        (lambda: normals(key=(1, 2, 3)), "Invalid key"),
+        (lambda: normals(key=(-1, 2)), "Invalid key"),
+        (lambda: normals(key=(2**32, 2)), "Invalid key"),
+        (lambda: normals(draw=2**64), "Invalid draw"),
+        (lambda: normals(first=2**70), "Invalid first"),
+        (lambda: walk(steps=2**80), "Invalid steps"),
+        (lambda: walk(threads=2**40), "Invalid threads"),
+        (lambda: walk(step=(1, 2, 3, 4)), "step is a tuple"),
+        (lambda: AffineStep("1", None, 0, 0), "shift is None"),  # type: ignore[arg-type]
+        (lambda: AffineStep(1, 0, 0, 0, weights=[[1.0]]), r"weights\[0\] is \[1.0\]"),  # type: ignore[arg-type,list-item]
+        (lambda: AffineStep(1, 0, 0, 0, weights=1.0), "weights is 1.0"),  # type: ignore[arg-type]
+        (lambda: adaptive(steps=[[1]]), r"steps\[0\] is \[1\]"),
+        (lambda: adaptive(steps=1), "steps is 1"),
+        (lambda: adaptive(beta1="a"), "beta1 is 'a'"),
+        (lambda: adaptive(eps=None), "epsilon value is None"),
+        (lambda: weight_grad(segments=[[0], [1], [0], [1]]), r"segments\[0\] is \[0\]"),
+        (lambda: weight_grad(segments=1), "segments is 1"),
+        (lambda: weight_grad(padding=[[1], 1]), r"padding\[0\] is \[1\]"),
+        (lambda: weight_grad(weight_shape=8), "weight_shape is 8"),
+        (lambda: weight_grad(weight_shape=[8.9, 6, 3, 3]), r"weight_shape\[0\] is 8.9"),
+        (lambda: svag_step_(torch.ones(5), ones(), ones(), lr=0.1, l=4), "params is a tensor"),
+        (lambda: svag_step_(ones(), 1.0, ones(), lr=0.1, l=4), "grads1 is a float"),  # type: ignore[arg-type]
+        (lambda: svag_step_([ones()], ones(), ones(), lr=0.1, l=4), r"params\[0\] is a list"),  # type: ignore[list-item]
+        (lambda: svag_coefficients("a"), "l is 'a'"),  # type: ignore[arg-type]
+        (lambda: processes.SGD("a"), "lr is 'a'"),  # type: ignore[arg-type]
+    ],
+)
+def test_lists_and_ranges_are_checked(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+@pytest.mark.parametrize("option", ["lr", "l", "weight_decay"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_steps_scalars_are_numbers(name: str, option: str) -> None:
+    if name == "SVAG":
+        return  # its own checks
+    for value in ("a", None, [1.0], 1j, torch.ones(2)):
+        with pytest.raises(TypeError, match="expected a number"):
+            STEPS[name](**{option: value})
+    for value in (np.float32(2.0), np.int64(2), torch.tensor(2.0)):
+        STEPS[name](**{option: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_what_the_params_arithmetic_cannot_hold_is_refused(name: str, dtype: torch.dtype) -> None:
+    if name == "svag_adaptive_step_":
+        with pytest.raises(ValueError, match=r"Invalid l: 1e\+?\d+"):
+            adaptive(dtype, l=1e300)
+    refused = [{"l": 1e308}, {"l": math.inf}, {"lr": math.inf}]
+    if dtype == torch.float32:
+        refused += [{"l": 1e300}, {"l": 1e60}, {"lr": 1e39}, {"weight_decay": 1e39}, {"lr": 1e-20, "l": 1e30}]
+    for options in refused:
+        with pytest.raises(ValueError, match=r"Invalid (l|learning rate|weight_decay)"):
+            STEPS[name](dtype, **options)
+    if name != "svag_adaptive_step_":  # there the decay rates round to 1 long before
+        STEPS[name](dtype, l=1e37)
+
+
+def test_float64_params_take_a_huge_l() -> None:
+    params = ones(torch.float64)
+    svag_step_(params, ones(torch.float64), ones(torch.float64), lr=0.1, l=1e300)
+    assert params[0].isfinite().all()
+
+
+def test_a_decay_rate_that_is_1_in_float32_is_refused() -> None:
+    for name, options in {
+        "beta2": {"beta2": 0.999, "l": 65536},
+        "beta1": {"beta1": 0.99, "beta2": 0.5, "l": 1e6},
+    }.items():
+        with pytest.raises(ValueError, match=f"with it {name} = .* is 1 in float32"):
+            adaptive(torch.float32, **options)
+        adaptive(torch.float64, **options)
+
+
+def test_the_losses_weights_are_finite_in_their_dtype() -> None:
+    loss = torch.ones(())
+    for dtype, l in ((torch.float16, 1e10), (torch.float32, 1e300)):
+        with pytest.raises(ValueError, match=r"c1 = .* is infinite in torch\.float"):
+            svag_loss(loss.to(dtype), loss.to(dtype), l)
+    assert svag_loss(loss.double(), loss.double(), 1e300).isfinite()
+
+
+@pytest.mark.parametrize("process", [processes.SVAG, processes.OneBatchSVAG])
+def test_a_process_is_refused_where_its_numbers_are_infinite(process: Any) -> None:
+    problem = AffineProblem(1.0, 0.5, 0.0, 1.0, law=Gaussian())
+    for l in (1e300, 1e60):
+        for trajectories in (None, 64):
+            huge = process(0.1, l=l)
+            x0 = torch.ones((), dtype=torch.float32)
+            with pytest.raises(ValueError, match=r"step_size, 1e-\d+, is 0|is infinite"):
+                simulate(huge, problem, x0, huge.step_size, trajectories=trajectories)
+    x = simulate(process(0.1, l=1e60), problem, torch.ones((), dtype=torch.float64), process(0.1, l=1e60).step_size)
+    assert x.isfinite()
+
+
+def test_a_walks_numbers_are_finite_in_its_dtype() -> None:
+    with pytest.raises(ValueError, match=r"Invalid spread: 1e\+39, which is infinite in torch\.float32"):
+        walk(spread=1e39)
+
+
+def test_sizes_in_a_convolution_cannot_overflow() -> None:
+    for huge in (2**31, 2**40, 2**62, 2**70):
+        with pytest.raises(ValueError, match="padding"):
+            weight_grad(padding=huge, stride=huge)
+    x, b = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 1, 1)
+    expected = weight_grad_and_sq_norms(x, b, [4, 3, 3, 3], stride=5)
+    for stride in (2**40, 2**70):  # one position, wherever the next would be
+        found = weight_grad_and_sq_norms(x, b, [4, 3, 3, 3], stride=stride)
+        assert torch.equal(found.grad, expected.grad)
+    one = torch.randn(2, 4, 5, 5)
+    found = weight_grad_and_sq_norms(x, one, [4, 3, 1, 1], dilation=2**70)
+    assert torch.equal(found.grad, weight_grad_and_sq_norms(x, one, [4, 3, 1, 1]).grad)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_padding_wider_than_memory_costs_none(backend: str) -> None:
+    x, b = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 3, 3)
+    pad = 2**24  # as much on each side would be gigabytes
+    found = weight_grad_and_sq_norms(x, b, [4, 3, 3, 3], stride=pad, padding=pad, backend=backend)
+    # The middle position alone sees the image: its corner.
+    expected = torch.einsum("bo,bchw->ochw", b[:, :, 1, 1], x[:, :, :3, :3])
+    torch.testing.assert_close(found.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_segments_is_bounded() -> None:
+    for segments in ([0] * 3 + [10**9], torch.tensor([0, 0, 0, 4096]), [0] * 3 + [2**63]):
+        with pytest.raises(ValueError, match=r"segments holds \d+: expected integers >= 0 and below 4096"):
+            weight_grad(segments=segments)
+    gram = weight_grad(segments=[0, 0, 0, 40]).segment_gram
+    assert gram.shape == (41, 41)
+    assert gram.count_nonzero() == 4
