@@ -161,7 +161,7 @@ def test_any_kind_of_integer_is_taken(place: str) -> None:
         (lambda: svag_step_(ones(), 1.0, ones(), lr=0.1, l=4), "grads1 is a float"),  # type: ignore[arg-type]
         (lambda: svag_step_([ones()], ones(), ones(), lr=0.1, l=4), r"params\[0\] is a list"),  # type: ignore[list-item]
         (lambda: svag_coefficients("a"), "l is 'a'"),  # type: ignore[arg-type]
-        (lambda: processes.SGD("a"), "lr is 'a'"),  # type: ignore[arg-type]
+        (lambda: processes.SGD("a"), "Invalid lr: 'a'"),  # type: ignore[arg-type]
     ],
 )
 def test_lists_and_ranges_are_checked(call: Callable[[], Any], message: str) -> None:

@@ -295,6 +295,8 @@ def test_a_gradient_that_overlaps_a_param_is_refused(read: str) -> None:
                 p.grad = g
             if which == "grads1":
                 optimizer.hold_gradient()
+        if read == "grads1":  # hold_gradient has copied it
+            continue
         with pytest.raises(ValueError, match="shares memory"):
             optimizer.step()
         assert torch.equal(whole, before)
@@ -311,12 +313,12 @@ def test_state_that_overlaps_is_refused() -> None:
     call = CALLS["svag_step_ compensated"]
     tensors = call.make(torch.float32)
     tensors["compensation"] = tensors["params"]
-    with pytest.raises(ValueError, match=r"compensation\[0\] and params\[0\] share memory"):
+    with pytest.raises(ValueError, match=r"params\[0\] and compensation\[0\] share memory"):
         call.results(tensors)
     call = CALLS["svag_adaptive_step_"]
     tensors = call.make(torch.float32)
     tensors["exp_avgs"] = tensors["exp_avg_sqs"]
-    with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\] and exp_avgs\[0\] share memory"):
+    with pytest.raises(ValueError, match=r"exp_avgs\[0\] and exp_avg_sqs\[0\] share memory"):
         call.results(tensors)
 
 

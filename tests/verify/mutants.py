@@ -33,7 +33,7 @@ STEP, NOISE, THEORY = "ops/step.py", "noise.py", "theory.py"
 MUTANTS = (
     # the step
     Mutant("c2's sign", STEP, "(1 - root) / 2", "(root - 1) / 2", "steps-4.7"),
-    Mutant("l for 2l - 1", STEP, "math.sqrt(2 * l - 1)", "math.sqrt(l)", "steps-4.7"),
+    Mutant("l for 2l - 1", STEP, "math.sqrt(2 * check_l(l) - 1)", "math.sqrt(check_l(l))", "steps-4.7"),
     Mutant(
         "coefficients swapped",
         STEP,
