@@ -12,6 +12,7 @@ Every estimate is unbiased, so a single one may well be negative: nothing here c
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -42,25 +43,37 @@ class NoiseEstimate(NamedTuple):
         return self.noise_trace / self.grad_sq_norm
 
 
-def from_sample_norms(sq_norms: Tensor, batch_grad_sq_norm: Scalar, *, population: int | None = None) -> NoiseEstimate:
+def from_sample_norms(
+    sq_norms: Tensor, batch_grad_sq_norm: Scalar, *, population: int | None = None, weights: Tensor | None = None
+) -> NoiseEstimate:
     """G, N_B and Tr Σ₁ from one batch's per-sample squared norms |g_i|² [B] and |ḡ|².
 
     With replacement s² = (B/(B−1)) (mean|g_i|² − |ḡ|²) estimates Tr Σ₁ and N_B = s²/B. Without replacement from n
     samples, s² estimates Tr Σ₁ · n/(n−1), so Tr Σ₁ = s² (n−1)/n and N_B = s² (n−B)/(nB). G = |ḡ|² − N_B.
 
+    With weights the batch gradient is ḡ = Σ w_i g_i and everything is said of Σ w_i g_i / Σ w_i, whose noise is
+    N_B = q Tr Σ₁, q = Σ w_i² / (Σ w_i)²: Tr Σ₁ = (mean|g_i|² − |ḡ|²/(Σ w_i)²)/(1 − q), the mean over the samples
+    with w_i ≠ 0. The weights are taken as given: unbiased where they say nothing about the gradients (numbers of
+    tokens), not where they follow from them.
+
     Args:
-        sq_norms: [B], any floating dtype, B >= 2; of each sample's own gradient (not divided by B).
-        batch_grad_sq_norm: squared norm of the mean of the same B gradients.
-        population: n, where the B samples are distinct and drawn from n; None for sampling with replacement.
+        sq_norms: [B], any floating dtype, B >= 2; of each sample's own gradient (not divided by B). Where a weight is 0
+            its norm is not looked at.
+        batch_grad_sq_norm: squared norm of the mean of the same B gradients; with weights of Σ w_i g_i.
+        population: n, where the B samples are distinct and drawn from n; None for sampling with replacement. Not with
+            weights.
+        weights: [B], each sample's weight in the loss, at least two of them not 0; None for 1/B.
 
     Raises:
-        ValueError: fewer than two samples, sq_norms not 1-D, or B > n.
+        TypeError: not a tensor, or not of real numbers.
+        ValueError: fewer than two samples, sq_norms not 1-D, B > n, or weights that don't fit.
     """
-    if sq_norms.dim() != 1 or sq_norms.numel() < 2:
-        raise ValueError(f"sq_norms must have shape [B] with B >= 2, got {list(sq_norms.shape)}")
+    _check_series(sq_norms, "sq_norms", "B")
     B = sq_norms.numel()
     _check_population(B, population)
     batch = _float64(batch_grad_sq_norm, "batch_grad_sq_norm", sq_norms.device)
+    if weights is not None:
+        return _from_weighted(sq_norms, batch, weights, population)
     # Shifted: the mean of the differences, not the difference of two means.
     s2 = (sq_norms.detach().double() - batch).mean() * (B / (B - 1))
     noise = s2 / B * _fraction_left(B, population)
@@ -68,8 +81,23 @@ def from_sample_norms(sq_norms: Tensor, batch_grad_sq_norm: Scalar, *, populatio
     return NoiseEstimate(batch - noise, noise, sample)
 
 
+def _from_weighted(sq_norms: Tensor, batch: Tensor, weights: Tensor, population: int | None) -> NoiseEstimate:
+    w = _weights(weights, sq_norms, population)
+    batch = batch / w.sum().square()
+    q = w.square().sum() / w.sum().square()
+    differences = torch.where(w == 0, 0.0, sq_norms.detach().double() - batch)
+    sample = differences.sum() / (w != 0).sum() / (1 - q)
+    return NoiseEstimate(batch - q * sample, q * sample, sample)
+
+
 def from_two_batches_of_samples(
-    sq_norms: Tensor, sq_norm1: Scalar, sq_norm2: Scalar, inner: Scalar, *, population: int | None = None
+    sq_norms: Tensor,
+    sq_norm1: Scalar,
+    sq_norm2: Scalar,
+    inner: Scalar,
+    *,
+    population: int | None = None,
+    weights: Tensor | None = None,
 ) -> NoiseEstimate:
     """G, N_B and Tr Σ₁ from two independent batches of B whose per-sample squared norms are known too.
 
@@ -80,17 +108,24 @@ def from_two_batches_of_samples(
         sq_norms: [2B], of each sample's own gradient: the first batch's, then the second's. B >= 2.
         sq_norm1, sq_norm2, inner: |g1|², |g2|² and ⟨g1, g2⟩ of the batches' mean gradients, as in StepStats.
         population: n, where each batch is made of distinct samples from n; None for sampling with replacement.
+        weights: [2B], each sample's weight in its batch's loss, as in `from_sample_norms`: g1 and g2 are then sums
+            Σ w_i g_i, and the estimates are of these over each batch's Σ w_i.
 
     Raises:
-        ValueError: sq_norms is not 1-D of an even length >= 4, or B > n.
+        TypeError: not a tensor, or not of real numbers.
+        ValueError: sq_norms is not 1-D of an even length >= 4, B > n, or weights that don't fit.
     """
-    if sq_norms.dim() != 1 or sq_norms.numel() < 4 or sq_norms.numel() % 2:
-        raise ValueError(f"sq_norms must have shape [2B] with B >= 2, got {list(sq_norms.shape)}")
+    _check_series(sq_norms, "sq_norms", "2B", least=4, halves=True)
     B = sq_norms.numel() // 2
-    first = from_sample_norms(sq_norms[:B], sq_norm1, population=population)
-    second = from_sample_norms(sq_norms[B:], sq_norm2, population=population)
-    within = (first.grad_sq_norm + second.grad_sq_norm) / 2
     across = _float64(inner, "inner", sq_norms.device)
+    w1 = w2 = None
+    if weights is not None:
+        _check_weights(weights, sq_norms)
+        w1, w2 = weights[:B], weights[B:]
+        across = across / (w1.double().sum() * w2.double().sum()).to(across.device)
+    first = from_sample_norms(sq_norms[:B], sq_norm1, population=population, weights=w1)
+    second = from_sample_norms(sq_norms[B:], sq_norm2, population=population, weights=w2)
+    within = (first.grad_sq_norm + second.grad_sq_norm) / 2
     assert first.sample_noise_trace is not None
     assert second.sample_noise_trace is not None
     return NoiseEstimate(
@@ -127,6 +162,7 @@ def from_two_batches(
     if disjoint and (batch_size is None or population is None):
         raise ValueError("disjoint=True needs batch_size and population")
     if batch_size is not None:
+        _check_population(batch_size, population)
         _check_population(2 * batch_size if disjoint else batch_size, population)
     device = next((x.device for x in (sq_norm1, sq_norm2, inner) if isinstance(x, Tensor)), torch.device("cpu"))
     g11, g22, g12 = (
@@ -152,8 +188,7 @@ def from_batches(
     Raises:
         ValueError: fewer than two batches, sq_norms not 1-D, or an impossible population.
     """
-    if sq_norms.dim() != 1 or sq_norms.numel() < 2:
-        raise ValueError(f"sq_norms must have shape [M] with M >= 2, got {list(sq_norms.shape)}")
+    _check_series(sq_norms, "sq_norms", "M")
     if batch_size is not None:
         _check_population(batch_size, population)
     M = sq_norms.numel()
@@ -175,9 +210,12 @@ class BatchMoments:
 
     def add(self, grads: Iterable[Tensor]) -> None:
         """Take one batch's gradients, a list of tensors in the same order and shapes each time."""
-        new = [g.detach().double() for g in grads]
+        new = _gradients(grads)
         if self._mean and [g.shape for g in new] != [m.shape for m in self._mean]:
-            raise ValueError("the gradients' shapes differ from those of the batches before")
+            raise ValueError(
+                f"grads must have the shapes of the batches before, {[list(m.shape) for m in self._mean]}, got "
+                f"{[list(g.shape) for g in new]}"
+            )
         if not new:
             raise ValueError("a batch needs at least one gradient")
         if not self._mean:
@@ -218,8 +256,10 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> MeanErr
     Raises:
         ValueError: an empty series, or one that is not 1-D.
     """
-    values = series.detach().cpu().double().numpy() if isinstance(series, Tensor) else series
-    x: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    values = series.detach().cpu().numpy(force=True) if isinstance(series, Tensor) else np.asarray(series)
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"series must hold real numbers, got {values.dtype}")
+    x: NDArray[np.float64] = values.astype(np.float64)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"series must be 1-D and not empty, got shape {list(x.shape)}")
     n = x.size
@@ -257,8 +297,11 @@ class RunningMean:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"value must have one element, got shape {list(value.shape)}")
+            if value.is_complex():
+                raise TypeError(f"value must be real, got {value.dtype}")
             value = value.detach().to(torch.float64, copy=True).reshape(())
         else:
+            _check_number(value, "value")
             value = float(value)
         self._pending.append(value)
         if len(self._pending) >= self._MAX_PENDING:
@@ -309,6 +352,8 @@ class RunningMean:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a state_dict() of a RunningMean, got {type(state).__name__}")
         if set(state) != set(_STATE):
             wrong = sorted(set(state) ^ set(_STATE))
             raise ValueError(f"the state of a RunningMean has the entries {list(_STATE)}; missing or unknown: {wrong}")
@@ -370,7 +415,56 @@ def _to_floats(values: list[Scalar]) -> list[float]:
     return out
 
 
+def _check_series(values: Tensor, name: str, length: str, least: int = 2, halves: bool = False) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor [{length}], got {type(values).__name__}")
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    if values.dim() != 1 or values.numel() < least or (halves and values.numel() % 2):
+        raise ValueError(f"{name} must have shape [{length}] with {length[-1]} >= 2, got {list(values.shape)}")
+
+
+def _check_weights(weights: Tensor, sq_norms: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor of shape {list(sq_norms.shape)}, got {type(weights).__name__}")
+    if weights.is_complex():
+        raise TypeError(f"weights must be real, got {weights.dtype}")
+    if weights.shape != sq_norms.shape:
+        raise ValueError(f"weights must have the shape of sq_norms, {list(sq_norms.shape)}, got {list(weights.shape)}")
+
+
+def _weights(weights: Tensor, sq_norms: Tensor, population: int | None) -> Tensor:
+    _check_weights(weights, sq_norms)
+    if population is not None:
+        raise ValueError(f"population must be None where samples have weights, got {population}")
+    w = weights.detach().to(sq_norms.device, torch.float64)
+    if not bool(w.isfinite().all()) or int((w != 0).sum()) < 2 or float(w.sum()) == 0.0:
+        raise ValueError(f"weights must be finite, at least two not 0, and not add up to 0, got {w.tolist()}")
+    return w
+
+
+def _gradients(grads: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(grads, Tensor):
+        raise TypeError("grads must be a list of tensors, one for each parameter, got one tensor")
+    out: list[Any] = list(grads)
+    for i, g in enumerate(out):
+        if not isinstance(g, Tensor):
+            hint = ": a parameter without gradient is left out, each time" if g is None else ""
+            raise TypeError(f"grads[{i}] must be a tensor, got {type(g).__name__}{hint}")
+        if g.is_complex() or g.layout != torch.strided:
+            raise TypeError(f"grads[{i}] must be real and dense, got {g.dtype}, {g.layout}")
+    return [g.detach().double() for g in out]
+
+
+def _check_number(value: Any, name: str) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+
+
 def _check_population(drawn: int, population: int | None) -> None:
+    for value, name in ((drawn, "the batch size"), (population, "population")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if drawn < 1:
         raise ValueError(f"the batch size must be at least 1, got {drawn}")
     if population is not None and not (2 <= population >= drawn):
@@ -393,6 +487,10 @@ def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -
 
 
 def _float64(value: Scalar, name: str, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        _check_number(value, name)
+    elif value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
     out = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
     if out.numel() != 1:
         raise ValueError(f"{name} must be one number, got shape {list(out.shape)}")

@@ -6,14 +6,16 @@ way into the sum: no second pass over the data, and no per-sample gradient is st
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from svag_fast import sample_norm_checks as checks
 from svag_fast.ops.layer_product import Geometry
 from svag_fast.ops.weight_grad import unchecked_weight_grad
 from svag_fast.sample_norm_rules import Rule, Scope, register, without_autocast
@@ -32,6 +34,10 @@ class LinearProduct:
     def input_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient in the input x, of which only the shape matters."""
         return b @ weight
+
+    def plain_weight_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the weight alone, by operations that can be differentiated."""
+        return b.flatten(0, -2).T @ x.flatten(0, -2)
 
     def weight_grad(
         self, b: Tensor, x: Tensor, shape: torch.Size, bias_sq_norms: Tensor | None = None
@@ -84,6 +90,10 @@ class ConvProduct:
         """The gradient in the input x, of which only shape and memory format matter."""
         return self._backward(b, x, weight, 0)
 
+    def plain_weight_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the weight alone, by operations that can be differentiated."""
+        return self._backward(b, x, weight, 1)
+
     def weight_grad(
         self, b: Tensor, x: Tensor, shape: torch.Size, bias_sq_norms: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -99,8 +109,19 @@ class ConvProduct:
     def sample_weight_grads(self, b: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """The samples' own gradients of the weight, [B, *shape]."""
         weight = b.new_empty(1).expand(shape)
-        rows = [self._backward(b[i : i + 1], x[i : i + 1], weight, 1) for i in range(b.shape[0])]
+        rows = [self._one_weight_grad(b[i : i + 1], x[i : i + 1], weight) for i in range(b.shape[0])]
         return torch.stack(rows) if rows else b.new_zeros(0, *shape)
+
+    def _one_weight_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if not b.is_complex():
+            return self._backward(b, x, weight, 1)
+        # b = p + iq and x = u + iv: (p + iq)(u − iv), as the gradient is linear in b and in the conjugate of x.
+        one = weight.real
+        pu, qv, qu, pv = (
+            self._backward(left, right, one, 1)
+            for left, right in ((b.real, x.real), (b.imag, x.imag), (b.imag, x.real), (b.real, x.imag))
+        )
+        return torch.complex(pu + qv, qu - pv)
 
     def sample_bias_grads(self, b: Tensor) -> Tensor:
         """The samples' own gradients of the bias, [B, d]."""
@@ -152,6 +173,7 @@ class _Call(NamedTuple):
     themselves, not parts of an alias."""
 
     product: Product
+    scope: Scope
     weight_use: Use | None
     bias_use: Use | None
     direct: bool
@@ -172,17 +194,20 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-        # Only where a graph of the backward pass is wanted: the guard costs as much as a small layer.
-        return _guarded_grads(ctx, b) if torch.is_grad_enabled() else _grads(ctx, b)
+        return _grads_with_graph(ctx, b) if torch.is_grad_enabled() else _grads(ctx, b)
 
 
 def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
     with without_autocast(b):
         x, weight = ctx.saved_tensors
-        product, weight_use, bias_use, direct = ctx.call
+        product, scope, weight_use, bias_use, direct = ctx.call
         x_dtype, bias_dtype = ctx.dtypes
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         x_grad = weight_grad = bias_grad = bias_sq_norms = None
+        if b.is_neg():
+            b = b.resolve_neg()  # the kernels read memory
+        if x.is_neg():
+            x = x.resolve_neg()
         if wants_bias:
             sample_rows = product.sample_bias_grads(b)
             bias_sq_norms = row_sq_norms(sample_rows)
@@ -196,15 +221,77 @@ def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
             weight_grad, sq_norms = product.weight_grad(b, x, shape, bias_sq_norms)
             weight_grad = _cast(weight_grad, weight.dtype)
             if weight_use is not None:
-                weight_use.deliver(
-                    sq_norms,
-                    lambda rows: product.sample_weight_grads(b[rows], x[rows], shape),
-                    weight_grad if direct else None,
-                )
+                own_grads = functools.partial(_own_grads, product, b, x, shape)
+                weight_use.deliver(sq_norms, own_grads, weight_grad if direct else None)
+                if scope.to_check(weight_use.key[0], b):
+                    checks.check_product(scope, product.output, weight_use.key[0], weight_grad, b, x)
+                    if scope.check:
+                        checks.check_norms(scope, weight_use.key[0], sq_norms, own_grads)
     return x_grad, weight_grad, bias_grad, None
 
 
-_guarded_grads = once_differentiable(_grads)
+def _own_grads(product: Product, b: Tensor, x: Tensor, shape: torch.Size, rows: slice) -> Tensor:
+    return product.sample_weight_grads(b[rows], x[rows], shape)
+
+
+def _grads_with_graph(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+    """The same with a graph of the backward pass (create_graph=True): the norms beside PyTorch's own gradients, which
+    may be differentiated again."""
+    with torch.no_grad():
+        ours = _grads(ctx, b)
+    x_dtype, bias_dtype = ctx.dtypes
+    x, weight = ctx.saved_tensors
+    scope = ctx.call.scope
+    if not x_dtype == x.dtype == b.dtype == weight.dtype:
+        return _once(scope.label, ours)  # what autocast casts has no graph of its own
+    b = scope.recorder.watch_second(b, scope.label)
+    wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+    product = ctx.call.product
+    rows = product.sample_bias_grads(b) if wants_bias else None
+    return (
+        product.input_grad(b, x, weight) if wants_x else None,
+        _same_value(product.plain_weight_grad(b, x, weight), ours[1]) if wants_weight else None,
+        None if rows is None else _same_value(rows.sum(0, dtype=bias_dtype), ours[2]),
+        None,
+    )
+
+
+def _same_value(grad: Tensor, value: Tensor | None) -> Tensor:
+    """A gradient by another way, with the bits of the one that was announced to the parameter's hook."""
+    assert value is not None
+    return _Valued.apply(grad, value)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Valued(torch.autograd.Function):
+    """The second tensor, with the derivatives of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+class _Once(torch.autograd.Function):
+    """Tensors that can't be differentiated. `anchor`: so that they always have a graph to say so."""
+
+    @staticmethod
+    def forward(ctx: Any, label: str, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.label = label
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"second derivatives through {ctx.label} under autocast can't be taken inside per_sample_sq_norms: take "
+            "them outside of the context"
+        )
+
+
+def _once(label: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return _Once.apply(label, torch.zeros((), requires_grad=True), *grads)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,13 +302,25 @@ class _Linear(Rule):
     """See LinearProduct."""
 
     knows = frozenset({"weight", "bias"})
+    any_rows = True
 
     def run(self, scope: Scope, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = _only_input(*args, **kwargs)
         if x.dim() < 2:
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, ..., in_features]")
-        call = _Call(_LINEAR, scope.use("weight"), scope.use("bias"), True)
+        if x.dtype.is_complex or module.weight.dtype.is_complex:
+            return super().run(scope, module, args, kwargs)
+        call = _Call(_LINEAR, scope, scope.use("weight"), scope.use("bias"), True)
         return _apply(x, module.weight, module.bias, call)
+
+    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        return _sample_grads(_LINEAR, module, inputs[0], output_grad)
+
+
+def _sample_grads(product: Product, module: Any, x: Tensor, b: Tensor) -> Mapping[str, Tensor]:
+    """For complex layers, whose weight gradient stays PyTorch's: Σ_t b_t conj(a_t)ᵀ."""
+    weight = product.sample_weight_grads(b, x if isinstance(product, ConvProduct) else x.conj(), module.weight.shape)
+    return {"weight": weight, "bias": product.sample_bias_grads(b)}
 
 
 class _Conv(Rule):
@@ -237,10 +336,21 @@ class _Conv(Rule):
         if scope.cache is None:
             scope.cache = _conv_plan(module)
         product, pad = scope.cache
-        if pad is not None:
-            x = F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        call = _Call(product, scope.use("weight"), scope.use("bias"), True)
-        return _apply(x, module.weight, module.bias, call)
+        if x.dtype.is_complex or module.weight.dtype.is_complex:
+            return super().run(scope, module, args, kwargs)
+        call = _Call(product, scope, scope.use("weight"), scope.use("bias"), True)
+        return _apply(_padded(module, pad, x), module.weight, module.bias, call)
+
+    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        product, pad = _conv_plan(module)
+        return _sample_grads(product, module, _padded(module, pad, inputs[0]), output_grad)
+
+
+def _padded(module: Any, pad: list[int] | None, x: Tensor) -> Tensor:
+    """The input with the padding that the convolution itself does not make."""
+    if pad is None:
+        return x
+    return F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
 def _conv_plan(module: Any) -> tuple[ConvProduct, list[int] | None]:
@@ -302,6 +412,11 @@ class _Attention(Rule):
     ) -> tuple[Tensor, Tensor | None]:
         if query.dim() != 3:
             raise ValueError(f"{scope.label} got a query {list(query.shape)}: per-sample norms need [B, T, embed_dim]")
+        if not query.shape[0] == key.shape[0] == value.shape[0]:
+            rows = [x.shape[0] for x in (query, key, value)]
+            raise ValueError(f"{scope.label}: query, key and value must have the samples first, got {rows} of them")
+        if query.dtype.is_complex:
+            raise TypeError(f"{scope.label}: complex inputs are not supported, got {query.dtype}")
         if is_causal and attn_mask is None:
             raise ValueError(f"{scope.label}: is_causal needs attn_mask, as in torch.nn.MultiheadAttention")
         q, k, v = (self._heads(module, x) for x in self._projections(scope, module, (query, key, value)))
@@ -332,7 +447,7 @@ class _Attention(Rule):
                 weight, weight_use = scope.alias(module, name), scope.use(name)
             bias_use = scope.use("in_proj_bias", part)
             part_bias = None if bias is None else bias[rows]
-            out.append(_apply(x, weight, part_bias, _Call(_LINEAR, weight_use, bias_use, False)))
+            out.append(_apply(x, weight, part_bias, _Call(_LINEAR, scope, weight_use, bias_use, False)))
         return out
 
     def _heads(self, module: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ positions (tokens, pixels). A rule for a layer of your own is one function; see 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svag_fast import sample_norm_checks as checks
+from svag_fast.sample_norm_dispatch import plain_forward
 from svag_fast.sample_norm_tape import Recorder, SampleGrads, Use, hook, row_sq_norms, sample_chunks
 
 # (module, inputs, output_grad) -> name of a parameter of the module itself -> per-sample gradients [B, *shape]
@@ -22,15 +25,67 @@ RuleFunction: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, 
 _F = TypeVar("_F", bound=RuleFunction)
 
 
+class Known:
+    """What earlier passes, in whatever context, found out about a layer under its rule."""
+
+    def __init__(self, rule: Rule, batch_size_given: bool) -> None:
+        self.rule = rule
+        self.batch_size_given = batch_size_given  # another batch size makes other inputs samples
+        self.samples_only = False  # called on samples, and never on a value that all samples share
+        self.shared_only = False
+        self.mixed = False
+        self.checked: set[tuple[str, torch.dtype, str]] = set()  # parameters, with dtype and device type
+
+    @property
+    def settled(self) -> bool:
+        """Whether the layer's input will be of the kind that it was of."""
+        return self.samples_only or self.shared_only
+
+    def add(self, samples: bool) -> None:
+        """Note a call on samples, or on a value that they share."""
+        if self.mixed or (self.shared_only if samples else self.samples_only):
+            self.mixed, self.samples_only, self.shared_only = True, False, False
+        else:
+            self.samples_only, self.shared_only = samples, not samples
+
+
 class Scope:
     """One module inside the context: the recorder, and which of the module's own parameters are tracked as what."""
 
-    def __init__(self, recorder: Recorder, names: Mapping[str, str], place: str, module: nn.Module) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        names: Mapping[str, str],
+        place: str,
+        module: nn.Module,
+        known: Known,
+        check: bool,
+        couples: bool,
+    ) -> None:
         self.recorder = recorder
         self.names = names
         self.place = place
         self.module = module
+        self.known = known
+        self.check = check
+        self.couples = couples  # the module mixes the samples unless its options forbid it
         self.cache: Any = None  # what a rule derives from the module's options once
+        self._seen = _seen(module)
+
+    def current(self) -> bool:
+        """Whether the module still has the same parameters, frozen or not as before."""
+        seen = self._seen
+        parameters = self.module._parameters
+        if len(parameters) != len(seen):
+            return False
+        for (parameter, trained), now in zip(seen, parameters.values(), strict=True):
+            if now is not parameter or (now is not None and now.requires_grad is not trained):
+                return False
+        return True
+
+    def renew(self, other: Scope) -> None:
+        """Take over what a new look at the module has found."""
+        self.names, self.place, self._seen = other.names, other.place, other._seen
 
     @property
     def label(self) -> str:
@@ -41,16 +96,30 @@ class Scope:
         """A new use of the module's parameter `name`; None where it is not tracked."""
         return Use(self.recorder, self.names[name], part) if name in self.names else None
 
-    def alias(self, module: nn.Module, name: str) -> Tensor:
-        """The parameter as a view whose gradient is noted as due, so that uses elsewhere are noticed."""
+    def alias(self, module: nn.Module, name: str, shown: Callable[[Tensor], None] | None = None) -> Tensor:
+        """The parameter as a view whose gradient is noted as due, so that uses elsewhere are noticed, and shown."""
         parameter = module._parameters[name]
         assert parameter is not None
         if name not in self.names:
             return parameter
         alias = parameter.view_as(parameter)
         tracked = self.names[name]
-        hook(alias, lambda grad: self.recorder.expect(tracked, grad))
+        if shown is not None:
+            hook(alias, shown)
+        hook(alias, lambda grad: self.recorder.expect(tracked, grad) if grad is not None else None)
         return alias
+
+    def to_check(self, name: str, like: Tensor) -> bool:
+        """Whether the gradient of the module's parameter is to be held against the samples' own in this use."""
+        return self.check or (name, like.dtype, like.device.type) not in self.known.checked
+
+    def checked(self, name: str, like: Tensor) -> None:
+        """Note that it was right."""
+        self.known.checked.add((name, like.dtype, like.device.type))
+
+
+def _seen(module: nn.Module) -> list[tuple[Tensor | None, bool]]:
+    return [(p, p is not None and p.requires_grad) for p in module._parameters.values()]
 
 
 def label_of(place: str, module: nn.Module) -> str:
@@ -67,6 +136,12 @@ class Rule:
 
     # Names of the parameters that the rule knows; None where it is asked in the backward pass.
     knows: frozenset[str] | None = None
+    # Whether the layer acts on the last dimensions only, so that it takes any dimensions behind the samples.
+    any_rows = False
+
+    def least_dims(self, module: Any) -> int:
+        """The fewest dimensions of an input with samples."""
+        return 1
 
     def refusal(self, module: Any) -> str | None:
         """Why this module can't be served with its present options, or None."""
@@ -93,22 +168,51 @@ class Rule:
                 norms[name].append(row_sq_norms(grads[name]))
         return {name: torch.cat(parts) for name, parts in norms.items()}
 
+    def total(
+        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        """Σ_i g_i of each parameter in `shapes`, by the rule, in double precision."""
+        B = output_grad.shape[0]
+        sums: dict[str, Tensor] = {}
+        for rows in sample_chunks(B, max(math.prod(shape) for shape in shapes.values())):
+            grads = self.sample_grads(module, _rows(inputs, B, rows), output_grad[rows])
+            for name in shapes:
+                part = checks.double(grads[name]).sum(0)
+                sums[name] = sums[name] + part if name in sums else part
+        return sums
+
     def run(self, scope: Scope, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, such that the backward pass delivers to the scope's recorder."""
+        inputs = (*args, *kwargs.values())
+        if not all(isinstance(x, Tensor) for x in inputs):
+            raise TypeError(f"{scope.label}: a rule needs a module that takes tensors and returns one tensor")
+        least = self.least_dims(module)
+        if inputs[0].dim() < least:
+            raise ValueError(
+                f"{scope.label} got {list(inputs[0].shape)}: per-sample norms need an input [B, ...] of at least "
+                f"{least} dimension{'s' * (least > 1)}"
+            )
         own = module._parameters
         plain = {name: own[name] for name in scope.names}
         shapes = {name: p.shape for name, p in plain.items() if p is not None}
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        to_check = {name: shape for name, shape in shapes.items() if scope.to_check(name, inputs[-1])}
         try:
             for name in shapes:
-                own[name] = scope.alias(module, name)  # type: ignore[assignment]
-            output = type(module).forward(module, *args, **kwargs)
+                shown = functools.partial(checks.check_sum, scope, name, sums, inputs[-1]) if name in to_check else None
+                own[name] = scope.alias(module, name, shown)  # type: ignore[assignment]
+            output = plain_forward(type(module))(module, *args, **kwargs)
         finally:
             own.update(plain)
-        if not isinstance(output, Tensor) or not all(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
+        if not isinstance(output, Tensor):
             raise TypeError(f"{scope.label}: a rule needs a module that takes tensors and returns one tensor")
         if not output.requires_grad:
             return output
-        inputs = (*args, *kwargs.values())
+        if output.dim() == 0 or not any(x.dim() > 0 and x.shape[0] == output.shape[0] for x in inputs):
+            raise ValueError(
+                f"{scope.label} made {list(output.shape)} of {list(inputs[0].shape)}: the first dimension must be the "
+                "samples in both"
+            )
         versions = [x._version for x in inputs]
         uses = {name: scope.use(name) for name in shapes}
 
@@ -116,7 +220,7 @@ class Rule:
             B = output_grad.shape[0]
             return lambda rows: self.sample_grads(module, _rows(inputs, B, rows), output_grad[rows])[name]
 
-        def deliver(output_grad: Tensor) -> None:
+        def deliver(output_grad: Tensor) -> Tensor | None:
             if [x._version for x in inputs] != versions:
                 raise RuntimeError(
                     f"an input of {scope.label} was changed by an in-place operation before the backward pass"
@@ -126,6 +230,13 @@ class Rule:
                     use = uses[name]
                     assert use is not None
                     use.deliver(sq_norms, sample_grads(name, output_grad))
+                    if scope.check:
+                        checks.check_norms(scope, name, sq_norms, sample_grads(name, output_grad))
+                if to_check:
+                    size = output_grad.abs().sum(dtype=torch.float64) * (1 + checks.largest(inputs))
+                    for name, total in self.total(module, inputs, output_grad, to_check).items():
+                        sums[name] = total, size
+            return scope.recorder.watch_second(output_grad, scope.label) if torch.is_grad_enabled() else None
 
         hook(output, deliver)
         return output
@@ -137,8 +248,20 @@ def _rows(inputs: tuple[Any, ...], B: int, rows: slice) -> tuple[Any, ...]:
 
 
 class _FunctionRule(Rule):
-    def __init__(self, function: RuleFunction) -> None:
+    def __init__(
+        self,
+        function: RuleFunction,
+        knows: frozenset[str] | None = None,
+        least_dims: Callable[[Any], int] = lambda module: 1,
+        any_rows: bool = False,
+    ) -> None:
         self.function = function
+        self.knows = knows
+        self._least_dims = least_dims
+        self.any_rows = any_rows
+
+    def least_dims(self, module: Any) -> int:
+        return self._least_dims(module)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
         return self.function(module, inputs, output_grad)
@@ -188,22 +311,40 @@ def register(rule: Rule, *module_types: type[nn.Module]) -> None:
     _RULES.update(dict.fromkeys(module_types, rule))
 
 
+def _built_in(
+    *module_types: type[nn.Module], least_dims: Callable[[Any], int], any_rows: bool = False
+) -> Callable[[_F], _F]:
+    """Decorator: a rule function for layers of the library, whose parameters and inputs are known."""
+
+    def decorate(function: _F) -> _F:
+        register(_FunctionRule(function, frozenset({"weight", "bias"}), least_dims, any_rows), *module_types)
+        return function
+
+    return decorate
+
+
 def by_vmap(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
     """g_i = ∂⟨b_i, f(x_i)⟩/∂w by torch.func, for layers without a formula: repeats the layer's forward and backward."""
     own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
     plain = dict(module._parameters)
+    forward = plain_forward(type(module))
+    B = output_grad.shape[0]
+    if B == 0:
+        return {name: p.new_zeros(0, *p.shape) for name, p in own.items()}
+    with_samples = [x.dim() > 0 and x.shape[0] == B for x in inputs]
 
     def weighted(weights: dict[str, Tensor], b: Tensor, *sample: Tensor) -> Tensor:
+        rows = (x[None] if has else x for x, has in zip(sample, with_samples, strict=True))
         try:
             module._parameters.update(weights)  # type: ignore[arg-type]
-            output = type(module).forward(module, *(x[None] for x in sample))
+            output = forward(module, *rows)
         finally:
             module._parameters.update(plain)
-        inner: Tensor = (output[0] * b).sum()
-        return inner
+        inner: Tensor = (output[0] * b.conj()).sum()
+        return inner.real if inner.is_complex() else inner
 
-    per_sample = torch.func.vmap(torch.func.grad(weighted), (None, 0, *(0 for _ in inputs)))
-    out: Mapping[str, Tensor] = per_sample(own, output_grad, *inputs)
+    dims = (None, 0, *(0 if has else None for has in with_samples))
+    out: Mapping[str, Tensor] = torch.func.vmap(torch.func.grad(weighted), dims)(own, output_grad, *inputs)
     return out
 
 
@@ -229,14 +370,17 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@register_rule(nn.GroupNorm)
+@_built_in(nn.GroupNorm, least_dims=lambda module: 2)
 def group_norm(module: nn.GroupNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
     """Weight: Σ_t b_t ⊙ x̂_t, x̂ the normalised input; bias: Σ_t b_t."""
     normalised = F.group_norm(_wide(inputs[0]), module.num_groups, eps=module.eps)
     return _affine(normalised, output_grad)
 
 
-@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_INSTANCE_NORMS: dict[type[nn.Module], int] = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+
+
+@_built_in(*_INSTANCE_NORMS, least_dims=lambda module: _instance_norm_dims(module))
 def instance_norm(module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
     """As GroupNorm's, with one group a channel, or with the running statistics where the module uses those."""
     x = _wide(inputs[0])
@@ -245,8 +389,13 @@ def instance_norm(module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> 
     return _affine(_by_running_statistics(module, x), output_grad)
 
 
+def _instance_norm_dims(module: Any) -> int:
+    return next(dims for kind, dims in _INSTANCE_NORMS.items() if isinstance(module, kind))
+
+
 def _by_running_statistics(module: Any, x: Tensor) -> Tensor:
-    out: Tensor = F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    mean, var = (v.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 2)) for v in (module.running_mean, module.running_var))
+    out: Tensor = (x - mean) * (var + module.eps).rsqrt()
     return out
 
 
@@ -254,7 +403,7 @@ def _affine(normalised: Tensor, output_grad: Tensor) -> Mapping[str, Tensor]:
     return {"weight": _positions(output_grad * normalised), "bias": _positions(_wide(output_grad))}
 
 
-@register_rule(nn.LayerNorm)
+@_built_in(nn.LayerNorm, least_dims=lambda module: 1 + len(module.normalized_shape), any_rows=True)
 def layer_norm(module: nn.LayerNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
     """Weight: Σ_t b_t ⊙ x̂_t over the dimensions between the samples and the normalised ones; bias: Σ_t b_t."""
     normalised = F.layer_norm(_wide(inputs[0]), module.normalized_shape, eps=module.eps)
@@ -264,7 +413,7 @@ def layer_norm(module: nn.LayerNorm, inputs: tuple[Any, ...], output_grad: Tenso
     }
 
 
-@register_rule(nn.RMSNorm)
+@_built_in(nn.RMSNorm, least_dims=lambda module: 1 + len(module.normalized_shape), any_rows=True)
 def rms_norm(module: nn.RMSNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
     """Σ_t b_t ⊙ x_t / rms(x_t)."""
     # Where eps is None, PyTorch takes the epsilon of the input's own dtype.
@@ -275,16 +424,21 @@ def rms_norm(module: nn.RMSNorm, inputs: tuple[Any, ...], output_grad: Tensor) -
 
 def _tokens(x: Tensor, kept: tuple[int, ...]) -> Tensor:
     """Σ_t over the dimensions between the samples and the last ones of shape `kept`."""
-    return x.reshape(x.shape[0], -1, *kept).sum(1)
+    between = x.shape[1 : x.dim() - len(kept)]
+    return x.reshape(x.shape[0], math.prod(between), *kept).sum(1)
 
 
-@register_rule(nn.PReLU)
+def _all_but_first(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+@_built_in(nn.PReLU, least_dims=lambda module: 1 if module.num_parameters == 1 else 2)
 def prelu(module: nn.PReLU, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
     """Σ_t b_t min(x_t, 0), over the channels too where they share one slope."""
     x = _wide(inputs[0])
     rows = output_grad * x.clamp(max=0)
     if module.num_parameters == 1:
-        return {"weight": rows.flatten(1).sum(1, keepdim=True)}
+        return {"weight": _all_but_first(rows).sum(1, keepdim=True)}
     return {"weight": _positions(rows)}
 
 
@@ -310,6 +464,7 @@ class _Embedding(Rule):
     """|g_i|² = Σ_v |Σ_{t: index_t = v} b_t|²: only rows that are looked up, padding_idx without."""
 
     knows = frozenset({"weight"})
+    any_rows = True
 
     def refusal(self, module: Any) -> str | None:
         if module.scale_grad_by_freq:
@@ -337,11 +492,17 @@ class _Embedding(Rule):
         out = torch.zeros(B, dtype=torch.float64, device=b.device)
         return {"weight": out.index_add_(0, keys // module.num_embeddings, row_sq_norms(rows))}
 
+    def total(
+        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        index, b = self._lookups(module, inputs[0], output_grad)
+        sums = torch.zeros(shapes["weight"], dtype=checks.double(b).dtype, device=b.device)
+        return {"weight": sums.index_add_(0, index.flatten(), checks.double(b).flatten(0, 1))}
+
     def _lookups(self, module: Any, index: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
         """Indices [B, T] and their output gradients [B, T, d], zero at the padding index."""
-        B = index.shape[0]
-        index = index.reshape(B, -1)
-        b = _wide(output_grad).reshape(B, -1, output_grad.shape[-1])
+        index = _all_but_first(index)
+        b = _wide(output_grad).reshape(*index.shape, output_grad.shape[-1])
         if module.padding_idx is not None:
             b = b * (index != module.padding_idx)[..., None]
         return index, b

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ Part: TypeAlias = tuple[int, int] | None
 # Elements of the per-sample gradients that are held at a time where they have to be formed: 16 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 22
 _NO_TASK = -1
+_SUMMED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class Use:
@@ -42,7 +43,8 @@ class Use:
             recorder.pending[self.key] = recorder.pending.get(self.key, 0) + 1
 
     def __del__(self) -> None:
-        self.settle()
+        if hasattr(self, "pending"):  # else it was made without __init__, as by a compiler that follows the code
+            self.settle()
 
     def settle(self) -> None:
         """Delivered, or its graph is gone: nothing is to be waited for."""
@@ -82,34 +84,71 @@ class _Pass:
             self.due[name] = grad, True
 
 
-class Recorder:
-    """Gathers the norms of every backward pass. `names` maps each tracked parameter to its name in the model."""
+class Rows(NamedTuple):
+    """What one backward pass gave: |g_i|² [B] as they came by first name, and the first name of every name then."""
 
-    def __init__(self, names: dict[nn.Parameter, str]) -> None:
-        self.names = names
+    batch_size: int
+    sq_norms: dict[str, Tensor]
+    aliases: dict[str, str]
+
+
+class Recorder:
+    """Gathers the norms of every backward pass.
+
+    `aliases` maps every name of a tracked parameter to its first name in the model; `untracked` names a parameter that
+    may have got a gradient without being tracked, if there is one.
+    """
+
+    def __init__(self) -> None:
         self.closed = False
-        self.passes: list[tuple[int, dict[str, Tensor]]] = []  # (batch size, name -> |g_i|² [B] as they came)
+        self.aliases: dict[str, str] = {}
+        self.passes: list[Rows] = []
         self.pending: dict[tuple[str, Part], int] = {}  # uses in graphs that are alive, before their backward
+        self.untracked: Callable[[], str | None] = lambda: None
+        self._numels: dict[str, int] = {}
+        self._hooked: dict[int, tuple[nn.Parameter, str, torch.utils.hooks.RemovableHandle]] = {}
         self._problem: str | None = None
         self._doubts: list[tuple[str, Tensor]] = []
         self._pass: _Pass | None = None
 
-    def watch(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hook every tracked parameter; ahead of the user's own hooks, which may change the gradient."""
-        handles = []
-        for parameter, name in self.names.items():
+    def track(self, names: dict[nn.Parameter, str], aliases: dict[str, str]) -> None:
+        """Hook these parameters too; ahead of the user's own hooks, which may change the gradient."""
+        if aliases != self.aliases:
+            self.aliases = self.aliases | aliases
+        for parameter, name in names.items():
+            self._numels[name] = parameter.numel()
+            known = self._hooked.get(id(parameter))
+            if known is not None and known[1] == name:
+                continue
+            if known is not None:
+                known[2].remove()
             handle = hook(parameter, functools.partial(self._arrive, name))
             hooks: Any = parameter._backward_hooks
             if len(hooks) > 1:
                 theirs = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
                 hooks.update(theirs)
-            handles.append(handle)
-        return handles
+            self._hooked[id(parameter)] = parameter, name, handle
+
+    def tracks(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradient of a parameter is watched."""
+        return id(parameter) in self._hooked
+
+    def close(self) -> None:
+        """Take nothing more, and the hooks off."""
+        self.closed = True
+        for _, _, handle in self._hooked.values():
+            handle.remove()
+        self._hooked = {}
+
+    def running_batch_size(self) -> int | None:
+        """How many samples the running backward pass has, once a layer has told."""
+        current = self._pass
+        return None if current is None or current.task != _current_task() else current.batch_size
 
     def take(self, current: _Pass, use: Use, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
         """See `Use.deliver`."""
         if use.made_in != _NO_TASK:
-            self._fail(
+            self.fail(
                 f"{use.key[0]} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
                 "layers belong to the pass that asks for them"
             )
@@ -118,7 +157,7 @@ class Recorder:
         if current.batch_size is None:
             current.batch_size = batch_size
         elif current.batch_size != batch_size:
-            self._fail(
+            self.fail(
                 f"the first dimension must be the samples in every layer, but {use.key[0]} saw {batch_size} rows where "
                 f"other layers saw {current.batch_size}"
             )
@@ -136,7 +175,7 @@ class Recorder:
         """Raise what made the norms unknown, if anything did."""
         for name, error in self._doubts:
             if bool(error > 0):
-                self._fail(_foreign(name))
+                self.fail(_foreign(name))
         self._doubts = []
         if self._problem is not None:
             raise RuntimeError(self._problem)
@@ -165,7 +204,7 @@ class Recorder:
         current.arrived.add(name)
         due = current.due.pop(name, None)
         if due is None:
-            self._fail(_foreign(name))
+            self.fail(_foreign(name))
             return
         ours, single = due
         if single and grad.data_ptr() == ours.data_ptr():
@@ -179,7 +218,16 @@ class Recorder:
         """At the end of a backward pass: cross terms of the shared parameters, then keep the norms."""
         if self._pass is current:
             self._pass = None
-        if self.closed or current.batch_size is None or self._problem is not None:
+        if self.closed or self._problem is not None:
+            return
+        missing = self.untracked()
+        if missing is not None:
+            self.fail(
+                f"{missing} was added, replaced or unfrozen after the forward pass had begun, or where the model's own "
+                "forward was not called: its per-sample norms are not known"
+            )
+            return
+        if current.batch_size is None:
             return
         norms: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -188,27 +236,53 @@ class Recorder:
                     sq_norms = uses[0][1] if len(uses) == 1 else self._shared(name, uses)
                     norms[name] = norms[name] + sq_norms if name in norms else sq_norms
         if norms:
-            self.passes.append((current.batch_size, norms))
+            self.passes.append(Rows(current.batch_size, norms, self.aliases))
 
     def _shared(self, name: str, uses: list[tuple[Use, Tensor, SampleGrads | None]]) -> Tensor:
         kept = []
         for use, _, sample_grads in uses:
             use.shared = True
             if sample_grads is None:
-                self._fail(f"{name} was used again after its backward had begun: its cross terms are lost")
+                self.fail(f"{name} was used again after its backward had begun: its cross terms are lost")
                 return uses[0][1]
             kept.append(sample_grads)
         # An upper bound, where the use is of a part.
-        numel = next(parameter.numel() for parameter, tracked in self.names.items() if tracked == name)
-        chunks = sample_chunks(uses[0][1].shape[0], numel)
+        chunks = sample_chunks(uses[0][1].shape[0], self._numels[name])
         return torch.cat([row_sq_norms(sum_of(f(rows) for f in kept)) for rows in chunks])
 
-    def _fail(self, problem: str) -> None:
+    def watch_second(self, grad: Tensor, label: str) -> Tensor:
+        """The gradient, such that a second derivative through it makes the norms unknown."""
+        out: Tensor = _Second.apply(grad, torch.zeros((), requires_grad=True), self, label)  # type: ignore[no-untyped-call]
+        return out
+
+    def fail_for_good(self, problem: str) -> None:
+        """As `fail`, where other reasons found are but consequences."""
+        self._problem = problem
+
+    def fail(self, problem: str) -> None:
+        """Make the norms unknown, for the first reason given."""
         if self._problem is None:
             self._problem = problem
 
 
-def hook(tensor: Tensor, function: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+class _Second(torch.autograd.Function):
+    """The identity, which notes that somebody differentiates a gradient. `anchor`: so that it always has a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor, recorder: Recorder, label: str) -> Tensor:
+        ctx.recorder, ctx.label = recorder, label
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.recorder.fail_for_good(
+            f"second derivatives went through {ctx.label} (a gradient penalty, a Hessian-vector product): per-sample "
+            "norms of these are not known; .grad is right. Take them outside of the context"
+        )
+        return grad, None, None, None
+
+
+def hook(tensor: Tensor, function: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
     """Have the gradient of a tensor shown to a function."""
     handle: torch.utils.hooks.RemovableHandle = tensor.register_hook(function)  # type: ignore[no-untyped-call]
     return handle
@@ -231,10 +305,15 @@ def sample_chunks(batch_size: int, numel: int) -> list[slice]:
 def row_sq_norms(rows: Tensor) -> Tensor:
     """|row_i|² [B] as float64 of [B, ...], each row's squares added in at least float32, without a copy of the rows."""
     rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-    if rows.dtype not in (torch.float32, torch.float64):
-        rows = rows.float()
+    if rows.dtype not in _SUMMED:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.double().square()
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, in which a checkpoint may run layers once more."""
+    return _current_task() != _NO_TASK
 
 
 def _current_task() -> int:
@@ -245,5 +324,6 @@ def _current_task() -> int:
 def _foreign(name: str) -> str:
     return (
         f"{name} got a gradient from outside its own module's forward, so its per-sample norms can't be told: call the "
-        "module instead of using its parameter, or leave the parameter out with parameters=..."
+        "module instead of using its parameter, or leave the parameter out with parameters=... (code compiled before "
+        "the context may also go past the module)"
     )

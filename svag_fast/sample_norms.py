@@ -8,84 +8,105 @@ embeddings) are added up from their output's gradient. Which layer does what: `s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 import svag_fast.sample_norm_products  # noqa: F401  (registers its rules)
-from svag_fast.sample_norm_rules import Rule, Scope, by_vmap, label_of, register_rule, rule_of
-from svag_fast.sample_norm_tape import Recorder, sum_of
+from svag_fast.sample_norm_dispatch import run_compiled_code_eagerly
+from svag_fast.sample_norm_rules import by_vmap, register_rule
+from svag_fast.sample_norm_tape import Recorder, Rows, sum_of
+from svag_fast.sample_norm_watch import UnsupportedModule, Watch
 
 __all__ = ["SampleNorms", "UnsupportedModule", "by_vmap", "per_sample_sq_norms", "register_rule"]
 
-_OPAQUE = (torch.jit.ScriptModule, nn.DataParallel)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Methods whose override changes what a layer computes.
-_FORWARD_METHODS = ("forward", "_conv_forward")
-
-
-class UnsupportedModule(TypeError):  # noqa: N818  (it names what was met)
-    """A module whose samples' gradients can't be told apart; the message names it and says what to do."""
+LossReduction: TypeAlias = Literal["mean", "sum"] | Tensor
 
 
 class SampleNorms(Mapping[str, Tensor]):
     """Squared norms of the samples' own gradients: `norms.total` [B], `norms["layer1.weight"]` [B], all float64.
 
     Each backward pass appends its B rows, in order. A parameter without gradient in a pass has zeros there. A tied
-    parameter is listed and counted once, under its first name, and found under each of its names.
+    parameter is listed and counted once, under its first name, and found under each of its names. Where the loss gives
+    samples weights (`loss_reduction=weights`), a sample of weight 0 has nan: the pass holds nothing of its gradient.
     """
 
-    def __init__(self, recorder: Recorder, aliases: Mapping[str, str], mean: bool) -> None:
+    def __init__(self, recorder: Recorder, loss_reduction: LossReduction) -> None:
         self._recorder = recorder
-        self._aliases = aliases
-        self._mean = mean
+        self._loss_reduction = loss_reduction
 
     @property
     def total(self) -> Tensor:
         """|g_i|² [B] over all tracked parameters together."""
-        return _joined([self._scaled(B, _sum(list(norms.values()))) for B, norms in self._passes()])
+        return self._scaled([(rows.batch_size, _sum(list(rows.sq_norms.values()))) for rows in self._passes()])
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._aliases:
-            raise KeyError(f"{name!r} is not a tracked parameter; tracked are {', '.join(self._aliases)}")
-        key = self._aliases[name]
-        rows = []
-        for B, norms in self._passes():
-            any_norms = next(iter(norms.values()))
-            rows.append(self._scaled(B, norms[key] if key in norms else torch.zeros_like(any_norms)))
-        return _joined(rows)
+        if name not in self._recorder.aliases:
+            raise KeyError(f"{name!r} is not a tracked parameter; tracked are {', '.join(self._recorder.aliases)}")
+        parts = []
+        for rows in self._passes():
+            any_norms = next(iter(rows.sq_norms.values()))
+            own = rows.sq_norms.get(rows.aliases.get(name, ""))
+            parts.append((rows.batch_size, torch.zeros_like(any_norms) if own is None else own))
+        return self._scaled(parts)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._aliases
+        return name in self._recorder.aliases
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(self._aliases.values()))
+        return iter(dict.fromkeys(self._recorder.aliases.values()))
 
     def __len__(self) -> int:
-        return len(set(self._aliases.values()))
+        return len(set(self._recorder.aliases.values()))
 
-    def reset(self) -> None:
-        """Forget the passes so far, to stay in one context over many steps."""
+    def reset(self, *, loss_reduction: LossReduction | None = None) -> None:
+        """Forget the passes so far, to stay in one context over many steps; the next ones may have other weights."""
+        if loss_reduction is not None:
+            check_loss_reduction(loss_reduction)
+            self._loss_reduction = loss_reduction
         self._recorder.reset()
 
-    def _passes(self) -> list[tuple[int, dict[str, Tensor]]]:
+    def _passes(self) -> list[Rows]:
         self._recorder.check()
         if not self._recorder.passes:
             raise RuntimeError("no backward pass has reached the tracked parameters inside the context yet")
         return self._recorder.passes
 
-    def _scaled(self, batch_size: int, sq_norms: Tensor) -> Tensor:
-        """A mean loss gives each row 1/B of its sample's own gradient."""
-        return sq_norms * float(batch_size) ** 2 if self._mean else sq_norms
+    def _scaled(self, parts: list[tuple[int, Tensor]]) -> Tensor:
+        """The rows with what the loss puts before each sample's own gradient taken out."""
+        if isinstance(self._loss_reduction, str):
+            mean = self._loss_reduction == "mean"
+            return _joined([sq_norms * float(B) ** 2 if mean else sq_norms for B, sq_norms in parts])
+        sq_norms = _joined([sq_norms for _, sq_norms in parts])
+        if self._loss_reduction.shape != sq_norms.shape:
+            raise ValueError(
+                f"loss_reduction has the weights of {self._loss_reduction.numel()} samples, but the backward passes so "
+                f"far had {sq_norms.numel()}: give the weights of these with norms.reset(loss_reduction=...)"
+            )
+        weights = self._loss_reduction.to(sq_norms.device, torch.float64)
+        return torch.where(weights == 0, torch.nan, sq_norms / weights.square())
 
     def __repr__(self) -> str:
-        rows = sum(B for B, _ in self._recorder.passes)
+        rows = sum(rows.batch_size for rows in self._recorder.passes)
         return f"SampleNorms({len(self)} parameters, {len(self._recorder.passes)} backward passes, {rows} rows)"
+
+
+def check_loss_reduction(loss_reduction: LossReduction) -> None:
+    """Refuse what is neither "mean", "sum" nor a weight for each sample."""
+    if isinstance(loss_reduction, Tensor):
+        if loss_reduction.dim() != 1 or loss_reduction.is_complex() or loss_reduction.requires_grad:
+            kind = ", with a gradient" if loss_reduction.requires_grad else ""
+            raise ValueError(
+                "loss_reduction as a tensor must be each sample's real, constant weight in the loss, of shape [B], got "
+                f"{list(loss_reduction.shape)}, {loss_reduction.dtype}{kind}"
+            )
+        if not bool(loss_reduction.isfinite().all()):
+            raise ValueError(f"loss_reduction must be finite, got {loss_reduction.tolist()}")
+    elif loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean', 'sum' or a tensor of weights [B], got {loss_reduction!r}")
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
@@ -107,17 +128,32 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
         norms.total            # [B] squared norm of each sample's own gradient
         norms["layer1.weight"] # [B]
 
-    The first dimension is the samples in every layer. Row i of each use of a parameter within one backward pass belongs
-    to sample i (weights that are shared have their cross terms counted); each further backward pass appends its rows.
-    A factor on the loss (a gradient scaler's, 1/k for k accumulated passes) enters squared.
+    The samples are the first dimension of the model's input, and of every layer's. A value that all samples share
+    (`wpe(torch.arange(T))`, a table [1, T, d]) is computed for each sample apart; other first dimensions are refused in
+    the forward pass. Row i of each use of a parameter within one backward pass belongs to sample i (weights that are
+    shared have their cross terms counted); each further backward pass appends its rows. A factor on the loss (a
+    gradient scaler's, 1/k for k accumulated passes) enters squared. Code from torch.compile runs eagerly meanwhile.
+
+    Layers and parameters may be added, replaced, frozen or unfrozen inside the context: the next pass through the
+    model serves or refuses them.
 
     Args:
         model: any module. BatchNorm on batch statistics, transposed convolutions and layers without a rule are refused.
-        loss_reduction: "mean" where the loss is the mean over the batch (norms are multiplied by B²), or "sum".
+        loss_reduction: what stands before each sample's own loss. "mean": 1/B, B the number of samples (norms are
+            multiplied by B²). "sum": 1. A tensor [B]: w_i, where the loss is Σ w_i loss_i (norms are divided by w_i²).
+            A loss that divides by anything else is no "mean" here: a token mean divides by the number of tokens, class
+            weights and ignore_index by the sum of weights. Nothing shows this from the outside, and norms come out
+            wrong by (B w_i)²: give the weights. For a language model with n_i tokens in sequence i, and loss_i its
+            mean over them, F.cross_entropy over all tokens has w_i = n_i / Σ n; see docs/per_sample_norms.md.
         parameters: only these parameters of the model; None for all that require a gradient.
+        batch_size: B, where it is not the first dimension of the model's first tensor input, or where layers are
+            called without the model. None: from the input.
+        check: hold every layer's norms and gradient against its samples' own gradients, formed one by one, in every
+            backward pass (slow). Without it each layer's gradient is checked in its first pass.
 
     Raises:
-        UnsupportedModule: on entry, with the module's name and what to do; the model is untouched.
+        UnsupportedModule: on entry, with the module's name and what to do; the model is untouched. In the forward pass
+            where such a module was added since.
         ValueError: an unknown reduction, a parameter that is not the model's, or nothing to track.
     """
 
@@ -125,36 +161,40 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
         self,
         model: nn.Module,
         *,
-        loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_reduction: LossReduction = "mean",
         parameters: Iterable[nn.Parameter] | None = None,
+        batch_size: int | None = None,
+        check: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        check_loss_reduction(loss_reduction)
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+            raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
+        if batch_size is not None and batch_size < 0:
+            raise ValueError(f"batch_size must be at least 0, got {batch_size}")
         self._model = model
-        self._mean = loss_reduction == "mean"
-        self._parameters = None if parameters is None else list(parameters)
+        self._loss_reduction = loss_reduction
+        self._parameters = _parameter_list(parameters)
+        self._batch_size = batch_size
+        self._check = check
         self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> SampleNorms:
         if self._undo:
             raise RuntimeError("this context is already entered: make another per_sample_sq_norms")
-        modules = list(self._model.named_modules(remove_duplicate=False))
-        names, aliases = self._tracked(modules)
-        self._recorder = Recorder(names)
-        once = {module: label for label, module in reversed(modules)}
-        plans = [plan for module, label in reversed(once.items()) if (plan := self._plan(label, module, names))]
+        recorder = Recorder()
+        watch = Watch(self._model, recorder, self._parameters, self._batch_size, self._check)
+        recorder.untracked = watch.untracked
+        self._undo = [watch.end, recorder.close]
         try:
-            for module, forward in plans:
-                module.__dict__["forward"] = forward
-                self._undo.append(functools.partial(module.__dict__.pop, "forward", None))
-            for handle in self._recorder.watch():
-                self._undo.append(handle.remove)
+            if (let_run := run_compiled_code_eagerly()) is not None:
+                self._undo.append(let_run)
+            watch.begin()
         except BaseException:
             self._leave()
             raise
-        return SampleNorms(self._recorder, aliases, self._mean)
+        return SampleNorms(recorder, self._loss_reduction)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,99 +202,17 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
         self._leave()
 
     def _leave(self) -> None:
-        self._recorder.closed = True
         while self._undo:
             self._undo.pop()()
 
-    def _tracked(self, modules: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Parameter, str], dict[str, str]]:
-        """Each tracked parameter's first name, and for every name that first name."""
-        wanted = None if self._parameters is None else {id(p) for p in self._parameters}
-        names: dict[nn.Parameter, str] = {}
-        aliases: dict[str, str] = {}
-        met: set[int] = set()
-        for label, module in modules:
-            for own, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                name = f"{label}.{own}" if label else own
-                if is_lazy(parameter):
-                    raise UnsupportedModule(f"{name} is not initialised yet: run the model once before")
-                met.add(id(parameter))
-                if parameter.requires_grad and (wanted is None or id(parameter) in wanted):
-                    aliases[name] = names.setdefault(parameter, name)
-        if wanted is not None and (missing := len(wanted - met)):
-            raise ValueError(f"{missing} of the {len(wanted)} given parameters are not the model's")
-        if not names:
-            raise ValueError("nothing to track: no parameter, or none of those given, requires a gradient")
-        return names, aliases
 
-    def _plan(
-        self, place: str, module: nn.Module, names: Mapping[nn.Parameter, str]
-    ) -> tuple[nn.Module, Callable[..., Any]] | None:
-        """The forward to put in place of the module's own, if it needs one."""
-        own = {name: names[p] for name, p in module._parameters.items() if p is not None and p in names}
-        kind = type(module)
-        opaque, couples = _traits(kind)  # type: ignore[arg-type]  # classes are hashable
-        if not (own or opaque or couples):
-            return None
-        if opaque:
-            raise UnsupportedModule(
-                f"{label_of(place, module)} hides its layers: pass the plain module that it was made from"
-            )
-        found = rule_of(kind)
-        if found is None:
-            if isinstance(module, _TRANSPOSED):
-                advice = "transposed convolutions are not supported: use upsampling and a convolution"
-            else:
-                advice = "no rule for it"
-            raise UnsupportedModule(
-                f"{label_of(place, module)}: {advice}, or teach it with svag_fast.register_rule({kind.__name__}) "
-                "(svag_fast.by_vmap is a rule without a formula), freeze it, or leave its parameters out with "
-                "parameters=..."
-            )
-        base, rule = found
-        if "forward" in module.__dict__:
-            raise UnsupportedModule(
-                f"{label_of(place, module)} has a forward of its own put onto the instance: first leave the other "
-                "per_sample_sq_norms context, or take the patch off"
-            )
-        if kind is not base and any(getattr(kind, m, None) is not getattr(base, m, None) for m in _FORWARD_METHODS):
-            raise UnsupportedModule(
-                f"{label_of(place, module)} overrides the forward of {base.__name__}, so that its rule may be wrong: "
-                f"give it its own with svag_fast.register_rule({kind.__name__})"
-            )
-        scope = Scope(self._recorder, own, place, module)
-        _refuse(rule, scope)
-        if rule.knows is not None and (unknown := own.keys() - rule.knows):
-            raise UnsupportedModule(
-                f"{scope.label} has the parameter {sorted(unknown)[0]!r}, which {base.__name__} has not "
-                "(reparametrised, as by weight_norm?): give it a rule with svag_fast.register_rule, or remove the "
-                "reparametrisation"
-            )
-        return module, _forward(rule, scope)
-
-
-@functools.cache
-def _traits(kind: type[nn.Module]) -> tuple[bool, bool]:
-    """Whether modules of a type hide their layers, and whether they are to be looked at without parameters too."""
-    opaque = issubclass(kind, _OPAQUE) or kind.__name__ == "OptimizedModule"
-    return opaque, issubclass(kind, nn.modules.batchnorm._BatchNorm)
-
-
-def _refuse(rule: Rule, scope: Scope) -> None:
-    reason = rule.refusal(scope.module)
-    if reason is not None:
-        raise UnsupportedModule(f"{scope.label}: {reason}")
-
-
-def _forward(rule: Rule, scope: Scope) -> Callable[..., Any]:
-    module = scope.module
-    plain = type(module).forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        _refuse(rule, scope)
-        if not (torch.is_grad_enabled() and scope.names):
-            return plain(module, *args, **kwargs)
-        return rule.run(scope, module, args, kwargs)
-
-    return forward
+def _parameter_list(parameters: Iterable[nn.Parameter] | None) -> list[nn.Parameter] | None:
+    if parameters is None:
+        return None
+    if isinstance(parameters, Tensor):
+        raise TypeError("parameters must be an iterable of parameters, got a single tensor")
+    out = list(parameters)
+    for i, parameter in enumerate(out):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{i}] must be a parameter of the model, got {type(parameter).__name__}")
+    return out

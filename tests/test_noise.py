@@ -219,10 +219,102 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: noise.from_sample_norms([1.0, 2.0], 1.0), r"sq_norms must be a tensor \[B\], got list"),
+        (
+            lambda: noise.from_sample_norms(torch.ones(3, dtype=torch.complex64), 1.0),
+            "sq_norms must hold real numbers, got torch.complex64",
+        ),
+        (lambda: noise.from_sample_norms(torch.ones(3), None), "batch_grad_sq_norm must be a number .* NoneType"),
+        (lambda: noise.from_sample_norms(torch.ones(3), "1"), "batch_grad_sq_norm must be a number .* str"),
+        (lambda: noise.from_sample_norms(torch.ones(3), 1.0, population=3.5), "population must be an int, got float"),
+        (lambda: noise.from_sample_norms(torch.ones(3), 1.0, weights=[1, 1, 1]), r"weights .* \[3\], got list"),
+        (lambda: noise.from_two_batches(1.0, 1j, 1.0), "sq_norm2 must be a number .* complex"),
+        (lambda: noise.from_two_batches(1.0, 1.0, torch.ones((), dtype=torch.complex64)), "inner must be real"),
+        (lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size="8"), "the batch size must be an int, got str"),
+        (lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size=True), "the batch size must be an int, got bool"),
+        (lambda: noise.from_two_batches_of_samples(None, 1, 1, 1), r"sq_norms must be a tensor \[2B\], got NoneType"),
+        (lambda: noise.from_batches((1.0, 2.0), 1.0), r"sq_norms must be a tensor \[M\], got tuple"),
+        (
+            lambda: noise.BatchMoments().add([torch.ones(2), None]),
+            r"grads\[1\] must be a tensor, got NoneType: a param",
+        ),
+        (lambda: noise.BatchMoments().add(torch.ones(2, 2)), "list of tensors, one for each parameter, got one"),
+        (lambda: noise.BatchMoments().add([torch.ones(2, dtype=torch.complex64)]), r"grads\[0\] must be real"),
+        (lambda: noise.BatchMoments().add([torch.eye(2).to_sparse()]), r"grads\[0\] must be real and dense"),
+        (lambda: noise.mean_standard_error(["a", "b"]), "series must hold real numbers, got <U1"),
+        (lambda: noise.mean_standard_error(torch.ones(3, dtype=torch.complex64)), "real numbers, got complex64"),
+        (lambda: noise.mean_standard_error(None), "real numbers, got object"),
+        (lambda: noise.RunningMean().add("3"), "value must be a number .* got str"),
+        (lambda: noise.RunningMean().add(None), "value must be a number .* got NoneType"),
+        (lambda: noise.RunningMean().add(torch.ones(1, dtype=torch.complex64)), "value must be real"),
+        (lambda: noise.RunningMean().load_state_dict([1]), "state must be a state_dict.*got list"),
+    ],
+)
+def test_what_is_no_number_is_refused(call, message):
+    """By name, with what was expected and what came; complex numbers do not lose their imaginary part."""
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": torch.ones(4)}, r"weights must have the shape of sq_norms, \[3\], got \[4\]"),
+        ({"weights": torch.ones(3), "population": 9}, "population must be None where samples have weights, got 9"),
+        ({"weights": torch.tensor([1.0, 0, 0])}, "at least two not 0"),
+        ({"weights": torch.tensor([1.0, -1.0, 0])}, "not add up to 0"),
+        ({"weights": torch.tensor([1.0, 1.0, math.nan])}, "finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        noise.from_sample_norms(torch.ones(3), 1.0, **options)
+
+
+WEIGHTS = torch.tensor([0.2, 1.0, 0.0, 3.0], dtype=torch.float64)
+
+
+def test_weighted_estimators_are_unbiased_by_enumeration(data):
+    """Of the weighted mean's gradient; a sample of weight 0 is nowhere, whatever its norm is said to be."""
+    data = data[:4]
+    truth = exact(data, 1, replacement=True)
+    q = float(WEIGHTS.square().sum() / WEIGHTS.sum().square())
+    one, two = [], []
+    for batch in itertools.product(range(4), repeat=4):
+        g = data[list(batch)]
+        norms = torch.where(WEIGHTS == 0, math.nan, g.square().sum(1))
+        sum1 = WEIGHTS @ g
+        one.append(noise.from_sample_norms(norms, sum1.square().sum(), weights=WEIGHTS))
+        # Two batches of two samples each, of other total weights.
+        w = torch.tensor([0.5, 1.5, 1.0, 3.0], dtype=torch.float64)
+        a, b = w[:2] @ g[:2], w[2:] @ g[2:]
+        two.append(
+            noise.from_two_batches_of_samples(g.square().sum(1), a.square().sum(), b.square().sum(), a @ b, weights=w)
+        )
+    expected = [truth[0], q * truth[2], truth[2]]
+    torch.testing.assert_close(mean_estimate(one), expected, rtol=1e-12, atol=0)
+    halves = [float(v.square().sum() / v.sum().square()) for v in (w[:2], w[2:])]
+    expected = [truth[0], sum(halves) / 2 * truth[2], truth[2]]
+    torch.testing.assert_close(mean_estimate(two), expected, rtol=1e-12, atol=0)
+
+
+def test_equal_weights_are_none(data):
+    norms, batch = data.square().sum(1), data.mean(0).square().sum()
+    torch.testing.assert_close(
+        noise.from_sample_norms(norms, batch * 9, weights=torch.full((N_DATA,), 3 / N_DATA)),
+        noise.from_sample_norms(norms, batch),
+        rtol=1e-6,
+        atol=0,
+    )
+
+
 def test_batch_moments_refuse_other_shapes_and_stay_as_they_were():
     moments = noise.BatchMoments()
     moments.add([torch.ones(2)])
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match=r"grads must have the shapes of the batches before, \[\[2\]\], got \[\[3\]\]"):
         moments.add([torch.ones(3)])
     assert moments.batches == 1
 

@@ -164,7 +164,8 @@ def test_rules_get_few_samples_at_a_time_where_gradients_are_large(monkeypatch):
         return {"weight": (output_grad * inputs[0]).sum(1), "shift": output_grad.sum(1)}
 
     check(Scale(), randn(5, 2, 6))
-    assert seen == [(2, 2), (2, 2), (1, 1)]
+    norms, checked_once = seen[:3], seen[3:]
+    assert norms == checked_once == [(2, 2), (2, 2), (1, 1)]
 
 
 @pytest.mark.usefixtures("rules")

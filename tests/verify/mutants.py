@@ -145,7 +145,13 @@ MUTANTS = (
         "RunningNoise: mean of |g1|² for G", "running_noise.py", "grad.add(inner)", "grad.add(sq_norm1)", "estimators"
     ),
     # per-sample norms
-    Mutant("mean loss: B for B²", "sample_norms.py", "float(batch_size) ** 2", "float(batch_size)", "sample-norms"),
+    Mutant(
+        "mean loss: B for B²",
+        "sample_norms.py",
+        "sq_norms * float(B) ** 2 if mean",
+        "sq_norms * float(B) if mean",
+        "sample-norms",
+    ),
     Mutant(
         "Linear: |b|⁴ for |a|²|b|²",
         "sample_norm_products.py",

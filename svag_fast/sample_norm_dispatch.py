@@ -1,0 +1,129 @@
+"""Whose forward runs: a class's own, or the one that serves one module of it for a while.
+
+Nothing is put onto a module, so whatever copies one (deepcopy, pickle, torch.save, a copied `__dict__`, a traced graph)
+gets a plain module. The class's `forward` is replaced while any of its modules is served; it looks the module up by
+identity, and everything else goes the class's own way.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+_LOCK = threading.RLock()
+_being_compiled = get_eval_frame_callback  # not None where torch.compile looks at what runs
+
+
+class _Dispatch:
+    """A class's replaced forward, and the modules that are served."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self.kind = kind
+        self.plain = plain = plain_forward(kind)
+        self.own = kind.__dict__.get("forward")  # None: inherited
+        self.served: dict[int, Callable[..., Any]] = {}
+        served = self.served
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            serve = served.get(id(self))
+            if serve is None:
+                return plain(self, *args, **kwargs)
+            if _being_compiled() is not None:
+                return _uncompiled()(serve, args, kwargs)
+            return serve(*args, **kwargs)
+
+        forward.__wrapped__ = plain  # type: ignore[attr-defined]  # what signature() and the tracer of torch.fx read
+        forward.__name__, forward.__qualname__, forward.__doc__ = plain.__name__, plain.__qualname__, plain.__doc__
+        self.forward = forward
+
+
+_DISPATCHES: dict[type[nn.Module], _Dispatch] = {}
+
+
+def plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class as it is where nothing is served."""
+    forward: Callable[..., Any] = kind.forward
+    for base in kind.__mro__:
+        dispatch = _DISPATCHES.get(base)
+        if dispatch is not None and dispatch.forward is forward:
+            return dispatch.plain
+    return forward
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether some context serves this very module."""
+    if not _DISPATCHES:
+        return False
+    return any(id(module) in dispatch.served for dispatch in list(_DISPATCHES.values()))
+
+
+def serve(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
+    """Have `function(*inputs)` run in place of the module's forward; returns what ends that. The caller keeps the
+    module alive until then."""
+    kind = type(module)
+    with _LOCK:
+        dispatch = _DISPATCHES.get(kind)
+        if dispatch is None:
+            dispatch = _DISPATCHES[kind] = _Dispatch(kind)
+            kind.forward = dispatch.forward
+        dispatch.served[id(module)] = function
+    return functools.partial(_take_back, dispatch, id(module))
+
+
+def _take_back(dispatch: _Dispatch, key: int) -> None:
+    with _LOCK:
+        dispatch.served.pop(key, None)
+        if dispatch.served or _DISPATCHES.get(dispatch.kind) is not dispatch:
+            return
+        del _DISPATCHES[dispatch.kind]
+        if dispatch.kind.__dict__.get("forward") is not dispatch.forward:
+            return  # somebody else's patch lies on top; without served modules ours does nothing
+        if dispatch.own is None:
+            del dispatch.kind.forward
+        else:
+            dispatch.kind.forward = dispatch.own
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    """Runs a function where torch.compile neither traces it nor what it calls."""
+    disabled: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+_stances: list[AbstractContextManager[Any]] = []
+_contexts_with_stance = 0
+
+
+def run_compiled_code_eagerly() -> Callable[[], None] | None:
+    """Code compiled before would go past the served forwards: until the returned function is called it runs eagerly.
+    None where nothing has been compiled."""
+    global _contexts_with_stance
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None or not any(getattr(compiler, "cached_backends", {0: True}).values()):
+        return None
+    with _LOCK:
+        if _contexts_with_stance == 0:
+            _stances.append(torch.compiler.set_stance("force_eager"))
+        _contexts_with_stance += 1
+    return _let_compiled_code_run
+
+
+def _let_compiled_code_run() -> None:
+    global _contexts_with_stance
+    with _LOCK:
+        _contexts_with_stance -= 1
+        if _contexts_with_stance == 0:
+            _stances.pop().__exit__(None, None, None)
