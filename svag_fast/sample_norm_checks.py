@@ -27,9 +27,10 @@ def check_sum(
             eps = max(eps, torch.finfo(like.dtype).eps)
         error = (double(grad) - total).abs().max() if grad.numel() else size.new_zeros(())
         largest = total.abs().max() if grad.numel() else size.new_zeros(())
-        # Half of the digits, and what rounding makes of sums that cancel, amplified by up to 1/√ε = 316 where a
-        # normalisation is given equal values.
-        allowed = min(0.2, 30 * eps**0.5) * largest + 8 * 316 * eps * size / max(1, grad.numel())
+        # Half of the digits, and what rounding makes of sums that cancel: of a normalisation, which is formed in
+        # float32 at least, amplified by up to 1/√ε = 316 where it is given equal values.
+        rounding = 8 * (eps + 316 * min(eps, torch.finfo(torch.float32).eps))
+        allowed = min(0.2, 30 * eps**0.5) * largest + rounding * size / max(1, grad.numel())
         if bool(error > allowed):
             scope.recorder.fail(
                 f"{scope.label}: the rule's per-sample gradients of {name} do not add up to the gradient that autograd "
