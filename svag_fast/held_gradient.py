@@ -161,7 +161,7 @@ class HeldGradient:
 @functools.cache
 def _changes_of_a_scaler() -> int:
     """Return how many changes in place a GradScaler's pass over a gradient counts as, in this torch."""
-    g, one = torch.ones(1, device="cpu"), torch.ones((), device="cpu")
+    g, one = torch.ones(1, device="cpu", dtype=torch.float32), torch.ones((), device="cpu", dtype=torch.float32)
     version = g._version
     torch._amp_foreach_non_finite_check_and_unscale_([g], torch.zeros_like(one), one)
     return g._version - version
@@ -219,8 +219,8 @@ def _references(g: Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
 @functools.cache
 def _references_alone() -> tuple[int, ...]:
     """Return the counts of a gradient to which nothing but ``p.grad`` refers: they differ between versions of torch."""
-    p = nn.Parameter(torch.empty(1, device="cpu"))
-    p.grad = torch.empty(1, device="cpu")
+    p = nn.Parameter(torch.empty(1, device="cpu", dtype=torch.float32))
+    p.grad = torch.empty(1, device="cpu", dtype=torch.float32)
     g = p.grad
     storage = g.untyped_storage()
     return _references(g, storage)

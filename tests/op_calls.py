@@ -47,6 +47,12 @@ def _step(t: Tensors, backend: str) -> list[Tensor]:
     return [svag_step_(*lists, lr=0.3, l=4, weight_decay=0.1, compensation=kept, backend=backend).raw]
 
 
+def _momentum(t: Tensors, backend: str) -> list[Tensor]:
+    lists = [t["params"]], [t["grads1"]], [t["grads2"]]
+    options = {"momentum": 0.9, "momentum_buffers": [t["momentum_buffers"]], "backend": backend}
+    return [svag_step_(*lists, lr=0.3, l=4, weight_decay=0.1, **options).raw]
+
+
 def _adaptive(t: Tensors, backend: str) -> list[Tensor]:
     lists = [t["params"]], [t["grads1"]], [t["grads2"]], [t["exp_avgs"]], [t["exp_avg_sqs"]]
     rates = {"lr": 0.3, "l": 4, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
@@ -101,6 +107,10 @@ CALLS = {
     "svag_step_ compensated": Call(
         lambda d: {**drawn(d, params=(3, 5), grads1=(3, 5), grads2=(3, 5)), "compensation": torch.zeros(3, 5)},
         _step, ("params", "compensation"), (torch.float32, *HALF),
+    ),
+    "svag_step_ momentum": Call(
+        lambda d: drawn(d, params=(3, 5), grads1=(3, 5), grads2=(3, 5), momentum_buffers=(3, 5)),
+        _momentum, ("params", "momentum_buffers"),
     ),
     "svag_adaptive_step_": Call(_adaptive_tensors, _adaptive, ("params", "exp_avgs", "exp_avg_sqs")),
     "svag_step_per_sample_": Call(

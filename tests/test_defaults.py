@@ -170,7 +170,7 @@ def test_every_new_tensor_names_its_device_and_dtype() -> None:
             needed = {"device", "dtype"} if called in MAKERS else {"device"}
             if not needed <= named and path.name != OWN_MODELS:
                 unnamed.append(f"{path.name}:{node.lineno}: torch.{called} without {sorted(needed - named)}")
-    assert not unnamed
+    assert not unnamed, "\n".join(unnamed)
 
 
 def test_steps_under_a_foreign_default_device_from_the_start() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import (
+    check_decay,
     check_like,
     check_nonnegative,
     check_params,
@@ -95,7 +96,7 @@ def svag_adaptive_step_(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         check_beta(name, beta, l)
         if name == "beta2" or exp_avgs is not None:
-            _check_decays(name, beta, l, params)
+            check_decay(name, beta, l, params)
     if grads2 is None and l != 1:
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
     if not params:
@@ -147,7 +148,9 @@ def check_adaptive_step(
     check_step_scalars(lr, l, weight_decay, params)
     check_nonnegative("epsilon value", eps)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        check_beta(name, beta, l)
+        check_beta(name, number(name, beta), l)
+        if name == "beta2" or exp_avgs is not None:
+            check_decay(name, beta, l, params)
     _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
     select("svag_adaptive_step_", backend, params)
 
@@ -158,17 +161,6 @@ def check_beta(name: str, beta: float, l: float) -> None:
         raise ValueError(f"Invalid {name}: {beta} (expected a number in [0, 1))")
     if beta + (1 - 1 / l) * (1 - beta) >= 1:
         raise ValueError(f"Invalid l: {l} (with it {name} = {beta} becomes 1 - (1 - {name})/l, which rounds to 1)")
-
-
-def _check_decays(name: str, beta: float, l: float, params: Sequence[Tensor]) -> None:
-    """Refuse a decay rate that float32 would round to 1: the moment would only ever grow."""
-    if (1 - beta) / l <= 2**-25:
-        for i, p in enumerate(params):
-            if p.dtype != torch.float64:
-                raise ValueError(
-                    f"Invalid l: {l} (with it {name} = {beta} becomes 1 - {(1 - beta) / l:.3g}, which is 1 in float32, "
-                    f"in which params[{i}] of {p.dtype} is computed)"
-                )
 
 
 def _check(

@@ -64,7 +64,7 @@ class CheckedStep:
         if (step := reader.checked_step(params, grads1, grads2, momentum_buffers)) is None:
             return None
         lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
-        check_momentum(momentum, momentum_rule, l)
+        check_momentum(momentum, momentum_rule, l, params)
         scalars = host_scalars(step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize))
         return CheckedStep(step, [*params, *(momentum_buffers or [])], scalars, grads2 is not None)
 

@@ -144,14 +144,33 @@ def tensors(name: str, values: Any, *, written: bool = False) -> list[Tensor]:
     return [tensor(f"{name}[{i}]", t, written=written) for i, t in enumerate(listed)]
 
 
-def check_momentum(momentum: float, rule: str, l: float) -> None:
-    """Refuse a momentum out of [0, 1), an unknown rule, or one that ``l`` brings so near to 1 that it rounds to 1."""
+def check_momentum(momentum: float, rule: str, l: float, params: Sequence[Tensor] = ()) -> None:
+    """Refuse a momentum out of [0, 1), an unknown rule, or one that ``l`` brings so near to 1 that it rounds to 1.
+
+    For ``params`` see :func:`check_decay`.
+    """
     if not 0.0 <= number("momentum value", momentum) < 1.0:
         raise ValueError(f"Invalid momentum value: {momentum} (expected a number in [0, 1))")
     if rule not in ("time", "fixed"):
         raise ValueError(f"Invalid momentum_rule: {rule!r} (expected 'time' or 'fixed')")
     if rule == "time" and momentum != 0 and 1 - (1 - momentum) / l >= 1:
         raise ValueError(f"Invalid l: {l} (with it momentum = {momentum} becomes 1 - (1 - momentum)/l, which is 1)")
+    if rule == "time" and momentum != 0:
+        check_decay("momentum", momentum, l, params)
+
+
+def check_decay(name: str, rate: float, l: float, params: Sequence[Tensor]) -> None:
+    """Refuse a decay rate that ``l`` brings to 1 in float32, for params computed in it: what it keeps would only grow.
+
+    (1 - rate)/l of a float32 number is then less than half of its last place, so it is never taken off.
+    """
+    if (1 - rate) / l <= 2**-25:
+        for i, p in enumerate(params):
+            if p.dtype != torch.float64:
+                raise ValueError(
+                    f"Invalid l: {l} (with it {name} = {rate} becomes 1 - {(1 - rate) / l:.3g}, which is 1 in float32, "
+                    f"in which params[{i}] of {p.dtype} is computed)"
+                )
 
 
 def check_params(params: Sequence[Tensor]) -> None:

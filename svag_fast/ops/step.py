@@ -102,7 +102,8 @@ def svag_step_(
         momentum_buffers: v, updated in place, zero before the first step: float64 for float64 params, else float32,
             since in 16 bits a buffer loses gradients below 1/256 of it. Shaped and laid out as the params. Needed
             where ``momentum`` is not 0, refused where it is.
-        momentum: μ, in [0, 1). At 0 the rule plays no part.
+        momentum: μ, in [0, 1). At 0 the rule plays no part. By the time rule and for params that are not float64,
+            (1 - μ)/l > 2^-25: else the buffer would never decay.
         momentum_rule: "time" or "fixed".
         maximize: turn the gradients' sign, not the decay's, as torch.optim.SGD does. The statistics stay.
 
@@ -122,7 +123,7 @@ def svag_step_(
     if coefficients is not None:
         tensor("coefficients", coefficients)
     lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
-    check_momentum(momentum, momentum_rule, l)
+    check_momentum(momentum, momentum_rule, l, params)
     if coefficients is None and (momentum != 0) != (momentum_buffers is not None):
         raise ValueError(
             f"momentum is {momentum}, and momentum_buffers "
@@ -176,7 +177,7 @@ def check_step(
     for name, written in (("compensation", compensation), ("momentum_buffers", momentum_buffers)):
         tensors(name, written or [], written=True)
     check_step_scalars(lr, l, weight_decay, params)
-    check_momentum(momentum, momentum_rule, l)
+    check_momentum(momentum, momentum_rule, l, params)
     _check_lists(params, grads1, grads2, compensation, momentum_buffers)
     if coefficients is not None:
         _check_coefficients(coefficients, params[0].device)
@@ -367,7 +368,7 @@ def _reference(
         if momentum_buffers:
             v = momentum_buffers[i]
             mu = momentum64 if dtype == torch.float64 else momentum32
-            kept = float(torch.tensor(mu, dtype=dtype))
+            kept = float(torch.tensor(mu, dtype=dtype, device="cpu"))
             direction = kept * v + (direction + (mu - kept) * v)  # mu * v + direction
             write(v, direction)
         if compensation:

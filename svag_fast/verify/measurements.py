@@ -80,7 +80,7 @@ def norms(settings: Settings) -> Outcome:
 def _sample_grads(seed: int) -> Tensor:
     """Per-sample gradients [n, d] with a mean that is neither small nor large against their spread."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(SAMPLES, 3, dtype=torch.float64, generator=generator).exp() + 0.3
+    return torch.randn(SAMPLES, 3, dtype=torch.float64, generator=generator, device="cpu").exp() + 0.3
 
 
 def _truth(data: Tensor, replacement: bool) -> tuple[float, float, float]:
@@ -137,7 +137,13 @@ def _running_noise(data: Tensor) -> list[Check]:
     running = RunningNoise()
     means = [data[list(indices)].mean(0) for indices in _draws(True)]
     for g1, g2 in itertools.product(means, repeat=2):
-        raw = torch.stack([*_products(g1, g2), torch.tensor(2.0), torch.tensor(1.0)]).double()
+        raw = torch.stack(
+            [
+                *_products(g1, g2),
+                torch.tensor(2.0, dtype=torch.float64, device="cpu"),
+                torch.tensor(1.0, dtype=torch.float64, device="cpu"),
+            ]
+        ).double()
         running.update(StepStats(raw, True))
     G, N, _ = _truth(data, True)
     found = {"G": running.grad_sq_norm.mean / G, "N": running.noise_trace.mean / N, "N/G": running.nsr.mean * G / N}
@@ -176,15 +182,15 @@ def _nets(seed: int) -> dict[str, tuple[nn.Module, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     torch_state = torch.get_rng_state()
     torch.manual_seed(seed)
-    images = torch.randn(4, 4, 6, 5, dtype=torch.float64, generator=generator)
+    images = torch.randn(4, 4, 6, 5, dtype=torch.float64, generator=generator, device="cpu")
     nets: dict[str, tuple[nn.Module, Tensor]] = {
         "MLP": (
             nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)),
-            torch.randn(4, 5, dtype=torch.float64, generator=generator),
+            torch.randn(4, 5, dtype=torch.float64, generator=generator, device="cpu"),
         ),
         "rows of positions": (
             nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 2)),
-            torch.randn(4, 3, 5, dtype=torch.float64, generator=generator),
+            torch.randn(4, 3, 5, dtype=torch.float64, generator=generator, device="cpu"),
         ),
         "convolutions": (
             nn.Sequential(
@@ -197,7 +203,7 @@ def _nets(seed: int) -> dict[str, tuple[nn.Module, Tensor]]:
             ),
             images,
         ),
-        "tied embedding and attention": (_Words(), torch.randint(7, (4, 5), generator=generator)),
+        "tied embedding and attention": (_Words(), torch.randint(7, (4, 5), generator=generator, device="cpu")),
     }
     torch.set_rng_state(torch_state)
     return nets
@@ -213,7 +219,7 @@ def _net_checks(name: str, model: nn.Module, inputs: Tensor) -> list[Check]:
     for i in range(len(inputs)):
         grads = torch.autograd.grad(loss(inputs[i : i + 1]), parameters)
         alone.append([g.square().sum() for g in grads])
-    each = torch.tensor(alone, dtype=torch.float64).T
+    each = torch.tensor(alone, dtype=torch.float64, device="cpu").T
     plain = torch.autograd.grad(loss(inputs), parameters)
     with per_sample_sq_norms(model) as measured:
         loss(inputs).backward()  # type: ignore[no-untyped-call]
@@ -240,7 +246,7 @@ def _op_checks(seed: int) -> list[Check]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
 
     weights, segments = draw(5), [0, 1, 1, 0, 1]
     geometry = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
@@ -256,7 +262,7 @@ def _op_checks(seed: int) -> list[Check]:
     }
     checks = []
     for name, (x, b, shape, options, apply) in cases.items():
-        weight = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        weight = torch.zeros(shape, dtype=torch.float64, requires_grad=True, device="cpu")
         rows = [torch.autograd.grad((apply(x[i : i + 1], weight) * b[i : i + 1]).sum(), weight)[0] for i in range(5)]
         own = torch.stack(rows)
         weighted = own * weights.reshape(-1, *[1] * len(shape))

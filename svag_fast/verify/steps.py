@@ -25,9 +25,9 @@ LR, DECAY = 0.3, 0.2
 LS = (1.0, 2.5, 8.0, 64.0)
 DIM = 3
 # The gradients of the loss's three batches at START, their probabilities, and START: no symmetry among them.
-GRADS = torch.tensor([[1.0, -0.4, 0.3], [-0.7, 0.9, 0.2], [0.1, 0.5, -1.6]], dtype=torch.float64)
-PROBABILITIES = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-START = torch.tensor([0.8, -1.1, 0.6], dtype=torch.float64)
+GRADS = torch.tensor([[1.0, -0.4, 0.3], [-0.7, 0.9, 0.2], [0.1, 0.5, -1.6]], dtype=torch.float64, device="cpu")
+PROBABILITIES = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64, device="cpu")
+START = torch.tensor([0.8, -1.1, 0.6], dtype=torch.float64, device="cpu")
 TOLERANCE = 1e-12
 """Of enumerated moments in float64, relative to the largest entry."""
 
@@ -150,7 +150,7 @@ def _by_weight_step(backend: str) -> Stepper:
     def step(x: Tensor, g1: Tensor, g2: Tensor, l: float) -> Tensor:
         weight = _placed(x, backend)[None]
         rows = torch.stack([g1, g2])
-        ones = torch.ones(2, 1, dtype=torch.float64)
+        ones = torch.ones(2, 1, dtype=torch.float64, device="cpu")
         svag_weight_step_(
             weight,
             _placed(rows, backend),
@@ -249,7 +249,7 @@ def _statistics_checks(name: str) -> list[Check]:
 def _path(problem: AffineProblem, l: float, steps: int, n: int, seed: int, backend: str) -> Tensor:
     """n independent paths of the problem in one parameter, by `SVAG.step`."""
     draws = Draws(seed, round(100 * l))
-    parameter = nn.Parameter(_placed(torch.ones(n, dtype=torch.float64), backend))
+    parameter = nn.Parameter(_placed(torch.ones(n, dtype=torch.float64, device="cpu"), backend))
     optimizer = SVAG([parameter], lr=LR, l=l, weight_decay=DECAY, backend=backend)
     for _ in range(steps):
         x = parameter.detach().cpu()

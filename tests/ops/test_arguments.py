@@ -204,13 +204,19 @@ def test_float64_params_take_a_huge_l() -> None:
 
 
 def test_a_decay_rate_that_is_1_in_float32_is_refused() -> None:
-    for name, options in {
-        "beta2": {"beta2": 0.999, "l": 65536},
-        "beta1": {"beta1": 0.99, "beta2": 0.5, "l": 1e6},
-    }.items():
+    def momentum(dtype: torch.dtype, **options: Any) -> Any:
+        return step(dtype, momentum_buffers=[torch.zeros(5, dtype=dtype)], **options)
+
+    for call, name, options in (
+        (adaptive, "beta2", {"beta2": 0.999, "l": 65536}),
+        (adaptive, "beta1", {"beta1": 0.99, "beta2": 0.5, "l": 1e6}),
+        (momentum, "momentum", {"momentum": 0.9, "l": 1e7}),
+        (optimizer, "momentum", {"momentum": 0.9, "l": 1e7}),
+    ):
         with pytest.raises(ValueError, match=f"with it {name} = .* is 1 in float32"):
-            adaptive(torch.float32, **options)
-        adaptive(torch.float64, **options)
+            call(torch.float32, **options)
+        call(torch.float64, **options)
+    momentum(torch.float32, momentum=0.9, l=1e7, momentum_rule="fixed")
 
 
 def test_the_losses_weights_are_finite_in_their_dtype() -> None:
