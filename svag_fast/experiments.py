@@ -5,7 +5,6 @@ The parent process starts workers and keeps the books; it needs no torch for tha
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import multiprocessing.forkserver
 import os
@@ -30,6 +29,7 @@ from svag_fast import __version__
 from svag_fast.config import ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
 from svag_fast.curves import Run, load_run, require_comparable
 from svag_fast.files import is_leftover, remove_leftovers, replace_file
+from svag_fast.versions import package_version
 
 PATIENCE = 20.0  # seconds that an interrupted worker gets to save its run
 PRELOADED = [
@@ -218,7 +218,7 @@ def run_experiment(
 def provenance() -> dict[str, Any]:
     """Versions, platform and, where the package runs from a checkout, the commit."""
     packages = ("torch", "numpy", "scipy", "scikit-learn")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: package_version(name) for name in packages}
     return {
         "versions": {"svag_fast": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),

@@ -6,7 +6,6 @@ It works wherever Python does: what can't be found out is said with its reason i
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,8 @@ from typing import Any
 
 import rich_click as click
 
+from svag_fast.versions import package_version
+
 PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "matplotlib", "tensorboard", "torchsde")
 
 
@@ -27,7 +28,7 @@ def collect() -> dict[str, Any]:
         "svag_fast": _or_reason(_package),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cpu": _or_reason(_cpu),
         "threads": _or_reason(_threads),
         "cuda": _or_reason(_cuda),
@@ -43,13 +44,6 @@ def _or_reason(section: Callable[[], Any]) -> Any:
         return section()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _package() -> dict[str, Any]:

@@ -91,6 +91,23 @@ print("status", library.run_fault(sys.argv[2].encode(), int(sys.argv[3]), inputs
 """
 
 
+THROWING = """
+extern "C" int caught() {
+    try { throw 1; } catch (int value) { return value; }
+}
+"""
+
+
+def test_a_library_may_throw_under_the_sanitizer_in_a_process_that_began_without_cpp(tmp_path: Path) -> None:
+    """As Triton does where the CUDA build of torch imports it."""
+    (tmp_path / "throwing.cpp").write_text(THROWING)
+    library = tmp_path / "throwing.so"
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "throwing.cpp", "-o", library], check=True)
+    command = [sys.executable, "-S", "-c", "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).caught())", str(library)]
+    result = subprocess.run(command, env=os.environ | asan_environment(), capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
+
+
 @pytest.mark.parametrize("fault", [False, True])
 @pytest.mark.parametrize(("name", "says"), OUT_OF_BOUNDS.items(), ids=OUT_OF_BOUNDS)
 def test_address_sanitizer_sees_an_access_out_of_bounds(cache: Path, name: str, says: str, fault: bool) -> None:

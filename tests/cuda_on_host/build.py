@@ -118,6 +118,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 def asan_environment() -> dict[str, str]:
     """Return the variables under which a process can load a library built in the mode "address"."""
-    path = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    # The C++ library right behind the sanitizer: it looks there, once, for the `throw` that it wraps, and the first
+    # exception in a process that began without (Python's own did) would abort it.
+    paths = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"
-    return {"LD_PRELOAD": path.strip(), "ASAN_OPTIONS": options}
+    return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": options}
