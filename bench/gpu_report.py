@@ -1,323 +1,318 @@
-"""`make gpu-report`: all that can be known of the kernels on this machine's GPU, in one report, in under 9 minutes.
+"""`make gpu-report`: what can be known of the kernels on this machine's GPU, in one report, in 8 minutes.
 
 python bench/gpu_report.py            with the Python whose torch sees the GPU; it installs nothing into it
-python bench/gpu_report.py --dry      on a CPU: the same sections; what needs a GPU says "skipped: no GPU"
+python bench/gpu_report.py --dry      on a CPU: the same sections, the kernels interpreted or run on the host
 
-Builds svag_fast into build/gpu-report/, runs each section in a process with a time limit, and writes
-gpu-NAME-DATE.md and .json after each. A section that fails is written down with its reason, the others run all the
-same, and the exit status is 1.
+Each section is a process that gets a part of the time that is left, so what comes first matters most and nothing can
+take the others' time; past its limit it is ended with all its children. gpu-NAME-DATE.json and .md are written before
+and after every section: whatever ends the report, what was finished is there. A section that fails is written down with
+its reason, the others run all the same, and the exit status is 1. This file needs Python alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_machine import TOOLS, asked_identity, search_path
+from gpu_report_text import markdown, times_verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-report"
-SITE = WORK / "site"
-BUDGET_S = 530.0
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Small, and of the CUDA kernels: a sanitizer slows every launch down.
-SANITIZED = "(cuda or per_sample) and not twenty and not graph and not waits and not another_device and not 65536"
+BUDGET_S = 480.0
+DRY_BUDGET_S = 1800.0  # takes under a minute: this is for a machine that other work makes slow
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__bytes.sum": "bytes of memory",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory's peak, %",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "multiprocessors' peak, %",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps active, %",
     "launch__registers_per_thread": "registers",
 }
-NCU_OPTIONS = ["--clock-control", "none", "--csv", "-k", "regex:step_kernel|weight_grad_kernel|finish_kernel"]
-NCU_OPTIONS += ["--metrics", ",".join(METRICS)]
+KERNELS = "step_kernel|weight_grad_kernel|finish_kernel|finish_norms_kernel|add_chunks_kernel|add_norms_kernel"
+NCU = ["ncu", "--clock-control", "none", "--csv", "-k", f"regex:{KERNELS}", "--metrics", ",".join(METRICS)]
 
 
 @dataclass
 class Result:
-    """What a section came to; ``status`` is "passed", or "failed: ..." or "skipped: ..." with the reason."""
+    """What a section came to; ``status`` begins with "passed", "failed", "skipped" or "not run"."""
 
     name: str
     status: str
     seconds: float = 0.0
+    limit_s: float = 0.0
     lines: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A command with its time limit, and how its output is read."""
+    """A command, its part of the time that is left, and how its output is read.
+
+    ``tool`` is the NVIDIA program that the command runs under. Where there is no GPU the command runs without it if
+    ``alone``, to show that it does, and else not at all. A command that holds "ROWS" writes rows there, as it goes.
+    """
 
     name: str
     command: list[str]
-    limit_s: float
-    needs_gpu: bool = False
+    part: float
+    tool: list[str] = field(default_factory=list)
+    alone: bool = False
+    missing: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
-    read: Callable[[Result, str, int], None] = lambda result, output, code: None
+    read: Callable[[Result, str, int | None], None] = lambda result, output, code: None
 
 
-def run(section: Section, *, gpu: bool, left_s: float) -> Result:
-    """Run a section within its limit and what is left of the budget."""
-    if section.needs_gpu and not gpu:
+def run(section: Section, left_s: float, *, dry: bool = False) -> Result:
+    """Run a section within its part of the time that is left."""
+    if section.missing:
+        return Result(section.name, f"skipped: {section.missing}")
+    if section.tool and dry and not section.alone:
         return Result(section.name, "skipped: no GPU")
-    program = section.command[0]
-    if shutil.which(program) is None:
-        return Result(section.name, f"skipped: {program} is not on the PATH")
-    limit = min(section.limit_s, left_s)
-    if limit < 5:
-        return Result(section.name, f"failed: no time left of {BUDGET_S:.0f} s")
+    tool = [] if dry else section.tool
+    if tool and shutil.which(tool[0], path=search_path()) is None:
+        return Result(section.name, f"skipped: {tool[0]} is neither on the PATH nor in {', '.join(TOOLS)}")
+    limit = section.part * left_s
+    if limit < 1:
+        return Result(section.name, "not run: no time was left")
     WORK.mkdir(parents=True, exist_ok=True)
-    paths = [str(SITE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | section.environment
-    log = WORK / f"{re.sub('[^a-z]+', '-', section.name)}.log"
+    slug = re.sub("[^a-z0-9]+", "-", section.name.lower()).strip("-")
+    log, rows = WORK / f"{slug}.log", WORK / f"{slug}.rows"
+    rows.unlink(missing_ok=True)
+    command = [str(rows) if word == "ROWS" else word for word in [*tool, *section.command]]
     start = time.monotonic()
+    code = _run_to_limit(command, log, limit, section.environment)
+    output = log.read_text(errors="replace")
+    result = Result(section.name, "passed", round(time.monotonic() - start, 1), round(limit, 1), _last(output))
+    result.rows = _rows(rows)
+    if code is None:
+        result.status = f"failed: ended at its limit of {limit:.0f} s"
+    elif code != 0:
+        result.status = f"failed: {f'exit status {code}' if code > 0 else signal.Signals(-code).name}"
+    try:
+        section.read(result, output, code)
+    except Exception as error:  # what one program printed must not end the report
+        result.status = f"failed: its output can't be read: {error!r}"
+    if section.tool and dry and result.status.startswith("passed"):
+        result.status = f"skipped: no GPU for {section.tool[0]} (its workload runs)"
+    return result
+
+
+def _run_to_limit(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> int | None:
+    """Return the exit status, or None where the limit came first; nothing of the process group is left over."""
+    paths = [str(WORK / "site"), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    caches = {"TRITON_CACHE_DIR": str(WORK / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor")}
+    everything = os.environ | caches | {"PATH": search_path(), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with log.open("w") as file:
         process = subprocess.Popen(
-            # In SITE `python -m pytest` finds the package that was built, not the checkout's.
-            section.command,
-            cwd=SITE if SITE.exists() else ROOT,
-            env=environment,
+            command,
+            cwd=WORK,
+            env=everything | environment,
+            stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            code: int | None = process.wait(limit)
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
-            code = None
+            return None
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # the group is gone
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    output = log.read_text(errors="replace")
-    result = Result(section.name, "passed", round(time.monotonic() - start, 1), _last(output))
-    if code is None:
-        result.status = f"failed: not done after {limit:.0f} s"
-    elif code != 0:
-        result.status = f"failed: exit status {code}"
-    section.read(result, output, -1 if code is None else code)
-    return result
+            process.wait()
 
 
 def _last(output: str, count: int = 12) -> list[str]:
     return [line.rstrip()[:300] for line in output.splitlines() if line.strip()][-count:]
 
 
-def _read_tests(result: Result, output: str, code: int) -> None:
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """What was written; the last line may have been cut off."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def _read_build(result: Result, output: str, code: int | None) -> None:
+    if code == 0:
+        result.status = f"passed: {_last(output)[-1]}" if output.strip() else "failed: it printed nothing"
+
+
+def _read_checks(result: Result, output: str, code: int | None) -> None:
+    counts = {s: sum(row["status"] == s for row in result.rows) for s in ("ok", "wrong", "failed", "skipped")}
+    ran = counts["ok"] + counts["wrong"] + counts["failed"]
+    wrong = f"{counts['wrong']} wrong and {counts['failed']} failed of {ran} checks"
+    if code is None:
+        result.status += f", after {ran} checks, {counts['wrong'] + counts['failed']} of them not passed"
+    elif counts["wrong"] or counts["failed"]:
+        result.status = f"failed: {wrong}"
+    elif code:
+        result.status += f", after {ran} checks"
+    elif ran:
+        worst = max(row["worst"] for row in result.rows if row["status"] == "ok")
+        result.status = f"passed: {ran} checks within their bounds, the worst at {worst:.2f} of its own"
+    else:
+        result.status = f"skipped: {result.rows[0]['why']}" if result.rows else "failed: no check ran"
+
+
+def _read_times(result: Result, output: str, code: int | None) -> None:
+    timed = sum("us" in row for row in result.rows)
+    if code == 0 and not timed:
+        result.status = "failed: nothing could be timed"
+    elif code == 0:
+        result.status = f"passed: {timed} of {len(result.rows)} timed{times_verdict(result.rows)}"
+    else:
+        result.status += f", after {timed} times"
+
+
+def _read_sanitizer(result: Result, output: str, code: int | None) -> None:
+    summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: (\d+).*)", output)
+    if "Device not supported" in output:
+        result.status = "skipped: compute-sanitizer says: Device not supported"
+    elif any(int(count) for _, count in summary):
+        result.status = f"failed: {summary[-1][0]}"
+    elif code == 0 and not summary:
+        result.status = "failed: compute-sanitizer printed no summary"
+    elif code == 0:
+        ran = sum(row["status"] == "ok" for row in result.rows)
+        result.status = f"passed: {summary[-1][0]}, {ran} cases" if ran else "failed: no case ran under it"
+    result.lines = [line[:300] for line in output.splitlines() if line.startswith("=========")][-30:] or result.lines
+    if ran_not := [row for row in result.rows if row["status"] == "skipped"]:
+        result.lines.append(f"not run: {ran_not[0]['kernel']}, {len(ran_not)} cases: {ran_not[0]['why']}")
+
+
+def _read_alone(result: Result, output: str, code: int | None) -> None:
+    """Of a workload without its tool: no more than that it ran."""
+    if code == 0:
+        result.lines = result.rows = []
+
+
+def _read_ncu(result: Result, output: str, code: int | None) -> None:
+    if error := next((line for line in output.splitlines() if "==ERROR==" in line), None):
+        result.status = f"skipped: ncu does not run here ({error.replace('==ERROR==', '').strip()})"
+        return
+    start = output.find('"ID"')
+    kernels: dict[str, dict[str, Any]] = {}
+    for line in csv.DictReader(output[start:].splitlines()) if start >= 0 else []:
+        if line.get("Metric Name") in METRICS:
+            row = kernels.setdefault(line["ID"], {"kernel": line["Kernel Name"].split("(")[0]})
+            row[METRICS[line["Metric Name"]]] = f"{line['Metric Value']} {line['Metric Unit']}".strip()
+    result.rows = list(kernels.values())
+    if code == 0:
+        result.status = f"passed: {len(kernels)} launches" if kernels else "failed: ncu profiled no kernel"
+
+
+def _read_tests(result: Result, output: str, code: int | None) -> None:
     """Keep the counts, the reasons of what was skipped, and each failure."""
     wanted = re.compile(
         r"^(SKIPPED|FAILED|ERROR)|^=*\s*\d+ (passed|failed|skipped|deselected)|^\d+ kernels|tested in this"
     )
     result.lines = [line[:300] for line in output.splitlines() if wanted.search(line)] or result.lines
-    if code == 0 and not re.search(r"\d+ passed", output):
-        result.status = "failed: no test passed" if "skipped" not in output else "skipped: every test was"
-
-
-def _read_sanitizer(result: Result, output: str, code: int) -> None:
-    if "Device not supported" in output:
-        result.status = "skipped: compute-sanitizer says: Device not supported"
-    elif code == 0 and not re.search(r"(ERROR|RACECHECK) SUMMARY: 0 ", output):
-        result.status = "failed: compute-sanitizer printed no summary of 0 errors"
-    result.lines = [line[:300] for line in output.splitlines() if line.startswith("=========")][-15:] or result.lines
-
-
-def _read_bench(result: Result, output: str, code: int) -> None:
-    path = WORK / "rows.json"
-    result.rows = json.loads(path.read_text()) if path.exists() else []
-    result.lines = [] if code == 0 else result.lines
-    if code == 0 and not any("ms" in row for row in result.rows):
-        result.status = "failed: no contender ran"
-
-
-def _read_ncu(result: Result, output: str, code: int) -> None:
-    if "==ERROR==" in output or code != 0:
-        why = next((line for line in output.splitlines() if "==ERROR==" in line), result.status)
-        result.status = f"skipped: ncu does not run here ({why.replace('==ERROR==', '').strip()})"
-        return
-    start = output.find('"ID"')
-    table = csv.DictReader(output[start:].splitlines()) if start >= 0 else []
-    kernels: dict[str, dict[str, Any]] = {}
-    for line in table:
-        if line.get("Metric Name") in METRICS:
-            row = kernels.setdefault(line["ID"], {"group": "ncu", "contender": line["Kernel Name"].split("(")[0]})
-            row[METRICS[line["Metric Name"]]] = f"{line['Metric Value']} {line['Metric Unit']}".strip()
-    result.rows, result.lines = list(kernels.values()), []
-    if not kernels:
-        result.status = "failed: ncu profiled no kernel"
+    counts = re.findall(r"(?:\d+ \w+, )*\d+ \w+(?= in [\d.]+)", output)
+    if code == 0:
+        passed = counts and "passed" in counts[-1]
+        result.status = f"passed: {counts[-1]}" if passed else "failed: no test passed"
+    elif code is not None and counts:
+        result.status = f"failed: {counts[-1]}"
 
 
 def sections(*, dry: bool, architecture: str) -> list[Section]:
     """The report's sections, in the order in which they run: what matters most comes first."""
-    python = [sys.executable]
-    pytest = [*python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    pytest += ["-p", "no:cacheprovider", "-q", "-m", "gpu"]
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") and not dry else []  # compiling takes the time
-    files = [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text()]
-    install = ["-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--upgrade"]
-    on_cpu = {"TRITON_INTERPRET": "1", "SVAG_TEST_DEVICE": "cpu"} if dry else {}
+    python, cpu = [sys.executable], ["--cpu"] if dry else []
+    on_cpu = {"TRITON_INTERPRET": "1", "SVAG_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} if dry else {}
+    checks = [*python, str(ROOT / "tests" / "gpu_checks.py")]
+    shared = ["ROWS", *cpu, "--jobs", str(min(8, os.cpu_count() or 1))]
+    bench = [*python, str(ROOT / "bench" / "gpu_bench.py"), "ROWS", *cpu]
+    built = [*python, str(ROOT / "bench" / "gpu_build.py"), str(WORK / "site"), *(["--quick"] if dry else [])]
     build = {"SVAG_CUDA": "auto" if dry else "1", "SVAG_CUDA_ARCHS": architecture}
-    bench = [*python, str(ROOT / "bench" / "gpu_bench.py")]
-    sanitized = [*pytest, "-x", "-k", SANITIZED, str(ROOT / "tests" / "gpu" / "test_steps.py")]
-    no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
-    return [
-        Section("build", [*python, *install, "--target", str(SITE), str(ROOT)], 420 if dry else 120, environment=build),
-        Section(
-            "tests",
-            [*pytest, *parallel, "-k", "not twenty", *files],
-            900 if dry else 150,
-            environment=on_cpu,
-            read=_read_tests,
-        ),
-        Section("determinism over 20 runs", [*pytest, "-k", "twenty", *files], 60, needs_gpu=True, read=_read_tests),
-        Section(
-            "benches",
-            [*bench, *(["--dry"] if dry else []), str(WORK / "rows.json")],
-            300 if dry else 170,
-            environment=on_cpu,
-            read=_read_bench,
-        ),
-        *(
+    no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor with bounds of its own, and not used before
+    pytest = [*python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-q", "-m", "gpu"]
+    pytest += ["-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
+    pytest += ["--ignore", str(ROOT / "tests" / "gpu" / "test_checks.py")]  # run before, without pytest
+    no_pytest = None if importlib.util.find_spec("pytest") else f"pytest is not installed in {sys.executable}"
+    found = [
+        Section("build", built, 0.4, environment=build, read=_read_build),
+        Section("Triton against float64", [*checks, "triton", *shared], 0.4, environment=on_cpu, read=_read_checks),
+        Section("CUDA against float64", [*checks, "cuda", *shared], 0.3, environment=on_cpu, read=_read_checks),
+        Section("times", bench, 0.5, environment=on_cpu, read=_read_times),
+    ]
+    for i, tool in enumerate(SANITIZERS):
+        found.append(
             Section(
                 f"compute-sanitizer {tool}",
-                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitized],
-                60,
-                needs_gpu=True,
-                environment=no_cache,
-                read=_read_sanitizer,
+                [*checks, "sanitized", "ROWS", *cpu],
+                (0.2, 0.25, 0.35, 0.4)[i],
+                tool=["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"],
+                alone=i == 0,
+                environment=on_cpu | no_cache,
+                read=_read_alone if dry else _read_sanitizer,
             )
-            for tool in TOOLS
-        ),
-        Section(
-            "ncu",
-            ["ncu", *NCU_OPTIONS, *bench, "--profile"],
-            60,
-            needs_gpu=True,
-            read=_read_ncu,
-        ),
-    ]
-
-
-def targets(rows: list[dict[str, Any]]) -> list[str]:
-    """Say of each target whether it was met, and by how much not."""
-
-    def value(group: str, contender: str, column: str) -> float:
-        found = [r[column] for r in rows if (r["group"], r["contender"]) == (group, contender) and column in r]
-        return float(found[0]) if found else float("nan")
-
-    def line(what: str, found: float, bound: float, least: bool) -> str:
-        verdict = (
-            "not measured" if found != found else "met" if (found >= bound if least else found <= bound) else "MISSED"
         )
-        return f"| {what} | {'>=' if least else '<='} {bound} | {found:.2f} | {verdict} |"
-
-    ours, copy = (value("update, 60M", c, "GB/s") for c in ("ours, cuda", "copy"))
-    lines = [
-        "| target | bound | found | |",
-        "| --- | --- | --- | --- |",
-        line("60 M parameters: ours / copy bandwidth", ours / copy, 0.92, True),
-        line("preresnet32's list: eager / ours", value("update, preresnet32", "eager PyTorch", "ratio"), 8, True),
+    read = _read_alone if dry else _read_ncu
+    return [
+        *found,
+        Section("ncu", [*bench, "--profile"], 0.5, tool=NCU, alone=True, environment=on_cpu, read=read),
+        Section("tests marked gpu", pytest, 0.95, missing=no_pytest, environment=on_cpu, read=_read_tests),
     ]
-    for net in ("preresnet32", "vgg16", "mlp"):
-        lines.append(line(f"{net}: with norms / plain", 1 / value(f"norms, {net}", "plain", "ratio"), 1.10, False))
-    return lines
 
 
-def identity(commit: str | None) -> dict[str, Any]:
-    """What ran the report: device, driver, versions, commit."""
-
-    def says(*command: str) -> str | None:
-        try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    gpu = torch.cuda.is_available()
-    head, changed = says("git", "rev-parse", "HEAD"), says("git", "status", "--porcelain")
-    smi = says("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    nvcc = re.search(r"V(\d[\d.]+)", says("nvcc", "--version") or "")
-    return {
-        "device": torch.cuda.get_device_name() if gpu else "no GPU",
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None,
-        "devices": torch.cuda.device_count(),
-        "driver": smi.splitlines()[0] if smi else None,
-        "torch": torch.__version__,
-        "torch's CUDA": torch.version.cuda,
-        "triton": version("triton"),
-        "nvcc": nvcc[1] if nvcc else None,
-        "python": platform.python_version(),
-        "commit": commit or (f"{head}{' with changes' if changed else ''}" if head else "unknown: not a git checkout"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+def file_base(folder: Path, about: dict[str, Any], *, dry: bool) -> Path:
+    """The report's files without their ending: not those of an earlier report of the same day."""
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    name = f"gpu-{slug}-{about['date'][:10]}"
+    taken = [] if dry else [p.stem for p in folder.glob(f"{name}*.json")]
+    return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "skipped"))
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for row in rows:
-        cells = [f"{v:.3f}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns]
-        if "skipped" in row:
-            cells[2:] = [f"skipped: {row['skipped'][:100]}", *cells[3:]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def markdown(about: dict[str, Any], results: list[Result], *, dry: bool) -> str:
-    """The report to read."""
-    lines = [f"# GPU report: {about['device']}", ""]
-    if dry:
-        lines += ["Dry run on a CPU: no time in it means anything.", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()] + [""]
-    lines += ["| section | status | s |", "| --- | --- | --- |"]
-    lines += [f"| {r.name} | {r.status} | {r.seconds} |" for r in results] + [""]
-    for result in results:
-        if result.rows:
-            lines += [f"## {result.name}", ""]
-            lines += [*targets(result.rows), ""] if result.name == "benches" and not dry else []
-            lines += [*_table(result.rows), ""]
-        if result.lines and (result.status != "passed" or result.name != "build"):
-            lines += [f"## {result.name}: output", "", "```", *result.lines, "```", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def write(folder: Path, about: dict[str, Any], results: list[Result], *, dry: bool) -> Path:
-    """Write both files, each to a temporary name first; return the one to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    base = folder / f"gpu-{name}-{about['date'][:10]}"
-    text = json.dumps({"about": about, "dry": dry, "sections": [asdict(r) for r in results]}, indent=1) + "\n"
-    for path, content in (
-        (base.with_name(base.name + ".md"), markdown(about, results, dry=dry)),
-        (base.with_name(base.name + ".json"), text),
-    ):
-        partial = path.with_name(path.name + ".partial")
+def write(base: Path, about: dict[str, Any], results: list[Result], *, dry: bool) -> None:
+    """Write both files, each to a temporary name first."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    found = [asdict(r) for r in results]
+    text = json.dumps({"about": about, "dry": dry, "sections": found}, indent=1) + "\n"
+    try:
+        to_read = markdown(about, found, dry=dry)
+    except Exception:  # the JSON file has everything; the text must not end the report
+        to_read = f"The text could not be made of the JSON file beside this one:\n\n{traceback.format_exc()}"
+    for ending, content in ((".json", text), (".md", to_read)):
+        partial = base.with_name(base.name + ending + ".partial")
         with partial.open("w") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    return base.with_name(base.name + ".md")
+        partial.replace(base.with_name(base.name + ending))
+
+
+def report(planned: list[Section], base: Path, about: dict[str, Any], *, dry: bool, budget_s: float) -> list[Result]:
+    """Run the sections; before and after each, write what is known, and what is still to come as not run."""
+    start, results = time.monotonic(), []
+    for i, section in enumerate(planned):
+        print(f"{section.name} ...", end=" ", flush=True)
+        running = Result(section.name, "not run: the report was ended during this section")
+        to_come = [Result(s.name, "not run: the report was ended before it") for s in planned[i + 1 :]]
+        write(base, about, [*results, running, *to_come], dry=dry)
+        results.append(run(section, budget_s - (time.monotonic() - start), dry=dry))
+        write(base, about, [*results, *to_come], dry=dry)
+        print(f"{results[-1].status} ({results[-1].seconds} s)", flush=True)
+    return results
 
 
 def main() -> None:
@@ -325,26 +320,18 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on a CPU; writes into build/gpu-report")
     parser.add_argument("--commit", help="what the sources are, where this is no git checkout")
     arguments = parser.parse_args()
-    gpu = torch.cuda.is_available() and not arguments.dry
-    if not gpu and not arguments.dry:
-        raise SystemExit("torch sees no CUDA device. `make gpu-report DRY=1` tries all but what needs one")
-    about = identity(arguments.commit)
-    folder = WORK if arguments.dry else ROOT / "bench" / "results"
-    architecture = "80" if arguments.dry else about["capability"].replace(".", "")
-    (WORK / "rows.json").unlink(missing_ok=True)
-    results: list[Result] = []
-    budget = 3600.0 if arguments.dry else BUDGET_S
     start = time.monotonic()
-    for section in sections(dry=arguments.dry, architecture=architecture):
-        print(f"{section.name} ...", end=" ", flush=True)
-        results.append(run(section, gpu=gpu, left_s=budget - (time.monotonic() - start)))
-        print(f"{results[-1].status} ({results[-1].seconds} s)", flush=True)
-        report = write(folder, about, results, dry=arguments.dry)
-        if section.name == "build" and results[-1].status != "passed":
-            print("\n".join(results[-1].lines))
-            break
-    print(report)
-    if any(r.status.startswith("failed") for r in results):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the running section's processes are ended too
+    about = asked_identity(arguments.commit)
+    if about["capability"] is None and not arguments.dry:
+        raise SystemExit("torch sees no CUDA device. `make gpu-report DRY=1` tries all but what needs one")
+    base = file_base(WORK if arguments.dry else ROOT / "bench" / "results", about, dry=arguments.dry)
+    architecture = "80" if arguments.dry else about["capability"].replace(".", "")
+    planned = sections(dry=arguments.dry, architecture=architecture)
+    budget_s = (DRY_BUDGET_S if arguments.dry else BUDGET_S) - (time.monotonic() - start)
+    results = report(planned, base, about, dry=arguments.dry, budget_s=budget_s)
+    print(base.with_name(base.name + ".md"))
+    if any(r.status.startswith(("failed", "not run")) for r in results):
         raise SystemExit(1)
 
 

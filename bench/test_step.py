@@ -9,30 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any
 
+import plain_steps
 import pytest
 import torch
+from plain_steps import preresnet32, vgg16
 from torch import Tensor, nn
 
 from svag_fast import _C, SVAG, svag_coefficients
 from svag_fast.ops.checked_step import CheckedStep
 
 LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
-
-
-def preresnet32() -> list[tuple[int, ...]]:
-    shapes: list[tuple[int, ...]] = [(16, 3, 3, 3)]
-    for stage, width in enumerate((16, 32, 64)):
-        shapes += [(width, width if stage == 0 else width // 2, 3, 3)] + [(width, width, 3, 3)] * 9
-        shapes += [(width, width if stage == 0 else width // 2, 1, 1)]
-    return shapes
-
-
-def vgg16() -> list[tuple[int, ...]]:
-    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
-    return [(o, i, 3, 3) for i, o in pairwise(widths)]
+OPTIONS = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY}
 
 
 GROUPS = {"preresnet32": preresnet32(), "vgg16": vgg16(), "flat60M": [(60_000_000,)]}
@@ -74,19 +63,10 @@ class Lists:
             p.grad = g
 
     def eager(self) -> list[Tensor]:
-        c1, c2 = svag_coefficients(L)
-        sums = [torch.zeros((), device=self.params[0].device) for _ in range(4)]
-        for p, g1, g2 in zip(self.params, self.grads1, self.grads2, strict=True):
-            for k, (a, b) in enumerate(((g1, g1), (g2, g2), (g1, g2), (p, p))):
-                sums[k] = sums[k] + (a * b).sum()
-            p -= (LR / L) * (c1 * g1 + c2 * g2 + WEIGHT_DECAY * p)
-        return sums
+        return plain_steps.eager(self.params, self.grads1, self.grads2, **OPTIONS)
 
     def foreach(self) -> list[Tensor]:
-        sums, step = self.foreach_statistics(), self.foreach_combined()
-        torch._foreach_add_(step, self.params, alpha=WEIGHT_DECAY)
-        torch._foreach_add_(self.params, step, alpha=-LR / L)
-        return sums
+        return plain_steps.foreach(self.params, self.grads1, self.grads2, **OPTIONS)
 
     def foreach_statistics(self) -> list[Tensor]:
         pairs = ((self.grads1, self.grads1), (self.grads2, self.grads2), (self.grads1, self.grads2))

@@ -233,9 +233,10 @@ def product_tiles(
     size = O * N
     programs = tiles * groups if chunks == 1 else triton.cdiv(size, _TILE_END)
 
-    sq_norms = torch.zeros(B, dtype=torch.float64, device=device)
     if size == 0:
-        return sq_norms, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
+        nothing = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
+        return torch.zeros(B, dtype=torch.float64, device=device), nothing
+    sq_norms = torch.empty(B, dtype=torch.float64, device=device)
     stats = torch.empty(5, dtype=torch.float64, device=device)
     shares = torch.empty((tiles * groups, B), dtype=torch.float32, device=device)
     partials = torch.empty((5, programs), dtype=torch.float64, device=device)

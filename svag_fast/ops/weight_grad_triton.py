@@ -126,8 +126,11 @@ def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
     if segments is None or product.num_segments <= 2:
         grad, sq_norms, stats = products(w, segments)
-        gram = stats[[0, 2, 2, 1]].view(2, 2)[: product.num_segments, : product.num_segments]
-        return grad, sq_norms, gram if segments is not None else gram[:0, :0]
+        if segments is None:
+            return grad, sq_norms, stats.new_empty((0, 0))
+        # Not stats[[0, 2, 2, 1]]: that index is a copy from the host, which waits, and which a capture forbids.
+        gram = torch.stack([stats[0], stats[2], stats[2], stats[1]]).view(2, 2)
+        return grad, sq_norms, gram[: product.num_segments, : product.num_segments]
     parts = [products(torch.where(segments == s, w, 0.0), None) for s in range(product.num_segments)]
     flat = torch.stack([grad.flatten() for grad, _, _ in parts]).double()
     total = torch.stack([grad for grad, _, _ in parts]).sum(0)

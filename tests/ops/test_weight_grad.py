@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from layer_cases import CONVOLUTION, LINEAR, convolutions, forward, loop, make
+from layer_cases import CONVOLUTION, LINEAR, forward, loop, make
+from layer_strategies import convolutions
 from torch import Tensor
 
 from svag_fast.ops import weight_grad as module

@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from layer_cases import CONVOLUTION, LINEAR, convolutions, make
+from layer_cases import CONVOLUTION, LINEAR, make
+from layer_strategies import convolutions
 from torch import Tensor
 
 from svag_fast import _C

@@ -1,0 +1,49 @@
+"""The SVAG step with its four statistics as a user would write it, and the lists of params that it is timed on."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from svag_fast import svag_coefficients
+
+
+def preresnet32() -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = [(16, 3, 3, 3)]
+    for stage, width in enumerate((16, 32, 64)):
+        shapes += [(width, width if stage == 0 else width // 2, 3, 3)] + [(width, width, 3, 3)] * 9
+        shapes += [(width, width if stage == 0 else width // 2, 1, 1)]
+    return shapes
+
+
+def vgg16() -> list[tuple[int, ...]]:
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    return [(o, i, 3, 3) for i, o in pairwise(widths)]
+
+
+def eager(
+    params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor], *, lr: float, l: float, weight_decay: float
+) -> list[Tensor]:
+    c1, c2 = svag_coefficients(l)
+    sums = [torch.zeros((), device=params[0].device) for _ in range(4)]
+    for p, g1, g2 in zip(params, grads1, grads2, strict=True):
+        for k, (a, b) in enumerate(((g1, g1), (g2, g2), (g1, g2), (p, p))):
+            sums[k] = sums[k] + (a * b).sum()
+        p -= (lr / l) * (c1 * g1 + c2 * g2 + weight_decay * p)
+    return sums
+
+
+def foreach(
+    params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor], *, lr: float, l: float, weight_decay: float
+) -> list[Tensor]:
+    c1, c2 = svag_coefficients(l)
+    pairs = ((grads1, grads1), (grads2, grads2), (grads1, grads2))
+    sums = [torch.stack([t.sum() for t in torch._foreach_mul(a, b)]).sum() for a, b in pairs]
+    sums.append(torch.stack(torch._foreach_norm(params)).square().sum())
+    step = torch._foreach_mul(grads1, c1)
+    torch._foreach_add_(step, grads2, alpha=c2)
+    torch._foreach_add_(step, params, alpha=weight_decay)
+    torch._foreach_add_(params, step, alpha=-lr / l)
+    return sums
