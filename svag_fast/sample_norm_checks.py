@@ -62,8 +62,8 @@ def double(x: Tensor) -> Tensor:
 
 def check_product(scope: Scope, forward: Callable[..., Tensor], name: str, grad: Tensor, b: Tensor, x: Tensor) -> None:
     """Hold a weight gradient G against PyTorch's forward: ⟨G, v⟩ = ⟨b, f(x; v)⟩ for a pseudo-random v."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(grad.shape, generator=generator, dtype=torch.float64).to(grad.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(grad.shape, generator=generator, dtype=torch.float64, device="cpu").to(grad.device)
     output = forward(x.double(), v, None)
     expected, got = (b.double() * output).sum(), (grad.double() * v).sum()
     eps = max(torch.finfo(dtype).eps for dtype in (grad.dtype, b.dtype))

@@ -291,7 +291,8 @@ class _Once(torch.autograd.Function):
 
 
 def _once(label: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return _Once.apply(label, torch.zeros((), requires_grad=True), *grads)  # type: ignore[no-untyped-call, no-any-return]
+    leaf = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    return _Once.apply(label, leaf, *grads)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -252,7 +252,8 @@ class Recorder:
 
     def watch_second(self, grad: Tensor, label: str) -> Tensor:
         """The gradient, such that a second derivative through it makes the norms unknown."""
-        out: Tensor = _Second.apply(grad, torch.zeros((), requires_grad=True), self, label)  # type: ignore[no-untyped-call]
+        leaf = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        out: Tensor = _Second.apply(grad, leaf, self, label)  # type: ignore[no-untyped-call]
         return out
 
     def fail_for_good(self, problem: str) -> None:
