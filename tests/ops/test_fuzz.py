@@ -20,7 +20,7 @@ from svag_fast.ops import (
 )
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-ROUNDS = 40
+ROUNDS = 24
 
 
 class Dice:
