@@ -77,14 +77,19 @@ class Lists:
         self.params, self.grads1, self.grads2 = ([torch.randn(s, device=device) for s in shapes] for _ in range(3))
         self.numbers = sum(p.numel() for p in self.params)
 
-    def ours(self, backend: str, *, compensated: bool = False, skip_nonfinite: bool = False) -> Target:
+    def ours(self, backend: str, **options: Any) -> Target:
         _must_be_available(backend)
-        kept = [torch.zeros_like(p) for p in self.params] if compensated else None
-        coefficients = step_coefficients(LR, L, WEIGHT_DECAY, self.device)
+        coefficients = step_coefficients(LR, L, WEIGHT_DECAY, self.device, momentum=options.get("momentum", 0.0))
         return lambda: svag_step_(
-            self.params, self.grads1, self.grads2, lr=LR, l=L, weight_decay=WEIGHT_DECAY, compensation=kept,
-            skip_nonfinite=skip_nonfinite, coefficients=coefficients, backend=backend,
+            self.params, self.grads1, self.grads2, lr=LR, l=L, weight_decay=WEIGHT_DECAY, coefficients=coefficients,
+            backend=backend, **options,
         )  # fmt: skip
+
+    def compensated(self, backend: str) -> Target:
+        return self.ours(backend, compensation=[torch.zeros_like(p) for p in self.params])
+
+    def with_momentum(self, backend: str) -> Target:
+        return self.ours(backend, momentum_buffers=[torch.zeros_like(p) for p in self.params], momentum=0.9)
 
     def per_sample(self, samples: int) -> Target:
         _must_be_available("cuda")
@@ -122,14 +127,12 @@ def _made(make: Callable[[], Target]) -> Target:
 def update(report: Report, name: str, shapes: list[tuple[int, ...]]) -> None:
     """The update and the four statistics, in one pass by ours."""
     lists, group = Lists(shapes, report.device), f"update, {name}"
-    n = 4 * lists.numbers  # bytes of one tensor an element
+    n, both = 4 * lists.numbers, ("cuda", "triton")  # bytes of the params alone
     ways: list[tuple[str, Callable[[], Target], int]] = [
-        ("step, cuda", lambda: lists.ours("cuda"), 4 * n),
-        ("step, triton", lambda: lists.ours("triton"), 4 * n),
-        ("compensated, cuda", lambda: lists.ours("cuda", compensated=True), 6 * n),
-        ("compensated, triton", lambda: lists.ours("triton", compensated=True), 6 * n),
-        ("skip_nonfinite, cuda", lambda: lists.ours("cuda", skip_nonfinite=True), 6 * n),
-        ("skip_nonfinite, triton", lambda: lists.ours("triton", skip_nonfinite=True), 6 * n),
+        *((f"step, {b}", partial(lists.ours, b), 4 * n) for b in both),
+        *((f"compensated, {b}", partial(lists.compensated, b), 6 * n) for b in both),
+        *((f"skip_nonfinite, {b}", partial(lists.ours, b, skip_nonfinite=True), 6 * n) for b in both),
+        *((f"momentum, {b}", partial(lists.with_momentum, b), 6 * n) for b in both),
         ("SGD(fused=True), one gradient", lists.fused_sgd, 3 * n),
         ("torch._foreach", lambda: lists.plain(foreach), 0),
         ("eager PyTorch", lambda: lists.plain(eager), 0),

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from scipy import stats
-
 ENOUGH = 16  # effective samples below which a standard error is itself too uncertain to be relied on
 
 
@@ -143,5 +141,7 @@ def quantile(confidence: float, degrees_of_freedom: float | None = None) -> floa
     """Return how many standard errors the central interval of ``confidence`` reaches to either side."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    from scipy import stats  # here: the optimizers' modules need this one's checks, and not SciPy
+
     tail = 0.5 - confidence / 2
     return float(stats.norm.isf(tail) if degrees_of_freedom is None else stats.t.isf(tail, degrees_of_freedom))

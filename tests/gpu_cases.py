@@ -153,6 +153,50 @@ def compensated_step(device: torch.device, backend: str, dtype: torch.dtype, bad
     yield "params and what was kept", share(found, exact, bounds)
 
 
+def momentum_step(
+    device: torch.device,
+    backend: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    l: float,
+    *,
+    rule: str = "time",
+    bad: float | None = None,
+) -> Shares:
+    """Heavy ball: the bracket moves a buffer, and the buffer the params."""
+    exact_dtype, momentum = F64 if dtypes[0] == F64 else F32, 0.9
+    start, kept = draw(dtypes[0], 0), draw(exact_dtype, 3)
+    grads1, grads2 = draw(dtypes[1], 1), draw(dtypes[1], 2)
+    if bad is not None:
+        grads2[-1].view(-1)[17] = bad
+    params, buffers = on(device, start), on(device, kept)
+    stats = svag_step_(
+        params, on(device, grads1), on(device, grads2), lr=LR, l=l, weight_decay=DECAY, momentum_buffers=buffers,
+        momentum=momentum, momentum_rule=rule, skip_nonfinite=bad is not None, backend=backend,
+    )  # fmt: skip
+    yield "finite", 0.0 if bool(stats.finite.cpu()) == (bad is None) else math.inf
+    if bad is not None:
+        same = all(torch.equal(a.cpu(), b) for a, b in zip([*params, *buffers], [*start, *kept], strict=True))
+        yield "params left alone", 0.0 if same else math.inf
+        return
+    # It counts in the params' arithmetic, as in torch.
+    mu, rate = float(torch.tensor(momentum, dtype=exact_dtype)), LR / l
+    if rule == "time":
+        mu, rate = 1 - (1 - mu) / l, LR / l**2
+    (c1, c2), eps = svag_coefficients(l), 2.0**-52 if exact_dtype == F64 else EPS
+    found: dict[str, list[Tensor]] = {"v": [], "v bound": [], "x": [], "x bound": []}
+    for x, v, a, b in zip(*([t.double() for t in ts] for ts in (start, kept, grads1, grads2)), strict=True):
+        new = mu * v + c1 * a + c2 * b + DECAY * x
+        bound = 4 * eps * (mu * v.abs() + abs(c1) * a.abs() + abs(c2) * b.abs() + DECAY * x.abs() + 1e-30)
+        found["v"].append(new)
+        found["v bound"].append(bound)
+        found["x"].append(x - rate * new)
+        found["x bound"].append(rate * bound)
+    yield "buffers", share(buffers, found["v"], found["v bound"])
+    bounds = [a + b for a, b in zip(found["x bound"], step_bounds(start, found["x"], device), strict=True)]
+    yield "params", share(params, found["x"], bounds)
+    yield "statistics", stats_share(stats, start, grads1, grads2)
+
+
 def mixed_list(device: torch.device, backend: str, count: int) -> Shares:
     """A list of many tensors of mixed dtypes, views that are not aligned among them."""
     count = count if device.type == "cuda" else 20

@@ -37,6 +37,7 @@ from gpu_cases import (
     compensated_step,
     layer_bits,
     mixed_list,
+    momentum_step,
     network_norms,
     per_sample_bits,
     per_sample_step,
@@ -67,17 +68,20 @@ class Check:
     dry: bool = False
 
 
+def name_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " and ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
+
+
 def checks() -> list[Check]:
     """All of them, each kernel's plainest case first."""
     found: list[Check] = []
     for b, kernels in STEP_KERNELS.items():
         add = partial(Check, "svag_step_", b, kernels=kernels)
         for dtypes in DTYPES:
-            name = " and ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
             for l in (4, 1, 65536):
                 plain = dtypes == (F32, F32) and l == 4
                 run = partial(step, backend=b, dtypes=dtypes, l=l)
-                found.append(add(f"{name}, l = {l}", run, small=plain, dry=l == 4))
+                found.append(add(f"{name_of(dtypes)}, l = {l}", run, small=plain, dry=l == 4))
         found += [
             add("one gradient", partial(step, backend=b, dtypes=(F32, F32), l=1, second=False), dry=True),
             add("squares beyond float32", partial(step, backend=b, dtypes=(F32, F32), l=2, scale=1e25), dry=True),
@@ -86,6 +90,18 @@ def checks() -> list[Check]:
             add("compensated, bfloat16", partial(compensated_step, backend=b, dtype=BF16, bad=None)),
             add("an inf is skipped", partial(compensated_step, backend=b, dtype=F32, bad=math.inf), dry=True),
             add("a nan is skipped", partial(compensated_step, backend=b, dtype=F32, bad=math.nan)),
+            *(
+                add(
+                    f"momentum, {name_of(dtypes)}, l = {l}",
+                    partial(momentum_step, backend=b, dtypes=dtypes, l=l),
+                    small=dtypes == (F32, F32) and l == 4,
+                    dry=dtypes == (F32, F32) and l == 4,
+                )
+                for dtypes in DTYPES
+                for l in (4, 1, 65536)
+            ),
+            add("momentum, fixed", partial(momentum_step, backend=b, dtypes=(F32, F32), l=4, rule="fixed")),
+            add("momentum, an inf is skipped", partial(momentum_step, backend=b, dtypes=(F32, F32), l=4, bad=math.inf)),
             add("500 tensors, mixed and unaligned", partial(mixed_list, backend=b, count=500)),
             add("the same bits", partial(same_bits, call=partial(step_bits, b))),
         ]
@@ -200,7 +216,9 @@ def main() -> None:
     if arguments.jobs > 1:
         common = [sys.executable, *sys.argv, "--jobs", "1", "--step", str(arguments.jobs), "--first"]
         jobs = [subprocess.Popen([*common, str(i)]) for i in range(arguments.jobs)]
-        sys.exit(max(abs(job.wait()) for job in jobs))
+        codes = [job.wait() for job in jobs]
+        print(f"exit status of the {len(codes)} processes: {', '.join(map(str, codes))}")
+        sys.exit(max(map(abs, codes)))
     if arguments.which != "sanitized":
         torch.utils.deterministic.fill_uninitialized_memory = True
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -127,9 +127,24 @@ def test_a_report_that_is_ended_in_the_middle_loses_nothing(tmp_path: Path, by: 
     )
 
 
+# As sitecustomize.py: a GPU machine may lack these.
+BLOCKER = """
+import sys
+
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name in ("scipy", "pytest", "hypothesis", "rich", "click", "matplotlib", "sklearn"):
+            raise ModuleNotFoundError(name + " is blocked", name=name)
+
+sys.meta_path.insert(0, Missing)
+"""
+
+
 def test_where_the_build_fails_the_triton_kernels_are_checked_and_the_cuda_ones_say_why_not(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     every = report.sections(dry=True, architecture="80")
     build = next(s for s in every if s.name == "build")
