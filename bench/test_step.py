@@ -17,7 +17,7 @@ import torch
 from plain_steps import preresnet32, vgg16
 from torch import Tensor, nn
 
-from svag_fast import _C, SVAG, svag_coefficients
+from svag_fast import _C, SVAG
 from svag_fast.ops.checked_step import CheckedStep
 
 LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
@@ -68,17 +68,6 @@ class Lists:
     def foreach(self) -> list[Tensor]:
         return plain_steps.foreach(self.params, self.grads1, self.grads2, **OPTIONS)
 
-    def foreach_statistics(self) -> list[Tensor]:
-        pairs = ((self.grads1, self.grads1), (self.grads2, self.grads2), (self.grads1, self.grads2))
-        sums = [torch.stack([t.sum() for t in torch._foreach_mul(a, b)]).sum() for a, b in pairs]
-        return [*sums, torch.stack(torch._foreach_norm(self.params)).square().sum()]
-
-    def foreach_combined(self) -> list[Tensor]:
-        c1, c2 = svag_coefficients(L)
-        step = list(torch._foreach_mul(self.grads1, c1))
-        torch._foreach_add_(step, self.grads2, alpha=c2)
-        return step
-
     @cached_property
     def momentum_step(self) -> CheckedStep | None:
         options = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY, "momentum": MOMENTUM, "backend": "auto"}
@@ -103,8 +92,8 @@ class Lists:
 
     def momentum_by_sgd(self, way: str) -> list[Tensor]:
         """The same work: the statistics, the combined gradient, and torch's step with momentum on it."""
-        sums = self.foreach_statistics()
-        for p, g in zip(self.leaves, self.foreach_combined(), strict=True):
+        sums = plain_steps.foreach_statistics(self.params, self.grads1, self.grads2)
+        for p, g in zip(self.leaves, plain_steps.foreach_combined(self.grads1, self.grads2, L), strict=True):
             p.grad = g
         self.momentum_sgd[way].step()
         return sums
