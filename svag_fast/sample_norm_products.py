@@ -309,10 +309,11 @@ class _Linear(Rule):
         x = _only_input(*args, **kwargs)
         if x.dim() < 2:
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, ..., in_features]")
-        if x.dtype.is_complex or module.weight.dtype.is_complex:
+        weight = module.weight
+        if x.dtype.is_complex or weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
         call = _Call(_LINEAR, scope, scope.use("weight"), scope.use("bias"), True)
-        return _apply(x, module.weight, module.bias, call)
+        return _apply(x, weight, module.bias, call)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
         return _sample_grads(_LINEAR, module, inputs[0], output_grad)
@@ -337,10 +338,11 @@ class _Conv(Rule):
         if scope.cache is None:
             scope.cache = _conv_plan(module)
         product, pad = scope.cache
-        if x.dtype.is_complex or module.weight.dtype.is_complex:
+        weight = module.weight
+        if x.dtype.is_complex or weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
         call = _Call(product, scope, scope.use("weight"), scope.use("bias"), True)
-        return _apply(_padded(module, pad, x), module.weight, module.bias, call)
+        return _apply(_padded(module, pad, x), weight, module.bias, call)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
         product, pad = _conv_plan(module)

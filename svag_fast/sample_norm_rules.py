@@ -34,7 +34,7 @@ class Known:
         self.samples_only = False  # called on samples, and never on a value that all samples share
         self.shared_only = False
         self.mixed = False
-        self.checked: set[tuple[str, torch.dtype, str]] = set()  # parameters, with dtype and device type
+        self.checked: set[tuple[str, torch.dtype, bool]] = set()  # parameters, with dtype, and whether on CUDA
 
     @property
     def settled(self) -> bool:
@@ -74,12 +74,11 @@ class Scope:
 
     def current(self) -> bool:
         """Whether the module still has the same parameters, frozen or not as before."""
-        seen = self._seen
         parameters = self.module._parameters
-        if len(parameters) != len(seen):
+        if len(parameters) != len(self._seen):
             return False
-        for (parameter, trained), now in zip(seen, parameters.values(), strict=True):
-            if now is not parameter or (now is not None and now.requires_grad is not trained):
+        for name, parameter, trained in self._seen:
+            if parameters.get(name) is not parameter or (parameter is not None and parameter.requires_grad != trained):
                 return False
         return True
 
@@ -111,15 +110,15 @@ class Scope:
 
     def to_check(self, name: str, like: Tensor) -> bool:
         """Whether the gradient of the module's parameter is to be held against the samples' own in this use."""
-        return self.check or (name, like.dtype, like.device.type) not in self.known.checked
+        return self.check or (name, like.dtype, like.is_cuda) not in self.known.checked
 
     def checked(self, name: str, like: Tensor) -> None:
         """Note that it was right."""
-        self.known.checked.add((name, like.dtype, like.device.type))
+        self.known.checked.add((name, like.dtype, like.is_cuda))
 
 
-def _seen(module: nn.Module) -> list[tuple[Tensor | None, bool]]:
-    return [(p, p is not None and p.requires_grad) for p in module._parameters.values()]
+def _seen(module: nn.Module) -> list[tuple[str, Tensor | None, bool]]:
+    return [(name, p, p is not None and p.requires_grad) for name, p in module._parameters.items()]
 
 
 def label_of(place: str, module: nn.Module) -> str:

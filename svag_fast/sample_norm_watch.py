@@ -7,7 +7,7 @@ replaced, frozen or unfrozen since, and serves or refuses them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,6 +48,42 @@ class _Served:
     end: Callable[[], None]
 
 
+class _Shape:
+    """Which layers a model has, and which parameters those that aren't served have: compared in each pass, so sorted by
+    what is quick to compare."""
+
+    def __init__(self) -> None:
+        self._parents: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
+        self._childless: list[Mapping[str, Any]] = []
+        self._bare: list[Mapping[str, Any]] = []  # parameters of modules that have none
+        self._others: list[tuple[Mapping[str, Any], list[tuple[int, bool]]]] = []
+
+    def add(self, module: nn.Module, served: bool) -> None:
+        """Note a module; a served one looks after its parameters itself."""
+        if module._modules:
+            self._parents.append((module._modules, tuple(module._modules.values())))
+        else:
+            self._childless.append(module._modules)
+        if not served and module._parameters:
+            self._others.append((module._parameters, _trained(module._parameters)))
+        elif not served:
+            self._bare.append(module._parameters)
+
+    def outdated(self) -> bool:
+        """Whether anything came, went, was frozen or unfrozen."""
+        if any(self._childless) or any(self._bare):
+            return True
+        for modules, children in self._parents:
+            if tuple(modules.values()) != children:
+                return True
+        return any(_trained(parameters) != trained for parameters, trained in self._others) if self._others else False
+
+
+def _trained(parameters: Mapping[str, Any]) -> list[tuple[int, bool]]:
+    """What tells whether parameters are the same, and frozen or not as before."""
+    return [(id(p), p.requires_grad) for p in parameters.values() if p is not None]
+
+
 class Watch:
     """See the module's text. `wanted`: the only parameters to track, or None for all that require a gradient."""
 
@@ -73,8 +109,7 @@ class Watch:
         self._provenance: Provenance | None = None
         self._served: dict[nn.Module, _Served] = {}
         self._root_end: Callable[[], None] | None = None
-        self._children: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
-        self._others: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []  # parameters of modules that aren't served
+        self._shape = _Shape()
 
     def begin(self) -> None:
         """Serve the model; refuses before anything is changed."""
@@ -95,20 +130,17 @@ class Watch:
         _walk("", self.model, modules)
         names, aliases = self._tracked(modules)
         plans: dict[nn.Module, Scope] = {}
-        children: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
-        others: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
+        shape = _Shape()
         met: set[nn.Module] = set()
         for place, module in modules:
             if module in met:
                 continue
             met.add(module)
-            children.append((module._modules, tuple(module._modules.values())))
             parameters = module._parameters
             scope = self._plan(place, module, names) if parameters or _traits(type(module)) != _PLAIN else None  # type: ignore[arg-type]
             if scope is not None:
                 plans[module] = scope
-            else:
-                others.append((parameters, _trainable(parameters)))
+            shape.add(module, served=scope is not None)
         for module in [m for m, s in self._served.items() if m not in plans or s.kind is not type(m)]:
             self._served.pop(module).end()
         follow = False
@@ -123,7 +155,7 @@ class Watch:
                 self._served[module] = _Served(scope, type(module), dispatch.serve(module, forward))
         self._serve_root()
         self.recorder.track(names, aliases)
-        self._follow, self._children, self._others = follow, children, others
+        self._follow, self._shape = follow, shape
 
     def _serve_root(self) -> None:
         if self.model not in self._served and self._root_end is None and "forward" not in self.model.__dict__:
@@ -138,16 +170,9 @@ class Watch:
             self._root_end()
             self._root_end = None
 
-    def outdated(self) -> bool:
-        """Whether layers came or went since the last scan, or parameters of modules that have no rule changed."""
-        for now, then in self._children:
-            if (now or then) and tuple(now.values()) != then:
-                return True
-        return any((now or then) and _trainable(now) != then for now, then in self._others)
-
     def untracked(self) -> str | None:
         """The name of a parameter that may have got a gradient without being tracked."""
-        if not self.outdated() and all(served.scope.current() for served in self._served.values()):
+        if not self._shape.outdated() and all(served.scope.current() for served in self._served.values()):
             return None
         for name, parameter in self.model.named_parameters():
             if self._is_wanted(parameter) and parameter.requires_grad and not self.recorder.tracks(parameter):
@@ -365,9 +390,9 @@ class Watch:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._depth or not torch.is_grad_enabled() or in_backward():
                 return inner(*args, **kwargs)
-            if self.outdated():
+            if self._shape.outdated():
                 self.scan()
-            inputs = _tensors((args, kwargs))
+            inputs = _tensors(args, kwargs)
             before = self._batch_size
             self._depth += 1
             try:
@@ -413,13 +438,9 @@ class Watch:
             )
 
 
-def _trainable(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple([(id(p), p.requires_grad) for p in parameters.values() if p is not None]) if parameters else ()
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among a model's inputs, scalars left out."""
-    found: Iterable[Any] = _leaves(inputs)
+    found = args if not kwargs and all(isinstance(x, Tensor) for x in args) else _leaves((args, kwargs))
     return [x for x in found if isinstance(x, Tensor) and x.dim() > 0]
 
 
