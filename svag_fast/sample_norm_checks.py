@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svag_fast.sample_norm_tape import SampleGrads, row_sq_norms, sample_chunks
+from svag_fast.sample_norm_tape import Recorder, SampleGrads, row_sq_norms, sample_chunks
 
 if TYPE_CHECKING:
     from svag_fast.sample_norm_rules import Scope
@@ -74,3 +74,51 @@ def check_product(scope: Scope, forward: Callable[..., Tensor], name: str, grad:
             f"{float(got):.6g}, expected {float(expected):.6g}); nothing was added to {name}.grad. Please report it"
         )
     scope.checked(name, b)
+
+
+class LayerCall(NamedTuple):
+    """A use of a layer in a pass through the model that is checked."""
+
+    label: str
+    inputs: list[Tensor]
+    output: object
+
+
+def check_rows(recorder: Recorder, calls: list[LayerCall], batch_size: int) -> None:
+    """Row i of every layer's input must depend on row i alone of the layers before.
+
+    One backward pass from one row of each input: costly, but it finds rows that only happen to be B (positions before
+    the samples, tokens sorted by expert) and models that mix the samples.
+    """
+    if batch_size < 2:
+        return
+    row = batch_size // 2
+    before: list[tuple[str, Tensor]] = []
+    recorder.paused = True
+    try:
+        for label, inputs, output in calls:
+            for x in inputs:
+                if before and x.requires_grad and x.dim() > 0 and x.shape[0] == batch_size:
+                    _check_row(label, x, row, before)
+            if isinstance(output, Tensor) and output.requires_grad:
+                before.append((label, output))
+    finally:
+        recorder.paused = False
+
+
+def _check_row(label: str, x: Tensor, row: int, before: list[tuple[str, Tensor]]) -> None:
+    some = x[row]
+    weights = torch.randn(some.shape, generator=torch.Generator().manual_seed(0)).to(some)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(
+        some, [y for _, y in before], weights, retain_graph=True, allow_unused=True
+    )
+    for (source, _), grad in zip(before, grads, strict=True):
+        if grad is None:
+            continue
+        others = torch.cat([grad[:row], grad[row + 1 :]])
+        if bool((others.nan_to_num() != 0).any()):
+            raise ValueError(
+                f"{label}: row {row} of its input depends on other rows of {source}'s output than that one: its rows "
+                "are not the samples (positions first, tokens gathered), or the model mixes the samples, which then "
+                "have no gradients of their own"
+            )

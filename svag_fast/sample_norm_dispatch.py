@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,6 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 _LOCK = threading.RLock()
-_being_compiled = get_eval_frame_callback  # not None where torch.compile looks at what runs
 
 
 class _Dispatch:
@@ -30,19 +30,22 @@ class _Dispatch:
         self.plain = plain = plain_forward(kind)
         self.own = kind.__dict__.get("forward")  # None: inherited
         self.served: dict[int, Callable[..., Any]] = {}
-        served = self.served
+        served, being_compiled, uncompiled = self.served, get_eval_frame_callback, _uncompiled
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             serve = served.get(id(self))
             if serve is None:
                 return plain(self, *args, **kwargs)
-            if _being_compiled() is not None:
-                return _uncompiled()(serve, args, kwargs)
+            if being_compiled() is not None:  # torch.compile looks at what runs
+                return uncompiled()(serve, args, kwargs)
             return serve(*args, **kwargs)
 
-        forward.__wrapped__ = plain  # type: ignore[attr-defined]  # what signature() and the tracer of torch.fx read
-        forward.__name__, forward.__qualname__, forward.__doc__ = plain.__name__, plain.__qualname__, plain.__doc__
-        self.forward = forward
+        # With the plain function's globals: who reads the class's forward as source (TorchScript, torch.fx) finds the
+        # plain one's through __wrapped__, and its names here.
+        names = getattr(plain, "__globals__", globals())
+        self.forward = types.FunctionType(forward.__code__, names, plain.__name__, None, forward.__closure__)
+        self.forward.__qualname__, self.forward.__doc__ = plain.__qualname__, plain.__doc__
+        self.forward.__wrapped__ = plain  # type: ignore[attr-defined]
 
 
 _DISPATCHES: dict[type[nn.Module], _Dispatch] = {}

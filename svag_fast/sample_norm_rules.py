@@ -220,6 +220,8 @@ class Rule:
             return lambda rows: self.sample_grads(module, _rows(inputs, B, rows), output_grad[rows])[name]
 
         def deliver(output_grad: Tensor) -> Tensor | None:
+            if scope.recorder.paused:
+                return None
             if [x._version for x in inputs] != versions:
                 raise RuntimeError(
                     f"an input of {scope.label} was changed by an in-place operation before the backward pass"

@@ -58,6 +58,8 @@ class Use:
         `due` is the gradient on its way to the parameter from here, if no `Recorder.expect` notes it.
         """
         recorder = self.recorder
+        if recorder.paused:
+            return
         self.settle()
         current = recorder.open()
         if current is not None:
@@ -101,6 +103,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.closed = False
+        self.paused = False  # while a check runs backward through the graph
         self.aliases: dict[str, str] = {}
         self.passes: list[Rows] = []
         self.pending: dict[tuple[str, Part], int] = {}  # uses in graphs that are alive, before their backward
@@ -189,7 +192,7 @@ class Recorder:
 
     def open(self) -> _Pass | None:
         """The backward pass that is running; None once the context is left."""
-        if self.closed:
+        if self.closed or self.paused:
             return None
         task = _current_task()
         if self._pass is None or self._pass.task != task:

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from svag_fast import sample_norm_dispatch as dispatch
+from svag_fast.sample_norm_checks import LayerCall, check_rows
 from svag_fast.sample_norm_rules import Known, Rule, Scope, label_of, rule_of
 from svag_fast.sample_norm_tables import Provenance, Table
 from svag_fast.sample_norm_tape import Recorder, in_backward
@@ -107,6 +108,7 @@ class Watch:
         self._follow = True  # whether the next pass through the model is to be followed op by op
         self._follow_always = False
         self._provenance: Provenance | None = None
+        self._calls: list[LayerCall] | None = None  # in a pass that is checked
         self._served: dict[nn.Module, _Served] = {}
         self._root_end: Callable[[], None] | None = None
         self._shape = _Shape()
@@ -290,7 +292,7 @@ class Watch:
                 and x.dim() > 0
                 and x.shape[0] == self._batch_size
             ):
-                return rule.run(scope, module, args, kwargs)
+                return self._run(scope, args, kwargs)
             return self._serve(scope, rule, plain, args, kwargs)
 
         return forward
@@ -314,7 +316,7 @@ class Watch:
                     f"{scope.label} got indices {list(x.shape)} outside of the model's own forward, which may be "
                     "samples or positions: call the model itself, or pass batch_size=..."
                 )
-            return rule.run(scope, module, args, kwargs)
+            return self._run(scope, args, kwargs)
         if table or not self._of_samples(scope, tensors, B):
             return self._serve_shared(scope, rule, tensors, B, args, kwargs)
         if not any(x.dim() > 0 and x.shape[0] == B for x in tensors):
@@ -323,7 +325,15 @@ class Watch:
                 "dimension must be the samples in every layer (not samples and positions folded together); pass "
                 "batch_size=... if the batch size is another"
             )
-        return rule.run(scope, module, args, kwargs)
+        return self._run(scope, args, kwargs)
+
+    def _run(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = scope.known.rule.run(scope, scope.module, args, kwargs)
+        if self._calls is not None:
+            self._calls.append(
+                LayerCall(scope.label, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], out)
+            )
+        return out
 
     def _serve_shared(
         self, scope: Scope, rule: Rule, tensors: list[Tensor], B: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -341,7 +351,7 @@ class Watch:
             )
         copies = rows.select(1, 0) if single else rows
         args, kwargs = tree_map(lambda y: copies if y is x else y, (args, kwargs))
-        out = rule.run(scope, scope.module, args, kwargs)
+        out = self._run(scope, args, kwargs)
 
         def as_table(y: Any) -> Any:
             return Table.of(y[:, None] if single else y, scope.label, self.is_samples) if isinstance(y, Tensor) else y
@@ -395,25 +405,36 @@ class Watch:
             inputs = _tensors(args, kwargs)
             before = self._batch_size
             self._depth += 1
+            self._calls = [] if self.check else None
             try:
                 if self._given is None and inputs:
                     self._batch_size = inputs[0].shape[0]
                 self._last_batch_size = self._batch_size
-                if not inputs or self._batch_size is None:
-                    return inner(*args, **kwargs)
-                self._can_follow = True
-                if not self._follow:
-                    try:
-                        return inner(*args, **kwargs)
-                    except _FollowAgain:
-                        pass
-                return self._followed(inner, inputs, args, kwargs)
+                out = self._pass_through(inner, inputs, args, kwargs)
+                if self._calls and self._batch_size is not None:
+                    check_rows(self.recorder, self._calls, self._batch_size)
+                return out
             finally:
                 self._depth -= 1
                 self._batch_size = before
                 self._can_follow = False
+                self._calls = None
 
         return forward
+
+    def _pass_through(
+        self, inner: Callable[..., Any], inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The model's own forward, followed where it has to be."""
+        if not inputs or self._batch_size is None:
+            return inner(*args, **kwargs)
+        self._can_follow = True
+        if not self._follow:
+            try:
+                return inner(*args, **kwargs)
+            except _FollowAgain:
+                self._calls = [] if self.check else None
+        return self._followed(inner, inputs, args, kwargs)
 
     def _followed(
         self, inner: Callable[..., Any], inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -36,7 +36,7 @@ def check(model, *inputs, samples=None):
             ours = model(*inputs)
             assert torch.equal(ours, output) or torch.allclose(ours, output, rtol=1e-12, atol=1e-14)
             (ours * target).sum().backward()
-        for name, column in zip(names, torch.tensor(expected).double().T.reshape(len(names), B), strict=True):
+        for name, column in zip(names, torch.tensor(expected).double().reshape(B, len(names)).T, strict=True):
             torch.testing.assert_close(norms[name], column.double(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
         for name, p, g in zip(names, model.parameters(), plain, strict=True):
             if g is not None:
@@ -329,6 +329,29 @@ class ThroughSoftmax(Base):
 def test_rows_that_are_no_samples_are_refused_in_the_forward_pass(net, message):
     with pytest.raises(ValueError, match=message):
         total(net(), words(3))
+
+
+class Centred(Base):
+    """Each sample minus the batch's mean."""
+
+    def forward(self, words):
+        x = self.wte(words)
+        return self.head(x - x.mean(0))
+
+
+class Experts(Base):
+    """As many tokens as there are samples, gathered from all of them."""
+
+    def forward(self, words):
+        tokens = self.wte(words).flatten(0, 1)
+        return self.head(tokens[:: words.shape[1]].roll(1, 0))
+
+
+@pytest.mark.parametrize("net", [TimeFirst, Centred, Experts])
+def test_rows_that_only_happen_to_be_the_batch_size_are_found_out_on_demand(net):
+    """Where B is T nothing but the dependence of the rows shows that they are no samples."""
+    with pytest.raises(ValueError, match=r"head \(Linear\): row 2 of its input depends on other rows of wte"):
+        total(net(), words(T), check=True)
 
 
 def test_a_table_that_can_not_be_followed_is_refused_with_its_layer():

@@ -126,6 +126,21 @@ def test_classes_are_as_before_after_the_context():
     assert "forward" not in nn.modules.linear.NonDynamicallyQuantizableLinear.__dict__
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_other_models_and_traces_inside():
+    """Trap: classes that are served are read as source by TorchScript, for any model."""
+    net, x = build(), batch()
+    with per_sample_sq_norms(net) as norms:
+        for other in (Net().double(), copy.deepcopy(net), net):
+            scripted, traced = torch.jit.script(other), torch.jit.trace(other, x)
+            torch.testing.assert_close(scripted(x), other(x))
+            torch.testing.assert_close(traced(x), other(x))
+        loss(net, x).backward()
+        assert norms.total.shape == (4,)
+    scripted = torch.jit.script(Net().double())
+    assert scripted(x).shape == (4, 2)
+
+
 def test_functional_call_and_moves():
     net, x = build(), batch()
     with per_sample_sq_norms(net, loss_reduction="sum") as norms:
