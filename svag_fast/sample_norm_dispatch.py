@@ -49,16 +49,13 @@ class _Dispatch:
 
 
 _DISPATCHES: dict[type[nn.Module], _Dispatch] = {}
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {}  # what each replaced forward stands for
 
 
 def plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class as it is where nothing is served."""
     forward: Callable[..., Any] = kind.forward
-    for base in kind.__mro__:
-        dispatch = _DISPATCHES.get(base)
-        if dispatch is not None and dispatch.forward is forward:
-            return dispatch.plain
-    return forward
+    return _PLAIN.get(forward, forward)
 
 
 def is_served(module: nn.Module) -> bool:
@@ -76,6 +73,7 @@ def serve(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]
         dispatch = _DISPATCHES.get(kind)
         if dispatch is None:
             dispatch = _DISPATCHES[kind] = _Dispatch(kind)
+            _PLAIN[dispatch.forward] = dispatch.plain
             kind.forward = dispatch.forward
         dispatch.served[id(module)] = function
     return functools.partial(_take_back, dispatch, id(module))
@@ -93,6 +91,7 @@ def _take_back(dispatch: _Dispatch, key: int) -> None:
             del dispatch.kind.forward
         else:
             dispatch.kind.forward = dispatch.own
+        del _PLAIN[dispatch.forward]
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

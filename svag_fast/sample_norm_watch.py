@@ -85,6 +85,13 @@ def _trained(parameters: Mapping[str, Any]) -> list[tuple[int, bool]]:
     return [(id(p), p.requires_grad) for p in parameters.values() if p is not None]
 
 
+def _has_any(parameters: Mapping[str, Any]) -> bool:
+    for parameter in parameters.values():  # noqa: SIM110  (faster than any() with a generator)
+        if parameter is not None:
+            return True
+    return False
+
+
 class Watch:
     """See the module's text. `wanted`: the only parameters to track, or None for all that require a gradient."""
 
@@ -139,7 +146,9 @@ class Watch:
                 continue
             met.add(module)
             parameters = module._parameters
-            scope = self._plan(place, module, names) if parameters or _traits(type(module)) != _PLAIN else None  # type: ignore[arg-type]
+            scope = None
+            if _traits(type(module)) is not _PLAIN or _has_any(parameters):  # type: ignore[arg-type]
+                scope = self._plan(place, module, names)
             if scope is not None:
                 plans[module] = scope
             shape.add(module, served=scope is not None)
@@ -196,7 +205,7 @@ class Watch:
                 if parameter is None:
                     continue
                 name = f"{label}.{own}" if label else own
-                if is_lazy(parameter):
+                if type(parameter) is not nn.Parameter and is_lazy(parameter):
                     raise UnsupportedModule(f"{name} is not initialised yet: run the model once before")
                 met.add(id(parameter))
                 if parameter.requires_grad and self._is_wanted(parameter):
@@ -490,7 +499,8 @@ _PLAIN = (False, False)
 def _traits(kind: type[nn.Module]) -> tuple[bool, bool]:
     """Whether modules of a type hide their layers, and whether they are to be looked at without parameters too."""
     opaque = issubclass(kind, _OPAQUE) or kind.__name__ == "OptimizedModule"
-    return opaque, issubclass(kind, nn.modules.batchnorm._BatchNorm)
+    couples = issubclass(kind, nn.modules.batchnorm._BatchNorm)
+    return (opaque, couples) if opaque or couples else _PLAIN
 
 
 def _method(kind: type[nn.Module], name: str) -> Any:
