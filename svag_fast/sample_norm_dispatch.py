@@ -17,9 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo import eval_frame
 
 _LOCK = threading.RLock()
+
+
+def _compiler_is_loaded() -> object:
+    return sys.modules.get("torch._dynamo")
+
+
+# Not None where torch.compile looks at what runs; by an older PyTorch, where it may.
+_compiler: Callable[[], object] = getattr(eval_frame, "get_eval_frame_callback", _compiler_is_loaded)
 
 
 class _Dispatch:
@@ -30,13 +38,13 @@ class _Dispatch:
         self.plain = plain = plain_forward(kind)
         self.own = kind.__dict__.get("forward")  # None: inherited
         self.served: dict[int, Callable[..., Any]] = {}
-        served, being_compiled, uncompiled = self.served, get_eval_frame_callback, _uncompiled
+        served, compiler, uncompiled = self.served, _compiler, _uncompiled
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             serve = served.get(id(self))
             if serve is None:
                 return plain(self, *args, **kwargs)
-            if being_compiled() is not None:  # torch.compile looks at what runs
+            if compiler() is not None:
                 return uncompiled()(serve, args, kwargs)
             return serve(*args, **kwargs)
 
