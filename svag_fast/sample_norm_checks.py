@@ -108,7 +108,8 @@ def check_rows(recorder: Recorder, calls: list[LayerCall], batch_size: int) -> N
 
 def _check_row(label: str, x: Tensor, row: int, before: list[tuple[str, Tensor]]) -> None:
     some = x[row]
-    weights = torch.randn(some.shape, generator=torch.Generator().manual_seed(0)).to(some)
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randn(some.shape, generator=generator, dtype=torch.float64, device="cpu").to(some)
     grads: Sequence[Tensor | None] = torch.autograd.grad(
         some, [y for _, y in before], weights, retain_graph=True, allow_unused=True
     )
