@@ -71,9 +71,9 @@ class Training:
         config = self.config
         images, labels = self._two_batches()
         batches = self.gradients(images, labels, freeze_statistics=config.l == 1)
-        self._put(batches.grads1)
+        self._hand_over(batches.grads1)
         self.optimizer.hold_gradient()
-        self._put(batches.grads2)
+        self._hand_over(batches.grads2)
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
         stats = self.optimizer.step()
         self.losses += batches.losses
@@ -92,9 +92,11 @@ class Training:
         indices = torch.cat(drawn).to(self.config.device)
         return self.data.train_images[indices], self.data.train_labels[indices]
 
-    def _put(self, grads: list[Tensor]) -> None:
+    def _hand_over(self, grads: list[Tensor]) -> None:
+        """Make these the parameters' gradients, and leave the list empty: else `hold_gradient` would copy them."""
         for p, grad in zip(self.gradients.params, grads, strict=True):
             p.grad = grad
+        grads.clear()
 
     def end_row(self) -> None:
         """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
