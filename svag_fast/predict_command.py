@@ -74,6 +74,13 @@ def predict(
 
 def show(prediction: Prediction, console: Console) -> None:
     """Print a table of what was measured at the baseline, then the prediction in words."""
+    show_table(prediction, console)
+    for sentence in prediction.sentences():
+        console.print(sentence, highlight=False, markup=False)
+
+
+def show_table(prediction: Prediction, console: Console) -> None:
+    """Print what was measured at the baseline, and what follows from it."""
     base, found = prediction.baseline, prediction.baseline.equilibrium
     table = Table(
         title=f"B = {base.batch_size}, lr = {base.lr:g}, weight decay = {base.weight_decay:g}: steps {base.first_step} "
@@ -104,5 +111,3 @@ def show(prediction: Prediction, console: Console) -> None:
     worth = found.grad_sq_norm.effective_samples
     table.add_row("independent values of G", f"{worth:.3g}", "" if worth >= ENOUGH else "errors are rough ones")
     console.print(table, highlight=False)
-    for sentence in prediction.sentences():
-        console.print(sentence, highlight=False, markup=False)

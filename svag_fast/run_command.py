@@ -257,9 +257,9 @@ class _EarlyReport:
 
 
 def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
-    """Save and print the verdict, and what the smallest batch size's SGD runs alone would have foretold."""
+    """Save and print the verdict, and what the smallest batch size's SGD runs alone would have predicted."""
     from svag_fast.predict import from_runs
-    from svag_fast.predict_command import show
+    from svag_fast.predict_command import show_table
     from svag_fast.report import ALL_DIVERGED, make_report
 
     try:
@@ -268,12 +268,13 @@ def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
         raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
     report.save(out)
     report.print(console)
-    try:
-        prediction = from_runs(out)
-    except ValueError as error:  # no SGD among the runs, or too few rows
-        console.print(f"No prediction from the smallest batch size: {error}", highlight=False, markup=False)
+    if report.prediction is not None:  # the report has said it in words
+        show_table(report.prediction, console)
     else:
-        show(prediction, console)
+        try:
+            from_runs(out)
+        except ValueError as error:  # no SGD among the runs, or too few rows
+            console.print(f"No prediction from the smallest batch size: {error}", highlight=False, markup=False)
     console.print(f"\n{out / 'convergence.png'}, {out / 'summary.json'}", highlight=False, markup=False)
     if report.all_diverged:
         sys.exit(ALL_DIVERGED)
