@@ -15,7 +15,7 @@ from svag_fast import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("svag_fast.run_command:run", "Train with SGD and SVAG: does SVAG converge, does SGD match its limit?"),
     "report": ("svag_fast.report:report", "Judge a folder of runs anew: matches, departs or open."),
-    "predict": ("svag_fast.predict_command:predict", "Foretell from a baseline run where linear scaling fails."),
+    "predict": ("svag_fast.predict_command:predict", "Predict from a baseline run where linear scaling fails."),
     "verify": ("svag_fast.verify.command:verify", "Check the paper's theorems by closed form and simulation."),
     "info": ("svag_fast.info:main", "Print versions, processor, devices and backends."),
 }

@@ -81,7 +81,7 @@ class Report:
     rows: Sequence[Sequence[Row]]
     confidence: float
     prediction: Prediction | None
-    """What the smallest batch's SGD runs alone foretell of linear scaling; None where they are too few or short."""
+    """What the smallest batch's SGD runs alone predict of linear scaling; None where they are too few or short."""
 
     @property
     def all_diverged(self) -> bool:

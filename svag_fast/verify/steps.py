@@ -85,7 +85,7 @@ def theorem_4_3(settings: Settings) -> Outcome:
 
 
 def adaptive(settings: Settings) -> Outcome:
-    """SVAGAdam and SVAGRMSprop: torch.optim's at l = 1; and from their defaults, paths that converge as l grows."""
+    """SVAGAdam and SVAGRMSprop: torch.optim's at l = 1."""
     outcome = Outcome()
     for ours, theirs in ((SVAGAdam, torch.optim.Adam), (SVAGRMSprop, torch.optim.RMSprop)):
         worst = 0.0
