@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from svag_fast.config import UNSAID
 from svag_fast.files import open_regular, replace_file
 
 FORMAT = "svag_fast checkpoint 1"
@@ -52,6 +53,7 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     theirs, state = content.get("config"), content.get("state")
     if not isinstance(theirs, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path} is no whole checkpoint: it lacks its config or its state. {ADVICE}")
+    theirs = {k: v for k, v in UNSAID.items() if k in config} | theirs
     if theirs != config:
         names = sorted((k for k in {*theirs, *config} if theirs.get(k) != config.get(k)), key=str)
         differences = ", ".join(f"{k} is {_shown(theirs.get(k))} there and {_shown(config.get(k))} here" for k in names)

@@ -21,8 +21,10 @@ from svag_fast.files import read_text
 SETTINGS_BYTES = 1 << 20
 
 TRAIN_SIZES = {"digits": 1437, "fashion-mnist": 60_000}
-SAMPLINGS = ("distinct", "replacement")
+SAMPLINGS = ("replacement", "distinct")
 INITS = ("shared", "own")
+# What the files of a run mean where they don't name a setting, as older versions'.
+UNSAID = {"sampling": "distinct", "init": "shared"}
 SCHEDULES: dict[str, Callable[[float], float]] = {
     # fraction of the effective steps done, in [0, 1) -> factor on lr
     "constant": lambda done: 1.0,
@@ -103,7 +105,8 @@ class Settings:
         weight_decay: the paper's lambda.
         schedule: lr's factor as a function of the fraction of effective steps done.
         init: initial weights: "shared" by all runs, or each run's "own", drawn by its seed; the fixed head is shared.
-        sampling: "distinct" (a batch holds no image twice) or "replacement"; every batch is a fresh draw.
+        sampling: how a batch's images are drawn, afresh for every batch: "replacement", independently of each other, as
+            the theory's Σ/B has it; or "distinct", no image twice, which makes the noise (n - B)/(n - 1) of that.
         backend: of the fused step.
         device: where net and data live.
         threads: of the process that trains a run.
@@ -117,7 +120,7 @@ class Settings:
     weight_decay: float = 0.03
     schedule: str = "step"
     init: str = "shared"
-    sampling: str = "distinct"
+    sampling: str = "replacement"
     backend: str = "auto"
     device: str = "cpu"
     threads: int = 1

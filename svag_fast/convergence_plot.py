@@ -13,7 +13,7 @@ from svag_fast.curves import Run, group_by_batch_size, group_by_l
 from svag_fast.phases import END, common_phases
 from svag_fast.plots import GREY, INK, l_colors
 from svag_fast.run_folder import Array
-from svag_fast.verdict import Cell, Verdict, same_sde
+from svag_fast.verdict import Cell, SharedLimit, Verdict, same_sde, shared_limits
 from svag_fast.verdict_text import headline, svag_answer, unit
 
 if TYPE_CHECKING:
@@ -70,13 +70,15 @@ def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figu
     for column in range(1, columns):
         axes[0, column].sharey(axes[0, 0])
         axes[0, column].tick_params(labelleft=False)
+    shared = shared_limits(verdicts)
     lines = [_curves(a, g, v, metrics[0], colors) for a, g, v in zip(axes[0], groups, verdicts, strict=True)]
     for column, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
         first = verdicts[0] if column and same_sde(verdicts[0], verdict) else None
         _limits_and_labels(axes[0, column], group, verdict, metrics[0], lines[column], first)
         for row, metric in enumerate(metrics, 1):
             _law_panel(axes[row, column], verdict, metric, colors)
-        title = "\n".join(textwrap.fill(line, int(width * 8.5)) for line in _short_verdict(verdict))
+        said = _short_verdict(verdict) + [_short_shared(s) for s in shared if s.batch_size == verdict.batch_size]
+        title = "\n".join(textwrap.fill(line, int(width * 8.5)) for line in said)
         axes[1, column].set_title(title, fontsize=13, weight="normal")
         axes[-1, column].set_xlabel("1/l    (0: the limit,  1: SGD)")
     for row, metric in zip(axes[:, 0], [metrics[0], *metrics], strict=True):
@@ -98,6 +100,8 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     starts = {run.config.get("init", "shared") for run in runs}
     said = {"shared": "one initialisation for all runs", "own": "each run from its own initialisation"}
     parts.append(said.get(starts.pop(), "") if len(starts) == 1 else "initialisations mixed")
+    draws = {"replacement": "batches drawn with replacement", "distinct": "batches of distinct images"}
+    parts += [draws[verdicts[0].sampling]] if verdicts[0].sampling else []
     if finished < len(runs):
         parts.append(f"{finished} of {len(runs)} runs finished")
     if diverged:
@@ -254,13 +258,26 @@ def _shown_parts(verdict: Verdict, metric: str) -> Mapping[str, Cell]:
 def _short_verdict(verdict: Verdict) -> list[str]:
     if verdict.answer == "diverged":
         return ["every run diverged: no verdict"]
-    said = {"matches": "SGD matches the limit", "departs": "SGD departs from the limit", "open": "SGD: open"}
+    said = {
+        "matches": "SGD matches the limit",
+        "departs": "SGD departs from the limit",
+        "open": "open: does SGD match the limit?",
+    }
     sgd = "SGD diverged: it departs" if verdict.sgd_diverged and verdict.answer == "departs" else said[verdict.answer]
     cells = [cell for parts in verdict.cells.values() for cell in parts.values()]
     answer, by = svag_answer(cells)
-    svag = f"SVAG: {answer}" + ("" if by is None else f" by l = {by:g}")
+    svag = "open: has SVAG converged?" if answer == "open" else f"SVAG has {answer} by l = {by:g}"
     law = ["the 1/l regime is not reached"] if any(cell.regime_reached is False for cell in cells) else []
     return [sgd, svag, *law]
+
+
+def _short_shared(shared: SharedLimit) -> str:
+    said = {
+        "matches": "the limit is B = {}'s",
+        "departs": "the limit is not B = {}'s",
+        "open": "open: is the limit B = {}'s?",
+    }
+    return said[shared.answer].format(shared.reference)
 
 
 def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from svag_fast.config import TRAIN_SIZES
 from svag_fast.run_folder import Array, read_config, read_metrics
 
 
@@ -56,6 +57,13 @@ class Run:
         return float(self.config["effective_steps"])
 
     @property
+    def population(self) -> int | None:
+        """The number of training images where a batch's are distinct; None for independent draws, or if unknown."""
+        if self.config.get("sampling") != "distinct":
+            return None
+        return TRAIN_SIZES.get(self.config.get("dataset", ""))
+
+    @property
     def finished(self) -> bool:
         """Whether the last row stands at the length that the run was asked for, in whole steps of 1/l."""
         steps = self.metrics["effective_step"]
@@ -99,7 +107,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     Raises:
         FileNotFoundError: There is no such folder, or no run in it.
         ValueError: A file is not what a run writes, two runs have the same settings and seed, or the runs differ in
-            dataset, model or weight decay, so that their curves cannot be compared. The message names the file.
+            dataset, model, weight decay or sampling, so that their curves cannot be compared. The message names it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -153,7 +161,7 @@ def require_comparable(runs: Sequence[Run]) -> None:
         if key in seen:
             raise ValueError(f"{run.name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
         seen[key] = run.name
-        for name in ("dataset", "model", "weight_decay"):
+        for name in ("dataset", "model", "weight_decay", "sampling"):
             first = runs[0]
             if run.config.get(name) != first.config.get(name):
                 raise ValueError(

@@ -137,6 +137,13 @@ def require_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
+def require_whole(name: str, value: float) -> int:
+    """Return a whole number as an int; raise ValueError, naming the argument, where it is none."""
+    if not (math.isfinite(value) and value == int(value)):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(value)
+
+
 def quantile(confidence: float, degrees_of_freedom: float | None = None) -> float:
     """Return how many standard errors the central interval of ``confidence`` reaches to either side."""
     if not 0 < confidence < 1:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svag_fast import __version__
-from svag_fast.config import ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
+from svag_fast.config import UNSAID, ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
 from svag_fast.curves import Run, load_run, require_comparable
 from svag_fast.files import is_leftover, remove_leftovers, replace_file
 from svag_fast.versions import package_version
@@ -120,7 +120,7 @@ def read_experiment(out: Path) -> ExperimentConfig:
     book = out / "experiment.json"
     if not book.exists():
         raise ExperimentError(f"{out} holds no experiment to resume: there is no {book}.")
-    return ExperimentConfig.from_dict(read_settings(book))
+    return ExperimentConfig.from_dict(UNSAID | read_settings(book))
 
 
 def check_experiment(config: ExperimentConfig) -> None:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from svag_fast.sampling import noise_factor, require_drawable
 from svag_fast.series import autocorrelation_time
 
 Scalar: TypeAlias = float | Tensor
@@ -70,7 +71,7 @@ def from_sample_norms(
     """
     _check_series(sq_norms, "sq_norms", "B")
     B = sq_norms.numel()
-    _check_population(B, population)
+    require_drawable(B, population)
     batch = _float64(batch_grad_sq_norm, "batch_grad_sq_norm", sq_norms.device)
     if weights is not None:
         return _from_weighted(sq_norms, batch, weights, population)
@@ -162,8 +163,8 @@ def from_two_batches(
     if disjoint and (batch_size is None or population is None):
         raise ValueError("disjoint=True needs batch_size and population")
     if batch_size is not None:
-        _check_population(batch_size, population)
-        _check_population(2 * batch_size if disjoint else batch_size, population)
+        require_drawable(batch_size, population)
+        require_drawable(2 * batch_size if disjoint else batch_size, population)
     device = next((x.device for x in (sq_norm1, sq_norm2, inner) if isinstance(x, Tensor)), torch.device("cpu"))
     g11, g22, g12 = (
         _float64(x, name, device) for x, name in ((sq_norm1, "sq_norm1"), (sq_norm2, "sq_norm2"), (inner, "inner"))
@@ -190,7 +191,7 @@ def from_batches(
     """
     _check_series(sq_norms, "sq_norms", "M")
     if batch_size is not None:
-        _check_population(batch_size, population)
+        require_drawable(batch_size, population)
     M = sq_norms.numel()
     s = _float64(mean_sq_norm, "mean_sq_norm", sq_norms.device)
     noise = (sq_norms.detach().double() - s).mean() * (M / (M - 1))
@@ -232,7 +233,7 @@ class BatchMoments:
         if self.batches < 2:
             raise ValueError(f"the noise needs at least 2 batches, got {self.batches}")
         if batch_size is not None:
-            _check_population(batch_size, population)
+            require_drawable(batch_size, population)
         noise = self._scatter / (self.batches - 1)
         mean_sq_norm = torch.stack([m.square().sum() for m in self._mean]).sum()
         return NoiseEstimate(mean_sq_norm - noise / self.batches, noise, _one_sample(noise, batch_size, population))
@@ -461,16 +462,6 @@ def _check_number(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
 
 
-def _check_population(drawn: int, population: int | None) -> None:
-    for value, name in ((drawn, "the batch size"), (population, "population")):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if drawn < 1:
-        raise ValueError(f"the batch size must be at least 1, got {drawn}")
-    if population is not None and not (2 <= population >= drawn):
-        raise ValueError(f"population must be at least 2 and at least the {drawn} samples drawn, got {population}")
-
-
 def _fraction_left(B: int, population: int | None) -> float:
     return 1.0 if population is None else (population - B) / population
 
@@ -479,11 +470,10 @@ def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -
     """Tr Σ₁ from N_B."""
     if batch_size is None:
         return None
-    if population is None:
-        return noise * batch_size
-    if population == batch_size:
+    factor = noise_factor(batch_size, population)
+    if factor == 0:
         raise ValueError("a batch of the whole population has no noise: Tr Σ₁ can't be had from it")
-    return noise * (batch_size * (population - 1) / (population - batch_size))
+    return noise * (batch_size / factor)
 
 
 def _float64(value: Scalar, name: str, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from svag_fast.curves import Run, group_by_batch_size, load_run, load_runs
 from svag_fast.equilibrium import Equilibrium, detect_equilibrium
 from svag_fast.estimate import Estimate, require_not_negative, require_positive
 from svag_fast.run_folder import Array, read_log
+from svag_fast.sampling import noise_factor, require_drawable
 from svag_fast.series import LEAST
 from svag_fast.theory import (
     SQRT2,
@@ -48,7 +49,10 @@ FORMS: tuple[KappaForm, ...] = ("exact", "approximate", "tightened")
 
 @dataclass(frozen=True)
 class Series:
-    """R, G and N of one SGD run: float64 arrays [rows], ``step`` ascending, ``lr`` the rate used at each row."""
+    """R, G and N of one SGD run: float64 arrays [rows], ``step`` ascending, ``lr`` the rate used at each row.
+
+    ``population``: n, where a batch is made of distinct samples of n; None for independent draws.
+    """
 
     name: str
     batch_size: int
@@ -58,6 +62,7 @@ class Series:
     grad_sq_norm: Array
     noise_trace: Array
     weight_sq_norm: Array | None
+    population: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,12 @@ class Baseline:
     rows: int
     relaxation_times: float | None
     equilibrium: Equilibrium
+    population: int | None = None
+    """n, where a batch is made of distinct samples of n; None for independent draws."""
+
+    def noise_factor(self, batch_size: int) -> float:
+        """Return N over Tr Σ₁/B for batches of another size that are drawn in the same way."""
+        return noise_factor(batch_size, self.population)
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,9 @@ class Prediction:
     ``kappa`` has the theorem's "exact" C²(1 + N/G), its "approximate" C² N/G, and the "tightened" C² + (C²-1) N/G
     (:func:`svag_fast.theory.critical_kappa`); it is empty where G's estimate is not positive. ``kappa_interval`` holds
     κ*, "exact", with ``confidence``, by Fieller's theorem: its upper end is ``math.inf`` where G can't be told from 0.
-    ``noise_scale`` is McCandlish et al.'s B_simple = B N/G of the same measurement.
+    N is that of the batches as they were drawn, which is what the theorem speaks of.
+    ``noise_scale`` is McCandlish et al.'s B_simple = B N/G of the same measurement, times (n - 1)/(n - B) where batches
+    are made of distinct samples of n: a property of the data, whatever the draw.
     ``sde`` is Theorem 5.2's certificate at the baseline itself.
     """
 
@@ -132,7 +145,7 @@ class Prediction:
 
     def sentences(self) -> list[str]:
         """Return the prediction in words, a list of plain sentences."""
-        base, found = self.baseline, self.baseline.equilibrium
+        base, found, star = self.baseline, self.baseline.equilibrium, self.batch_size()
         said = [self.headline()]
         if found.reasons:
             said.append(f"Equilibrium at B = {base.batch_size} {found.state}: {'; '.join(found.reasons)}.")
@@ -141,14 +154,25 @@ class Prediction:
                 f"N/G rests on {found.nsr.effective_samples:.3g} independent values: its error is a rough one. "
                 "Run longer or more seeds."
             )
+        n = base.population
+        if star is not None and n is not None and star.value > n:
+            said.append(f"B* is more than the {n} samples that a batch of distinct ones can hold.")
         for other in self.outlook:
             word = {"fails": "predicted to fail", "silent": "no failure predicted", "undecided": "within B*'s interval"}
-            said.append(f"B = {other.batch_size} (κ = {other.kappa:g}): {word[other.verdict]}.")
+            less = 1 - base.noise_factor(other.batch_size) / base.noise_factor(base.batch_size)
+            distinct = f" Its images being distinct, its N is {100 * less:.2g} % below 1/B's law." if less else ""
+            said.append(f"B = {other.batch_size} (κ = {other.kappa:g}): {word[other.verdict]}.{distinct}")
         if self.sde is not None and self.sde.verdict(self.confidence) == "fails":
             said.append(
                 f"At B = {base.batch_size} itself SGD already is not {self.C:.4g}-close to its SDE (Theorem 5.2)."
             )
         return said
+
+    @property
+    def noise_scale_formula(self) -> str:
+        """What ``noise_scale`` is, in symbols, with n where batches are made of distinct samples."""
+        n = self.baseline.population
+        return "B_simple = B·N/G" if n is None else f"B_simple = B·N/G·(n-1)/(n-B), n = {n},"
 
     def headline(self) -> str:
         """Return κ*, B* and B_simple in one sentence, which never leaves out whether an equilibrium was found."""
@@ -165,7 +189,7 @@ class Prediction:
         return (
             f"Linear scaling from B = {base.batch_size} must fail beyond B* = {star.value:.3g} "
             f"({percent} {interval}; {known}): κ* = C²(1 + N/G) = {self.kappa['exact'].value:.3g}; "
-            f"the noise scale B_simple = B·N/G is {self.noise_scale.value:.3g}."
+            f"the noise scale {self.noise_scale_formula} is {self.noise_scale.value:.3g}."
         )
 
 
@@ -194,8 +218,8 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         raise ValueError(f"last must lie in (0, 1], got {last}")
     first = series[0]
     name = ", ".join(s.name for s in series)
-    if len({(s.batch_size, s.weight_decay, s.weight_sq_norm is None) for s in series}) != 1:
-        raise ValueError(f"{name}: these differ in batch size, weight decay or columns and can't be averaged")
+    if len({(s.batch_size, s.weight_decay, s.population, s.weight_sq_norm is None) for s in series}) != 1:
+        raise ValueError(f"{name}: these differ in batch size, weight decay, sampling or columns and can't be averaged")
     measured = [_measured_steps(s) for s in series]
     common = measured[0]
     for steps in measured[1:]:
@@ -236,6 +260,7 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         rows=len(window),
         relaxation_times=4 * rate * first.weight_decay * float(window[0] - phase_start) if first.weight_decay else None,
         equilibrium=equilibrium,
+        population=first.population,
     )
 
 
@@ -254,7 +279,9 @@ def from_baseline(
     noise_scale = sde = None
     if found.nsr is not None:
         kappa = {form: critical_kappa(G, N, C=C, form=form, covariance=together) for form in FORMS}
-        noise_scale = simple_noise_scale(G, N, baseline.batch_size, covariance=together)
+        if baseline.noise_factor(baseline.batch_size) > 0:  # a batch of all samples has no noise to tell it by
+            size, population = baseline.batch_size, baseline.population
+            noise_scale = simple_noise_scale(G, N, size, covariance=together, population=population)
         sde = sde_fails_certificate(G, N, C=C, covariance=together)
     outlook = tuple(
         Outlook(size, size / baseline.batch_size, _verdict(interval, size / baseline.batch_size), measured)
@@ -313,6 +340,7 @@ def from_csv(
     batch_size: int,
     lr: float,
     weight_decay: float = 0.0,
+    population: int | None = None,
     C: float = SQRT2,
     last: float = 0.25,
     tolerance: float = 0.2,
@@ -325,6 +353,7 @@ def from_csv(
         batch_size: B of that run.
         lr: its learning rate, for all rows unless the file has a column ``lr``.
         weight_decay: its L2 coefficient, added to the gradient as λx.
+        population: n, where each batch was made of distinct samples of n; None for independent draws.
 
     Raises:
         FileNotFoundError, ValueError: no such file, a column missing, a cell that is not a number, steps that go back.
@@ -332,6 +361,7 @@ def from_csv(
     require_positive("batch_size", batch_size)
     require_positive("lr", lr)
     require_not_negative("weight_decay", weight_decay)
+    require_drawable(batch_size, population)
     table = read_log(path)
     _require_finite(Path(path).name, None if table.diverged is None else table.values["step"][table.diverged])
     columns = table.values
@@ -345,6 +375,7 @@ def from_csv(
         columns["G"],
         columns["N"],
         columns.get("R"),
+        population,
     )
     return from_baseline(measure([series], last=last, tolerance=tolerance), C=C, confidence=confidence)
 
@@ -380,6 +411,7 @@ def _series(run: Run) -> Series:
         column("grad_sq_norm"),
         column("noise_trace"),
         column("weight_sq_norm"),
+        run.population,
     )
 
 

@@ -24,6 +24,12 @@ from svag_fast.theory import SQRT2
 @click.option("--batch-size", type=click.IntRange(min=1), help="Of a CSV's run.")
 @click.option("--lr", type=float, help="Of a CSV's run, unless it has a column lr.")
 @click.option("--weight-decay", type=float, default=0.0, help="Of a CSV's run (L2, added to the gradient).")
+@click.option(
+    "--population",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Of a CSV's run: its batches are distinct samples of N.  [default: independent draws]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write the figure to this PNG.")
 def predict(
@@ -34,6 +40,7 @@ def predict(
     batch_size: int | None,
     lr: float | None,
     weight_decay: float,
+    population: int | None,
     as_json: bool,
     plot: Path | None,
 ) -> None:
@@ -51,8 +58,8 @@ def predict(
                 continue
             if batch_size is None or lr is None:
                 raise click.UsageError(f"{path} is a file: say its run's --batch-size and --lr")
-            rates: dict[str, Any] = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
-            predictions.append(from_csv(path, **rates, C=C, last=last, tolerance=tolerance))
+            told: dict[str, Any] = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+            predictions.append(from_csv(path, **told, population=population, C=C, last=last, tolerance=tolerance))
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
     if plot is not None:
@@ -107,7 +114,7 @@ def show_table(prediction: Prediction, console: Console) -> None:
         star = prediction.batch_size(form)
         table.add_row(f"κ*, {form}", str(kappa), f"B* = {star}")
     if prediction.noise_scale is not None:
-        table.add_row("B_simple = B·N/G", str(prediction.noise_scale), "")
+        table.add_row(prediction.noise_scale_formula.strip(","), str(prediction.noise_scale), "")
     worth = found.grad_sq_norm.effective_samples
     table.add_row("independent values of G", f"{worth:.3g}", "" if worth >= ENOUGH else "errors are rough ones")
     console.print(table, highlight=False)

@@ -12,6 +12,7 @@ import numpy as np
 from svag_fast import plots
 from svag_fast.estimate import Estimate
 from svag_fast.predict import Baseline, Prediction
+from svag_fast.run_folder import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,9 @@ BASE_COLOR = "#0072B2"
 
 
 def figure(predictions: Sequence[Prediction]) -> Figure:
-    """Draw G/N of each baseline, its extrapolation G/N ∝ B, B* with its interval, and what was measured elsewhere.
+    """Draw G/N of each baseline, its extrapolation, B* with its interval, and what was measured elsewhere.
 
+    The extrapolation is G/N ∝ B, over (n - B)/(n - 1) where batches are made of distinct samples of n.
     Above G/N = C² - 1 (Theorem 5.2) SGD and its SDE are not C-close; the dotted line 1/C² is the paper's Figure 3's.
 
     Raises:
@@ -73,8 +75,8 @@ def _draw(axes: Axes, predictions: list[Prediction]) -> None:
     for p, star in zip(predictions, stars, strict=True):
         low, high = p.batch_size_interval
         nsr = p.kappa["approximate"].value / square
-        grid = np.geomspace(p.baseline.batch_size, right, 50)
-        axes.plot(grid, grid / p.baseline.batch_size / nsr, "--", color=BASE_COLOR, linewidth=1.4, zorder=2)
+        grid, extrapolated = _extrapolation(p.baseline, nsr, right)
+        axes.plot(grid, extrapolated, "--", color=BASE_COLOR, linewidth=1.4, zorder=2)
         axes.axvspan(low, min(high, right), color=plots.SGD_COLOR, alpha=0.22, linewidth=0, zorder=1)
         axes.axvline(star.value, color=plots.SGD_COLOR, linewidth=1.8, zorder=2)
         axes.annotate(
@@ -86,10 +88,11 @@ def _draw(axes: Axes, predictions: list[Prediction]) -> None:
             color=plots.SGD_COLOR,
             weight="bold",
         )
+    law = "B" if all(p.baseline.population is None for p in predictions) else "B (n - 1)/(n - B)"
     axes.axvspan(min(*ends, right), right, color=plots.SGD_COLOR, alpha=0.07, linewidth=0, zorder=0)
     _points(axes, [p.baseline for p in predictions], BASE_COLOR, "baseline, SGD", filled=True)
     _points(axes, list(elsewhere.values()), BASE_COLOR, "SGD measured there (lr by linear scaling)", filled=False)
-    axes.plot([], [], "--", color=BASE_COLOR, linewidth=1.4, label="baseline extrapolated: G/N ∝ B")
+    axes.plot([], [], "--", color=BASE_COLOR, linewidth=1.4, label=f"baseline extrapolated: G/N ∝ {law}")
     axes.plot([], [], color=plots.SGD_COLOR, label="B*: beyond it linear scaling must fail (Theorem 5.6)")
     axes.axhline(
         square - 1, color=plots.INK, linewidth=1.4, label=f"C² - 1 = {square - 1:.3g}: above, not C-close (Theorem 5.2)"
@@ -106,6 +109,14 @@ def _draw(axes: Axes, predictions: list[Prediction]) -> None:
     states = ", ".join(f"B = {p.baseline.batch_size}: {p.baseline.equilibrium.state}" for p in predictions)
     axes.set_title(f"Where must linear scaling fail?  C = {C:.4g}; equilibrium at {states}", fontsize=13)
     _plain_ticks(axes)
+
+
+def _extrapolation(baseline: Baseline, nsr: float, right: float) -> tuple[Array, Array]:
+    """Return batch sizes up to ``right``, or nearly all samples where they are distinct, and G/N were G and Σ₁ kept."""
+    base, n = baseline.batch_size, baseline.population
+    grid = np.geomspace(base, right if n is None else min(right, max(base, 0.95 * n)), 50)
+    factors = np.ones(len(grid)) if n is None else (n - grid) / (n - base)
+    return grid, grid / base / factors / nsr
 
 
 def _points(axes: Axes, baselines: list[Baseline], color: str, label: str, *, filled: bool) -> None:

@@ -107,6 +107,8 @@ class Report:
                     },
                     "diverged_at": {f"{l:g}": list(at) for l, at in v.diverged.items()},
                     "lr": v.lr,
+                    "sampling": v.sampling,
+                    "noise_factor": v.noise_factor,
                     "sentences": sentences(v),
                     "rows": [asdict(row) for row in rows],
                 }
@@ -262,7 +264,7 @@ def _cell_dict(cell: Cell) -> dict[str, Any]:
 
 def _shared_dict(shared: SharedLimit) -> dict[str, Any]:
     cells = {m: {p: _decision_dict(found) for p, found in parts.items()} for m, parts in shared.cells.items()}
-    return {"answer": shared.answer, "reference": shared.reference, "metrics": cells}
+    return {"answer": shared.answer, "reference": shared.reference, "noise_ratio": shared.noise_ratio, "metrics": cells}
 
 
 def _decision_dict(decision: Decision | None) -> dict[str, Any] | None:

@@ -131,7 +131,7 @@ def _number(text: str) -> int | float:
 @click.option(
     "--sampling",
     type=click.Choice(SAMPLINGS),
-    help="Images of a batch: distinct, or drawn with replacement.  [default: distinct]",
+    help="Images of a batch: drawn with replacement, or all distinct.  [default: replacement]",
 )
 @click.option("--rows", type=int, metavar="N", help="Rows of metrics a run.  [default: 200]")
 @click.option(

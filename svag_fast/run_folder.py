@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.config import RANGES, Range
+from svag_fast.config import RANGES, SAMPLINGS, TRAIN_SIZES, UNSAID, Range
 from svag_fast.files import read_text
 
 Array: TypeAlias = NDArray[np.float64]
@@ -90,7 +90,7 @@ class Table(NamedTuple):
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a run's config.json.
+    """Read a run's config.json; what an older version's doesn't say of the draw of its batches is filled in.
 
     Raises:
         FileNotFoundError: there is none.
@@ -113,6 +113,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = config.get(name, "")
         if not isinstance(value, str) or not value.isprintable() or len(value) > 200:
             raise ValueError(f"{path}: {name} must be a short text, not {_short(value)}")
+    size = TRAIN_SIZES.get(config.get("dataset", ""))
+    if "sampling" not in config and size is not None and config["batch_size"] <= size:
+        config["sampling"] = UNSAID["sampling"]
+    sampling = config.get("sampling", "replacement")
+    if not isinstance(sampling, str) or sampling not in SAMPLINGS:
+        raise ValueError(f"{path}: sampling must be one of {', '.join(SAMPLINGS)}, not {_short(sampling)}")
+    if sampling == "distinct" and size is not None and config["batch_size"] > size:
+        raise ValueError(
+            f"{path}: batch_size must be at most {size} where images are distinct, not {config['batch_size']}"
+        )
     return config
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svag_fast.noise import MeanError, RunningMean, mean_standard_error
 from svag_fast.ops.step_stats import StepStats, is_one_batch
+from svag_fast.sampling import noise_factor
 
 _SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
 
@@ -106,6 +107,23 @@ class RunningNoise:
         variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
         effective = variance / error**2 if error > 0 else float(steps)
         return MeanError(ratio, error / abs(G.mean), effective)
+
+    def noise_scale(self, batch_size: int, *, population: int | None = None) -> MeanError:
+        """B_simple = Tr Σ₁/|∇L|² = B·N/G (McCandlish et al. 2018), with `nsr`'s error.
+
+        Args:
+            batch_size: B, of each of a step's two batches.
+            population: n, where each batch was made of distinct samples of n: then times (n − 1)/(n − B), since their
+                N is smaller by that. None for independent draws.
+
+        Raises:
+            TypeError, ValueError: no such batch can be drawn, or it would hold all samples and have no noise.
+        """
+        factor = noise_factor(batch_size, population)
+        if factor == 0:
+            raise ValueError("a batch of the whole population has no noise: B_simple can't be had from it")
+        mean, error, effective = self.nsr
+        return MeanError(mean * batch_size / factor, error * batch_size / factor, effective)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in plain Python numbers, lists and dicts."""

@@ -29,7 +29,9 @@ from svag_fast.estimate import (
     fieller_interval,
     require_not_negative,
     require_positive,
+    require_whole,
 )
+from svag_fast.sampling import noise_factor
 from svag_fast.scaling_rules import AdaptiveRates, SGDRates, linear_scaling_rule, square_root_scaling_rule
 
 __all__ = [
@@ -281,17 +283,33 @@ def critical_kappa_interval(
 
 
 def simple_noise_scale(
-    grad_sq_norm: Number, noise_trace: Number, batch_size: float, *, covariance: float = 0.0
+    grad_sq_norm: Number,
+    noise_trace: Number,
+    batch_size: float,
+    *,
+    covariance: float = 0.0,
+    population: int | None = None,
 ) -> Estimate:
     """Return B_simple = Tr Σ_1/|∇L|² = B N/G, the batch size at which noise and gradient are alike.
+
+    With ``population`` N is the noise of batches of B distinct samples of n, (n - B)/(n - 1) of Tr Σ_1/B, and B_simple
+    is B N/G (n - 1)/(n - B): the same number as for independent draws. A batch of all n samples can't tell it:
+    ValueError.
 
     Source: McCandlish, Kaplan, Amodei, "An Empirical Model of Large-Batch Training" (2018), equation 2.9.
 
     >>> simple_noise_scale(1.0, 1.1, 8).value
     8.8
+    >>> simple_noise_scale(1.0, 1.1 * 992 / 999, 8, population=1000).value
+    8.8
     """
     require_positive("batch_size", batch_size)
-    return nsr(grad_sq_norm, noise_trace, covariance=covariance).affine(batch_size)
+    factor = 1.0
+    if population is not None:
+        factor = noise_factor(require_whole("batch_size", batch_size), population)
+        if factor == 0:
+            raise ValueError(f"batch_size must be below population, {population}: a batch of all samples has no noise")
+    return nsr(grad_sq_norm, noise_trace, covariance=covariance).affine(batch_size / factor)
 
 
 def _kappa_form(C: float, form: KappaForm) -> tuple[float, float]:

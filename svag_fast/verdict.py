@@ -17,6 +17,7 @@ from svag_fast.curves import Run, group_by_batch_size, group_by_l
 from svag_fast.limit_fit import Figure, fit_limit, outside, t_quantile, within
 from svag_fast.margins import METRICS, Margin, choose_margins
 from svag_fast.phases import common_phases, part_mean, resolution
+from svag_fast.sampling import noise_factor
 
 Answer: TypeAlias = Literal["matches", "departs", "open"]
 Interval: TypeAlias = tuple[float, float]
@@ -115,6 +116,8 @@ class Verdict:
         finished: Runs that came to their end, by l.
         diverged: By l, the effective steps at which runs were found to have diverged.
         confidence: Of each interval.
+        sampling: How batches were drawn; None where the runs don't say.
+        noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B.
     """
 
     batch_size: int
@@ -125,6 +128,8 @@ class Verdict:
     finished: Mapping[float, int]
     diverged: Mapping[float, tuple[float, ...]]
     confidence: float
+    sampling: str | None
+    noise_factor: float
 
     @property
     def sgd_diverged(self) -> bool:
@@ -142,12 +147,15 @@ class SharedLimit:
     """Whether a batch size has the limit of the smallest one whose lr/B is the same: the linear scaling rule's promise.
 
     ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
+    ``noise_ratio`` is its noise over what the reference's and 1/B make of it: 1 for independent draws, below it where
+    images of a batch are distinct, and then not even the two SDEs are quite the same.
     """
 
     batch_size: int
     reference: int
     answer: Answer
     cells: Mapping[str, Mapping[str, Decision | None]]
+    noise_ratio: float
 
 
 def judge(
@@ -196,7 +204,8 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
             for metric, parts in verdict.cells.items()
         }
         answers = [d.answer if d else "open" for parts in cells.values() for d in parts.values()]
-        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells))
+        ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
+        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells, ratio))
     return found
 
 
@@ -241,6 +250,8 @@ def _judge_batch_size(
         {l: len(group) for l, group in ended.items()},
         {l: at for l, at in diverged.items() if at},
         confidence,
+        runs[0].config.get("sampling"),
+        noise_factor(batch_size, runs[0].population),
     )
     return _answered(verdict)
 
@@ -322,7 +333,7 @@ def _difference(cell: Cell, reference: Cell | None, confidence: float) -> Decisi
 
 
 def same_sde(a: Verdict, b: Verdict) -> bool:
-    """Whether lr/B, and with it the SDE, is the same: the linear scaling rule."""
+    """Whether lr/B, and with it the SDE of independent draws, is the same: the linear scaling rule."""
     return abs(a.lr * b.batch_size / (b.lr * a.batch_size) - 1) < 1e-6
 
 

@@ -68,7 +68,18 @@ def sentences(verdict: Verdict) -> list[str]:
 
 
 def shared_limit_sentence(shared: SharedLimit) -> str:
-    """Say whether two batch sizes have the same limit."""
+    """Say whether two batch sizes have the same limit, and where their draws make them different SDEs."""
+    said = _shared_answer(shared)
+    if shared.noise_ratio == 1:
+        return said
+    less = f"{100 * (1 - shared.noise_ratio):.2g} %"
+    return (
+        f"{said} The images of a batch are distinct, so N at B = {shared.batch_size} is {less} below what 1/B makes of "
+        f"B = {shared.reference}'s: the two SDEs differ by that much, and so may their limits."
+    )
+
+
+def _shared_answer(shared: SharedLimit) -> str:
     pair = f"B = {shared.reference} and B = {shared.batch_size}"
     found = [(metric, part, d) for metric, parts in shared.cells.items() for part, d in parts.items()]
     if shared.answer == "matches":

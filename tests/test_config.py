@@ -63,7 +63,10 @@ def test_schedules_have_their_shapes():
         ({"batch_size": []}, "batch_size must be a number or a list of numbers"),
         ({"batch_size": ["8"]}, "batch_size must be an integer from 1 to 1,000,000, not '8'"),
         ({"batch_size": 8.5}, "batch_size must be an integer from 1"),
-        ({"batch_size": 1438}, "at most 1437, the size of digits's training set, or sampling replacement"),
+        (
+            {"batch_size": 1438, "sampling": "distinct"},
+            "at most 1437, the size of digits's training set, or sampling replacement",
+        ),
         ({"lr": [0.1, 0.2, 0.3]}, "lr must be one number, or 2"),
         ({"lr": -0.1}, "lr must be a number from 1e-12 to 1e+12, not -0.1"),
         ({"lr": math.nan}, "lr must be a number from 1e-12 to 1e+12, not nan"),
@@ -87,7 +90,7 @@ def test_schedules_have_their_shapes():
         ({"epochs": 0}, "epochs must be a number from"),
         ({"schedule": "linear"}, "schedule must be one of constant, step, cosine, triangle"),
         ({"init": "zero"}, "init must be one of shared, own"),
-        ({"sampling": "shuffled"}, "sampling must be one of distinct, replacement"),
+        ({"sampling": "shuffled"}, "sampling must be one of replacement, distinct"),
         ({"threads": 0}, "threads must be an integer from 1"),
     ],
 )

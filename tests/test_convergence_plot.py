@@ -152,8 +152,13 @@ def test_means_stand_against_1_over_l_with_the_fitted_line_its_limit_and_the_mar
                 assert f"{part}: {cell.answer}" in words(axes)
             assert len(axes.patches) == 2  # the margins
     titles = [axes.get_title(loc="left") for axes in laws[0]]
-    assert titles[0] == "SGD matches the limit\nSVAG: converged by l = 2"
-    assert titles[1] == "SGD departs from the limit\nSVAG: not converged by l = 2\nthe 1/l regime is not reached"
+    assert titles[0] == "SGD matches the limit\nSVAG has converged by l = 2"
+    assert titles[1].splitlines() == [
+        "SGD departs from the limit",
+        "SVAG has not converged by l = 2",
+        "the 1/l regime is not reached",
+        "the limit is not B = 8's",
+    ]
 
 
 def test_diverged_runs_end_in_a_cross_and_are_in_no_line(tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_diverged_runs_end_in_a_cross_and_are_in_no_line(tmp_path: Path) -> None
     assert [float(line.get_xdata()[0]) for line in crosses] == pytest.approx([19 / 40 * 1504] * 2)
     assert "SGD (l = 1)" not in words(curves)
     assert [tick.get_text() for tick in accuracy[0].get_xticklabels()] == ["0", "1/4", "1/2"]
-    assert accuracy[0].get_title(loc="left").startswith("SGD diverged: it departs\nSVAG: ")
+    assert accuracy[0].get_title(loc="left").startswith("SGD diverged: it departs\nSVAG has ")
     assert "2 diverged (×)" in figure.get_supxlabel()
 
 

@@ -41,7 +41,7 @@ def rows_of(rng, *, rows=240, batch_size=8, nsr=1.1, per=5, decay_at=0.8, ratio=
     return step, lr, G, N, R
 
 
-def write_run(folder, *, batch_size=8, l=1, seed=0, lr=None, skip=(), **options):
+def write_run(folder, *, batch_size=8, l=1, seed=0, lr=None, skip=(), sampling="replacement", **options):
     """A run folder as training leaves it; rows in ``skip`` have measured no G and N."""
     rng = np.random.default_rng([batch_size, l, seed])
     lr = LR * batch_size / 8 if lr is None else lr
@@ -56,6 +56,7 @@ def write_run(folder, *, batch_size=8, l=1, seed=0, lr=None, skip=(), **options)
         "l": l,
         "seed": seed,
         "effective_steps": 1200,
+        "sampling": sampling,
         "schedule": "step",
         "versions": {},
         "commit": None,
