@@ -97,9 +97,8 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     parts = [f"{config.get('dataset')}", f"{config.get('model')}", f"weight decay {config['weight_decay']:g}"]
     seeds = {len({run.seed for run in group}) for group in group_by_l(runs).values()}
     parts.append(f"{max(seeds)} seed{'s' if max(seeds) > 1 else ''}" + (" at most" if len(seeds) > 1 else ""))
-    starts = {run.config.get("init", "shared") for run in runs}
     said = {"shared": "one initialisation for all runs", "own": "each run from its own initialisation"}
-    parts.append(said.get(starts.pop(), "") if len(starts) == 1 else "initialisations mixed")
+    parts += [said[config["init"]]] if config.get("init") in said else []
     draws = {"replacement": "batches drawn with replacement", "distinct": "batches of distinct images"}
     parts += [draws[verdicts[0].sampling]] if verdicts[0].sampling else []
     if finished < len(runs):
@@ -282,13 +281,13 @@ def _short_shared(shared: SharedLimit) -> str:
 
 def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:
     """Effective steps, smoothed mean over seeds, and the standard deviation of one run (0 for a single one)."""
-    if not runs:
+    curves = [curve for run in runs if len((curve := run.series(metric))[0])]
+    if not curves:
         return None
-    curves = [run.series(metric) for run in runs]
     x = min((x for x, _ in curves), key=len)
     values = np.array([np.interp(x, *curve) for curve in curves])
     breaks = _rate_drops(runs[0])
-    sd = np.sqrt(_moving_mean(x, values.var(axis=0, ddof=1), breaks)) if len(runs) > 1 else np.zeros(len(x))
+    sd = np.sqrt(_moving_mean(x, values.var(axis=0, ddof=1), breaks)) if len(curves) > 1 else np.zeros(len(x))
     return x, _moving_mean(x, values.mean(axis=0), breaks), sd
 
 

@@ -107,14 +107,16 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     Raises:
         FileNotFoundError: There is no such folder, or no run in it.
         ValueError: A file is not what a run writes, two runs have the same settings and seed, or the runs differ in
-            dataset, model, weight decay or sampling, so that their curves cannot be compared. The message names it.
+            dataset, model, weight decay, initial weights or sampling, so that their curves cannot be compared. The
+            message names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     runs = [load_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
     if not runs:
-        raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json)")
+        hint = ", but it is a run itself: name the folder above it" if (folder / "config.json").exists() else ""
+        raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json){hint}")
     require_comparable(runs)
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
 
@@ -161,7 +163,7 @@ def require_comparable(runs: Sequence[Run]) -> None:
         if key in seen:
             raise ValueError(f"{run.name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
         seen[key] = run.name
-        for name in ("dataset", "model", "weight_decay", "sampling"):
+        for name in ("dataset", "model", "weight_decay", "init", "sampling"):
             first = runs[0]
             if run.config.get(name) != first.config.get(name):
                 raise ValueError(

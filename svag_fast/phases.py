@@ -12,7 +12,7 @@ from svag_fast.run_folder import Array
 
 END = "end"
 _LEAST = 0.1  # of the run: a shorter stretch of constant rate is no phase (a warm-up's step, a cosine's row)
-_SAME = 0.02  # of the run: two runs' phases may begin and end so far apart, since milestones fall on whole steps
+SAME = 0.02  # of the run: two runs' phases may begin and end so far apart, since milestones fall on whole steps
 
 
 def phases(run: Run) -> list[tuple[float, float]]:
@@ -41,7 +41,7 @@ def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
         theirs = phases(other)
         apart = [abs(a - b) for x, y in zip(found, theirs, strict=False) for a, b in zip(x, y, strict=True)]
         total = first.effective_steps
-        if other.effective_steps != total or len(theirs) != len(found) or max(apart, default=0.0) > _SAME * total + 1:
+        if other.effective_steps != total or len(theirs) != len(found) or max(apart, default=0.0) > SAME * total + 1:
             raise ValueError(
                 f"{first.name} has {_words(first, found)} and {other.name} {_words(other, theirs)}: runs that are "
                 "compared must have the same length and schedule"

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 Verdict: TypeAlias = Literal["fails", "silent", "undecided"]
+_LEAST_MEAN = 1e-100  # below it squares vanish
 FORMS: tuple[KappaForm, ...] = ("exact", "approximate", "tightened")
 
 
@@ -198,7 +199,7 @@ def _finite(interval: tuple[float, float]) -> list[float | None]:
 
 
 class TooFewRowsError(ValueError):
-    """The window holds too few rows with G and N."""
+    """There is nothing to predict from: too few rows with G and N, a run that diverged, or a mean of 0."""
 
 
 def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 0.2) -> Baseline:
@@ -231,20 +232,34 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
     rows = max(math.floor(last * (end - begin)), LEAST)
     start = end - rows
     if rows > max(last, 0.5) * (end - begin):
+        shared = " of all runs" if len(series) > 1 else ""
         raise TooFewRowsError(
-            f"{name}: {end - begin} rows with G and N in the phase at constant lr, whose later half must hold at "
-            f"least {LEAST}: run longer or log more often"
+            f"{name}: the longest phase at constant lr has {end - begin} row{'s' * (end - begin != 1)} with G and N"
+            f"{shared}, and its later half must hold at least {LEAST}: run longer, log more often or keep the rate"
         )
     window = common[start:end]
 
     def rows_of(column: Sequence[Array | None]) -> Array:
         return np.array([_at(s, v, window) for s, v in zip(series, column, strict=True) if v is not None])
 
+    columns: dict[str, Sequence[Array | None]] = {
+        "G": [s.grad_sq_norm for s in series],
+        "N": [s.noise_trace for s in series],
+        "R": [s.weight_sq_norm for s in series],
+    }
+    measured_there = {column: rows_of(values) for column, values in columns.items() if values[0] is not None}
+    for column, values in measured_there.items():
+        if not np.abs(values).mean() > _LEAST_MEAN:
+            raise TooFewRowsError(
+                f"{name}: {column} is {values.mean():g} from step {window[0]:g} on: no ratio to predict from"
+            )
+    if first.batch_size == first.population:
+        raise TooFewRowsError(f"{name}: a batch of all {first.population} samples has no noise, and predicts nothing")
     rate = float(lr[start])
     equilibrium = detect_equilibrium(
-        rows_of([s.grad_sq_norm for s in series]),
-        rows_of([s.noise_trace for s in series]),
-        None if first.weight_sq_norm is None else rows_of([s.weight_sq_norm for s in series]),
+        measured_there["G"],
+        measured_there["N"],
+        measured_there.get("R"),
         lr=rate,
         weight_decay=first.weight_decay,
         tolerance=tolerance,
@@ -279,9 +294,8 @@ def from_baseline(
     noise_scale = sde = None
     if found.nsr is not None:
         kappa = {form: critical_kappa(G, N, C=C, form=form, covariance=together) for form in FORMS}
-        if baseline.noise_factor(baseline.batch_size) > 0:  # a batch of all samples has no noise to tell it by
-            size, population = baseline.batch_size, baseline.population
-            noise_scale = simple_noise_scale(G, N, size, covariance=together, population=population)
+        size, population = baseline.batch_size, baseline.population
+        noise_scale = simple_noise_scale(G, N, size, covariance=together, population=population)
         sde = sde_fails_certificate(G, N, C=C, covariance=together)
     outlook = tuple(
         Outlook(size, size / baseline.batch_size, _verdict(interval, size / baseline.batch_size), measured)

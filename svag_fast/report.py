@@ -264,7 +264,13 @@ def _cell_dict(cell: Cell) -> dict[str, Any]:
 
 def _shared_dict(shared: SharedLimit) -> dict[str, Any]:
     cells = {m: {p: _decision_dict(found) for p, found in parts.items()} for m, parts in shared.cells.items()}
-    return {"answer": shared.answer, "reference": shared.reference, "noise_ratio": shared.noise_ratio, "metrics": cells}
+    return {
+        "answer": shared.answer,
+        "reference": shared.reference,
+        "noise_ratio": shared.noise_ratio,
+        "elsewhere": list(shared.elsewhere),
+        "metrics": cells,
+    }
 
 
 def _decision_dict(decision: Decision | None) -> dict[str, Any] | None:

@@ -66,6 +66,9 @@ LOG: dict[str, Range | None] = {
     "lr": METRICS["lr"],
 }
 
+# Beyond it squares overflow: what was measured is as good as infinite.
+_LARGEST = 1e100
+
 # A run in which one of these stops being finite has diverged.
 MUST_BE_FINITE = ("train_loss", "amplified_loss", "test_loss", "grad_sq_norm", "noise_trace", "weight_sq_norm")
 # Never nan, however badly a run ends.
@@ -113,6 +116,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = config.get(name, "")
         if not isinstance(value, str) or not value.isprintable() or len(value) > 200:
             raise ValueError(f"{path}: {name} must be a short text, not {_short(value)}")
+    config.setdefault("init", UNSAID["init"])
     size = TRAIN_SIZES.get(config.get("dataset", ""))
     if "sampling" not in config and size is not None and config["batch_size"] <= size:
         config["sampling"] = UNSAID["sampling"]
@@ -220,10 +224,10 @@ def _value(cell: str, range_: Range, where: str, name: str) -> float:
     if not _NUMBER.fullmatch(cell):
         raise ValueError(f"{where} is not a number but {_short(cell)}")
     value = float(cell)
-    if not math.isfinite(value) and name not in _ALWAYS_FINITE:
+    if not abs(value) <= _LARGEST and name not in _ALWAYS_FINITE:
         if name == "nsr":  # N/G where G is 0
             return math.nan
-        return math.inf if math.isnan(value) else value
+        return math.inf if math.isnan(value) else math.copysign(math.inf, value)
     if value not in range_:
         raise ValueError(f"{where} must be {range_}, not {cell[:40]}")
     return value
@@ -251,7 +255,8 @@ def _divergence(path: str | os.PathLike[str], columns: Mapping[str, Array], line
         names = [name for name, column in columns.items() if np.isinf(column[first])]
         raise ValueError(
             f"{path}, line {lines[first]}: {', '.join(names)} is nan or infinite, and line {lines[back]} is finite "
-            "again: no run that diverges comes back. A cell is left empty where nothing was measured"
+            f"again: no run that diverges comes back (beyond {_LARGEST:g} counts as infinite). A cell is left empty "
+            "where nothing was measured"
         )
     return first
 

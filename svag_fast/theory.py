@@ -450,8 +450,8 @@ def _grad_and_noise(grad_sq_norm: Number, noise_trace: Number) -> tuple[Estimate
 
 def _squared(C: float) -> float:
     """Return C², exactly 2 for C = √2."""
-    if not (math.isfinite(C) and C > 1):
-        raise ValueError(f"C must be finite and greater than 1 (ratios lie in [1/C, C]), got {C}")
+    if not 1 < C < 1e100:
+        raise ValueError(f"C must be greater than 1 (ratios lie in [1/C, C]) and less than 1e100, got {C}")
     return float(round(C**2)) if math.isclose(C**2, round(C**2), rel_tol=1e-15) else C**2
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from svag_fast.curves import Run, group_by_batch_size, group_by_l
 from svag_fast.limit_fit import Figure, fit_limit, outside, t_quantile, within
 from svag_fast.margins import METRICS, Margin, choose_margins
-from svag_fast.phases import common_phases, part_mean, resolution
+from svag_fast.phases import END, SAME, common_phases, part_mean, resolution
 from svag_fast.sampling import noise_factor
 
 Answer: TypeAlias = Literal["matches", "departs", "open"]
@@ -118,6 +118,7 @@ class Verdict:
         confidence: Of each interval.
         sampling: How batches were drawn; None where the runs don't say.
         noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B.
+        times: Of each part, from when to when it is, as effective steps times lr.
     """
 
     batch_size: int
@@ -130,6 +131,7 @@ class Verdict:
     confidence: float
     sampling: str | None
     noise_factor: float
+    times: Mapping[str, tuple[float, float]]
 
     @property
     def sgd_diverged(self) -> bool:
@@ -148,7 +150,8 @@ class SharedLimit:
 
     ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
     ``noise_ratio`` is its noise over what the reference's and 1/B make of it: 1 for independent draws, below it where
-    images of a batch are distinct, and then not even the two SDEs are quite the same.
+    images of a batch are distinct, and then not even the two SDEs are quite the same. ``elsewhere`` names the parts
+    that lie at other times of the SDE than the reference's, and are not compared.
     """
 
     batch_size: int
@@ -156,6 +159,7 @@ class SharedLimit:
     answer: Answer
     cells: Mapping[str, Mapping[str, Decision | None]]
     noise_ratio: float
+    elsewhere: tuple[str, ...]
 
 
 def judge(
@@ -196,16 +200,19 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
         if reference is None:
             references.append(verdict)
             continue
+        elsewhere = tuple(part for part in verdict.times if not _same_time(part, reference, verdict))
         cells = {
             metric: {
-                part: _difference(cell, reference.cells[metric].get(part), verdict.confidence)
+                part: None
+                if part in elsewhere
+                else _difference(cell, reference.cells[metric].get(part), verdict.confidence)
                 for part, cell in parts.items()
             }
             for metric, parts in verdict.cells.items()
         }
         answers = [d.answer if d else "open" for parts in cells.values() for d in parts.values()]
         ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
-        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells, ratio))
+        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells, ratio, elsewhere))
     return found
 
 
@@ -236,8 +243,14 @@ def _judge_batch_size(
     usable = {l: group for l, group in ended.items() if group and not diverged[l] and (l == 1 or l > worst)}
     lost = _lost(groups, diverged, worst)
     cells: dict[str, dict[str, Cell]] = {metric: {} for metric in margins}
+    times: dict[str, tuple[float, float]] = {}
     if usable:
         parts = common_phases([run for group in usable.values() for run in group])
+        total = next(iter(usable.values()))[0].effective_steps
+        times = {
+            part: (lr * (total if part == END else b), lr * (total if part == END else e))
+            for part, (b, e) in parts.items()
+        }
         for metric, margin in margins.items():
             for part, window in parts.items():
                 cells[metric][part] = _cell(usable, metric, margin, part, window, confidence, lost)
@@ -252,6 +265,7 @@ def _judge_batch_size(
         confidence,
         runs[0].config.get("sampling"),
         noise_factor(batch_size, runs[0].population),
+        times,
     )
     return _answered(verdict)
 
@@ -295,6 +309,8 @@ def _cell(
         return Cell(means, missing=lost["limit"])
     level = means[ls[-1]].value
     size = margin.at(level)
+    if size == 0:
+        return Cell(means, missing=f"{margin} of a mean of 0 is no margin: give {metric} one of its own (--margin)")
     numbers = np.array([means[l].value for l in ls]), np.array([variances[l] for l in ls])
     counts = np.array([means[l].runs for l in ls])
     fit = fit_limit(ls, *numbers, counts, size)
@@ -335,6 +351,14 @@ def _difference(cell: Cell, reference: Cell | None, confidence: float) -> Decisi
 def same_sde(a: Verdict, b: Verdict) -> bool:
     """Whether lr/B, and with it the SDE of independent draws, is the same: the linear scaling rule."""
     return abs(a.lr * b.batch_size / (b.lr * a.batch_size) - 1) < 1e-6
+
+
+def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
+    """Whether a part lies at the same times of the SDE, but for whole steps; one that only one of them has doesn't."""
+    if part not in reference.times:
+        return not reference.times  # it has no usable runs, and no limit
+    room = SAME * max(verdict.times[END]) + max(verdict.lr, reference.lr)
+    return all(abs(a - b) <= room for a, b in zip(reference.times[part], verdict.times[part], strict=True))
 
 
 def _seeds_needed(figure: Figure, margin: float, confidence: float, seeds: int) -> int | None:

@@ -64,12 +64,17 @@ def sentences(verdict: Verdict) -> list[str]:
     said = _sgd_sentences(verdict)
     if any(cell.distances for _, _, cell in _cells(verdict)):
         said += _convergence_sentences(verdict) + _regime_sentences(verdict)
+        single = [f"l = {l:g}" for l, count in verdict.finished.items() if count == 1 and l > 1]
+        if single:
+            said.append(f"{_listed(single)}: one finished run each, two are needed to be in the fit.")
     return said + [_divergence_sentence(verdict, l) for l in verdict.diverged]
 
 
 def shared_limit_sentence(shared: SharedLimit) -> str:
     """Say whether two batch sizes have the same limit, and where their draws make them different SDEs."""
     said = _shared_answer(shared)
+    if shared.elsewhere:
+        said += f" Not compared: {_listed(shared.elsewhere)}, which are not at the same times of the SDE in both."
     if shared.noise_ratio == 1:
         return said
     less = f"{100 * (1 - shared.noise_ratio):.2g} %"
@@ -85,7 +90,7 @@ def _shared_answer(shared: SharedLimit) -> str:
     if shared.answer == "matches":
         return f"{pair} share their limit, within the margins: linear scaling keeps its promise."
     if not any(d for _, _, d in found):
-        return f"Whether {pair} share their limit is open: one of them has none."
+        return f"Whether {pair} share their limit is open" + ("." if shared.elsewhere else ": one of them has none.")
     chosen = [(m, p, d) for m, p, d in found if (d.answer if d else "open") == shared.answer]
     if shared.answer == "departs":
         return f"{pair} do not share their limit: it differs in {places(chosen)}."

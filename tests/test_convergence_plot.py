@@ -180,13 +180,34 @@ def test_diverged_runs_end_in_a_cross_and_are_in_no_line(tmp_path: Path) -> None
     [
         ([{}, {}], "one initialisation for all runs"),
         ([{"init": "own"}] * 2, "each run from its own initialisation"),
-        ([{"init": "own"}, {"init": "shared"}], "initialisations mixed"),
     ],
 )
 def test_the_caption_says_where_runs_start_from(tmp_path: Path, inits: list[dict[str, str]], text: str) -> None:
     for seed, init in enumerate(inits):
         write_run(tmp_path, seed=seed, **init)  # type: ignore[arg-type]
     assert text in figure_of(tmp_path).get_supxlabel().replace("\n", " ")
+
+
+def test_the_caption_says_how_batches_were_drawn(tmp_path: Path) -> None:
+    for sampling, text in (
+        ("replacement", "batches drawn with replacement"),
+        ("distinct", "batches of distinct images"),
+    ):
+        write_run(tmp_path / sampling, sampling=sampling)
+        assert text in figure_of(tmp_path / sampling).get_supxlabel().replace("\n", " ")
+
+
+def test_a_metric_that_some_runs_never_measured_is_drawn_from_the_others(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [8], [1, 2])
+    run = load_runs(tmp_path)[-1]
+    run.metrics["test_accuracy"][:] = np.nan
+    runs = [*load_runs(tmp_path)[:-1], run]
+    (curves,), _, _ = panels(convergence_figure(runs, judge(runs)))
+    assert "l = 2" in words(curves)
+    for run in runs:
+        run.metrics["test_accuracy"][:] = np.nan
+    (curves,), _, _ = panels(convergence_figure(runs, judge(runs)))
+    assert "l = 2" not in words(curves)
 
 
 def test_unfinished_runs_are_thin_lines_without_a_label(tmp_path: Path) -> None:

@@ -244,6 +244,36 @@ def test_a_malformed_csv_is_refused_by_line(tmp_path, text, message):
         from_csv(tmp_path / "log.csv", batch_size=8, lr=0.1)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("G,N\n{i},2.{i},0", "N is 0 from step 18 on"),
+        ("G,N\n{i},0,3", "G is 0 from step 18 on"),
+        ("G,N,R\n{i},2.{i},3,0", "R is 0 from step 18 on"),
+        ("G,N\n{i},2e-200,3e-200", "G is 2e-200 from step 18 on"),
+        ("G,N\n{i},2e200,3e200", "diverged: not finite from step 0 on"),
+    ],
+)
+def test_what_leaves_no_ratio_is_refused_by_name(tmp_path, columns, message):
+    header, row = columns.split("\n")
+    (tmp_path / "log.csv").write_text(f"step,{header}\n" + "".join(row.format(i=i) + "\n" for i in range(30)))
+    with pytest.raises(TooFewRowsError, match=message):
+        from_csv(tmp_path / "log.csv", batch_size=8, lr=0.1, weight_decay=0.1)
+
+
+def test_a_batch_of_all_samples_predicts_nothing(tmp_path):
+    write_csv(tmp_path / "log.csv")
+    with pytest.raises(TooFewRowsError, match="a batch of all 8 samples has no noise"):
+        from_csv(tmp_path / "log.csv", batch_size=8, lr=LR, population=8)
+
+
+def test_runs_that_share_no_rows_are_refused_as_such(tmp_path):
+    write_run(tmp_path, seed=0, rows=100, decay_at=1.0)
+    write_run(tmp_path, seed=1, rows=100, decay_at=1.0, per=7)
+    with pytest.raises(TooFewRowsError, match=r"rows? with G and N of all runs"):
+        from_runs(tmp_path)
+
+
 def test_only_svag_runs_are_refused(tmp_path):
     write_run(tmp_path, l=4)
     with pytest.raises(ValueError, match=r"no SGD run \(l = 1\)"):
@@ -302,6 +332,7 @@ def test_command_gives_json_with_all_numbers(runs):
         (["LOG"], 2, "--batch-size and --lr"),
         (["LOG", "--batch-size", "8", "--lr", "-1"], 1, "lr must be positive"),
         (["RUNS", "--C", "0.5"], 1, "C must be"),
+        (["RUNS", "--C", "1e200"], 1, "C must be"),
         (["RUNS", "--plot", "nowhere/out.png"], 1, "nowhere"),
         (["EMPTY"], 1, "no run"),
     ],

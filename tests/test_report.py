@@ -15,6 +15,7 @@ from rich.console import Console
 from svag_fast.cli import main
 from svag_fast.margins import Margin
 from svag_fast.report import make_report
+from svag_fast.verdict_text import sentences, shared_limit_sentence
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,67 @@ def test_unknown_metric_is_refused_by_name_before_anything_is_written(tmp_path: 
     assert result.exit_code == 1
     assert "no column 'accuracy'" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["B8-l1-seed0"]
+
+
+def test_a_metric_that_was_never_measured_is_open_and_says_so(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(folder), "--metric", "amplified_loss"])
+    assert result.exit_code == 0, result.output
+    assert "it was not measured there in every run" in " ".join(result.output.split())
+
+
+def test_percents_of_a_mean_of_0_are_no_margin(tmp_path: Path) -> None:
+    for l in (1, 2):
+        for seed in range(2):
+            run = write_run(tmp_path, l=l, seed=seed)
+            path = run / "metrics.csv"
+            lines = [line.split(",") for line in path.read_text().splitlines()]
+            at = lines[0].index("test_loss")
+            for cells in lines[1:]:
+                cells[at] = "0"
+            path.write_text("".join(",".join(cells) + "\n" for cells in lines))
+    (verdict,) = make_report(tmp_path, metrics=["test_loss"]).verdicts
+    assert verdict.answer == "open"
+    assert "10 % of a mean of 0 is no margin: give test_loss one of its own (--margin)" in sentences(verdict)[0]
+    (verdict,) = make_report(tmp_path, metrics=["test_loss"], margins={"test_loss": Margin(0.1)}).verdicts
+    assert verdict.answer == "matches" or verdict.cells["test_loss"]["end"].regime_reached is None
+
+
+def test_batch_sizes_are_not_compared_at_other_times_of_the_sde(tmp_path: Path) -> None:
+    """B = 16 at twice the rate, and twice as long as linear scaling has it: lr/B is the same, the time is not."""
+    for batch_size, steps in ((8, 1504), (16, 1504)):
+        for l in (1, 4):
+            for seed in range(2):
+                write_run(tmp_path, batch_size=batch_size, l=l, seed=seed, effective_steps=steps)
+    found = make_report(tmp_path)
+    (shared,) = found.shared
+    assert (shared.answer, shared.elsewhere) == ("open", ("phase 1", "phase 2", "end"))
+    assert all(d is None for parts in shared.cells.values() for d in parts.values())
+    assert "Not compared: phase 1, phase 2 and end, which are not at the same times" in shared_limit_sentence(shared)
+    saved = json.loads(json.dumps(found.as_dict(), allow_nan=False))["shared_limit"]["batch_sizes"]["16"]
+    assert saved["elsewhere"] == ["phase 1", "phase 2", "end"]
+
+
+def test_an_l_with_a_single_run_is_named_as_left_out(tmp_path: Path) -> None:
+    for l, seeds in ((1, 2), (2, 2), (4, 1)):
+        for seed in range(seeds):
+            write_run(tmp_path, l=l, seed=seed)
+    (verdict,) = make_report(tmp_path).verdicts
+    assert 4 not in verdict.cells["test_loss"]["end"].distances
+    assert "l = 4: one finished run each, two are needed to be in the fit." in sentences(verdict)
+
+
+def test_a_run_s_own_folder_is_told_from_one_of_runs(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(write_run(tmp_path))])
+    assert result.exit_code == 1
+    assert "it is a run itself: name the folder above it" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("setting", [{"init": "own"}, {"sampling": "replacement"}], ids=str)
+def test_runs_from_other_starts_or_draws_are_not_compared(tmp_path: Path, setting: dict[str, Any]) -> None:
+    write_run(tmp_path, l=1)
+    write_run(tmp_path, l=2, **setting)
+    with pytest.raises(ValueError, match="belong in folders of their own"):
+        make_report(tmp_path)
 
 
 def test_the_smallest_batchs_sgd_foretells_which_batch_size_fails(folder: Path) -> None:

@@ -164,14 +164,6 @@ def test_report_says_where_batch_sizes_differ_in_their_noise_factor(tmp_path, sa
     assert ("its N is 8.4 % below 1/B's law" in " ".join(summary["prediction"]["verdict"])) == distinct
 
 
-def test_runs_of_different_draws_are_not_compared(tmp_path):
-    write_run(tmp_path, l=1, sampling="replacement")
-    write_run(tmp_path, l=4)
-    result = CliRunner().invoke(main, ["report", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "sampling 'replacement' and B8-l4-seed0 'distinct'" in " ".join(result.output.split())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

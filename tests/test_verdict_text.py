@@ -11,11 +11,11 @@ from svag_fast.verdict_text import headline, places, sentences, shared_limit_sen
 
 
 def run(batch_size: int, l: float, seed: int, level: float, diverged_at: float | None = None) -> Run:
-    lr = 0.1 * batch_size / 8
-    config = {"batch_size": batch_size, "lr": lr, "weight_decay": 0.0, "l": l, "seed": seed, "effective_steps": 10}
-    steps = np.linspace(0, 10, 11)
-    accuracy = np.full(11, level) + 0.001 * (seed - 1)
-    metrics = {"effective_step": steps, "lr": np.where(steps <= 8, lr, lr / 10), "test_accuracy": accuracy}
+    lr, total = 0.1 * batch_size / 8, 1280 // batch_size  # the same time for every batch size
+    config = {"batch_size": batch_size, "lr": lr, "weight_decay": 0.0, "l": l, "seed": seed, "effective_steps": total}
+    steps = np.linspace(0, total, total + 1)
+    accuracy = np.full(total + 1, level) + 0.001 * (seed - 1)
+    metrics = {"effective_step": steps, "lr": np.where(steps <= 0.8 * total, lr, lr / 10), "test_accuracy": accuracy}
     if diverged_at is not None:
         metrics = {column: values[: int(diverged_at) + 1] for column, values in metrics.items()}
     return Run(f"{batch_size}-{l}-{seed}", config, metrics, diverged_at=diverged_at)
