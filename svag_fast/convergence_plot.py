@@ -272,9 +272,9 @@ def _short_verdict(verdict: Verdict) -> list[str]:
 
 def _short_shared(shared: SharedLimit) -> str:
     said = {
-        "matches": "the limit is B = {}'s",
-        "departs": "the limit is not B = {}'s",
-        "open": "open: is the limit B = {}'s?",
+        "matches": "the same limit as at B = {}",
+        "departs": "not the limit of B = {}",
+        "open": "open: the limit of B = {}?",
     }
     return said[shared.answer].format(shared.reference)
 

@@ -157,7 +157,7 @@ def test_means_stand_against_1_over_l_with_the_fitted_line_its_limit_and_the_mar
         "SGD departs from the limit",
         "SVAG has not converged by l = 2",
         "the 1/l regime is not reached",
-        "the limit is not B = 8's",
+        "not the limit of B = 8",
     ]
 
 

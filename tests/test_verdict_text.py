@@ -104,7 +104,7 @@ def test_sentences_carry_the_numbers(found: Sequence[Run], parts: list[str]) -> 
 def test_sentences_name_what_matches_beside_what_departs() -> None:
     found = runs(8, SAME)
     for r in found:
-        r.metrics["test_loss"] = np.full(11, 0.3 + 0.2 / r.l) + 0.001 * r.seed
+        r.metrics["test_loss"] = np.full(161, 0.3 + 0.2 / r.l) + 0.001 * r.seed
     (verdict,) = judge(found)
     said = sentences(verdict)
     assert verdict.answer == "departs"
