@@ -234,8 +234,8 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
     if rows > max(last, 0.5) * (end - begin):
         shared = " of all runs" if len(series) > 1 else ""
         raise TooFewRowsError(
-            f"{name}: the longest phase at constant lr has {end - begin} row{'s' * (end - begin != 1)} with G and N"
-            f"{shared}, and its later half must hold at least {LEAST}: run longer, log more often or keep the rate"
+            f"{name}: the longest phase at constant lr has {end - begin} rows with G and N{shared}, and its "
+            f"later half must hold at least {LEAST}: run longer, log more often or keep the rate constant for longer"
         )
     window = common[start:end]
 

@@ -270,7 +270,7 @@ def test_a_batch_of_all_samples_predicts_nothing(tmp_path):
 def test_runs_that_share_no_rows_are_refused_as_such(tmp_path):
     write_run(tmp_path, seed=0, rows=100, decay_at=1.0)
     write_run(tmp_path, seed=1, rows=100, decay_at=1.0, per=7)
-    with pytest.raises(TooFewRowsError, match=r"rows? with G and N of all runs"):
+    with pytest.raises(TooFewRowsError, match=r"rows with G and N of all runs"):
         from_runs(tmp_path)
 
 
