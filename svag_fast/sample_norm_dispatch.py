@@ -11,13 +11,14 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
+from torch.autograd import forward_ad
 
 _LOCK = threading.RLock()
 
@@ -30,6 +31,32 @@ def _compiler_is_loaded() -> object:
 _compiler: Callable[[], object] = getattr(eval_frame, "get_eval_frame_callback", _compiler_is_loaded)
 
 
+_transforms: Callable[[], object] = torch._C._functorch.peek_interpreter_stack  # not None inside of one
+_running_plainly = threading.local()
+
+
+@contextmanager
+def run_plainly() -> Iterator[None]:
+    """In which served modules run their classes' own forward under torch.func's transforms, as a rule needs it."""
+    before = getattr(_running_plainly, "now", False)
+    _running_plainly.now = True
+    try:
+        yield
+    finally:
+        _running_plainly.now = before
+
+
+def _in_transform(module: nn.Module) -> bool:
+    """Whether a served module is to run plainly under a transform; raises where that would leave its norms out."""
+    if getattr(_running_plainly, "now", False) or not torch.is_grad_enabled():
+        return True
+    raise RuntimeError(
+        f"{type(module).__name__} was called under a transform of torch.func (grad, vmap, jvp, jacrev, ...) or "
+        "forward-mode differentiation inside per_sample_sq_norms, which measures plain backward passes: call it outside "
+        "of the context, on a copy.deepcopy of the model, or, where no gradient is asked for, under torch.no_grad()"
+    )
+
+
 class _Dispatch:
     """A class's replaced forward, and the modules that are served."""
 
@@ -39,6 +66,7 @@ class _Dispatch:
         self.own = kind.__dict__.get("forward")  # None: inherited
         self.served: dict[int, Callable[..., Any]] = {}
         served, compiler, uncompiled = self.served, _compiler, _uncompiled
+        transforms, dual, in_transform = _transforms, forward_ad, _in_transform
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             serve = served.get(id(self))
@@ -46,6 +74,8 @@ class _Dispatch:
                 return plain(self, *args, **kwargs)
             if compiler() is not None:
                 return uncompiled()(serve, args, kwargs)
+            if (transforms() is not None or dual._current_level >= 0) and in_transform(self):
+                return plain(self, *args, **kwargs)
             return serve(*args, **kwargs)
 
         # With the plain function's globals: who reads the class's forward as source (TorchScript, torch.fx) finds the

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from svag_fast import sample_norm_checks as checks
 from svag_fast.ops.layer_product import Geometry
 from svag_fast.ops.weight_grad import unchecked_weight_grad
-from svag_fast.sample_norm_rules import Rule, Scope, register, without_autocast
+from svag_fast.sample_norm_rules import Rule, Scope, in_full_precision, register
 from svag_fast.sample_norm_tape import Use, row_sq_norms
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -198,7 +198,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-    with without_autocast(b):
+    with in_full_precision(b):
         x, weight = ctx.saved_tensors
         product, scope, weight_use, bias_use, direct = ctx.call
         x_dtype, bias_dtype = ctx.dtypes

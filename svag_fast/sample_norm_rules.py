@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svag_fast import sample_norm_checks as checks
-from svag_fast.sample_norm_dispatch import plain_forward
+from svag_fast.ops.memory import has_memory
+from svag_fast.sample_norm_dispatch import plain_forward, run_plainly
 from svag_fast.sample_norm_tape import Recorder, SampleGrads, Use, hook, row_sq_norms, sample_chunks
 
 # (module, inputs, output_grad) -> name of a parameter of the module itself -> per-sample gradients [B, *shape]
@@ -110,7 +111,7 @@ class Scope:
 
     def to_check(self, name: str, like: Tensor) -> bool:
         """Whether the gradient of the module's parameter is to be held against the samples' own in this use."""
-        return self.check or (name, like.dtype, like.is_cuda) not in self.known.checked
+        return (self.check or (name, like.dtype, like.is_cuda) not in self.known.checked) and has_memory(like)
 
     def checked(self, name: str, like: Tensor) -> None:
         """Note that it was right."""
@@ -226,7 +227,7 @@ class Rule:
                 raise RuntimeError(
                     f"an input of {scope.label} was changed by an in-place operation before the backward pass"
                 )
-            with torch.no_grad(), without_autocast(output_grad):
+            with torch.no_grad(), in_full_precision(output_grad):
                 for name, sq_norms in self.sq_norms(module, inputs, output_grad, shapes).items():
                     use = uses[name]
                     assert use is not None
@@ -345,17 +346,24 @@ def by_vmap(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> 
         return inner.real if inner.is_complex() else inner
 
     dims = (None, 0, *(0 if has else None for has in with_samples))
-    out: Mapping[str, Tensor] = torch.func.vmap(torch.func.grad(weighted), dims)(own, output_grad, *inputs)
+    with run_plainly():  # a child has a rule of its own
+        out: Mapping[str, Tensor] = torch.func.vmap(torch.func.grad(weighted), dims)(own, output_grad, *inputs)
     return out
 
 
 _NOTHING = nullcontext()
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Sums keep their precision, even where the backward pass runs under autocast."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind):
+def in_full_precision(grad: Tensor) -> AbstractContextManager[Any]:
+    """Sums over an output's gradient keep their precision, even where the backward pass runs under autocast. Raises
+    where it is not one backward pass, but many at once."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            "a backward pass under torch.func's transforms (vmap of autograd.grad, is_grads_batched=True, vectorize=True) "
+            "inside per_sample_sq_norms, which measures plain backward passes: take it outside of the context"
+        )
+    kind = grad.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return _NOTHING
     off: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
     return off

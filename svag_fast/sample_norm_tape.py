@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from svag_fast.ops.memory import has_memory
+
 # Forms the per-sample gradients [b, *shape] of the samples in a slice.
 SampleGrads: TypeAlias = Callable[[slice], Tensor]
 # Rows of a parameter's first dimension; None stands for all. Different parts of one parameter must not overlap.
@@ -210,7 +212,7 @@ class Recorder:
             self.fail(_foreign(name))
             return
         ours, single = due
-        if single and grad.data_ptr() == ours.data_ptr():
+        if not has_memory(grad) or (single and grad.data_ptr() == ours.data_ptr()):
             return
         # Sums of the same terms in another order: equal to rounding. Read back only when the norms are.
         rounding = 64 * torch.finfo(grad.dtype).eps
