@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ Part: TypeAlias = tuple[int, int] | None
 # Elements of the per-sample gradients that are held at a time where they have to be formed: 16 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 22
 _NO_TASK = -1
+_NOTHING = nullcontext()
 _SUMMED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -235,7 +237,7 @@ class Recorder:
         if current.batch_size is None:
             return
         norms: dict[str, Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             for (name, _), uses in current.delivered.items():
                 if name in current.arrived:  # else autograd.grad was not asked for it
                     sq_norms = uses[0][1] if len(uses) == 1 else self._shared(name, uses)

@@ -1,6 +1,7 @@
 """A model inside the context: copies of it are plain, changes of it are seen, and it is left as it was."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from svag_fast import UnsupportedModule, per_sample_sq_norms
 
@@ -439,3 +441,61 @@ def test_compiled_code_around_the_model(before, inside):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "Exception ignored" not in result.stderr
+
+
+def batched(net, x):
+    y = net(x)
+    directions = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    return torch.autograd.grad(y, list(net.parameters()), directions, is_grads_batched=True)
+
+
+def dual(net, x):
+    with torch.autograd.forward_ad.dual_level():
+        return net(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def functional(net, x):
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    one = torch.func.grad(lambda w, x: loss(functools.partial(torch.func.functional_call, net, w), x[None]))
+    return torch.func.vmap(one, (None, 0))(weights, x)
+
+
+TRANSFORMS = {
+    "grad": lambda net, x: torch.func.grad(lambda x: loss(net, x))(x),
+    "vmap": lambda net, x: torch.func.vmap(net)(x),
+    "vmap of grad": functional,
+    "vjp": lambda net, x: torch.func.vjp(net, x),
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (x,)),
+    "jacrev": lambda net, x: torch.func.jacrev(net)(x),
+    "hessian": lambda net, x: torch.func.hessian(functools.partial(loss, net))(x),
+    "of a layer": lambda net, x: torch.func.vmap(net.layers[0])(x),
+    "forward_ad": dual,
+    "batched gradients": batched,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_transforms_inside_are_refused_by_name(transform):
+    net, x = build(), batch()
+    with per_sample_sq_norms(net, loss_reduction="sum") as norms:
+        with pytest.raises(RuntimeError, match=r"torch\.func.* outside of the context"):
+            transform(net, x)
+        with torch.no_grad():  # values alone are no use
+            torch.testing.assert_close(torch.func.vmap(net)(x), net(x))
+        norms.reset()
+        loss(net, x).backward()
+        torch.testing.assert_close(norms.total, expected(build(), x))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("fake", [True, False])
+def test_tensors_without_values_give_norms_without_values(fake):
+    """As one asks for the memory of a step that isn't taken."""
+    with FakeTensorMode() if fake else torch.device("meta"):
+        net, x = Net(), torch.randn(4, 3)
+        with per_sample_sq_norms(net, check=True) as norms:
+            for _ in range(2):
+                loss(net, x).backward()
+            assert norms.total.shape == (8,)
+            assert isinstance(norms.total, FakeTensor) if fake else norms.total.is_meta
+        assert all(p.grad.shape == p.shape for p in net.parameters())
