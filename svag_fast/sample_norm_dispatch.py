@@ -52,8 +52,8 @@ def _in_transform(module: nn.Module) -> bool:
         return True
     raise RuntimeError(
         f"{type(module).__name__} was called under a transform of torch.func (grad, vmap, jvp, jacrev, ...) or "
-        "forward-mode differentiation inside per_sample_sq_norms, which measures plain backward passes: call it outside "
-        "of the context, on a copy.deepcopy of the model, or, where no gradient is asked for, under torch.no_grad()"
+        "forward-mode differentiation inside per_sample_sq_norms, which measures plain backward passes: call it "
+        "outside of the context, on a copy.deepcopy of the model, or, for values alone, under torch.no_grad()"
     )
 
 

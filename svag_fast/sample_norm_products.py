@@ -208,7 +208,7 @@ def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
             b = b.resolve_neg()  # the kernels read memory
         if x.is_neg():
             x = x.resolve_neg()
-        if wants_bias:
+        if wants_bias and not scope.recorder.paused:
             sample_rows = product.sample_bias_grads(b)
             bias_sq_norms = row_sq_norms(sample_rows)
             bias_grad = sample_rows.sum(0, dtype=bias_dtype)
@@ -216,7 +216,7 @@ def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
                 bias_use.deliver(bias_sq_norms, lambda rows: sample_rows[rows], bias_grad if direct else None)
         if wants_x:
             x_grad = _cast(product.input_grad(b, x, _cast(weight, b.dtype)), x_dtype)
-        if wants_weight:
+        if wants_weight and not scope.recorder.paused:
             shape = weight.shape
             weight_grad, sq_norms = product.weight_grad(b, x, shape, bias_sq_norms)
             weight_grad = _cast(weight_grad, weight.dtype)

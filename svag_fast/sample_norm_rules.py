@@ -35,6 +35,7 @@ class Known:
         self.samples_only = False  # called on samples, and never on a value that all samples share
         self.shared_only = False
         self.mixed = False
+        self.rows_checked = False  # whether its rows were found to be the samples
         self.checked: set[tuple[str, torch.dtype, bool]] = set()  # parameters, with dtype, and whether on CUDA
 
     @property
@@ -359,11 +360,11 @@ def in_full_precision(grad: Tensor) -> AbstractContextManager[Any]:
     where it is not one backward pass, but many at once."""
     if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
         raise RuntimeError(
-            "a backward pass under torch.func's transforms (vmap of autograd.grad, is_grads_batched=True, vectorize=True) "
-            "inside per_sample_sq_norms, which measures plain backward passes: take it outside of the context"
+            "a backward pass under torch.func's transforms (vmap of autograd.grad, is_grads_batched=True, "
+            "vectorize=True) inside per_sample_sq_norms, which measures plain ones: take it outside of the context"
         )
     kind = grad.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not torch._C._is_any_autocast_enabled() or kind == "meta" or not torch.is_autocast_enabled(kind):
         return _NOTHING
     off: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
     return off

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from svag_fast import sample_norm_dispatch as dispatch
+from svag_fast.ops.memory import has_memory
 from svag_fast.sample_norm_checks import LayerCall, check_rows
 from svag_fast.sample_norm_rules import Known, Rule, Scope, label_of, rule_of
 from svag_fast.sample_norm_tables import Provenance, Table
@@ -115,7 +116,10 @@ class Watch:
         self._follow = True  # whether the next pass through the model is to be followed op by op
         self._follow_always = False
         self._provenance: Provenance | None = None
-        self._calls: list[LayerCall] | None = None  # in a pass that is checked
+        self._calls: list[LayerCall] | None = None  # in a pass whose rows may have to be checked
+        self._inputs: list[Tensor] = []
+        self._sequences: dict[nn.Module, Callable[[], None]] = {}  # what takes the samples second, and isn't trained
+        self._all_rows_checked = False
         self._served: dict[nn.Module, _Served] = {}
         self._root_end: Callable[[], None] | None = None
         self._shape = _Shape()
@@ -129,9 +133,9 @@ class Watch:
     def end(self) -> None:
         """Leave the model as it was."""
         self._end_root()
-        for served in self._served.values():
-            served.end()
-        self._served = {}
+        for end in [*(served.end for served in self._served.values()), *self._sequences.values()]:
+            end()
+        self._served, self._sequences = {}, {}
 
     def scan(self) -> None:
         """Look at the whole model, and serve it as it is now."""
@@ -139,6 +143,7 @@ class Watch:
         _walk("", self.model, modules)
         names, aliases = self._tracked(modules)
         plans: dict[nn.Module, Scope] = {}
+        sequences: set[nn.Module] = set()
         shape = _Shape()
         met: set[nn.Module] = set()
         for place, module in modules:
@@ -151,11 +156,15 @@ class Watch:
                 scope = self._plan(place, module, names)
             if scope is not None:
                 plans[module] = scope
+            elif _takes_samples_second(module):
+                sequences.add(module)
             shape.add(module, served=scope is not None)
         for module in [m for m, s in self._served.items() if m not in plans or s.kind is not type(m)]:
             self._served.pop(module).end()
-        follow = False
+        self._watch_sequences(sequences)
+        follow, self._all_rows_checked = False, True
         for module, scope in plans.items():
+            self._all_rows_checked = self._all_rows_checked and scope.known.rows_checked
             follow = follow or (bool(scope.names) and not scope.known.settled)
             if module in self._served:
                 self._served[module].scope.renew(scope)
@@ -167,6 +176,30 @@ class Watch:
         self._serve_root()
         self.recorder.track(names, aliases)
         self._follow, self._shape = follow, shape
+
+    def _watch_sequences(self, modules: set[nn.Module]) -> None:
+        """Look at what is given to modules that take the samples second."""
+        if not (modules or self._sequences):
+            return
+        for module in self._sequences.keys() - modules:
+            self._sequences.pop(module)()
+        for module in modules - self._sequences.keys() - {self.model}:
+            if "forward" not in module.__dict__ and not dispatch.is_served(module):
+                self._sequences[module] = dispatch.serve(module, functools.partial(self._sequence, module))
+
+    def _sequence(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        B = self._batch_size
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if B is None or x is None or x.dim() != 3 or x.shape[0] != B:
+            pass
+        elif x.shape[1] != B or any(_same(x, y) for y in self._inputs):
+            place = next((name for name, m in self.model.named_modules() if m is module), "")
+            raise ValueError(
+                f"{label_of(place, module)} takes the samples second (batch_first=False), but got {list(x.shape)} "
+                f"where the model's input has {B} samples in its first dimension: build it with batch_first=True, or "
+                "give the model the samples first and transpose before and behind this module"
+            )
+        return dispatch.plain_forward(type(module))(module, *args, **kwargs)
 
     def _serve_root(self) -> None:
         if self.model not in self._served and self._root_end is None and "forward" not in self.model.__dict__:
@@ -279,12 +312,16 @@ class Watch:
         return scope
 
     def _layer_forward(self, scope: Scope) -> Callable[..., Any]:
-        module, kind, rule = scope.module, type(scope.module), scope.known.rule
+        module, kind, rule, known = scope.module, type(scope.module), scope.known.rule, scope.known
         plain = dispatch.plain_forward(kind)
+        run, may_refuse = rule.run, type(rule).refusal is not Rule.refusal
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if scope.names or scope.couples:
-                _refuse(rule, scope)
+                if may_refuse:
+                    _refuse(rule, scope)
+            elif _takes_samples_second(module):
+                return self._sequence(module, *args, **kwargs)
             if not torch.is_grad_enabled() or not (args or kwargs):
                 return plain(module, *args, **kwargs)
             if type(module) is not kind or not scope.current():
@@ -297,11 +334,11 @@ class Watch:
                 len(args) == 1
                 and not kwargs
                 and type(x) is Tensor
-                and scope.known.samples_only
+                and known.samples_only
                 and x.dim() > 0
                 and x.shape[0] == self._batch_size
             ):
-                return self._run(scope, args, kwargs)
+                return run(scope, module, args, kwargs) if self._calls is None else self._run(scope, args, kwargs)
             return self._serve(scope, rule, plain, args, kwargs)
 
         return forward
@@ -339,10 +376,33 @@ class Watch:
     def _run(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = scope.known.rule.run(scope, scope.module, args, kwargs)
         if self._calls is not None:
-            self._calls.append(
-                LayerCall(scope.label, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], out)
-            )
+            self._calls.append(LayerCall(scope, _all_tensors((args, kwargs)), _all_tensors(out)))
         return out
+
+    def _check_rows(self, out: Any) -> None:
+        """Check the rows of a pass through the model, where a layer's were not before or it is asked for."""
+        calls, self._calls = self._calls, None  # a checkpoint's layers run again in the backward pass
+        new = [call.scope.known for call in calls or () if not call.scope.known.rows_checked]
+        if not calls or not (new or self.check) or self._batch_size is None or self._batch_size < 2:
+            return
+        if not all(has_memory(x) for call in calls for x in call.outputs):
+            return
+        if not self.check and _has_backward_hooks(self.model) and not any(_may_have_positions_first(c) for c in calls):
+            return  # they would be called once more
+        outputs = [x for x in _leaves(out) if isinstance(x, Tensor)]
+        self.recorder.paused = True
+        try:
+            check_rows(calls, outputs, self._batch_size)
+        except RuntimeError as error:
+            self.recorder.fail(
+                f"whether the rows of the model are its samples could not be found out, so norms are not known: {error}"
+            )
+        else:
+            for known in new:
+                known.rows_checked = True
+        finally:
+            self.recorder.paused = False
+        self._all_rows_checked = all(served.scope.known.rows_checked for served in self._served.values())
 
     def _serve_shared(
         self, scope: Scope, rule: Rule, tensors: list[Tensor], B: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -414,17 +474,19 @@ class Watch:
             inputs = _tensors(args, kwargs)
             before = self._batch_size
             self._depth += 1
-            self._calls = [] if self.check else None
+            self._inputs = inputs
+            self._calls = [] if self.check or not self._all_rows_checked else None
             try:
                 if self._given is None and inputs:
                     self._batch_size = inputs[0].shape[0]
                 self._last_batch_size = self._batch_size
                 out = self._pass_through(inner, inputs, args, kwargs)
-                if self._calls and self._batch_size is not None:
-                    check_rows(self.recorder, self._calls, self._batch_size)
+                if self._calls:
+                    self._check_rows(out)
                 return out
             finally:
                 self._depth -= 1
+                self._inputs = []
                 self._batch_size = before
                 self._can_follow = False
                 self._calls = None
@@ -442,7 +504,7 @@ class Watch:
             try:
                 return inner(*args, **kwargs)
             except _FollowAgain:
-                self._calls = [] if self.check else None
+                self._calls = None if self._calls is None else []
         return self._followed(inner, inputs, args, kwargs)
 
     def _followed(
@@ -472,6 +534,33 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among a model's inputs, scalars left out."""
     found = args if not kwargs and all(isinstance(x, Tensor) for x in args) else _leaves((args, kwargs))
     return [x for x in found if isinstance(x, Tensor) and x.dim() > 0]
+
+
+def _all_tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _takes_samples_second(module: nn.Module) -> bool:
+    return module.__dict__.get("batch_first") is False
+
+
+def _may_have_positions_first(call: LayerCall) -> bool:
+    """Whether a layer takes positions as well as samples, in any order."""
+    return call.scope.known.rule.any_rows and any(x.dim() + (not x.is_floating_point()) > 2 for x in call.inputs)
+
+
+def _has_backward_hooks(model: nn.Module) -> bool:
+    if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
+        return True
+    return any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same elements in the same order."""
+    if x is y:
+        return True
+    same_shape = x.shape == y.shape and x.stride() == y.stride() and x.storage_offset() == y.storage_offset()
+    return same_shape and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _leaves(inputs: Any) -> list[Any]:

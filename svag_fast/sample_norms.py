@@ -131,8 +131,9 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
     The samples are the first dimension of the model's input, and of every layer's. A value that all samples share
     (`wpe(torch.arange(T))`, a table [1, T, d]) is computed for each sample apart; other first dimensions are refused in
     the forward pass. Row i of each use of a parameter within one backward pass belongs to sample i (weights that are
-    shared have their cross terms counted); each further backward pass appends its rows. A factor on the loss (a
-    gradient scaler's, 1/k for k accumulated passes) enters squared. Code from torch.compile runs eagerly meanwhile.
+    shared have their cross terms counted); each further backward pass appends its rows. A factor on the
+    loss (a gradient scaler's, 1/k for k accumulated passes) enters squared. Code from torch.compile runs eagerly
+    meanwhile. A model's first pass is gone back through once more, from one row: where rows are no samples it raises.
 
     Layers and parameters may be added, replaced, frozen or unfrozen inside the context: the next pass through the
     model serves or refuses them.
@@ -148,13 +149,14 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
         parameters: only these parameters of the model; None for all that require a gradient.
         batch_size: B, where it is not the first dimension of the model's first tensor input, or where layers are
             called without the model. None: from the input.
-        check: hold every layer's norms and gradient against its samples' own gradients, formed one by one, in every
-            backward pass (slow). Without it each layer's gradient is checked in its first pass.
+        check: hold every layer's norms and gradient against its samples' own gradients, formed one by one, and its
+            rows against each other, in every pass (slow). Without it gradient and rows are checked in a first pass.
 
     Raises:
         UnsupportedModule: on entry, with the module's name and what to do; the model is untouched. In the forward pass
             where such a module was added since.
-        ValueError: an unknown reduction, a parameter that is not the model's, or nothing to track.
+        ValueError: an unknown reduction, a parameter that is not the model's, or nothing to track. In the forward pass
+            where a layer's rows are not the samples (positions first, a batch that is mixed).
     """
 
     def __init__(

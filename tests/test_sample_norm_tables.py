@@ -347,11 +347,12 @@ class Experts(Base):
         return self.head(tokens[:: words.shape[1]].roll(1, 0))
 
 
+@pytest.mark.parametrize("check", [False, True])
 @pytest.mark.parametrize("net", [TimeFirst, Centred, Experts])
-def test_rows_that_only_happen_to_be_the_batch_size_are_found_out_on_demand(net):
+def test_rows_that_only_happen_to_be_the_batch_size_are_found_out(net, check):
     """Where B is T nothing but the dependence of the rows shows that they are no samples."""
     with pytest.raises(ValueError, match=r"head \(Linear\): row 2 of its input depends on other rows of wte"):
-        total(net(), words(T), check=True)
+        total(net(), words(T), check=check)
 
 
 def test_a_table_that_can_not_be_followed_is_refused_with_its_layer():
