@@ -9,18 +9,21 @@ optimizer. (The ℓ of that paper is the root of our ``l``.)
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from svag_fast.grad_lists import Grads
+from svag_fast.grad_lists import Grads, gradients
 from svag_fast.group_options import check_number
+from svag_fast.held_gradient import GroupGrads
+from svag_fast.initial_square_avg import MEASURE, MEASURED_STEPS, averaged, check_start, filled, second_moment
 from svag_fast.loaded_state import TorchKin
 from svag_fast.ops.adaptive_step import check_adaptive_step, check_beta, svag_adaptive_step_
 from svag_fast.ops.checks import check_nonnegative
-from svag_fast.ops.step_stats import StepStats
+from svag_fast.ops.step_stats import StepStats, raw_statistics
 from svag_fast.two_batch import TwoBatchOptimizer, Work
 
 
@@ -56,7 +59,31 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
         beta1: float | None,
         beta2: float,
     ) -> Work:
-        states = [self._state_of(p) for p in params]
+        states, lists, options = self._arguments(group, lr, params, grads1, grads2, beta1=beta1, beta2=beta2)
+
+        def take(skip_nonfinite: bool) -> StepStats:
+            stats = svag_adaptive_step_(*lists, skip_nonfinite=skip_nonfinite, **options)
+            taken = bool(stats.finite) if skip_nonfinite else True
+            for p, state in zip(params, states, strict=True):
+                state["step"] += taken
+                self.state[p] = state
+            return stats
+
+        return Work(take, functools.partial(check_adaptive_step, *lists, **options))
+
+    def _arguments(
+        self,
+        group: dict[str, Any],
+        lr: float | None,
+        params: list[Tensor],
+        grads1: Grads,
+        grads2: Grads | None,
+        *,
+        beta1: float | None,
+        beta2: float,
+    ) -> tuple[list[dict[str, Any]], tuple[Any, ...], dict[str, Any]]:
+        """Return the params' states, and the lists and options that the fused step takes."""
+        states = [self._state_of(group, p) for p in params]
         first, second = self._moment_names[:-1], self._moment_names[-1]
         lists = (
             params,
@@ -76,22 +103,13 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
             "maximize": group["maximize"],
             "backend": group["backend"],
         }
-
-        def take(skip_nonfinite: bool) -> StepStats:
-            stats = svag_adaptive_step_(*lists, skip_nonfinite=skip_nonfinite, **options)
-            taken = bool(stats.finite) if skip_nonfinite else True
-            for p, state in zip(params, states, strict=True):
-                state["step"] += taken
-                self.state[p] = state
-            return stats
-
-        return Work(take, functools.partial(check_adaptive_step, *lists, **options))
+        return states, lists, options
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
-            self.state[p] = self._state_of(p)
+            self.state[p] = self._state_of(group, p)
 
-    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         if state := self.state.get(p):
             return dict(state)
         moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in self._moment_names}
@@ -168,15 +186,42 @@ class SVAGAdam(_AdaptiveOptimizer):
 class SVAGRMSprop(_AdaptiveOptimizer):
     """RMSprop with SVAG's two batches a step; at ``l = 1`` it is ``torch.optim.RMSprop`` without momentum.
 
-    As :class:`SVAGAdam`, with ``alpha`` in place of ``betas``: the second moment's decay rate, in [0, 1).
+    As :class:`SVAGAdam`, with ``alpha`` in place of ``betas``, and a start for ``square_avg``: RMSprop has no bias
+    correction, and from zero, torch's start, the variance after one effective step grows like log l (in lr², at α =
+    0.99 and l = 1, 16, 256: 100, 279, 466), so that no limit exists. Source: Malladi et al. 2022, whose SDE starts
+    from a given second moment.
+
+    Args:
+        params: parameters or param groups, each group with its own options (but for ``l``) if it wants.
+        lr: plain RMSprop's learning rate, a float or a 0-d tensor.
+        alpha: plain RMSprop's decay rate of the second moment, in [0, 1).
+        eps: plain RMSprop's term for the denominator.
+        l: SVAG's hyperparameter, >= 1.
+        initial_square_avg: where ``square_avg`` starts, for each entry of a parameter:
+
+            - None: at zero, as in torch, for ``l = 1`` alone.
+            - A number > 0: plain RMSprop's second moment E g² (gradients squared, of a batch of the same size), one
+              for all ``l``; ``square_avg`` starts at ``l`` times it. Param groups may have their own.
+            - "measure": in a parameter's first 100 steps it does not move. Each takes the held and the current gradient
+              as any step, and ``square_avg`` is the mean of (c1 g1 + c2 g2 + weight_decay x)², unbiased for what it
+              averages later, (∇L)² + lΣ; both orders of the two batches are used. ``stats`` are as usual; a group
+              that does not move counts neither ``steps`` nor ``effective_steps`` nor ``time``, so let schedules and
+              the loop's end follow ``effective_steps``. Entries without any gradient get the mean of the others.
+
+            To compare paths of different ``l``, give all of them the same start, also ``l = 1``.
+        weight_decay: L2, added to the gradient as in torch.optim.RMSprop.
+        maximize: turn the gradients' sign, not the decay's, as torch.optim does.
+        backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     Raises:
         ValueError, TypeError: an option or a parameter is out of range, and which.
+        RuntimeError: from ``step()``, while measuring: a gradient is not finite (under a GradScaler the step is skipped
+            as usual), or at ``l > 1`` all of a parameter's were zero. Nothing was written.
     """
 
     _moment_names = ("square_avg",)
     torch_kin = TorchKin("RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered"), any_l=False)
-    state_names = frozenset({"step", "square_avg"})
+    state_names = frozenset({"step", "square_avg", "measured"})
 
     def __init__(
         self,
@@ -186,6 +231,7 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         eps: float = 1e-8,
         *,
         l: float = 1,
+        initial_square_avg: float | str | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         backend: str = "auto",
@@ -195,17 +241,84 @@ class SVAGRMSprop(_AdaptiveOptimizer):
             "alpha": alpha,
             "eps": eps,
             "l": l,
+            "initial_square_avg": initial_square_avg,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "backend": backend,
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # before there was a start, which is for parameters that have no state yet
+            group.setdefault("initial_square_avg", None if group["l"] == 1 else MEASURE)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("alpha value", group["alpha"])
         check_nonnegative("alpha value", group["alpha"])
         check_beta("alpha", group["alpha"], group["l"])
+        check_start(group["initial_square_avg"], group["l"])
+
+    def _work_of(
+        self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
+    ) -> list[Work]:
+        if not any(self._measures(group, p) for p in group["params"]):
+            return super()._work_of(group, lr, first, second)
+        work = []
+        for params, grads1, grads2 in gradients(group["params"], first, second):
+            for measured in (True, False):
+                chosen = [i for i, p in enumerate(params) if self._measures(group, p) == measured]
+                if chosen:
+                    lists = ([listed[i] for i in chosen] if listed else None for listed in (params, grads1, grads2))
+                    work.append((self._measuring if measured else self._work)(group, lr, *lists))  # type: ignore[arg-type]
+        return work
+
+    def _measures(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Whether the parameter's next step only measures; a state without a count came from elsewhere, complete."""
+        start, state = group["initial_square_avg"], self.state.get(p)
+        if not (isinstance(start, str) and start == MEASURE):
+            return False
+        return not state or int(state.get("measured", MEASURED_STEPS)) < MEASURED_STEPS
+
+    def _measuring(
+        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+    ) -> Work:
+        """Average the gradients' squares and leave the params alone; what a step refuses is refused here."""
+        states, lists, options = self._arguments(group, lr, params, grads1, grads2, beta1=None, beta2=group["alpha"])
+        check_adaptive_step(*lists, **options)
+
+        @torch.no_grad()
+        def measure(skip_nonfinite: bool) -> tuple[StepStats, list[Tensor] | None]:
+            stats = StepStats(raw_statistics(params, grads1, grads2), grads2 is not None)
+            if skip_nonfinite and not stats.finite:
+                return stats, None
+            seconds: Sequence[Tensor | None] = grads2 or [None] * len(params)
+            rule = (group["l"], group["weight_decay"], group["maximize"])
+            return stats, [
+                averaged(state["square_avg"], second_moment(p, g1, g2, *rule), state["measured"], group["l"])
+                for p, g1, g2, state in zip(params, grads1, seconds, states, strict=True)
+            ]
+
+        # What is refused must be so before any part of the step is taken; but a GradScaler's scale is in them still.
+        scaled = getattr(self, "found_inf", None) is not None
+        early = None if scaled else measure(False)
+
+        def take(skip_nonfinite: bool) -> StepStats:
+            stats, averages = early or measure(skip_nonfinite)
+            for p, state, average in zip(params, states, averages or [], strict=averages is not None):
+                self.state[p] = {**state, "square_avg": average, "measured": state["measured"] + 1}
+            return stats
+
+        return Work(take, check=None, moves=False)
+
+    def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        state, start = super()._state_of(group, p), group["initial_square_avg"]
+        if self.state.get(p) or start is None:
+            return state
+        if isinstance(start, str):
+            return {**state, "measured": 0}
+        return {**state, "square_avg": filled(state["square_avg"], start, group["l"])}
 
     def _work(
         self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None

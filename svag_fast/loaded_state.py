@@ -81,16 +81,16 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
 
 def _check_state(what: str, state: dict[str, Any], p: Tensor, names: frozenset[str]) -> None:
     """Refuse a parameter's state that lacks a part, or has one of another shape."""
-    needed = names - {"compensation", "momentum_buffer"}
+    needed = names - {"compensation", "momentum_buffer", "measured"}
     if state and (missing := needed - state.keys()):
         raise ValueError(f"{what} of the loaded state lacks {', '.join(sorted(missing))}")
     for name in names & state.keys():
         value = state[name]
-        if name == "step":
+        if name in ("step", "measured"):
             if not (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)):
-                raise TypeError(f"{what} of the loaded state: step is {value!r}, expected a number")
+                raise TypeError(f"{what} of the loaded state: {name} is {value!r}, expected a number")
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{what} of the loaded state: step is {value}, expected a finite number >= 0")
+                raise ValueError(f"{what} of the loaded state: {name} is {value}, expected a finite number >= 0")
         elif not isinstance(value, Tensor):
             raise TypeError(f"{what} of the loaded state: {name} is {type(value).__name__}, expected a tensor")
         elif value.shape != p.shape:

@@ -30,6 +30,8 @@ class Work(NamedTuple):
     """Steps; called with ``skip_nonfinite``."""
     check: Callable[[], None] | None
     """Refuses what ``take`` would; None where that is done."""
+    moves: bool = True
+    """Whether it moves parameters, so that the group's clocks count it."""
 
 
 _add_param_group = plain(Optimizer.add_param_group)
@@ -95,10 +97,11 @@ class TwoBatchOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
-            self._check_group(group)
-            learning_rate(group, read=True)
+            check_number("l", group["l"])
             if self.param_groups and group["l"] != self.l:
                 raise ValueError(f"Invalid l: {group['l']} (the other param groups have {self.l}, and all must agree)")
+            self._check_group(group)
+            learning_rate(group, read=True)
         _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
@@ -131,9 +134,10 @@ class TwoBatchOptimizer(Optimizer):
         l = self.param_groups[0]["l"]
         rates = []
         for group in self.param_groups:
-            self._check_group(group)
+            check_number("l", group["l"])
             if group["l"] != l:
                 raise ValueError(f"Invalid l: {group['l']} (the first param group has {l}, and all must agree)")
+            self._check_group(group)
             rates.append(learning_rate(group))
         return rates
 
@@ -273,11 +277,11 @@ class TwoBatchOptimizer(Optimizer):
         if lists is None:
             pair.stats = nothing_stepped(False)
             return pair.stats
-        work = [
-            part
+        by_group = [
+            self._work_of(group, lr, first, second)
             for group, lr, (first, second) in zip(groups, rates, lists, strict=True)
-            for part in self._work_of(group, lr, first, second)
         ]
+        work = [part for parts in by_group for part in parts]
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
         self._check_all(work, lists, scale)
         if scaled:
@@ -293,7 +297,9 @@ class TwoBatchOptimizer(Optimizer):
         pair.clear()
         pair.stats = stats
         taken = stats.raw[FINITE] if scaled else 1
-        for group, lr in zip(groups, rates, strict=True):
+        for group, lr, parts in zip(groups, rates, by_group, strict=True):
+            if parts and not any(part.moves for part in parts):
+                continue
             count(group, taken, self._time_of(group["lr"].double() if lr is None else lr, group["l"]))
         return stats
 

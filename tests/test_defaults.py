@@ -112,7 +112,7 @@ USES: dict[str, Callable[[nn.Module, list[Tensor]], list[Tensor]]] = {
     "SVAG compensated": _train(lambda p: svag_fast.SVAG(p, lr=0.1, l=4, compensated=True)),
     "SVAG reference": _train(lambda p: svag_fast.SVAG(p, lr=0.1, l=4, backend="reference")),
     "SVAGAdam": _train(lambda p: svag_fast.SVAGAdam(p, lr=0.1, l=4)),
-    "SVAGRMSprop": _train(lambda p: svag_fast.SVAGRMSprop(p, lr=0.1, l=4)),
+    "SVAGRMSprop": _train(lambda p: svag_fast.SVAGRMSprop(p, lr=0.1, l=4, initial_square_avg=1.0)),
     "per-sample norms": _norms,
     "estimators": _accumulate,
     "simulate": _simulate,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from started_rmsprop import SVAGRMSprop
 from torch import Tensor, nn
 
-from svag_fast import SVAG, RunningNoise, SVAGAdam, SVAGRMSprop
+from svag_fast import SVAG, RunningNoise, SVAGAdam
 from svag_fast.ops.step_stats import StepStats
 
 OPTIMIZERS = (SVAG, SVAGAdam, SVAGRMSprop)

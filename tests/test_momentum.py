@@ -10,10 +10,11 @@ from typing import Any
 import heavy_ball
 import pytest
 import torch
+from started_rmsprop import SVAGRMSprop
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
-from svag_fast import SVAG, SVAGAdam, SVAGRMSprop
+from svag_fast import SVAG, SVAGAdam
 from svag_fast import optim as optim_module
 from svag_fast.optim import TwoBatchOptimizer
 

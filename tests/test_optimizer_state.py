@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from started_rmsprop import SVAGRMSprop
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from svag_fast import SVAG, SVAGAdam, SVAGRMSprop
+from svag_fast import SVAG, SVAGAdam
 from svag_fast.ops.backends import BackendError
 
 OPTIMIZERS = (SVAG, SVAGAdam, SVAGRMSprop)
@@ -392,6 +393,7 @@ FORMAL: list[tuple[Any, dict[str, Any]]] = [
     (SVAG, {"capturable": True}),
     (SVAGAdam, {}),
     (SVAGRMSprop, {}),
+    (SVAGRMSprop, {"initial_square_avg": "measure"}),
 ]
 
 

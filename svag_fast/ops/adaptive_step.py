@@ -67,7 +67,8 @@ def svag_adaptive_step_(
         grads1: gradients on the first batch.
         grads2: gradients on the second, independent batch; None only at ``l = 1``.
         exp_avgs: Adam's m, updated in place, with the param's strides; None for RMSprop.
-        exp_avg_sqs: v, updated in place, with the param's strides.
+        exp_avg_sqs: v, updated in place, with the param's strides. RMSprop's must not start from zero at ``l > 1``
+            (:class:`svag_fast.SVAGRMSprop`).
         steps: the number k of this step for each param, from 1 on; only Adam's bias corrections use it.
         lr: of the plain optimizer, >= 0.
         l: SVAG's hyperparameter, >= 1.
