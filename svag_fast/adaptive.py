@@ -187,8 +187,8 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     """RMSprop with SVAG's two batches a step; at ``l = 1`` it is ``torch.optim.RMSprop`` without momentum.
 
     As :class:`SVAGAdam`, with ``alpha`` in place of ``betas``, and a start for ``square_avg``: RMSprop has no bias
-    correction, and from zero, torch's start, the variance after one effective step grows like log l (in lr², at α =
-    0.99 and l = 1, 16, 256: 100, 279, 466), so that no limit exists. Source: Malladi et al. 2022, whose SDE starts
+    correction, and from zero, torch's start, the variance after one effective step grows like log l (in lr², under
+    noise alone: (1 + 1/2 + ... + 1/l)/(1 - α)), so that no limit exists. Source: Malladi et al. 2022, whose SDE starts
     from a given second moment.
 
     Args:

@@ -16,7 +16,7 @@ from svag_fast import SVAGRMSprop
 from svag_fast.initial_square_avg import MEASURED_STEPS, second_moment
 from svag_fast.ops import svag_coefficients
 
-PARTICLES, LR = 20_000, 0.01
+PARTICLES, LR = 5_000, 0.01
 
 
 def draw(seed: int, like: Tensor) -> Tensor:
@@ -52,17 +52,18 @@ def spread(l: int, start: Any, *, zero: bool = False) -> tuple[float, float]:
 @pytest.mark.parametrize("start", [1.0, "measure"])
 def test_variance_after_one_effective_step_does_not_grow_with_l(start: Any) -> None:
     """1 at every l within z = 5 and 3 %: measured second moments have 100 squares or more, whose E 1/v is 100/98."""
-    for l in (1, 16, 128):
+    for l in (1, 16, 64):
         variance, error = spread(l, start)
         assert abs(variance - 1) < 0.03 + 5 * error, l
 
 
 def test_from_zero_it_grows_like_log_l() -> None:
-    """What the start is there for; seen by the same measure."""
-    found = {1: spread(1, None), 16: spread(16, 1.0, zero=True), 128: spread(128, 1.0, zero=True)}
-    assert abs(found[1][0] - 100) < 0.01  # one step of lr/√(1 - α) for every entry
-    assert found[16][0] - 5 * found[16][1] > 250
-    assert found[128][0] - 5 * found[128][1] > 400
+    """What the start is there for, by the same measure: (1 + 1/2 + ... + 1/l)/(1 - α), and 3 % for what α forgets."""
+    for l in (1, 16, 64):
+        variance, error = spread(l, 1.0, zero=True)
+        expected = 100 * sum(1 / k for k in range(1, l + 1))
+        assert abs(variance - expected) < 0.03 * expected + 5 * error, l
+    assert abs(spread(1, None)[0] - 100) < 0.01  # torch's default at l = 1
 
 
 @pytest.mark.parametrize("l", [1.0, 2.5, 64.0])

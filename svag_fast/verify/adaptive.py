@@ -132,6 +132,8 @@ def _convergence(outcome: Outcome, kind: type[SVAGAdam | SVAGRMSprop], settings:
         moments = [mean_and_error(x), mean_and_error((x - x.mean()).square())]
         gaps.append(np.array([value for value, _ in moments]) - limit)
         errors.append([error for _, error in moments])
+    off = abs(optimizer.time / (KINDS[kind]["lr"] ** 2 * TIME) - 1)
+    outcome.checks.append(exact_check(SOURCE, f"{kind.__name__}.time is lr² an effective step", off, TOLERANCE))
     for i, moment in enumerate(("mean", "variance")):
         mine, standard_errors = [gap[i] for gap in gaps], [row[i] for row in errors]
         name = f"{kind.__name__}.step, {moment} of x"
