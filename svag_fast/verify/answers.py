@@ -169,7 +169,7 @@ def _curves(
     rng: np.random.Generator, distance: float, noise: float, *, batch_size: int = B, raised: float = 0.0
 ) -> list[Run]:
     """Six runs for each l: a test loss that settles at LIMIT + a/l by the phase's middle, half as high in phase 2."""
-    rows, total = 81, 400.0
+    rows, total = 81, 400.0 * B / batch_size
     done = np.linspace(0, 1, rows)
     lr = LR * batch_size / B * np.where(done <= 0.8, 1.0, 0.1)
     runs = []
@@ -238,7 +238,14 @@ def _write_run(folder: Path, series: Series, seed: int) -> None:
     folder.mkdir()
     assert series.weight_sq_norm is not None
     settings = {"dataset": "digits", "model": "digits-net", "batch_size": B, "lr": LR, "weight_decay": DECAY, "l": 1}
-    settings |= {"seed": seed, "effective_steps": PER * ROWS, "schedule": "step", "versions": {}, "commit": None}
+    settings |= {
+        "sampling": "replacement",
+        "seed": seed,
+        "effective_steps": PER * ROWS,
+        "schedule": "step",
+        "versions": {},
+        "commit": None,
+    }
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     columns = {
         "step": series.step,
