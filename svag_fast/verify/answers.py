@@ -183,7 +183,7 @@ def _curves(
 
 
 def _coverage(settings: Settings) -> list[Check]:
-    repeats = settings.choose(150, 500)
+    repeats = settings.choose(250, 500)
     rng = np.random.default_rng([settings.seed, 32])
     held, values, errors = 0, [], []
     for _ in range(repeats):
