@@ -327,14 +327,14 @@ def from_runs(
     return _from_sgd_runs(runs, C=C, last=last, tolerance=tolerance, confidence=confidence)
 
 
-def predict_if_possible(runs: Sequence[Run], *, C: float = SQRT2, confidence: float = 0.95) -> Prediction | None:
-    """Return what :func:`from_runs` says of runs that are read already; None without SGD runs that are long enough."""
+def predict_if_possible(runs: Sequence[Run], *, C: float = SQRT2, confidence: float = 0.95) -> Prediction | str:
+    """Return what :func:`from_runs` says of runs that are read already, or in words why nothing can be predicted."""
     if not any(run.l == 1 for run in runs):
-        return None
+        return "there is no SGD run (l = 1) to predict from"
     try:
         return _from_sgd_runs(runs, C=C, last=0.25, tolerance=0.2, confidence=confidence)
-    except TooFewRowsError:
-        return None
+    except ValueError as error:
+        return str(error)
 
 
 def _from_sgd_runs(runs: Sequence[Run], *, C: float, last: float, tolerance: float, confidence: float) -> Prediction:
@@ -430,10 +430,10 @@ def _series(run: Run) -> Series:
 
 
 def _measure_if_possible(runs: Sequence[Run], last: float, tolerance: float) -> Baseline | None:
-    """Return None where the runs have not come far enough to be measured; they only stand beside the prediction."""
+    """Return None where the runs can't be measured, as when they are short; they only stand beside the prediction."""
     try:
         return measure([_series(run) for run in runs], last=last, tolerance=tolerance)
-    except TooFewRowsError:
+    except ValueError:
         return None
 
 

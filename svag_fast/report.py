@@ -81,7 +81,9 @@ class Report:
     rows: Sequence[Sequence[Row]]
     confidence: float
     prediction: Prediction | None
-    """What the smallest batch's SGD runs alone predict of linear scaling; None where they are too few or short."""
+    """What the smallest batch's SGD runs alone predict of linear scaling, if anything."""
+    no_prediction: str | None
+    """Why they don't, in words."""
 
     @property
     def all_diverged(self) -> bool:
@@ -120,6 +122,7 @@ class Report:
             },
             "noise": self.noise_sentences(),
             "prediction": None if self.prediction is None else self.prediction.as_dict(),
+            "no_prediction": self.no_prediction,
         }
 
     def table(self) -> Table:
@@ -189,6 +192,8 @@ class Report:
             console.print("[bold]Predicted from the smallest batch's SGD runs alone[/bold]", highlight=False)
             for sentence in self.prediction.sentences():
                 console.print(Padding(sentence, (0, 0, 0, 2)))
+        else:
+            console.print(f"No prediction of linear scaling: {self.no_prediction}.", highlight=False, markup=False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``summary.json`` and ``convergence.png`` into ``folder``, each in one step.
@@ -214,8 +219,9 @@ def make_report(
     runs = load_runs(folder)
     verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
     rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
-    prediction = predict_if_possible([run for run in runs if run.diverged_at is None], confidence=confidence)
-    return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction)
+    found = predict_if_possible([run for run in runs if run.diverged_at is None], confidence=confidence)
+    prediction, missing = (None, found) if isinstance(found, str) else (found, None)
+    return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
 
 
 @click.command()
