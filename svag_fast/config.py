@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 from svag_fast.files import read_text
+from svag_fast.numeric import integer, number, shown
 
 SETTINGS_BYTES = 1 << 20
 
@@ -47,8 +48,13 @@ class Range:
     whole: bool = False
 
     def __contains__(self, value: object) -> bool:
-        kinds = int if self.whole else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool) and self.least <= value <= self.most
+        try:
+            if self.whole:
+                return self.least <= integer("value", value) <= self.most
+            number("value", value, least=self.least, most=self.most)
+        except (TypeError, ValueError):
+            return False
+        return True
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"
@@ -80,19 +86,19 @@ RANGES = {
 MOST_RUNS = 10_000
 
 
-def check_range(name: str, value: object) -> None:
-    """Refuse a value that is out of its `RANGES`.
+def check_range(name: str, value: Any) -> Any:
+    """Return a value as a plain number; refuse one that is out of its `RANGES`.
 
     Raises:
         ConfigError: the message names it, what it was and what was expected.
     """
     _check(value in RANGES[name], name, value, str(RANGES[name]))
+    return value.item() if hasattr(value, "item") else value  # NumPy's and PyTorch's own can't be written as JSON
 
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        shown = "an integer of many digits" if isinstance(value, int) and abs(value) > 10**200 else repr(value)
-        raise ConfigError(f"{name} must be {expected}, not {shown}")
+        raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,7 @@ class Settings:
         for name in ("model", "backend", "device"):
             _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
         for name in ("threads", "rows", "evaluations", "weight_decay"):
-            check_range(name, getattr(self, name))
+            object.__setattr__(self, name, check_range(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +170,7 @@ class RunConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "lr", "l", "seed", "effective_steps"):
-            check_range(name, getattr(self, name))
+            object.__setattr__(self, name, check_range(name, getattr(self, name)))
         expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
         _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
         if self.sampling == "distinct":
@@ -238,19 +244,19 @@ class ExperimentConfig(Settings):
         for name in ("batch_size", "lr", "l"):
             values = getattr(self, name)
             _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
-            for value in values:
-                check_range(name, value)
+            values = tuple(check_range(name, value) for value in values)
+            object.__setattr__(self, name, values)
             distinct = {f"{value:g}" if name == "l" else value for value in values}  # as in the runs' names
             _check(name == "lr" or len(distinct) == len(values), name, values, "a list without repetition")
         count = len(self.batch_size)
         _check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
-        check_range("seeds", self.seeds)
+        object.__setattr__(self, "seeds", check_range("seeds", self.seeds))
         _check(
             self.epochs is None or self.effective_steps is None, "epochs", self.epochs, "alone or effective_steps be"
         )
         for name in ("epochs", "effective_steps"):
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name))
+                object.__setattr__(self, name, check_range(name, getattr(self, name)))
         runs = count * len(self.l) * self.seeds
         _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
         self.runs()

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from svag_fast.estimate import Estimate, require_positive
+from svag_fast.estimate import Estimate
+from svag_fast.numeric import number
 from svag_fast.series import JointMeans, batch_count, batches, effective_samples, joint_means, runs_of
 from svag_fast.theory import EquilibriumResidual, equilibrium_residual, nsr
 
@@ -138,7 +139,7 @@ def detect_equilibrium(
     if len({s.shape for s in series.values()}) != 1:
         raise ValueError("grad_sq_norm, noise_trace and weight_sq_norm must have the same length, and as many runs")
     _check_level(level, tolerance)
-    require_positive("lr", lr)
+    lr = number("lr", lr, above=0)
     pair = joint_means(series["grad_sq_norm"], series["noise_trace"])  # without R, which moves more slowly
     g, n = pair[0], pair[1]
     covariance = pair.covariance[0][1]

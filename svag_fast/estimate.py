@@ -1,4 +1,4 @@
-"""A number with its standard error, and the checks of numeric arguments."""
+"""A number with its standard error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
+
+from svag_fast.numeric import number
 
 ENOUGH = 16  # effective samples below which a standard error is itself too uncertain to be relied on
 
@@ -31,10 +33,8 @@ class Estimate:
     effective_samples: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
-            raise ValueError(f"value must be finite, got {self.value}")
-        if not (math.isfinite(self.standard_error) and self.standard_error >= 0):
-            raise ValueError(f"standard_error must be finite and not negative, got {self.standard_error}")
+        object.__setattr__(self, "value", number("value", self.value))
+        object.__setattr__(self, "standard_error", number("standard_error", self.standard_error, least=0))
 
     @property
     def trusted(self) -> bool:
@@ -117,24 +117,8 @@ def fieller_interval(
 
 
 def as_estimate(name: str, value: Number) -> Estimate:
-    """Return a plain number as an exact estimate; raise ValueError, naming it, where it is not finite."""
-    if isinstance(value, Estimate):
-        return value
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return Estimate(float(value))
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise ValueError, naming the argument, unless it is positive and finite."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def require_not_negative(name: str, value: float) -> None:
-    """Raise ValueError, naming the argument, unless it is finite and not negative."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    """Return a plain number as an exact estimate; refuse, by name, what is no finite number."""
+    return value if isinstance(value, Estimate) else Estimate(number(name, value))
 
 
 def require_whole(name: str, value: float) -> int:
@@ -148,7 +132,7 @@ def quantile(confidence: float, degrees_of_freedom: float | None = None) -> floa
     """Return how many standard errors the central interval of ``confidence`` reaches to either side."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
-    from scipy import stats  # here: the optimizers' modules need this one's checks, and not SciPy
+    from scipy import stats  # here: the others of this module do without, and importing it takes time
 
     tail = 0.5 - confidence / 2
     return float(stats.norm.isf(tail) if degrees_of_freedom is None else stats.t.isf(tail, degrees_of_freedom))

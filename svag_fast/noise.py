@@ -12,7 +12,6 @@ Every estimate is unbiased, so a single one may well be negative: nothing here c
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from svag_fast.numeric import real
 from svag_fast.sampling import noise_factor, require_drawable
 from svag_fast.series import autocorrelation_time
 
@@ -302,8 +302,7 @@ class RunningMean:
                 raise TypeError(f"value must be real, got {value.dtype}")
             value = value.detach().to(torch.float64, copy=True).reshape(())
         else:
-            _check_number(value, "value")
-            value = float(value)
+            value = real("value", value)
         self._pending.append(value)
         if len(self._pending) >= self._MAX_PENDING:
             self._fold()
@@ -457,11 +456,6 @@ def _gradients(grads: Iterable[Tensor]) -> list[Tensor]:
     return [g.detach().double() for g in out]
 
 
-def _check_number(value: Any, name: str) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
-
-
 def _fraction_left(B: int, population: int | None) -> float:
     return 1.0 if population is None else (population - B) / population
 
@@ -478,7 +472,7 @@ def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -
 
 def _float64(value: Scalar, name: str, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
-        _check_number(value, name)
+        value = real(name, value)
     elif value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
     out = torch.as_tensor(value, dtype=torch.float64, device=device).detach()

@@ -17,7 +17,8 @@ import numpy as np
 
 from svag_fast.curves import Run, group_by_batch_size, load_run, load_runs
 from svag_fast.equilibrium import Equilibrium, detect_equilibrium
-from svag_fast.estimate import Estimate, require_not_negative, require_positive
+from svag_fast.estimate import Estimate
+from svag_fast.numeric import integer, number
 from svag_fast.run_folder import Array, read_log
 from svag_fast.sampling import noise_factor, require_drawable
 from svag_fast.series import LEAST
@@ -372,9 +373,9 @@ def from_csv(
     Raises:
         FileNotFoundError, ValueError: no such file, a column missing, a cell that is not a number, steps that go back.
     """
-    require_positive("batch_size", batch_size)
-    require_positive("lr", lr)
-    require_not_negative("weight_decay", weight_decay)
+    batch_size = integer("batch_size", batch_size, least=1)
+    lr = number("lr", lr, above=0)
+    weight_decay = number("weight_decay", weight_decay, least=0)
     require_drawable(batch_size, population)
     table = read_log(path)
     _require_finite(Path(path).name, None if table.diverged is None else table.values["step"][table.diverged])

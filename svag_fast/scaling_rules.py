@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from svag_fast.estimate import require_not_negative, require_positive
+from svag_fast.numeric import number
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def linear_scaling_rule(kappa: float, *, batch_size: float, lr: float) -> SGDRat
     >>> linear_scaling_rule(16, batch_size=8, lr=0.1)
     SGDRates(batch_size=128.0, lr=1.6)
     """
-    for name, value in (("kappa", kappa), ("batch_size", batch_size), ("lr", lr)):
-        require_positive(name, value)
+    kappa, batch_size = number("kappa", kappa, above=0), number("batch_size", batch_size, above=0)
+    lr = number("lr", lr, above=0)
     return SGDRates(float(kappa * batch_size), kappa * lr)
 
 
@@ -49,10 +49,8 @@ def square_root_scaling_rule(
     >>> square_root_scaling_rule(4, batch_size=64, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8)
     AdaptiveRates(batch_size=256.0, lr=0.002, beta1=0.6..., beta2=0.96, eps=5e-09)
     """
-    for name, value in (("kappa", kappa), ("batch_size", batch_size)):
-        require_positive(name, value)
-    for name, value in (("lr", lr), ("eps", eps)):
-        require_not_negative(name, value)
+    kappa, batch_size = number("kappa", kappa, above=0), number("batch_size", batch_size, above=0)
+    lr, eps = number("lr", lr, least=0), number("eps", eps, least=0)
     root = math.sqrt(kappa)
     return AdaptiveRates(
         float(kappa * batch_size),
@@ -64,8 +62,7 @@ def square_root_scaling_rule(
 
 
 def _scaled_beta(name: str, beta: float, kappa: float) -> float:
-    if not 0 <= beta < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+    beta = number(name, beta, least=0, below=1)
     if kappa * (1 - beta) > 1:
         raise ValueError(f"kappa * (1 - {name}) must not exceed 1, got {kappa * (1 - beta):.6g} ({name} = {beta})")
     return beta - (kappa - 1) * (1 - beta)

@@ -27,10 +27,9 @@ from svag_fast.estimate import (
     as_estimate,
     delta_method,
     fieller_interval,
-    require_not_negative,
-    require_positive,
     require_whole,
 )
+from svag_fast.numeric import number, real
 from svag_fast.sampling import noise_factor
 from svag_fast.scaling_rules import AdaptiveRates, SGDRates, linear_scaling_rule, square_root_scaling_rule
 
@@ -197,7 +196,7 @@ def linear_scaling_invariance(base: Norms, scaled: Norms, *, kappa: float) -> Cl
     >>> linear_scaling_invariance(Norms(2.0, 1.0, 4.0), Norms(2.0, 1.0, 0.5), kappa=4).constant.value
     2.0
     """
-    return Closeness(*_ratios(base, scaled, "base", "scaled", _require_kappa(kappa)))
+    return Closeness(*_ratios(base, scaled, "base", "scaled", number("kappa", kappa, above=1)))
 
 
 def sde_fails_certificate(
@@ -216,7 +215,7 @@ def sde_fails_certificate(
     threshold = 1 / (_squared(C) - 1)
     ratio = nsr(grad_sq_norm, noise_trace, covariance=covariance)
     if lr is not None:
-        require_positive("lr", lr)
+        lr = number("lr", lr, above=0)
         ratio = ratio.affine(1 / lr)
     return _certificate(ratio, threshold)
 
@@ -231,7 +230,7 @@ def lsi_fails_certificate(
     >>> round(lsi_fails_certificate(1.0, 0.2, kappa=16).threshold, 12)
     0.875
     """
-    _require_kappa(kappa)
+    kappa, C = number("kappa", kappa, above=1), real("C", C)
     if not 1 < C < math.sqrt(kappa):
         raise ValueError(f"C must lie in (1, sqrt(kappa)) = (1, {math.sqrt(kappa):.6g}), got {C}")
     threshold = (1 - 1 / kappa) / (_squared(C) - 1) - 1 / kappa
@@ -303,7 +302,7 @@ def simple_noise_scale(
     >>> simple_noise_scale(1.0, 1.1 * 992 / 999, 8, population=1000).value
     8.8
     """
-    require_positive("batch_size", batch_size)
+    batch_size = number("batch_size", batch_size, above=0)
     factor = 1.0
     if population is not None:
         factor = noise_factor(require_whole("batch_size", batch_size), population)
@@ -335,7 +334,7 @@ def critical_batch_size(
     >>> critical_batch_size(1.0, 1.1, 8).value
     33.6
     """
-    require_positive("batch_size", batch_size)
+    batch_size = number("batch_size", batch_size, above=0)
     return critical_kappa(grad_sq_norm, noise_trace, C=C, form=form, covariance=covariance).affine(batch_size)
 
 
@@ -362,12 +361,12 @@ def equilibrium_residual(
     1.0
     """
     R = as_estimate("weight_sq_norm", weight_sq_norm)
-    require_not_negative("weight_sq_norm", R.value)
+    number("weight_sq_norm", R.value, least=0)
     G, N = (as_estimate("grad_sq_norm", grad_sq_norm), as_estimate("noise_trace", noise_trace))
-    require_not_negative("grad_sq_norm", G.value)
-    require_not_negative("noise_trace", N.value)
-    require_positive("lr", lr)
-    require_positive("weight_decay", weight_decay)
+    number("grad_sq_norm", G.value, least=0)
+    number("noise_trace", N.value, least=0)
+    lr = number("lr", lr, above=0)
+    weight_decay = number("weight_decay", weight_decay, above=0)
     if not l >= 1:
         raise ValueError(f"l must be at least 1, got {l}")
     if lr * weight_decay / l >= 2:
@@ -407,8 +406,8 @@ def _ratios(
     for name, factor in (("weight_sq_norm", 1.0), ("grad_sq_norm", 1.0), ("noise_trace", kappa)):
         a = as_estimate(f"{first_name}.{name}", getattr(first, name))
         b = as_estimate(f"{second_name}.{name}", getattr(second, name))
-        require_positive(f"{first_name}.{name}", a.value)
-        require_positive(f"{second_name}.{name}", b.value)
+        number(f"{first_name}.{name}", a.value, above=0)
+        number(f"{second_name}.{name}", b.value, above=0)
         ratio = a.value / (factor * b.value)
         covariance = _covariance_2(a, b, 0.0)
         found.append(delta_method(ratio, (ratio / a.value, -ratio / b.value), covariance, of=(a, b)))
@@ -443,19 +442,12 @@ def _covariance_3(
 
 def _grad_and_noise(grad_sq_norm: Number, noise_trace: Number) -> tuple[Estimate, Estimate]:
     G, N = as_estimate("grad_sq_norm", grad_sq_norm), as_estimate("noise_trace", noise_trace)
-    require_positive("grad_sq_norm", G.value)
-    require_not_negative("noise_trace", N.value)
+    number("grad_sq_norm", G.value, above=0)
+    number("noise_trace", N.value, least=0)
     return G, N
 
 
 def _squared(C: float) -> float:
     """Return C², exactly 2 for C = √2."""
-    if not 1 < C < 1e100:
-        raise ValueError(f"C must be greater than 1 (ratios lie in [1/C, C]) and less than 1e100, got {C}")
+    C = number("C (ratios lie in [1/C, C])", C, above=1, below=1e100)
     return float(round(C**2)) if math.isclose(C**2, round(C**2), rel_tol=1e-15) else C**2
-
-
-def _require_kappa(kappa: float) -> float:
-    if not (math.isfinite(kappa) and kappa > 1):
-        raise ValueError(f"kappa must be finite and greater than 1, got {kappa}")
-    return kappa

@@ -330,9 +330,9 @@ def test_command_gives_json_with_all_numbers(runs):
     [
         (["nowhere"], 2, "does not exist"),
         (["LOG"], 2, "--batch-size and --lr"),
-        (["LOG", "--batch-size", "8", "--lr", "-1"], 1, "lr must be positive"),
-        (["RUNS", "--C", "0.5"], 1, "C must be"),
-        (["RUNS", "--C", "1e200"], 1, "C must be"),
+        (["LOG", "--batch-size", "8", "--lr", "-1"], 1, "Invalid lr: -1"),
+        (["RUNS", "--C", "0.5"], 1, "Invalid C"),
+        (["RUNS", "--C", "1e200"], 1, "Invalid C"),
         (["RUNS", "--plot", "nowhere/out.png"], 1, "nowhere"),
         (["EMPTY"], 1, "no run"),
     ],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from svag_fast.sde.checks import check_number
+from svag_fast.numeric import number
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian, Law, Poisson
 
@@ -33,8 +33,8 @@ class AffineProblem:
 
     def __post_init__(self) -> None:
         for name in ("curvature", "offset", "noise_slope", "noise_offset"):
-            check_number(name, getattr(self, name))
-        check_number("batch_size", self.batch_size, above=0)
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        object.__setattr__(self, "batch_size", number("batch_size", self.batch_size, above=0))
 
     @property
     def state_dim(self) -> int:
@@ -43,7 +43,7 @@ class AffineProblem:
 
     def at_batch_size(self, batch_size: float) -> AffineProblem:
         """The same samples in batches of another size (any positive real: the laws are infinitely divisible)."""
-        check_number("batch_size", batch_size, above=0)
+        batch_size = number("batch_size", batch_size, above=0)
         ratio = batch_size / self.batch_size
         return replace(
             self,
@@ -116,7 +116,7 @@ def constant_poisson_gradient(batch_size: float, slope: float = 0.0) -> AffinePr
     sum of the steps depends on lr/batch_size alone, so linear scaling is exact at every learning rate, yet its third
     cumulant ``-(lr/batch_size)^2 T`` stays away from the Gaussian SDE's zero.
     """
-    check_number("batch_size", batch_size, above=0)
+    batch_size = number("batch_size", batch_size, above=0)
     return AffineProblem(
         0.0, offset=-slope, noise_offset=batch_size**-0.5, law=Poisson(batch_size), batch_size=batch_size
     )

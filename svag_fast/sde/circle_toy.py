@@ -32,7 +32,8 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svag_fast.sde.checks import check_count, check_number, check_vector
+from svag_fast.numeric import integer, number
+from svag_fast.sde.checks import check_vector
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 from svag_fast.sde.scale_invariant import sde_weight_sq_norm
@@ -53,8 +54,7 @@ class CircleToy:
     def __post_init__(self) -> None:
         if not self.slopes:
             raise ValueError("Invalid slopes: none, expected at least one finite number")
-        for slope in self.slopes:
-            check_number("slopes", slope)
+        object.__setattr__(self, "slopes", tuple(number("slopes", slope) for slope in self.slopes))
 
     @property
     def state_dim(self) -> int:
@@ -137,8 +137,8 @@ class CircleToy:
             ValueError: a process with Gaussian noise, gradient flow, or a step that may reach the origin.
         """
         check_vector("x0", x0, 2)
-        check_count("frequency", frequency, least=-(2**31))
-        check_count("degree", degree, least=1)
+        frequency = integer("frequency", frequency, least=-(2**31))
+        degree = integer("degree", degree, least=1)
         steps, h = process.steps(time), process.step_size
         keep = 1 - h * process.weight_decay
         if any(e.noise_scale for e in process.estimates) or isinstance(process, GradientFlow):
@@ -178,10 +178,10 @@ class CircleToy:
     ) -> complex:
         """Exact ``E[function(R) exp(i frequency theta)]`` of the SDE (6) at `time` >= 0 from `x0` [2]."""
         check_vector("x0", x0, 2)
-        check_number("time", time, least=0)
-        check_number("lr", lr, above=0)
-        check_number("weight_decay", weight_decay, least=0)
-        check_count("frequency", frequency, least=-(2**31))
+        time = number("time", time, least=0)
+        lr = number("lr", lr, above=0)
+        weight_decay = number("weight_decay", weight_decay, least=0)
+        frequency = integer("frequency", frequency, least=-(2**31))
         if not bool(x0.any()):
             raise ValueError("Invalid x0: the origin, where the angle has no value")
         r0, angle0 = float(x0.double().square().sum()), math.atan2(float(x0[1]), float(x0[0]))

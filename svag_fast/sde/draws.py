@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svag_fast.numeric import integer
 from svag_fast.ops.philox_normal import Key, philox_normal_
-from svag_fast.sde.checks import check_count
 
 
 class Draws:
@@ -34,9 +34,9 @@ class Draws:
     """
 
     def __init__(self, seed: int, stream: int = 0, device: torch.device | str = "cpu", *, first: int = 0) -> None:
-        check_count("seed", seed)
-        check_count("stream", stream)
-        check_count("first", first)
+        seed = integer("seed", seed, least=0)
+        stream = integer("stream", stream, least=0)
+        first = integer("first", first, least=0)
         self.device = torch.device(device)
         low, high = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2, np.uint32).tolist()
         self.key: Key = (low, high)

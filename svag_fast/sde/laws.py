@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from svag_fast.sde.checks import check_number
+from svag_fast.numeric import number
 from svag_fast.sde.draws import Draws
 
 
@@ -65,7 +65,7 @@ class Gamma:
     shape: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("shape", self.shape, above=0)
+        object.__setattr__(self, "shape", number("shape", self.shape, above=0))
 
     @property
     def third_cumulant(self) -> float:
@@ -96,7 +96,7 @@ class Poisson:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("rate", self.rate, above=0)
+        object.__setattr__(self, "rate", number("rate", self.rate, above=0))
 
     @property
     def third_cumulant(self) -> float:

@@ -15,8 +15,8 @@ import scipy.linalg
 from numpy.polynomial import Polynomial
 from numpy.typing import NDArray
 
+from svag_fast.numeric import number
 from svag_fast.sde.affine import AffineProblem
-from svag_fast.sde.checks import check_number
 from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 
 ORDER = 4
@@ -32,7 +32,7 @@ def process_moments(process: Process, problem: AffineProblem, x0: float, times: 
     """
     if isinstance(process, GradientFlow):
         raise ValueError("Invalid process: GradientFlow is not affine in its step; use sde_moments(noise=False)")
-    check_number("x0", x0)
+    x0 = number("x0", x0)
     matrix = step_matrix(process, problem)
     start = x0 ** np.arange(ORDER + 1)
     return np.stack([np.linalg.matrix_power(matrix, process.steps(time)) @ start for time in times])
@@ -61,11 +61,10 @@ def sde_moments(
     """
     if order not in (1, 2):
         raise ValueError(f"Invalid order: {order}, expected 1 or 2")
-    check_number("x0", x0)
-    check_number("lr", lr, above=0)
-    check_number("weight_decay", weight_decay, least=0)
-    for time in times:
-        check_number("times", time, least=0)
+    x0 = number("x0", x0)
+    lr = number("lr", lr, above=0)
+    weight_decay = number("weight_decay", weight_decay, least=0)
+    times = [number("times", time, least=0) for time in times]
     x = Polynomial([0.0, 1.0])
     hessian = problem.curvature + weight_decay
     drift = -(hessian * x - problem.offset) * (1 + (lr / 2 * hessian if order == 2 else 0.0))

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from svag_fast.sde.checks import check_count
+from svag_fast.numeric import integer
 from svag_fast.sde.draws import Draws
 
 
@@ -53,8 +53,8 @@ class NetworkProblem:
         replacement: bool = True,
         chunk_size: int = 1024,
     ) -> None:
-        check_count("batch_size", batch_size, least=1)
-        check_count("chunk_size", chunk_size, least=1)
+        batch_size = integer("batch_size", batch_size, least=1)
+        chunk_size = integer("chunk_size", chunk_size, least=1)
         if len(inputs) != len(targets) or len(inputs) == 0:
             raise ValueError(f"Invalid targets: {len(targets)} for {len(inputs)} inputs, expected as many, at least 1")
         if batch_size < 1 or (not replacement and batch_size > len(inputs)):

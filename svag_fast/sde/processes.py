@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svag_fast.sde.checks import check_number
+from svag_fast.numeric import number
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.problem import Problem
 from svag_fast.sde.weights import svag_weights
@@ -66,9 +66,9 @@ class Process(ABC):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr, above=0)
-        check_number("weight_decay", self.weight_decay, least=0)
-        check_number("step_size", self.step_size, above=0)
+        object.__setattr__(self, "lr", number("lr", self.lr, above=0))
+        object.__setattr__(self, "weight_decay", number("weight_decay", self.weight_decay, least=0))
+        number("step_size", self.step_size, above=0)  # of checked numbers, or h
 
     @property
     def step_size(self) -> float:
@@ -91,7 +91,7 @@ class Process(ABC):
         Raises:
             TypeError, ValueError: `time` is no finite number of at least 0, or no whole number of steps.
         """
-        check_number("time", time, least=0)
+        time = number("time", time, least=0)
         count = round(time / self.step_size)
         if abs(count * self.step_size - time) > 1e-9 * max(abs(time), self.step_size):
             raise ValueError(f"Invalid time: {time} is not a whole number of steps of {self.step_size}")

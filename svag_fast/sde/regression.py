@@ -8,7 +8,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from svag_fast.sde.checks import check_count, check_number, check_vector
+from svag_fast.numeric import integer, number
+from svag_fast.sde.checks import check_vector
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 
@@ -30,7 +31,7 @@ class LinearRegression:
     """
 
     def __init__(self, features: Tensor, targets: Tensor, *, batch_size: int, replacement: bool = True) -> None:
-        check_count("batch_size", batch_size, least=1)
+        batch_size = integer("batch_size", batch_size, least=1)
         if not (features.is_floating_point() and targets.dtype == features.dtype):
             raise TypeError(f"Invalid features, targets: {features.dtype}, {targets.dtype}, expected one real dtype")
         if features.dim() != 2 or targets.shape != features.shape[:1] or len(features) < 2:
@@ -120,10 +121,9 @@ class LinearRegression:
         """Exact ``E (X_t, 1)(X_t, 1)^T`` of the SDE (2), (6) or of order 2: float64 [len(times), d + 1, d + 1]."""
         if order not in (1, 2):
             raise ValueError(f"Invalid order: {order}, expected 1 or 2")
-        check_number("lr", lr, above=0)
-        check_number("weight_decay", weight_decay, least=0)
-        for time in times:
-            check_number("times", time, least=0)
+        lr = number("lr", lr, above=0)
+        weight_decay = number("weight_decay", weight_decay, least=0)
+        times = [number("times", time, least=0) for time in times]
         drift = self._drift(weight_decay, lr / 2 if order == 2 else 0.0, 1.0)
         identity = torch.eye(drift.shape[0], dtype=torch.float64, device=drift.device)
         generator = torch.kron(drift, identity) + torch.kron(identity, drift) + float(noise) * lr * self._spread()

@@ -22,7 +22,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
-from svag_fast.sde.checks import check_count, check_number
+from svag_fast.numeric import integer, number
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian, Law
 from svag_fast.theory import Norms
@@ -30,9 +30,9 @@ from svag_fast.theory import Norms
 
 def sde_weight_sq_norm(r0: float, time: float, *, diffusion: float, weight_decay: float) -> float:
     """R at `time` of ``dR/dt = -2 weight_decay R + diffusion/R``: eq. 9 where R E Tr Sigma-bar is a constant."""
-    check_number("r0", r0, least=0)
-    for name, value in (("time", time), ("diffusion", diffusion), ("weight_decay", weight_decay)):
-        check_number(name, value, least=0)
+    r0 = number("r0", r0, least=0)
+    time, diffusion = number("time", time, least=0), number("diffusion", diffusion, least=0)
+    weight_decay = number("weight_decay", weight_decay, least=0)
     decay = -4 * weight_decay * time
     relaxed = 2 * diffusion * time if weight_decay == 0 else -math.expm1(decay) * diffusion / (2 * weight_decay)
     return math.sqrt(r0**2 * math.exp(decay) + relaxed)
@@ -52,10 +52,10 @@ class ScaleInvariantToy:
     batch_size: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count("dim", self.dim, least=2)
-        check_number("signal", self.signal)
-        check_number("noise_std", self.noise_std, least=0)
-        check_number("batch_size", self.batch_size, above=0)
+        object.__setattr__(self, "dim", integer("dim", self.dim, least=2))
+        object.__setattr__(self, "signal", number("signal", self.signal))
+        object.__setattr__(self, "noise_std", number("noise_std", self.noise_std, least=0))
+        object.__setattr__(self, "batch_size", number("batch_size", self.batch_size, above=0))
 
     @property
     def state_dim(self) -> int:
@@ -64,7 +64,7 @@ class ScaleInvariantToy:
 
     def at_batch_size(self, batch_size: float) -> ScaleInvariantToy:
         """The same samples in batches of another size (any positive real: the laws are infinitely divisible)."""
-        check_number("batch_size", batch_size, above=0)
+        batch_size = number("batch_size", batch_size, above=0)
         ratio = batch_size / self.batch_size
         return replace(self, noise_std=self.noise_std / ratio**0.5, law=self.law.averaged(ratio), batch_size=batch_size)
 
@@ -119,8 +119,8 @@ class ScaleInvariantToy:
 
     def sde_equilibrium(self, *, lr: float, weight_decay: float) -> Norms:
         """The SDE's equilibrium, exact: eq. 12 with N = noise_std^2 (d-1)/R, and the von Mises-Fisher law for G."""
-        check_number("lr", lr, above=0)
-        check_number("weight_decay", weight_decay, above=0)
+        lr = number("lr", lr, above=0)
+        weight_decay = number("weight_decay", weight_decay, above=0)
         r = self.noise_std * math.sqrt(lr * (self.dim - 1) / (2 * weight_decay))
         # E (1 - u_1^2) = (d - 1) A(concentration)/concentration, A the ratio of Bessel functions.
         concentration = 2 * r * self.signal / (lr * self.noise_std**2)

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svag_fast.numeric import integer
 from svag_fast.ops.affine_walk import AffineStep, affine_walk_
 from svag_fast.ops.philox_normal import GROUP
 from svag_fast.sde.affine import AffineProblem
-from svag_fast.sde.checks import check_count, check_state
+from svag_fast.sde.checks import check_state
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian
 from svag_fast.sde.problem import Problem
@@ -54,16 +55,16 @@ def simulate(
         TypeError, ValueError: an argument is none of these; the message names it.
     """
     check_state(x0, problem)
-    check_count("seed", seed)
+    seed = integer("seed", seed, least=0)
     if threads is not None:
-        check_count("threads", threads, least=1)
+        threads = integer("threads", threads, least=1)
     steps = process.steps(time)
     if trajectories is None:
         state, draws = x0.detach().clone(), Draws(seed, 0, x0.device)
         for _ in range(steps):
             process.step_(problem, state, draws)
         return state
-    check_count("trajectories", trajectories, least=1)
+    trajectories = integer("trajectories", trajectories, least=1)
     states = x0.detach().repeat(trajectories, *[1] * x0.dim())
     process.check_dtype(x0.dtype)
     step = affine_step(process, problem)
@@ -155,7 +156,7 @@ def expectation(
     Raises:
         TypeError, ValueError: as `simulate`; fewer than two trajectories; values of another shape than [n].
     """
-    check_count("trajectories", trajectories, least=2)
+    trajectories = integer("trajectories", trajectories, least=2)
     values = function(simulate(process, problem, x0, time, trajectories=trajectories, seed=seed))
     if not isinstance(values, Tensor) or values.shape != (trajectories,):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"

@@ -25,9 +25,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from svag_fast.numeric import integer
 from svag_fast.ops.checks import check_l
 from svag_fast.ops.step import svag_coefficients
-from svag_fast.sde.checks import check_count, check_number
 
 
 def svag_weights(l: float, batches: int = 2) -> tuple[float, ...]:
@@ -50,9 +50,8 @@ def svag_weights(l: float, batches: int = 2) -> tuple[float, ...]:
     >>> abs(sum(w**3 for w in three)) < 1e-10
     True
     """
-    check_number("l", l)
-    check_l(l)
-    check_count("batches", batches, least=2)
+    l = check_l(l)
+    batches = integer("batches", batches, least=2)
     if batches == 2:
         return svag_coefficients(l)
     # At the threshold itself the solutions meet in the extreme point, a double root that roots() may miss.
@@ -71,7 +70,7 @@ def vanishing_third_moment_l(batches: int) -> float:
     >>> vanishing_third_moment_l(2)
     inf
     """
-    check_count("batches", batches, least=2)
+    batches = integer("batches", batches, least=2)
     return math.inf if batches == 2 else max(1.0, _threshold(batches))
 
 
