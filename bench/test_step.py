@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from svag_fast import _C, SVAG
 from svag_fast.ops.checked_step import CheckedStep
+from svag_fast.ops.step import StepOptions
 
 LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
 OPTIONS = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY}
@@ -38,7 +39,7 @@ class Lists:
         )
         self.bytes_moved = 16 * sum(p.numel() for p in self.params)
         self.step = CheckedStep.of(
-            self.params, self.grads1, self.grads2, lr=LR, l=L, weight_decay=WEIGHT_DECAY, backend="auto"
+            self.params, self.grads1, self.grads2, StepOptions.checked(**OPTIONS), backend="auto"
         )
         self.leaves = [nn.Parameter(p) for p in self.params]
         self.sgd = torch.optim.SGD(self.leaves, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
@@ -48,7 +49,7 @@ class Lists:
 
     def kernel(self) -> Tensor:
         assert self.step is not None
-        return self.step(skip_nonfinite=False).raw
+        return self.step(skip_nonfinite=False)
 
     def optimizer_step(self) -> Any:
         return self._step_with_held(self.svag)
@@ -70,9 +71,9 @@ class Lists:
 
     @cached_property
     def momentum_step(self) -> CheckedStep | None:
-        options = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY, "momentum": MOMENTUM, "backend": "auto"}
+        options = StepOptions.checked(**OPTIONS, momentum=MOMENTUM)
         buffers = [torch.zeros_like(p) for p in self.params]
-        return CheckedStep.of(self.params, self.grads1, self.grads2, momentum_buffers=buffers, **options)
+        return CheckedStep.of(self.params, self.grads1, self.grads2, options, momentum_buffers=buffers, backend="auto")
 
     @cached_property
     def momentum_svag(self) -> SVAG:
@@ -85,7 +86,7 @@ class Lists:
 
     def momentum_kernel(self) -> Tensor:
         assert self.momentum_step is not None
-        return self.momentum_step(skip_nonfinite=False).raw
+        return self.momentum_step(skip_nonfinite=False)
 
     def momentum_optimizer_step(self) -> Any:
         return self._step_with_held(self.momentum_svag)

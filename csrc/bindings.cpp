@@ -102,6 +102,13 @@ std::optional<CheckedStep> checked_step(const svag::TensorReader& reader, const 
     return CheckedStep{params, grads1, grads2, momentum_buffers, std::move(*tensors)};
 }
 
+// Whether several steps, each `apart` in itself, are so together.
+bool steps_apart(const std::vector<CheckedStep*>& steps) {
+    std::vector<svag::StepTensor> tensors;
+    for (const CheckedStep* step : steps) tensors.insert(tensors.end(), step->tensors.begin(), step->tensors.end());
+    return svag::apart(tensors);
+}
+
 void adaptive_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& exp_avgs,
                    const Addresses& exp_avg_sqs, const std::vector<double>& step_sizes,
                    const std::vector<double>& bias_corrections2_sqrt, const std::vector<int64_t>& sizes,
@@ -263,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("select_simd_level", [](const std::string& name) { return svag::select_simd_level(name.c_str()); });
     m.def("step", &step);
     py::class_<CheckedStep>(m, "CheckedStep").def("take", &CheckedStep::take);
+    m.def("steps_apart", &steps_apart);
     py::class_<svag::TensorReader>(m, "TensorReader")
         .def_static("of", &svag::TensorReader::of)
         .def("checked_step", &checked_step);

@@ -1,6 +1,7 @@
 #include "tensor_reader.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 namespace py = pybind11;
@@ -62,30 +63,50 @@ bool same_shape_and_order(const dlpack::Tensor& a, const dlpack::Tensor& b, int6
 
 char* data_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
-using Span = std::pair<const char*, const char*>;
+int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-Span span_of(const dlpack::Tensor& tensor, int64_t size) {
-    return {data_of(tensor), data_of(tensor) + size * (tensor.dtype_bits / 8)};
-}
+enum Kind : int { kWritten = 0, kGrad1 = 1, kGrad2 = 2, kKinds = 3 };
 
-// Sorts the spans; false where two of them share memory.
-bool apart(std::vector<Span>& spans) {
-    std::sort(spans.begin(), spans.end());
-    for (std::size_t i = 1; i < spans.size(); ++i)
-        if (spans[i].first < spans[i - 1].second) return false;
-    return true;
-}
-
-// Whether a span shares memory with one of `sorted`, but is not that very span, whose elements are read before they
-// are written.
-bool shifted_overlap(const std::vector<Span>& sorted, const Span& span) {
-    auto after = std::lower_bound(sorted.begin(), sorted.end(), Span{span.second, nullptr});
-    if (after == sorted.begin()) return false;
-    const Span& last = *--after;
-    return last.second > span.first && last != span;
-}
+// What a tensor fills. They sort by their places in memory, at one place by their kind.
+struct Span {
+    std::uintptr_t begin, end;
+    Kind kind;
+    bool operator<(const Span& other) const {
+        return std::tie(begin, end, kind) < std::tie(other.begin, other.end, other.kind);
+    }
+};
 
 }  // namespace
+
+bool apart(const std::vector<StepTensor>& tensors) {
+    std::vector<Span> spans;
+    spans.reserve(4 * tensors.size());
+    for (const StepTensor& t : tensors) {
+        const auto add = [&](const void* data, DType dtype, Kind kind) {
+            const auto begin = reinterpret_cast<std::uintptr_t>(data);
+            if (data != nullptr && t.size != 0) spans.push_back({begin, begin + t.size * item_size(dtype), kind});
+        };
+        add(t.param, t.param_dtype, kWritten);
+        add(t.momentum, t.param_dtype == DType::float64 ? DType::float64 : DType::float32, kWritten);
+        add(t.grad1, t.grad_dtype, kGrad1);
+        add(t.grad2, t.grad_dtype, kGrad2);
+    }
+    std::sort(spans.begin(), spans.end());
+    std::uintptr_t ends[kKinds] = {};  // how far those before reach
+    Span written{};                    // the last
+    for (const Span& span : spans) {
+        if (span.kind == kWritten) {
+            if (span.begin < std::max({ends[kWritten], ends[kGrad1], ends[kGrad2]})) return false;
+            written = span;
+        } else {
+            if (span.begin < ends[span.kind == kGrad1 ? kGrad2 : kGrad1]) return false;
+            // A gradient may be its param: its elements are read before they are written.
+            if (span.begin < ends[kWritten] && (span.begin != written.begin || span.end != written.end)) return false;
+        }
+        ends[span.kind] = std::max(ends[span.kind], span.end);
+    }
+    return true;
+}
 
 std::optional<TensorReader> TensorReader::of(const py::capsule& exchange_api, std::vector<py::object> types,
                                              py::object is_neg, py::object storage_offset) {
@@ -130,23 +151,18 @@ std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
     if (grads1.size() != count || (grads2 && grads2->size() != count)) return std::nullopt;
     if (momentum_buffers && momentum_buffers->size() != count) return std::nullopt;
     std::vector<StepTensor> tensors(count);
-    std::vector<Span> written, read_only;
     std::vector<std::pair<int64_t, int64_t>> scratch;
-    written.reserve(momentum_buffers ? 2 * count : count);
-    read_only.reserve(2 * count);
     for (std::size_t i = 0; i < count; ++i) {
         dlpack::Tensor param, grad, buffer;
         DType dtype, grad_dtype, buffer_dtype;
         if (!read(PyList_GET_ITEM(params.ptr(), i), param, dtype)) return std::nullopt;
         const int64_t size = size_of(param);
         if (!is_dense(param, size, scratch)) return std::nullopt;
-        if (size != 0) written.push_back(span_of(param, size));
         tensors[i] = {data_of(param), nullptr, nullptr, nullptr, nullptr, size, dtype, dtype};
         for (const py::list* grads : {&grads1, grads2 ? &*grads2 : nullptr}) {
             if (grads == nullptr) break;
             if (!read(PyList_GET_ITEM(grads->ptr(), i), grad, grad_dtype)) return std::nullopt;
             if (!same_shape_and_order(grad, param, size)) return std::nullopt;
-            if (size != 0) read_only.push_back(span_of(grad, size));
             const bool first = grads == &grads1;
             if (first ? grad_dtype != dtype && grad_dtype != DType::float32 : grad_dtype != tensors[i].grad_dtype)
                 return std::nullopt;
@@ -157,13 +173,10 @@ std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
             if (!read(PyList_GET_ITEM(momentum_buffers->ptr(), i), buffer, buffer_dtype)) return std::nullopt;
             if (buffer_dtype != (dtype == DType::float64 ? DType::float64 : DType::float32)) return std::nullopt;
             if (!same_shape_and_order(buffer, param, size)) return std::nullopt;
-            if (size != 0) written.push_back(span_of(buffer, size));
             tensors[i].momentum = data_of(buffer);
         }
     }
-    if (!apart(written)) return std::nullopt;
-    for (const Span& span : read_only)
-        if (shifted_overlap(written, span)) return std::nullopt;
+    if (!apart(tensors)) return std::nullopt;
     return tensors;
 }
 

@@ -41,6 +41,10 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
+// Whether no two of the tensors share memory of which one is written, or a first and a second gradient; but a gradient
+// may be its param.
+bool apart(const std::vector<StepTensor>& tensors);
+
 class TensorReader {
 public:
     // From the types' `__dlpack_c_exchange_api__` and two of their methods; nothing where the interface's major version
@@ -49,9 +53,9 @@ public:
                                           pybind11::object is_neg, pybind11::object storage_offset);
 
     // What a fused step on the CPU may take as it is; nothing where anything needs a copy, another backend or an error:
-    // tensors of exactly the types given, on the CPU, whose address holds their values, params dense in memory, apart
-    // from each other and from the gradients, those of their shape and order in memory, both of one dtype: the param's
-    // own or float32; momentum buffers likewise, of float64 beside a param of float64, else float32, apart from all.
+    // tensors of exactly the types given, on the CPU, whose address holds their values, params dense in memory,
+    // gradients of their shape and order in memory, both of one dtype: the param's own or float32; momentum buffers
+    // likewise, of float64 beside a param of float64, else float32; all `apart`.
     std::optional<std::vector<StepTensor>> step_tensors(
         const pybind11::list& params, const pybind11::list& grads1, const std::optional<pybind11::list>& grads2,
         const std::optional<pybind11::list>& momentum_buffers) const;

@@ -24,6 +24,7 @@ def step(
     threads: int,
     stats: int,
 ) -> None: ...
+def steps_apart(steps: list[CheckedStep]) -> bool: ...
 
 class CheckedStep:
     def take(

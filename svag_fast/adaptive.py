@@ -8,8 +8,8 @@ optimizer. (The ℓ of that paper is the root of our ``l``.)
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.grad_lists import Grads, gradients
-from svag_fast.group_options import check_number
 from svag_fast.held_gradient import GroupGrads
 from svag_fast.initial_square_avg import MEASURE, MEASURED_STEPS, averaged, check_start, filled, second_moment
 from svag_fast.loaded_state import TorchKin
-from svag_fast.ops.adaptive_step import check_adaptive_step, check_beta, svag_adaptive_step_
-from svag_fast.ops.checks import check_nonnegative
-from svag_fast.ops.step_stats import StepStats, raw_statistics
+from svag_fast.ops.adaptive_step import AdaptiveOptions, ReadyAdaptiveStep, ready_adaptive_step
+from svag_fast.ops.step_stats import FINITE, raw_statistics
 from svag_fast.two_batch import TwoBatchOptimizer, Work
 
 
@@ -40,70 +38,39 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
             if "step" in p_state:  # torch counts in float32, which ends at 2^24, and its old versions in Python
                 p_state["step"] = torch.as_tensor(p_state["step"], device="cpu").double()
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_number("epsilon value", group["eps"])
-        check_nonnegative("epsilon value", group["eps"])
-
     def _time_of(self, lr: Any, l: float) -> Any:
         return lr * lr / l  # by the square-root scaling rule
 
-    def _adaptive_work(
-        self,
-        group: dict[str, Any],
-        lr: float | None,
-        params: list[Tensor],
-        grads1: Grads,
-        grads2: Grads | None,
-        *,
-        beta1: float | None,
-        beta2: float,
+    def _work(
+        self, group: dict[str, Any], options: AdaptiveOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
     ) -> Work:
-        states, lists, options = self._arguments(group, lr, params, grads1, grads2, beta1=beta1, beta2=beta2)
+        states, step = self._ready(group, options, params, grads1, grads2)
 
-        def take(skip_nonfinite: bool) -> StepStats:
-            stats = svag_adaptive_step_(*lists, skip_nonfinite=skip_nonfinite, **options)
-            taken = bool(stats.finite) if skip_nonfinite else True
+        def keep(raw: Tensor, skip_nonfinite: bool) -> None:
+            taken = bool(raw[FINITE]) if skip_nonfinite else True
             for p, state in zip(params, states, strict=True):
                 state["step"] += taken
                 self.state[p] = state
-            return stats
 
-        return Work(take, functools.partial(check_adaptive_step, *lists, **options))
+        return Work(step, keep)
 
-    def _arguments(
-        self,
-        group: dict[str, Any],
-        lr: float | None,
-        params: list[Tensor],
-        grads1: Grads,
-        grads2: Grads | None,
-        *,
-        beta1: float | None,
-        beta2: float,
-    ) -> tuple[list[dict[str, Any]], tuple[Any, ...], dict[str, Any]]:
-        """Return the params' states, and the lists and options that the fused step takes."""
+    def _ready(
+        self, group: dict[str, Any], options: AdaptiveOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
+    ) -> tuple[list[dict[str, Any]], ReadyAdaptiveStep]:
+        """Return the params' states, and the fused step with them."""
         states = [self._state_of(group, p) for p in params]
         first, second = self._moment_names[:-1], self._moment_names[-1]
-        lists = (
+        step = ready_adaptive_step(
             params,
             grads1,
             grads2,
             [state[first[0]] for state in states] if first else None,
             [state[second] for state in states],
+            steps=[int(state["step"].item()) + 1 for state in states],
+            options=options,
+            backend=group["backend"],
         )
-        options: dict[str, Any] = {
-            "steps": [int(state["step"].item()) + 1 for state in states],
-            "lr": lr,
-            "l": group["l"],
-            "beta1": 0.0 if beta1 is None else beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "backend": group["backend"],
-        }
-        return states, lists, options
+        return states, step
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -143,6 +110,7 @@ class SVAGAdam(_AdaptiveOptimizer):
         "Adam", frozenset({"betas", "amsgrad"}), off=("amsgrad", "decoupled_weight_decay"), any_l=False
     )
     state_names = frozenset({"step", "exp_avg", "exp_avg_sq"})
+    values = operator.itemgetter("lr", "betas", "eps", "l", "weight_decay", "maximize", "backend")
 
     def __init__(
         self,
@@ -167,20 +135,13 @@ class SVAGAdam(_AdaptiveOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def _check_options(self, group: dict[str, Any], lr: Any) -> AdaptiveOptions:
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"Invalid betas: {betas!r} (expected two numbers)")
-        for i, beta in enumerate(betas):
-            check_number(f"beta parameter at index {i}", beta)
-            check_beta(f"beta parameter at index {i}", beta, group["l"])
-
-    def _work(
-        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> Work:
-        beta1, beta2 = group["betas"]
-        return self._adaptive_work(group, lr, params, grads1, grads2, beta1=beta1, beta2=beta2)
+        named = (group[name] for name in ("eps", "weight_decay", "maximize"))
+        names = ("beta parameter at index 0", "beta parameter at index 1")
+        return AdaptiveOptions.checked(lr, group["l"], *betas, *named, names=names)
 
 
 class SVAGRMSprop(_AdaptiveOptimizer):
@@ -222,6 +183,9 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     _moment_names = ("square_avg",)
     torch_kin = TorchKin("RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered"), any_l=False)
     state_names = frozenset({"step", "square_avg", "measured"})
+    values = operator.itemgetter(
+        *("lr", "alpha", "eps", "l", "initial_square_avg", "weight_decay", "maximize", "backend")
+    )
 
     def __init__(
         self,
@@ -253,25 +217,24 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         for group in self.param_groups:  # before there was a start, which is for parameters that have no state yet
             group.setdefault("initial_square_avg", None if group["l"] == 1 else MEASURE)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_number("alpha value", group["alpha"])
-        check_nonnegative("alpha value", group["alpha"])
-        check_beta("alpha", group["alpha"], group["l"])
-        check_start(group["initial_square_avg"], group["l"])
+    def _check_options(self, group: dict[str, Any], lr: Any) -> AdaptiveOptions:
+        named = (group[name] for name in ("eps", "weight_decay", "maximize"))
+        options = AdaptiveOptions.checked(lr, group["l"], None, group["alpha"], *named, names=("", "alpha value"))
+        check_start(group["initial_square_avg"], options.l)
+        return options
 
     def _work_of(
-        self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
+        self, group: dict[str, Any], options: AdaptiveOptions, first: GroupGrads, second: GroupGrads | None
     ) -> list[Work]:
         if not any(self._measures(group, p) for p in group["params"]):
-            return super()._work_of(group, lr, first, second)
+            return super()._work_of(group, options, first, second)
         work = []
         for params, grads1, grads2 in gradients(group["params"], first, second):
             for measured in (True, False):
                 chosen = [i for i, p in enumerate(params) if self._measures(group, p) == measured]
                 if chosen:
                     lists = ([listed[i] for i in chosen] if listed else None for listed in (params, grads1, grads2))
-                    work.append((self._measuring if measured else self._work)(group, lr, *lists))  # type: ignore[arg-type]
+                    work.append((self._measuring if measured else self._work)(group, options, *lists))  # type: ignore[arg-type]
         return work
 
     def _measures(self, group: dict[str, Any], p: Tensor) -> bool:
@@ -282,35 +245,33 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         return not state or int(state.get("measured", MEASURED_STEPS)) < MEASURED_STEPS
 
     def _measuring(
-        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+        self, group: dict[str, Any], options: AdaptiveOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
     ) -> Work:
         """Average the gradients' squares and leave the params alone; what a step refuses is refused here."""
-        states, lists, options = self._arguments(group, lr, params, grads1, grads2, beta1=None, beta2=group["alpha"])
-        check_adaptive_step(*lists, **options)
+        states, ready = self._ready(group, options, params, grads1, grads2)
 
         @torch.no_grad()
-        def measure(skip_nonfinite: bool) -> tuple[StepStats, list[Tensor] | None]:
-            stats = StepStats(raw_statistics(params, grads1, grads2), grads2 is not None)
-            if skip_nonfinite and not stats.finite:
-                return stats, None
+        def measure(skip_nonfinite: bool) -> tuple[Tensor, list[Tensor] | None]:
+            raw = raw_statistics(params, grads1, grads2)
+            if skip_nonfinite and not raw[FINITE]:
+                return raw, None
             seconds: Sequence[Tensor | None] = grads2 or [None] * len(params)
-            rule = (group["l"], group["weight_decay"], group["maximize"])
-            return stats, [
-                averaged(state["square_avg"], second_moment(p, g1, g2, *rule), state["measured"], group["l"])
+            rule = (options.l, options.weight_decay, options.maximize)
+            return raw, [
+                averaged(state["square_avg"], second_moment(p, g1, g2, *rule), state["measured"], options.l)
                 for p, g1, g2, state in zip(params, grads1, seconds, states, strict=True)
             ]
 
         # What is refused must be so before any part of the step is taken; but a GradScaler's scale is in them still.
         scaled = getattr(self, "found_inf", None) is not None
-        early = None if scaled else measure(False)
+        step = _Measuring(ready, measure, None if scaled else measure(False))
 
-        def take(skip_nonfinite: bool) -> StepStats:
-            stats, averages = early or measure(skip_nonfinite)
+        def keep(raw: Tensor, skip_nonfinite: bool) -> None:
+            averages = step.averages
             for p, state, average in zip(params, states, averages or [], strict=averages is not None):
                 self.state[p] = {**state, "square_avg": average, "measured": state["measured"] + 1}
-            return stats
 
-        return Work(take, check=None, moves=False)
+        return Work(step, keep, moves=False)
 
     def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state, start = super()._state_of(group, p), group["initial_square_avg"]
@@ -320,7 +281,20 @@ class SVAGRMSprop(_AdaptiveOptimizer):
             return {**state, "measured": 0}
         return {**state, "square_avg": filled(state["square_avg"], start, group["l"])}
 
-    def _work(
-        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> Work:
-        return self._adaptive_work(group, lr, params, grads1, grads2, beta1=None, beta2=group["alpha"])
+
+class _Measuring:
+    """A step that only measures: the statistics and each parameter's new average, with nothing written."""
+
+    def __init__(
+        self,
+        ready: ReadyAdaptiveStep,
+        measure: Callable[[bool], tuple[Tensor, list[Tensor] | None]],
+        early: tuple[Tensor, list[Tensor] | None] | None,
+    ) -> None:
+        self.spans = ready.spans
+        self.averages: list[Tensor] | None = None
+        self._measure, self._early = measure, early
+
+    def __call__(self, skip_nonfinite: bool) -> Tensor:
+        raw, self.averages = self._early or self._measure(skip_nonfinite)
+        return raw

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,26 +34,6 @@ def gradients(
                 grads.append(torch.zeros_like(p) if g is None else g)
     for listed, grads1, grads2 in devices.values():
         yield listed, grads1, None if second is None else grads2
-
-
-def with_gradient(groups: list[dict[str, Any]], lists: list[tuple[GroupGrads, GroupGrads | None]]) -> Iterable[Tensor]:
-    """Yield the groups' parameters that have a gradient of either batch."""
-    for group, (first, second) in zip(groups, lists, strict=True):
-        for i, p in enumerate(group["params"]):
-            if first[i] is not None or (second is not None and second[i] is not None):
-                yield p
-
-
-def share_memory(first: GroupGrads, second: GroupGrads) -> bool:
-    """Whether a group's two gradients are the same memory.
-
-    What is held has memory of its own, so this is a second look, at one pair: all addresses cost as much as a small
-    net's step.
-    """
-    for g, h in zip(first, second, strict=True):
-        if g is not None and h is not None and g.numel():
-            return g.data_ptr() == h.data_ptr()
-    return False
 
 
 def divide(grads: list[Tensor], scale: Tensor) -> None:

@@ -1,39 +1,19 @@
-"""A param group's numbers: its options as they are checked, and the clocks that count its steps."""
+"""A param group's learning rate on a device, and the clocks that count its steps."""
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svag_fast.ops.checks import check_nonnegative
-
 CLOCKS = ("steps", "effective_steps", "effective_steps_lost", "time", "time_lost")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuse what is neither a real number nor a tensor of one element, as a string from a configuration file."""
-    if type(value) in (float, int) or isinstance(value, numbers.Real):
-        return
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return
-    raise TypeError(f"Invalid {name}: {value!r} (expected a number, not {type(value).__name__})")
-
-
-def learning_rate(group: dict[str, Any], *, read: bool = False) -> float | None:
-    """Return the group's learning rate; None where only a captured step's kernel reads it, unless ``read``."""
+def on_device(group: dict[str, Any]) -> bool:
+    """Whether only a captured step's kernel reads the group's learning rate."""
     lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, but its shape is {list(lr.shape)}")
-        if group.get("capturable") and lr.device.type != "cpu" and not read:
-            return None
-    check_number("learning rate", lr)
-    value = float(lr)
-    check_nonnegative("learning rate", value)
-    return value
+    return isinstance(lr, Tensor) and lr.device.type != "cpu" and bool(group.get("capturable"))
 
 
 def start_clocks(group: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svag_fast.group_options import check_number
-from svag_fast.ops.checks import check_nonnegative
+from svag_fast.numeric import number
 from svag_fast.ops.step import svag_coefficients
 
 MEASURE = "measure"
@@ -33,9 +32,7 @@ def check_start(value: Any, l: float) -> None:
         if value != MEASURE:
             raise ValueError(f'Invalid initial_square_avg: {value!r} (expected None, a number or "{MEASURE}")')
     else:
-        check_number("initial_square_avg", value)
-        check_nonnegative("initial_square_avg", value)
-        if value == 0 and l != 1:
+        if number("initial_square_avg", value, least=0) == 0 and l != 1:
             raise ValueError(f"Invalid initial_square_avg: {value} (l = {l:g} needs a positive number)")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import operator
 from typing import Any, TypeAlias
 
 import torch
@@ -11,14 +11,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.grad_lists import Grads
-from svag_fast.group_options import check_number
 from svag_fast.held_gradient import GroupGrads
 from svag_fast.kernels.device_cache import is_capturing
 from svag_fast.loaded_state import TorchKin
 from svag_fast.ops.checked_step import CheckedStep
-from svag_fast.ops.checks import PARAM_DTYPES, check_momentum
-from svag_fast.ops.step import check_step, step_coefficients, svag_coefficients, svag_step_
-from svag_fast.ops.step_stats import StepStats
+from svag_fast.ops.checks import PARAM_DTYPES
+from svag_fast.ops.step import StepOptions, ready_step, step_scalars, svag_coefficients
 from svag_fast.two_batch import TwoBatchOptimizer, Work
 
 __all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
@@ -104,6 +102,9 @@ class SVAG(TwoBatchOptimizer):
         "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("momentum", "dampening", "nesterov"), any_l=True
     )
     state_names = frozenset(_BUFFERS)
+    values = operator.itemgetter(
+        *("lr", "l", "weight_decay", *_MOMENTUM_DEFAULTS, "compensated", "capturable", "backend")
+    )
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class SVAG(TwoBatchOptimizer):
             "backend": backend,
         }
         # What a capturable step reads on each device, and all but the rate that was written there.
-        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, dict[str, Any]]] = {}
+        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, StepOptions]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,13 +149,12 @@ class SVAG(TwoBatchOptimizer):
                 allowed = ", ".join(str(d) for d in PARAM_DTYPES if d != torch.float64)
                 raise TypeError(f"params[{i}] of the group is torch.float64: compensated serves {allowed}")
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_number("momentum value", group["momentum"])
-        check_momentum(group["momentum"], group["momentum_rule"], group["l"])
-        for name in ("compensated", "capturable", "maximize"):
+    def _check_options(self, group: dict[str, Any], lr: Any) -> StepOptions:
+        for name in ("compensated", "capturable"):
             if not isinstance(group[name], bool):
                 raise TypeError(f"Invalid {name}: {group[name]!r} (expected a bool)")
+        named = (group[name] for name in ("l", "weight_decay", *_MOMENTUM_DEFAULTS))
+        return StepOptions.checked(lr, *named)
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameter's dtype; that of a 16-bit parameter is float32 here.
@@ -169,46 +169,29 @@ class SVAG(TwoBatchOptimizer):
                     group[name] = group[name].to(group["params"][0].device)
 
     def _work_of(
-        self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
+        self, group: dict[str, Any], options: StepOptions, first: GroupGrads, second: GroupGrads | None
     ) -> list[Work]:
-        if lr is not None and not (group["compensated"] or group["capturable"]):
-            buffers, fresh = self._buffers("momentum_buffer", group["momentum"] != 0, group["params"])
-            options = {"lr": lr, **self._options(group), "backend": group["backend"]}
-            step = CheckedStep.of(group["params"], first, second, momentum_buffers=buffers, **options)
+        if not (group["compensated"] or group["capturable"]):
+            buffers, fresh = self._buffers("momentum_buffer", options.momentum != 0, group["params"])
+            step = CheckedStep.of(
+                group["params"], first, second, options, momentum_buffers=buffers, backend=group["backend"]
+            )
             if step is not None:
-                return [Work(functools.partial(self._take, step, fresh) if fresh else step, check=None)]
-        return super()._work_of(group, lr, first, second)
+                return [Work(step, functools.partial(self._keep, fresh) if fresh else None)]
+        return super()._work_of(group, options, first, second)
 
     def _work(
-        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+        self, group: dict[str, Any], options: StepOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
     ) -> Work:
-        options: dict[str, Any] = {"lr": lr, **self._options(group), "backend": group["backend"]}
-        if group["capturable"]:  # the coefficients' rate is used
-            options |= {"lr": 0.0, "coefficients": self._coefficients(group, params[0].device)}
-        fresh = []
+        coefficients = self._coefficients(group, options, params[0].device) if group["capturable"] else None
+        kept, fresh = {}, []
         for name, option, wanted in _kept(group):
-            options[option], new = self._buffers(name, wanted, params)
+            kept[option], new = self._buffers(name, wanted, params)
             fresh += new
-        step = functools.partial(svag_step_, params, grads1, grads2, **options)
-        return Work(
-            functools.partial(self._take, step, fresh) if fresh else lambda skip: step(skip_nonfinite=skip),
-            functools.partial(check_step, params, grads1, grads2, **options),
-        )
+        step = ready_step(params, grads1, grads2, options, **kept, coefficients=coefficients, backend=group["backend"])
+        return Work(step, functools.partial(self._keep, fresh) if fresh else None)
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The options of a group's step but for lr, as :func:`svag_step_` takes them."""
-        return {
-            "l": group["l"],
-            "weight_decay": float(group["weight_decay"]),
-            **{name: group[name] for name in _MOMENTUM_DEFAULTS},
-        }
-
-    def _take(self, step: Callable[..., StepStats], fresh: list[_Fresh], skip_nonfinite: bool) -> StepStats:
-        stats: StepStats = step(skip_nonfinite=skip_nonfinite)
-        self._keep(fresh)
-        return stats
-
-    def _keep(self, fresh: list[_Fresh]) -> None:
+    def _keep(self, fresh: list[_Fresh], *_: Any) -> None:
         for p, name, buffer in fresh:
             self.state[p][name] = buffer
 
@@ -216,12 +199,12 @@ class SVAG(TwoBatchOptimizer):
         for name, _, wanted in _kept(group):
             self._keep(self._buffers(name, wanted, params)[1])
 
-    def _coefficients(self, group: dict[str, Any], device: torch.device) -> Tensor:
+    def _coefficients(self, group: dict[str, Any], options: StepOptions, device: torch.device) -> Tensor:
         """Return the group's coefficients on the device, with lr copied there by the device itself."""
-        options = self._options(group)
+        options = options._replace(lr=0.0)
         coefficients, written = self._on_device.get((id(group), device), (None, None))
         if coefficients is None or written != options:
-            coefficients = step_coefficients(0.0, device=device, **options)
+            coefficients = torch.tensor(step_scalars(*options), dtype=torch.float64, device=device)
             self._on_device[id(group), device] = coefficients, options
         coefficients[0].copy_(group["lr"])
         return coefficients

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,27 +15,29 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from svag_fast import loaded_state
-from svag_fast.grad_lists import Grads, carriers, divide, gradients, sharded, share_memory, with_gradient
-from svag_fast.group_options import CLOCKS, check_number, count, learning_rate, start_clocks
+from svag_fast.grad_lists import Grads, carriers, divide, gradients, sharded
+from svag_fast.group_options import CLOCKS, count, on_device, start_clocks
 from svag_fast.held_gradient import GroupGrads, HeldGradient
+from svag_fast.numeric import number
 from svag_fast.ops.backends import check_name
-from svag_fast.ops.checks import check_l, check_nonnegative
-from svag_fast.ops.memory import check_apart, spans
-from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped
+from svag_fast.ops.checked_step import CheckedStep
+from svag_fast.ops.memory import check_apart
+from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, total
 from svag_fast.optimizer_methods import outside_compiler, plain, seen_by_hooks_and_profilers
 
 
 class Work(NamedTuple):
-    """A part of a step, ready to be taken."""
+    """A part of a step, checked and ready to be taken."""
 
-    take: Callable[[bool], StepStats]
-    """Steps; called with ``skip_nonfinite``."""
-    check: Callable[[], None] | None
-    """Refuses what ``take`` would; None where that is done."""
+    step: Any
+    """Takes it, called with ``skip_nonfinite``, and returns StepStats.raw; ``spans`` says where its tensors lie."""
+    keep: Callable[[Tensor, bool], None] | None
+    """Keeps the state that the step has used, called with what it returned and ``skip_nonfinite``."""
     moves: bool = True
     """Whether it moves parameters, so that the group's clocks count it."""
 
 
+_IMMUTABLE = frozenset({float, int, bool, str})
 _add_param_group = plain(Optimizer.add_param_group)
 
 
@@ -50,14 +54,19 @@ class TwoBatchOptimizer(Optimizer):
     """The optimizer of torch.optim whose checkpoints are taken over."""
     state_names: frozenset[str]
     """What is kept for each parameter."""
+    values: operator.itemgetter[Any]
+    """All options of a group."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._pair = HeldGradient()
+        # By the group's id: its options' values when they were checked, and what a step takes them as.
+        self._checked: dict[int, tuple[tuple[Any, ...], Any]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_pair", HeldGradient()).clear()
+        self._checked = {}
         for group in self.param_groups:
             start_clocks(group)
 
@@ -97,11 +106,10 @@ class TwoBatchOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
-            check_number("l", group["l"])
+            number("l", group["l"])
             if self.param_groups and group["l"] != self.l:
                 raise ValueError(f"Invalid l: {group['l']} (the other param groups have {self.l}, and all must agree)")
-            self._check_group(group)
-            learning_rate(group, read=True)
+            self._check_group(group, read=True)
         _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
@@ -121,25 +129,45 @@ class TwoBatchOptimizer(Optimizer):
                     "of which it would step and measure one rank's alone (DistributedDataParallel keeps them whole)"
                 )
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Refuse the group's options, but for ``lr``."""
-        check_number("weight_decay value", group["weight_decay"])
-        check_nonnegative("weight_decay value", group["weight_decay"])
-        check_number("l", group["l"])
-        check_l(group["l"])
-        check_name(group["backend"])
+    def _check_group(self, group: dict[str, Any], *, read: bool = False) -> Any:
+        """Return the group's options as a step takes them, checked, ``lr`` first.
 
-    def _checked_rates(self) -> list[float | None]:
-        """Check all groups' options as they are now; return their learning rates, None where a kernel reads it."""
+        It is 0 where only a captured step's kernel reads it, unless ``read``.
+        """
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"Tensor lr must be 1-element, but its shape is {list(lr.shape)}")
+            if not read and on_device(group):
+                lr = 0.0
+        check_name(group["backend"])
+        if not isinstance(group["maximize"], bool):
+            raise TypeError(f"Invalid maximize: {group['maximize']!r} (expected a bool)")
+        return self._check_options(group, lr)
+
+    def _check_options(self, group: dict[str, Any], lr: Any) -> Any:
+        """Return the options of the group's step at the rate ``lr``, checked."""
+        raise NotImplementedError
+
+    def _checked_options(self) -> list[Any]:
+        """Check all groups' options as they are now, and return them."""
         l = self.param_groups[0]["l"]
-        rates = []
+        checked = []
         for group in self.param_groups:
-            check_number("l", group["l"])
+            values = self.values(group)
+            kept = self._checked.get(id(group))
+            if kept is not None and not all(map(operator.is_, values, kept[0])):
+                kept = None
+            if kept is None:
+                number("l", group["l"])
             if group["l"] != l:
                 raise ValueError(f"Invalid l: {group['l']} (the first param group has {l}, and all must agree)")
-            self._check_group(group)
-            rates.append(learning_rate(group))
-        return rates
+            if kept is None:
+                kept = values, self._check_group(group)
+                if _IMMUTABLE.issuperset(map(type, values)):  # the same objects then are the same values
+                    self._checked[id(group)] = kept
+            checked.append(kept[1])
+        return checked
 
     # ---- the first gradient
 
@@ -245,7 +273,7 @@ class TwoBatchOptimizer(Optimizer):
         value, holds = None, False
         try:
             if closure is not None:
-                self._checked_rates()
+                self._checked_options()
                 holds = self._pair.grads is None and self.l != 1
                 with torch.enable_grad():
                     if holds:
@@ -266,9 +294,10 @@ class TwoBatchOptimizer(Optimizer):
 
     def _step(self, *, may_be_formality: bool) -> StepStats:
         pair, groups = self._pair, self.param_groups
-        rates = self._checked_rates()
+        checked = self._checked_options()
         scaled = getattr(self, "found_inf", None) is not None
-        if may_be_formality and not scaled and all(lr == 0 for lr in rates) and self._has_zero_gradients():
+        still = may_be_formality and not scaled and all(options.lr == 0 for options in checked)
+        if still and not any(map(on_device, groups)) and self._has_zero_gradients():
             # As torch.distributed.checkpoint does to have the state made.
             for group in groups:
                 self._make_state(group, [p for p in group["params"] if p.grad is not None])
@@ -278,29 +307,36 @@ class TwoBatchOptimizer(Optimizer):
             pair.stats = nothing_stepped(False)
             return pair.stats
         by_group = [
-            self._work_of(group, lr, first, second)
-            for group, lr, (first, second) in zip(groups, rates, lists, strict=True)
+            self._work_of(group, options, first, second)
+            for group, options, (first, second) in zip(groups, checked, lists, strict=True)
         ]
         work = [part for parts in by_group for part in parts]
+        if len(work) > 1:
+            ends = [f" of group {k}" for k, parts in enumerate(by_group) for _ in parts]
+            _check_apart([part.step for part in work], ends)
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
-        self._check_all(work, lists, scale)
         if scaled:
             pair.saw_grad_scaler = True
         if scale is not None:
             divide([g for both in lists for listed in both for g in listed or [] if g is not None], scale)
-        stats = StepStats.total([part.take(scaled) for part in work])
-        if pair.grads is not None and self.l != 1:
-            stats = StepStats(stats.raw, stats.has_second, two_batches=True)
-            if not pair.warned and stats.raw.is_cpu and stats.is_one_batch():
-                pair.warned = True
-                warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=5)
+        raws: list[Tensor] = []
+        for step, keep, _ in work:
+            raws.append(step(scaled))
+            if keep is not None:
+                keep(raws[-1], scaled)
+        held = pair.grads is not None
+        stats = StepStats(total(raws), held, two_batches=held and checked[0].l != 1)
+        if not pair.warned and stats.raw.is_cpu and stats.is_one_batch():
+            pair.warned = True
+            warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=5)
         pair.clear()
         pair.stats = stats
-        taken = stats.raw[FINITE] if scaled else 1
-        for group, lr, parts in zip(groups, rates, by_group, strict=True):
+        counted = stats.raw[FINITE] if scaled else 1
+        for group, options, parts in zip(groups, checked, by_group, strict=True):
             if parts and not any(part.moves for part in parts):
                 continue
-            count(group, taken, self._time_of(group["lr"].double() if lr is None else lr, group["l"]))
+            lr = group["lr"].double() if on_device(group) else options.lr
+            count(group, counted, self._time_of(lr, group["l"]))
         return stats
 
     def _time_of(self, lr: Any, l: float) -> Any:
@@ -331,27 +367,12 @@ class TwoBatchOptimizer(Optimizer):
             )
         return [(listed, None) for listed in lists]
 
-    def _check_all(
-        self, work: list[Work], lists: list[tuple[GroupGrads, GroupGrads | None]], scale: Tensor | None
-    ) -> None:
-        """Refuse what any part of the step would, before the first is taken or a gradient is unscaled."""
-        if len(work) > 1 or scale is not None:
-            for part in work:
-                if part.check is not None:
-                    part.check()
-        if len(self.param_groups) > 1:
-            check_apart(spans(with_gradient(self.param_groups, lists), "params"))
-        if any(second is not None and share_memory(first, second) for first, second in lists):
-            raise RuntimeError("the held gradient and the current one share memory: each must have its own")
-
-    def _work_of(
-        self, group: dict[str, Any], lr: float | None, first: GroupGrads, second: GroupGrads | None
-    ) -> list[Work]:
+    def _work_of(self, group: dict[str, Any], options: Any, first: GroupGrads, second: GroupGrads | None) -> list[Work]:
         """Check a group's gradients; return what updates it."""
-        return [self._work(group, lr, *lists) for lists in gradients(group["params"], first, second)]
+        return [self._work(group, options, *lists) for lists in gradients(group["params"], first, second)]
 
     def _work(
-        self, group: dict[str, Any], lr: float | None, params: list[Tensor], grads1: Grads, grads2: Grads | None
+        self, group: dict[str, Any], options: Any, params: list[Tensor], grads1: Grads, grads2: Grads | None
     ) -> Work:
         raise NotImplementedError
 
@@ -391,16 +412,19 @@ class TwoBatchOptimizer(Optimizer):
                 handle.remove()
 
     def _check_loaded_group(self, group: dict[str, Any]) -> None:
-        self._check_group(group)
-        learning_rate(group, read=True)
+        self._check_group(group, read=True)
         for name in CLOCKS:
-            if name in group:
-                check_number(name, group[name])
-        check_nonnegative("steps", float(group.get("steps", 0)))
-        check_nonnegative("time", float(group.get("time", 0.0)))
+            number(name, group.get(name, 0.0), **({} if name.endswith("_lost") else {"least": 0}))
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         """Mend what torch's own loading leaves."""
+
+
+def _check_apart(steps: list[Any], ends: list[str]) -> None:
+    """Refuse steps that share memory with one another; ``ends`` tell them apart in the names of their tensors."""
+    if not CheckedStep.together(steps):
+        written, first, second = zip(*(step.spans(end) for step, end in zip(steps, ends, strict=True)), strict=True)
+        check_apart(*(list(itertools.chain(*listed)) for listed in (written, first, second)))
 
 
 def _detached(value: Any) -> Any:

@@ -354,7 +354,7 @@ def test_l_above_1_needs_two_batches() -> None:
         (SVAGAdam, {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
         (SVAGAdam, {"l": 0.5}, "Invalid l: 0.5"),
         (SVAGAdam, {"l": 1e18}, "rounds to 1"),
-        (SVAGRMSprop, {"alpha": 1.0}, "Invalid alpha: 1.0"),
+        (SVAGRMSprop, {"alpha": 1.0}, "Invalid alpha value: 1.0"),
         (SVAGRMSprop, {"lr": math.nan}, "Invalid learning rate: nan"),
         (SVAGRMSprop, {"eps": math.inf}, "Invalid epsilon value: inf"),
     ],

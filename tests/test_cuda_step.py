@@ -102,7 +102,7 @@ def test_the_list_is_one_launch_and_a_finishing_one_on_the_tensors_device_and_st
     params = [t for d in (torch.float32, torch.bfloat16) for t in draw(d, 0, [(5,), (40_000,)])]
     grads = [torch.randn_like(p) for p in params]
     start = clones(params)
-    svag_step_(params, grads, grads, lr=0.3, l=2, weight_decay=0.02, backend="cuda")
+    svag_step_(params, grads, [g.clone() for g in grads], lr=0.3, l=2, weight_decay=0.02, backend="cuda")
     check(params, start, grads, grads, 2)
     assert kernels.launches() == [(DEVICE, STREAM, 2 * (1 + 10), 256), (DEVICE, STREAM, 1, 256)]
     assert kernels.device() == 0, "the current device is restored"
@@ -213,7 +213,14 @@ def test_compensation_follows_decay_below_one_ulp(kernels: HostKernels, dtype: t
     steps, l, lr, weight_decay = 60, 65536, 0.5, 0.01
     for _ in range(steps):
         svag_step_(
-            params, zeros, zeros, lr=lr, l=l, weight_decay=weight_decay, compensation=compensation, backend="cuda"
+            params,
+            zeros,
+            [torch.zeros_like(zeros[0])],
+            lr=lr,
+            l=l,
+            weight_decay=weight_decay,
+            compensation=compensation,
+            backend="cuda",
         )
     exact = 1.5 * (1 - lr / l * weight_decay) ** steps
     value = params[0].double() + compensation[0].double()

@@ -10,9 +10,9 @@ _PRELUDE = """
 import os, torch
 from svag_fast.ops import svag_step_
 torch.set_num_threads(2)
-params, grads = ([torch.ones(1 << 20) for _ in range(2)] for _ in range(2))
+params, grads1, grads2 = ([torch.ones(1 << 20) for _ in range(2)] for _ in range(3))
 def step():
-    return svag_step_(params, grads, grads, lr=0.5, l=1, backend="cpu")
+    return svag_step_(params, grads1, grads2, lr=0.5, l=1, backend="cpu")
 a = torch.randn(512, 512)
 """
 

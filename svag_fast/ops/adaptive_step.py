@@ -7,26 +7,28 @@ the two-batch combination of SVAG, with the square-root scaling rule read at κ 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from svag_fast.numeric import number
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import (
     check_decay,
+    check_held,
     check_like,
-    check_nonnegative,
     check_params,
     check_step_scalars,
     check_strides,
     integers,
     laid_out_like,
-    number,
     tensors,
 )
 from svag_fast.ops.library import register_op
-from svag_fast.ops.memory import address, addresses, check_apart, mark_written, spans
+from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
 from svag_fast.ops.step_stats import StepStats, nothing_stepped, raw_statistics
 from svag_fast.scaling_rules import square_root_scaling_rule
@@ -91,14 +93,9 @@ def svag_adaptive_step_(
     exp_avgs = None if exp_avgs is None else tensors("exp_avgs", exp_avgs, written=True)
     exp_avg_sqs = tensors("exp_avg_sqs", exp_avg_sqs, written=True)
     steps = integers("steps", steps)
-    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
-    eps = check_nonnegative("epsilon value", eps)
-    beta1, beta2 = number("beta1", beta1), number("beta2", beta2)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        check_beta(name, beta, l)
-        if name == "beta2" or exp_avgs is not None:
-            check_decay(name, beta, l, params)
-    if grads2 is None and l != 1:
+    options = AdaptiveOptions.checked(lr, l, None if exp_avgs is None else beta1, beta2, eps, weight_decay, maximize)
+    options.check_held(params)
+    if grads2 is None and options.l != 1:
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
     if not params:
         _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
@@ -111,20 +108,119 @@ def svag_adaptive_step_(
             exp_avgs,
             exp_avg_sqs,
             steps,
-            lr,
-            l,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
+            options.lr,
+            options.l,
+            options.beta1 or 0.0,
+            options.beta2,
+            options.eps,
+            options.weight_decay,
             bool(skip_nonfinite),
             backend,
-            maximize,
+            options.maximize,
         )
     return StepStats(raw, grads2 is not None)
 
 
-def check_adaptive_step(
+class AdaptiveOptions(NamedTuple):
+    """A step's options, checked; without ``beta1`` it is RMSprop's."""
+
+    lr: float
+    l: float
+    beta1: float | None
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    @classmethod
+    def checked(
+        cls,
+        lr: float,
+        l: float,
+        beta1: float | None,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        *,
+        names: tuple[str, str] = ("beta1", "beta2"),
+    ) -> AdaptiveOptions:
+        """Refuse what is no number or out of range, the betas by their ``names``; see :func:`svag_adaptive_step_`."""
+        lr, l, weight_decay = check_step_scalars(lr, l, weight_decay)
+        eps = number("epsilon value", eps, least=0)
+        if beta1 is not None:
+            beta1 = _check_beta(names[0], beta1, l)
+        return cls(lr, l, beta1, _check_beta(names[1], beta2, l), eps, weight_decay, bool(maximize))
+
+    def check_held(self, params: Sequence[Tensor]) -> None:
+        """Refuse options that the params' arithmetic can't hold."""
+        check_held(self.lr, self.l, self.weight_decay, params)
+        if self.beta1 is not None:
+            check_decay("beta1", self.beta1, self.l, params)
+        check_decay("beta2", self.beta2, self.l, params)
+
+
+def _check_beta(name: str, beta: float, l: float) -> float:
+    """Refuse a decay rate out of [0, 1), or one that ``l`` brings so near to 1 that it rounds to 1."""
+    beta = number(name, beta, least=0, below=1)
+    if beta + (1 - 1 / l) * (1 - beta) >= 1:
+        raise ValueError(f"Invalid l: {l} (with it {name} = {beta} becomes 1 - (1 - {name})/l, which rounds to 1)")
+    return beta
+
+
+@dataclass(frozen=True)
+class ReadyAdaptiveStep:
+    """A step on tensors and options that have been checked, each once; what is called takes it."""
+
+    params: list[Tensor]
+    grads1: list[Tensor]
+    grads2: list[Tensor] | None
+    exp_avgs: list[Tensor] | None
+    exp_avg_sqs: list[Tensor]
+    steps: list[int]
+    options: AdaptiveOptions
+    backend: Callable[..., Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        params: list[Tensor],
+        grads1: list[Tensor],
+        grads2: list[Tensor] | None,
+        exp_avgs: list[Tensor] | None,
+        exp_avg_sqs: list[Tensor],
+        *,
+        steps: list[int],
+        options: AdaptiveOptions,
+        backend: str,
+    ) -> ReadyAdaptiveStep:
+        """Refuse lists that :func:`svag_adaptive_step_` would."""
+        _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
+        step = select("svag_adaptive_step_", backend, params)
+        return cls(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, options, step)
+
+    def spans(self, of: str) -> Spans:
+        """Return where the written tensors and each batch's gradients lie; ``of`` ends their names."""
+        return _spans(self.params, self.grads1, self.grads2, self.exp_avgs, self.exp_avg_sqs, of)
+
+    def __call__(self, skip_nonfinite: bool) -> Tensor:
+        """Take the step; return StepStats.raw."""
+        with torch.no_grad():
+            raw = self.backend(
+                self.params,
+                laid_out_like(self.grads1, self.params),
+                None if self.grads2 is None else laid_out_like(self.grads2, self.params),
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                self.steps,
+                _Rates(self.options),
+                skip_nonfinite,
+            )
+        mark_written([*self.params, *(self.exp_avgs or []), *self.exp_avg_sqs])
+        return raw
+
+
+def ready_adaptive_step(
     params: list[Tensor],
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
@@ -132,36 +228,44 @@ def check_adaptive_step(
     exp_avg_sqs: list[Tensor],
     *,
     steps: list[int],
-    lr: float,
-    l: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    options: AdaptiveOptions,
     backend: str,
-) -> None:
-    """Refuse what :func:`svag_adaptive_step_` would, without a step: before the first of several is taken."""
+) -> ReadyAdaptiveStep:
+    """Refuse what :func:`svag_adaptive_step_` would; return the step, to be taken once all the others are ready too."""
     for name, written in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         tensors(name, written or [], written=True)
     for name, read in (("grads1", grads1), ("grads2", grads2)):
         tensors(name, read or [])
-    check_step_scalars(lr, l, weight_decay, params)
-    check_nonnegative("epsilon value", eps)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        check_beta(name, number(name, beta), l)
-        if name == "beta2" or exp_avgs is not None:
-            check_decay(name, beta, l, params)
-    _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
-    select("svag_adaptive_step_", backend, params)
+    options.check_held(params)
+    step = ReadyAdaptiveStep.of(
+        params, grads1, grads2, exp_avgs, exp_avg_sqs, steps=steps, options=options, backend=backend
+    )
+    if has_memory(params[0]):
+        return step
+
+    def without_memory(*_: object) -> Tensor:  # the dispatcher knows what a meta or fake tensor becomes
+        lr, l, beta1, beta2, eps, weight_decay, maximize = options
+        listed = params, grads1, grads2, exp_avgs, exp_avg_sqs, steps
+        raw: Tensor = _op(*listed, lr, l, beta1 or 0.0, beta2, eps, weight_decay, False, backend, maximize)
+        return raw
+
+    return replace(step, backend=without_memory)
 
 
-def check_beta(name: str, beta: float, l: float) -> None:
-    """Refuse a decay rate out of [0, 1), or one that ``l`` brings so near to 1 that it rounds to 1."""
-    if not 0.0 <= beta < 1.0:
-        raise ValueError(f"Invalid {name}: {beta} (expected a number in [0, 1))")
-    if beta + (1 - 1 / l) * (1 - beta) >= 1:
-        raise ValueError(f"Invalid l: {l} (with it {name} = {beta} becomes 1 - (1 - {name})/l, which rounds to 1)")
+def _spans(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    exp_avgs: Sequence[Tensor] | None,
+    exp_avg_sqs: Sequence[Tensor],
+    of: str = "",
+) -> Spans:
+    written = [
+        *spans(params, "params", of),
+        *spans(exp_avgs or [], "exp_avgs", of),
+        *spans(exp_avg_sqs, "exp_avg_sqs", of),
+    ]
+    return written, spans(grads1, "grads1", of), spans(grads2 or [], "grads2", of)
 
 
 def _check(
@@ -180,10 +284,7 @@ def _check(
     for name, listed in moments.items():
         if listed is not None:
             check_strides(name, listed, params)
-    check_apart(
-        [*spans(params, "params"), *spans(exp_avgs or [], "exp_avgs"), *spans(exp_avg_sqs, "exp_avg_sqs")],
-        [*spans(grads1, "grads1"), *spans(grads2 or [], "grads2")],
-    )
+    check_apart(*_spans(params, grads1, grads2, exp_avgs, exp_avg_sqs))
     if len(steps) != len(params):
         raise ValueError(f"steps has {len(steps)} numbers, but params has {len(params)}")
     for i, step in enumerate(steps):
@@ -194,24 +295,14 @@ def _check(
 class _Rates:
     """The scaled hyperparameters of one call, in the numbers that torch.optim's formulae use."""
 
-    def __init__(
-        self,
-        lr: float,
-        l: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        adam: bool,
-        maximize: bool,
-    ) -> None:
+    def __init__(self, options: AdaptiveOptions) -> None:
         scaled = square_root_scaling_rule(
-            1 / l, batch_size=1, lr=lr, beta1=beta1 if adam else None, beta2=beta2, eps=eps
+            1 / options.l, batch_size=1, lr=options.lr, beta1=options.beta1, beta2=options.beta2, eps=options.eps
         )
-        c1, c2 = svag_coefficients(l)
-        self.c1, self.c2 = (-c1, -c2) if maximize else (c1, c2)
+        c1, c2 = svag_coefficients(options.l)
+        self.c1, self.c2 = (-c1, -c2) if options.maximize else (c1, c2)
         self.lr, self.beta1, self.beta2, self.eps = scaled.lr, scaled.beta1, scaled.beta2, scaled.eps
-        self.weight_decay = weight_decay
+        self.weight_decay = options.weight_decay
 
     def step_size(self, step: int) -> float:
         """Return lr over the first bias correction; RMSprop has none."""
@@ -239,14 +330,11 @@ def _run(
     backend: str,
     maximize: bool = False,
 ) -> Tensor:
-    _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
-    step = select("svag_adaptive_step_", backend, params)
-    grads1 = laid_out_like(grads1, params)
-    grads2 = None if grads2 is None else laid_out_like(grads2, params)
-    rates = _Rates(lr, l, beta1, beta2, eps, weight_decay, exp_avgs is not None, maximize)
-    raw: Tensor = step(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, rates, skip_nonfinite)
-    mark_written([*params, *(exp_avgs or []), *exp_avg_sqs])
-    return raw
+    options = AdaptiveOptions(lr, l, None if exp_avgs is None else beta1, beta2, eps, weight_decay, maximize)
+    step = ReadyAdaptiveStep.of(
+        params, grads1, grads2, exp_avgs, exp_avg_sqs, steps=steps, options=options, backend=backend
+    )
+    return step(skip_nonfinite)
 
 
 def _fake(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from svag_fast.numeric import number
 from svag_fast.ops.backends import implements, select
-from svag_fast.ops.checks import integer, number, numbers
+from svag_fast.ops.checks import integer, numbers
 from svag_fast.ops.memory import address, has_memory, mark_written
 from svag_fast.ops.philox_normal import Key, check_stream, philox_normal_
 
@@ -26,13 +26,10 @@ class AffineStep:
 
     def __post_init__(self) -> None:
         for name in ("keep", "shift", "slope", "spread"):
-            value = number(name, getattr(self, name))
-            if not math.isfinite(value):
-                raise ValueError(f"Invalid {name}: {value}, expected a finite number")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         weights = tuple(numbers("weights", self.weights))
-        if not weights or not all(map(math.isfinite, weights)):
-            raise ValueError(f"Invalid weights: {self.weights}, expected at least one finite number")
+        if not weights:
+            raise ValueError("Invalid weights: none, expected at least one finite number")
         object.__setattr__(self, "weights", weights)
 
     def check_dtype(self, dtype: torch.dtype) -> None:

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import BACKENDS, requested
-from svag_fast.ops.checks import check_momentum, check_step_scalars
-from svag_fast.ops.memory import address, mark_written
-from svag_fast.ops.step import host_scalars, step_scalars
-from svag_fast.ops.step_stats import StepStats
+from svag_fast.ops.memory import Spans, address, mark_written
+from svag_fast.ops.step import StepOptions, options_scalars, step_spans
 
 
 @functools.cache
@@ -33,44 +31,53 @@ def tensor_reader() -> Any:
 class CheckedStep:
     """A step of plain tensors on the CPU, with all checks of :func:`svag_step_` made; it holds the tensors."""
 
-    def __init__(self, step: Any, written: list[Tensor], scalars: tuple[float, ...], has_second: bool) -> None:
+    def __init__(self, step: Any, tensors: tuple[Any, Any, Any, Any], options: StepOptions) -> None:
         self._step = step
-        self._written = written
-        self._scalars = scalars
-        self._has_second = has_second
+        self._tensors = tensors
+        self._scalars = options_scalars(options)
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         params: list[Tensor],
         grads1: list[Any],
         grads2: list[Any] | None,
+        options: StepOptions,
         *,
-        lr: float,
-        l: float,
-        weight_decay: float,
-        backend: str,
         momentum_buffers: list[Tensor] | None = None,
-        momentum: float = 0.0,
-        momentum_rule: str = "time",
-        maximize: bool = False,
+        backend: str,
     ) -> CheckedStep | None:
-        """Return the step, or None where :func:`svag_step_` must take it or say what is wrong."""
-        if requested(backend) not in ("auto", "cpu") or torch.compiler.is_compiling():
+        """Return the step, or None where :class:`ReadyStep` must take it or say what is wrong."""
+        if requested(backend) not in ("auto", "cpu"):
             return None
         if not params or (reader := tensor_reader()) is None:
             return None
-        if (momentum != 0) != (momentum_buffers is not None):
+        if (options.momentum != 0) != (momentum_buffers is not None):
             return None
         if (step := reader.checked_step(params, grads1, grads2, momentum_buffers)) is None:
             return None
-        lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
-        check_momentum(momentum, momentum_rule, l, params)
-        scalars = host_scalars(step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize))
-        return CheckedStep(step, [*params, *(momentum_buffers or [])], scalars, grads2 is not None)
+        options.check_held(params)
+        return cls(step, (params, grads1, grads2, momentum_buffers), options)
 
-    def __call__(self, skip_nonfinite: bool) -> StepStats:
-        """Take the step."""
+    def spans(self, of: str) -> Spans:
+        """Return where the written tensors and each batch's gradients lie; ``of`` ends their names."""
+        params, grads1, grads2, momentum_buffers = self._tensors
+        return step_spans(params, grads1, grads2, None, momentum_buffers, of)
+
+    @staticmethod
+    def together(steps: list[Any]) -> bool:
+        """Whether all are of this kind, and none shares memory with another that it must not."""
+        if not all(type(step) is CheckedStep for step in steps):
+            return False
+        from svag_fast import _C
+
+        apart: bool = _C.steps_apart([step._step for step in steps])
+        return apart
+
+    def __call__(self, skip_nonfinite: bool) -> Tensor:
+        """Take the step; return StepStats.raw."""
+        params, _, _, momentum_buffers = self._tensors
         raw = torch.empty(5, dtype=torch.float64, device="cpu")
         self._step.take(*self._scalars, skip_nonfinite, torch.get_num_threads(), address(raw, "raw"))
-        mark_written(self._written)
-        return StepStats(raw, self._has_second)
+        mark_written([*params, *momentum_buffers] if momentum_buffers else params)
+        return raw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,17 +11,10 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from svag_fast.numeric import number, shown
 from svag_fast.ops.memory import check_allocated, check_bits, resolved
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def number(name: str, value: Any) -> float:
-    """Return ``value`` as a float: a Python or NumPy number, or a tensor of one element."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"{name} is {_short(value)}: expected a number") from error
 
 
 def integer(name: str, value: Any) -> int:
@@ -30,7 +22,7 @@ def integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} is {_short(value)}: expected an integer") from error
+        raise TypeError(f"{name} is {shown(value)}: expected an integer") from error
 
 
 def integers(name: str, values: Any) -> list[int]:
@@ -38,38 +30,23 @@ def integers(name: str, values: Any) -> list[int]:
     try:
         listed = list(values)
     except TypeError as error:
-        raise TypeError(f"{name} is {_short(values)}: expected integers") from error
+        raise TypeError(f"{name} is {shown(values)}: expected integers") from error
     return [integer(f"{name}[{i}]", value) for i, value in enumerate(listed)]
 
 
 def numbers(name: str, values: Any) -> list[float]:
-    """Return ``values`` as floats; see :func:`number`."""
+    """Return ``values`` as floats; see :func:`svag_fast.numeric.number`."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} is {_short(values)}: expected numbers")
+        raise TypeError(f"{name} is {shown(values)}: expected numbers")
     return [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_l(l: float) -> float:
     """Refuse an SVAG hyperparameter that is not a finite number of at least 1, or too large for float64; return it."""
-    value = number("l", l)
-    if not (math.isfinite(value) and value >= 1):
-        raise ValueError(f"Invalid l: {l} (expected a finite number >= 1)")
+    value = number("l", l, least=1)
     if value > _LARGEST[torch.float64]:
         raise ValueError(f"Invalid l: {l} (expected at most 2^1022: 2l must be a number in float64)")
     return value
-
-
-def check_nonnegative(name: str, value: float) -> float:
-    """Refuse a negative, infinite or nan ``value`` in torch.optim's own words; return it as a float."""
-    result = number(name, value)
-    if not (math.isfinite(result) and result >= 0):
-        raise ValueError(f"Invalid {name}: {value} (expected a finite number >= 0)")
-    return result
 
 
 # The greatest power of two whose inverse is a normal number.
@@ -83,19 +60,24 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_step_scalars(
-    lr: float, l: float, weight_decay: float, params: Sequence[Tensor]
+    lr: float, l: float, weight_decay: float, params: Sequence[Tensor] = ()
 ) -> tuple[float, float, float]:
-    """Return the step's ``lr, l, weight_decay`` as floats, refused where the params' arithmetic can't hold them.
+    """Return the step's ``lr, l, weight_decay`` as floats, refused where the params' arithmetic can't hold them."""
+    lr, l = number("learning rate", lr, least=0), check_l(l)
+    weight_decay = number("weight_decay value", weight_decay, least=0)
+    check_held(lr, l, weight_decay, params)
+    return lr, l, weight_decay
+
+
+def check_held(lr: float, l: float, weight_decay: float, params: Sequence[Tensor]) -> None:
+    """Refuse scalars that the params' arithmetic can't hold.
 
     All of them, 1/l and so c1 and c2 must be finite, normal numbers there; ``lr / l`` may not be 0 through ``l``.
     """
-    lr, l = check_nonnegative("learning rate", lr), check_l(l)
-    weight_decay = check_nonnegative("weight_decay", weight_decay)
     largest = _LARGEST[torch.float32]
     if max(lr, l, weight_decay) > largest or (lr >= 1 / largest and lr / l < _LEAST):
         for i, p in enumerate(params):
             check_representable(p.dtype, f"params[{i}], which is {p.dtype}", lr, l, weight_decay)
-    return lr, l, weight_decay
 
 
 def check_representable(dtype: torch.dtype, what: str, lr: float, l: float, weight_decay: float = 0.0) -> None:
@@ -144,19 +126,14 @@ def tensors(name: str, values: Any, *, written: bool = False) -> list[Tensor]:
     return [tensor(f"{name}[{i}]", t, written=written) for i, t in enumerate(listed)]
 
 
-def check_momentum(momentum: float, rule: str, l: float, params: Sequence[Tensor] = ()) -> None:
-    """Refuse a momentum out of [0, 1), an unknown rule, or one that ``l`` brings so near to 1 that it rounds to 1.
-
-    For ``params`` see :func:`check_decay`.
-    """
-    if not 0.0 <= number("momentum value", momentum) < 1.0:
-        raise ValueError(f"Invalid momentum value: {momentum} (expected a number in [0, 1))")
+def check_momentum(momentum: float, rule: str, l: float) -> float:
+    """Return a momentum as a float; refuse one out of [0, 1), or that ``l`` makes 1, and an unknown rule."""
+    momentum = number("momentum value", momentum, least=0, below=1)
     if rule not in ("time", "fixed"):
         raise ValueError(f"Invalid momentum_rule: {rule!r} (expected 'time' or 'fixed')")
     if rule == "time" and momentum != 0 and 1 - (1 - momentum) / l >= 1:
         raise ValueError(f"Invalid l: {l} (with it momentum = {momentum} becomes 1 - (1 - momentum)/l, which is 1)")
-    if rule == "time" and momentum != 0:
-        check_decay("momentum", momentum, l, params)
+    return momentum
 
 
 def check_decay(name: str, rate: float, l: float, params: Sequence[Tensor]) -> None:

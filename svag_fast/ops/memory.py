@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -69,39 +71,98 @@ def addresses(tensors: Sequence[Tensor], name: str) -> list[int]:
     return [address(t, f"{name}[{i}]") for i, t in enumerate(tensors)]
 
 
-Span = tuple[int, int, str]
+class Span(NamedTuple):
+    """The memory that a tensor lies in."""
+
+    start: int
+    end: int
+    name: str
+    tensor: Tensor
 
 
-def spans(tensors: Iterable[Tensor], name: str) -> list[Span]:
-    """Return the first byte, the end and the name of the memory that each tensor lies in, of those that have any."""
+Spans = tuple[list[Span], list[Span], list[Span]]  # of what a step writes, and of each batch's gradients
+
+
+def spans(tensors: Iterable[Tensor], name: str, of: str = "") -> list[Span]:
+    """Return where each tensor lies, of those that lie anywhere, with its name, which ``of`` ends."""
     return [
-        (start := t.data_ptr(), start + _extent(t) * t.element_size(), f"{name}[{i}]")
+        Span(start := t.data_ptr(), start + (t.nbytes if t.is_contiguous() else _extent(t)), f"{name}[{i}]{of}", t)
         for i, t in enumerate(tensors)
         if has_memory(t) and t.numel()
     ]
 
 
 def _extent(t: Tensor) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return elements * t.element_size()
 
 
-def check_apart(written: Iterable[Span], read: Iterable[Span] = (), *, elementwise: bool = True) -> None:
-    """Refuse what is written where it shares memory with another tensor.
+def check_apart(
+    written: Iterable[Span],
+    read: Sequence[Span] = (),
+    other: Sequence[Span] = (),
+    *,
+    elementwise: bool = True,
+) -> None:
+    """Refuse what is written where it shares memory with another tensor, and two batches' gradients that share it.
 
-    ``elementwise``: each element is read before it is written, so a read tensor may be a written one itself (a
-    gradient that is its own param).
+    Args:
+        written: dense tensors.
+        read: what the step reads; of a step of two batches the first one's gradients.
+        other: the second one's: in the same memory as the first's they would be one batch's.
+        elementwise: each element is read before it is written, so a read tensor may be a written one itself (a
+            gradient that is its own param).
     """
     listed = list(written)
-    written = sorted(listed)
+    written = sorted(listed, key=lambda span: span[:2])
     for first, second in itertools.pairwise(written):
         if second[0] < first[1]:
-            one, other = (name for _, _, name in sorted((first, second), key=listed.index))
-            raise ValueError(f"{one} and {other} share memory: each must have its own")
-    starts = [start for start, _, _ in written]
-    for start, end, name in read:
+            one, two = (span.name for span in sorted((first, second), key=listed.index))
+            raise ValueError(f"{one} and {two} share memory: each must have its own")
+    starts = [span.start for span in written]
+    for start, end, name, _ in itertools.chain(read, other):
         last = bisect.bisect_left(starts, end) - 1  # no other reaches as far
-        if last >= 0 and written[last][1] > start and not (elementwise and written[last][:2] == (start, end)):
-            raise ValueError(f"{name} shares memory with {written[last][2]}, which the step writes: it must be apart")
+        if last >= 0 and written[last].end > start and not (elementwise and written[last][:2] == (start, end)):
+            raise ValueError(f"{name} shares memory with {written[last].name}, which the step writes: it must be apart")
+    for first, second in _overlapping(read, other):
+        if _share_elements(first.tensor, second.tensor):
+            raise ValueError(
+                f"{second.name} shares memory with {first.name}: the gradients of two batches must each have their own"
+            )
+
+
+def _overlapping(first: Sequence[Span], second: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
+    """Yield the pairs of the two lists of which one begins before the other ends."""
+    reached: tuple[list[Span], list[Span]] = ([], [])  # those that may reach on
+    for span, kind in sorted([*((s, 0) for s in first), *((s, 1) for s in second)], key=lambda item: item[0].start):
+        for other in reached[1 - kind]:
+            if other.end > span.start:
+                yield (other, span) if kind else (span, other)
+        reached[kind][:] = [s for s in reached[kind] if s.end > span.start]
+        reached[kind].append(span)
+
+
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose memory is interleaved (slices of one tensor) have an element in common."""
+    return bool(np.shares_memory(_Bytes.of(a), _Bytes.of(b)))
+
+
+class _Bytes:
+    """A tensor's place in memory, on any device, as NumPy's array interface tells it; nobody looks there."""
+
+    def __init__(self, t: Tensor) -> None:
+        size = t.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(t.shape),
+            "strides": tuple(s * size for s in t.stride()),
+            "typestr": f"|V{size}",
+            "data": (t.data_ptr(), True),
+        }
+
+    @staticmethod
+    def of(t: Tensor) -> Any:
+        return np.asarray(_Bytes(t))
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:

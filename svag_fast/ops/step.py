@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from svag_fast.kernels.device_cache import DeviceCache
 from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import (
+    check_decay,
+    check_held,
     check_l,
     check_like,
     check_momentum,
@@ -24,7 +28,7 @@ from svag_fast.ops.checks import (
     tensors,
 )
 from svag_fast.ops.library import register_op
-from svag_fast.ops.memory import address, addresses, check_apart, mark_written, spans
+from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, raw_statistics
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -122,14 +126,14 @@ def svag_step_(
         momentum_buffers = tensors("momentum_buffers", momentum_buffers, written=True)
     if coefficients is not None:
         tensor("coefficients", coefficients)
-    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
-    check_momentum(momentum, momentum_rule, l, params)
-    if coefficients is None and (momentum != 0) != (momentum_buffers is not None):
+    options = StepOptions.checked(lr, l, weight_decay, momentum, momentum_rule, maximize)
+    options.check_held(params)
+    if coefficients is None and (options.momentum != 0) != (momentum_buffers is not None):
         raise ValueError(
             f"momentum is {momentum}, and momentum_buffers "
             + ("None: expected a buffer for each of the params" if momentum_buffers is None else "given: expected None")
         )
-    if grads2 is None and l != 1:
+    if grads2 is None and options.l != 1:
         raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
     if not params:
         _check_lists(params, grads1, grads2, compensation, momentum_buffers)
@@ -140,48 +144,139 @@ def svag_step_(
             grads1,
             grads2,
             compensation,
-            lr,
-            l,
-            weight_decay,
+            *options[:3],
             bool(skip_nonfinite),
             coefficients,
             backend,
             momentum_buffers,
-            float(momentum),
-            momentum_rule,
-            bool(maximize),
+            *options[3:],
         )
     return StepStats(raw, grads2 is not None)
 
 
-def check_step(
+class StepOptions(NamedTuple):
+    """A step's options, checked."""
+
+    lr: float
+    l: float
+    weight_decay: float
+    momentum: float
+    momentum_rule: str
+    maximize: bool
+
+    @classmethod
+    def checked(
+        cls,
+        lr: float,
+        l: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        momentum_rule: str = "time",
+        maximize: bool = False,
+    ) -> StepOptions:
+        """Refuse what is no number or out of range; see :func:`svag_step_`."""
+        lr, l, weight_decay = check_step_scalars(lr, l, weight_decay)
+        momentum = check_momentum(momentum, momentum_rule, l)
+        return cls(lr, l, weight_decay, momentum, momentum_rule, bool(maximize))
+
+    def check_held(self, params: Sequence[Tensor]) -> None:
+        """Refuse options that the params' arithmetic can't hold."""
+        check_held(self.lr, self.l, self.weight_decay, params)
+        if self.momentum != 0 and self.momentum_rule == "time":
+            check_decay("momentum", self.momentum, self.l, params)
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """A step on tensors and options that have been checked, each once; what is called takes it."""
+
+    params: list[Tensor]
+    grads1: list[Tensor]
+    grads2: list[Tensor] | None
+    compensation: list[Tensor]
+    momentum_buffers: list[Tensor]
+    options: StepOptions
+    coefficients: Tensor | None
+    backend: Callable[..., Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        params: list[Tensor],
+        grads1: list[Tensor],
+        grads2: list[Tensor] | None,
+        options: StepOptions,
+        *,
+        compensation: list[Tensor] | None = None,
+        momentum_buffers: list[Tensor] | None = None,
+        coefficients: Tensor | None = None,
+        backend: str,
+    ) -> ReadyStep:
+        """Refuse lists that :func:`svag_step_` would."""
+        _check_lists(params, grads1, grads2, compensation, momentum_buffers)
+        if coefficients is not None:
+            _check_coefficients(coefficients, params[0].device)
+        step = select("svag_step_", backend, params)
+        return cls(params, grads1, grads2, compensation or [], momentum_buffers or [], options, coefficients, step)
+
+    def spans(self, of: str) -> Spans:
+        """Return where the written tensors and each batch's gradients lie; ``of`` ends their names."""
+        return step_spans(self.params, self.grads1, self.grads2, self.compensation, self.momentum_buffers, of)
+
+    def __call__(self, skip_nonfinite: bool) -> Tensor:
+        """Take the step; return StepStats.raw."""
+        with torch.no_grad():
+            raw = self.backend(
+                self.params,
+                laid_out_like(self.grads1, self.params),
+                None if self.grads2 is None else laid_out_like(self.grads2, self.params),
+                self.compensation,
+                self.momentum_buffers,
+                step_scalars(*self.options),
+                skip_nonfinite,
+                self.coefficients,
+            )
+        mark_written([*self.params, *self.compensation, *self.momentum_buffers])
+        return raw
+
+
+def ready_step(
     params: list[Tensor],
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
+    options: StepOptions,
     *,
-    lr: float,
-    l: float,
-    weight_decay: float,
-    momentum: float = 0.0,
-    momentum_rule: str = "time",
-    maximize: bool = False,
-    compensation: list[Tensor] | None = None,
-    momentum_buffers: list[Tensor] | None = None,
-    coefficients: Tensor | None = None,
+    compensation: list[Tensor] | None,
+    momentum_buffers: list[Tensor] | None,
+    coefficients: Tensor | None,
     backend: str,
-) -> None:
-    """Refuse what :func:`svag_step_` would, without a step: before the first of several is taken."""
+) -> ReadyStep:
+    """Refuse what :func:`svag_step_` would; return the step, to be taken once all the others are ready too."""
     tensors("params", params, written=True)
     for name, read in (("grads1", grads1), ("grads2", grads2)):
         tensors(name, read or [])
     for name, written in (("compensation", compensation), ("momentum_buffers", momentum_buffers)):
         tensors(name, written or [], written=True)
-    check_step_scalars(lr, l, weight_decay, params)
-    check_momentum(momentum, momentum_rule, l, params)
-    _check_lists(params, grads1, grads2, compensation, momentum_buffers)
-    if coefficients is not None:
-        _check_coefficients(coefficients, params[0].device)
-    select("svag_step_", backend, params)
+    options.check_held(params)
+    step = ReadyStep.of(
+        params,
+        grads1,
+        grads2,
+        options,
+        compensation=compensation,
+        momentum_buffers=momentum_buffers,
+        coefficients=coefficients,
+        backend=backend,
+    )
+    if has_memory(params[0]):
+        return step
+
+    def without_memory(*_: object) -> Tensor:  # the dispatcher knows what a meta or fake tensor becomes
+        listed = params, grads1, grads2, compensation or [], *options[:3]
+        raw: Tensor = _op(*listed, False, coefficients, backend, momentum_buffers, *options[3:])
+        return raw
+
+    return replace(step, backend=without_memory)
 
 
 def _check_lists(
@@ -207,13 +302,26 @@ def _check_lists(
     if momentum_buffers is not None:
         check_like("momentum_buffers", momentum_buffers, params, dtypes="arithmetic")
         check_strides("momentum_buffers", momentum_buffers, params)
-    check_apart(
+    check_apart(*step_spans(params, grads1, grads2, compensation, momentum_buffers))
+
+
+def step_spans(
+    params: Sequence[Tensor],
+    grads1: Sequence[Tensor],
+    grads2: Sequence[Tensor] | None,
+    compensation: Sequence[Tensor] | None,
+    momentum_buffers: Sequence[Tensor] | None,
+    of: str = "",
+) -> Spans:
+    """Return where a step's tensors lie."""
+    return (
         [
-            *spans(params, "params"),
-            *spans(compensation or [], "compensation"),
-            *spans(momentum_buffers or [], "momentum_buffers"),
+            *spans(params, "params", of),
+            *spans(compensation or [], "compensation", of),
+            *spans(momentum_buffers or [], "momentum_buffers", of),
         ],
-        [*spans(grads1, "grads1"), *spans(grads2 or [], "grads2")],
+        spans(grads1, "grads1", of),
+        spans(grads2 or [], "grads2", of),
     )
 
 
@@ -292,17 +400,17 @@ def _run(
     momentum_rule: str = "time",
     maximize: bool = False,
 ) -> Tensor:
-    _check_lists(params, grads1, grads2, compensation, momentum_buffers)
-    if coefficients is not None:
-        _check_coefficients(coefficients, params[0].device)
-    step = select("svag_step_", backend, params)
-    grads1 = laid_out_like(grads1, params)
-    grads2 = None if grads2 is None else laid_out_like(grads2, params)
-    scalars = step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize)
-    buffers = momentum_buffers or []
-    raw: Tensor = step(params, grads1, grads2, compensation, buffers, scalars, skip_nonfinite, coefficients)
-    mark_written([*params, *compensation, *buffers])
-    return raw
+    step = ReadyStep.of(
+        params,
+        grads1,
+        grads2,
+        StepOptions(lr, l, weight_decay, momentum, momentum_rule, maximize),
+        compensation=compensation,
+        momentum_buffers=momentum_buffers,
+        coefficients=coefficients,
+        backend=backend,
+    )
+    return step(skip_nonfinite)
 
 
 def _fake(
@@ -330,6 +438,12 @@ _op = register_op(
     _run,
     _fake,
 )
+
+
+@functools.lru_cache(64)
+def options_scalars(options: StepOptions) -> tuple[float, float, float, float, float, float]:
+    """Return the options as :func:`host_scalars` does."""
+    return host_scalars(step_scalars(*options))
 
 
 def host_scalars(

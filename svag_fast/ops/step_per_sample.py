@@ -81,8 +81,7 @@ def _check(params: Sequence[Tensor], grads1: Sequence[Tensor], grads2: Sequence[
         _check_grads("grads2", grads2, params)
     check_params(params)
     # A sample is not the param's own element: the means are taken first.
-    read = [*spans(grads1, "grads1"), *spans(grads2 or [], "grads2")]
-    check_apart(spans(params, "params"), read, elementwise=False)
+    check_apart(spans(params, "params"), spans(grads1, "grads1"), spans(grads2 or [], "grads2"), elementwise=False)
 
 
 def _check_grads(name: str, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -96,20 +96,18 @@ class StepStats:
         noise_trace = self.noise_trace
         return None if noise_trace is None else noise_trace / self.raw[_INNER]
 
-    @staticmethod
-    def total(parts: Sequence[StepStats]) -> StepStats:
-        """Return the statistics of several lists (param groups; devices) as of one, on the first one's device."""
-        if len(parts) == 1:
-            return parts[0]
-        raw = torch.stack([part.raw.to(parts[0].raw.device) for part in parts])
-        return StepStats(
-            torch.cat([raw[:, :FINITE].sum(0), raw[:, FINITE:].amin(0)]), all(part.has_second for part in parts)
-        )
-
 
 def is_one_batch(sq_norm1: float, sq_norm2: float, inner: float, weight_sq_norm: float, finite: float) -> bool:
     """Whether these raw statistics are those of one gradient, not zero, given twice."""
     return sq_norm1 == sq_norm2 == inner != 0 and finite != 0
+
+
+def total(raws: Sequence[Tensor]) -> Tensor:
+    """Return the raw statistics of several lists (param groups; devices) as of one, on the first one's device."""
+    if len(raws) == 1:
+        return raws[0]
+    raw = torch.stack([raw.to(raws[0].device) for raw in raws])
+    return torch.cat([raw[:, :FINITE].sum(0), raw[:, FINITE:].amin(0)])
 
 
 def nothing_stepped(has_second: bool) -> StepStats:

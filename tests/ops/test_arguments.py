@@ -23,6 +23,7 @@ from svag_fast.ops import (
     weight_grad_and_sq_norms,
 )
 from svag_fast.ops.checked_step import CheckedStep
+from svag_fast.ops.step import StepOptions
 from svag_fast.sde import processes
 from svag_fast.sde.affine import AffineProblem
 from svag_fast.sde.laws import Gaussian
@@ -45,8 +46,8 @@ def adaptive(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 
 
 def per_sample(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    grads = [torch.ones(3, 5, dtype=dtype)]
-    return svag_step_per_sample_(ones(dtype), grads, grads, **{"lr": 0.1, "l": 4, **options})
+    grads1, grads2 = ([torch.ones(3, 5, dtype=dtype)] for _ in range(2))
+    return svag_step_per_sample_(ones(dtype), grads1, grads2, **{"lr": 0.1, "l": 4, **options})
 
 
 def weight_step(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -78,8 +79,8 @@ def optimizer(dtype: torch.dtype = torch.float32, **options: Any) -> None:
 
 
 def checked(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    options = {"lr": 0.1, "l": 4, "weight_decay": 0.0, **options}
-    return CheckedStep.of(ones(dtype), ones(dtype), ones(dtype), backend="auto", **options)
+    checked = StepOptions.checked(**{"lr": 0.1, "l": 4, **options})
+    return CheckedStep.of(ones(dtype), ones(dtype), ones(dtype), checked, backend="auto")
 
 
 STEPS = {
@@ -145,13 +146,13 @@ def test_any_kind_of_integer_is_taken(place: str) -> None:
         (lambda: walk(steps=2**80), "Invalid steps"),
         (lambda: walk(threads=2**40), "Invalid threads"),
         (lambda: walk(step=(1, 2, 3, 4)), "step is a tuple"),
-        (lambda: AffineStep("1", None, 0, 0), "shift is None"),  # type: ignore[arg-type]
-        (lambda: AffineStep(1, 0, 0, 0, weights=[[1.0]]), r"weights\[0\] is \[1.0\]"),  # type: ignore[arg-type,list-item]
+        (lambda: AffineStep("1", 0, 0, 0), "Invalid keep: '1'"),  # type: ignore[arg-type]
+        (lambda: AffineStep(1, 0, 0, 0, weights=[[1.0]]), r"Invalid weights\[0\]: \[1.0\]"),  # type: ignore[arg-type,list-item]
         (lambda: AffineStep(1, 0, 0, 0, weights=1.0), "weights is 1.0"),  # type: ignore[arg-type]
         (lambda: adaptive(steps=[[1]]), r"steps\[0\] is \[1\]"),
         (lambda: adaptive(steps=1), "steps is 1"),
-        (lambda: adaptive(beta1="a"), "beta1 is 'a'"),
-        (lambda: adaptive(eps=None), "epsilon value is None"),
+        (lambda: adaptive(beta1="a"), "Invalid beta1: 'a'"),
+        (lambda: adaptive(eps=None), "Invalid epsilon value: None"),
         (lambda: weight_grad(segments=[[0], [1], [0], [1]]), r"segments\[0\] is \[0\]"),
         (lambda: weight_grad(segments=1), "segments is 1"),
         (lambda: weight_grad(padding=[[1], 1]), r"padding\[0\] is \[1\]"),
@@ -160,7 +161,7 @@ def test_any_kind_of_integer_is_taken(place: str) -> None:
         (lambda: svag_step_(torch.ones(5), ones(), ones(), lr=0.1, l=4), "params is a tensor"),
         (lambda: svag_step_(ones(), 1.0, ones(), lr=0.1, l=4), "grads1 is a float"),  # type: ignore[arg-type]
         (lambda: svag_step_([ones()], ones(), ones(), lr=0.1, l=4), r"params\[0\] is a list"),  # type: ignore[list-item]
-        (lambda: svag_coefficients("a"), "l is 'a'"),  # type: ignore[arg-type]
+        (lambda: svag_coefficients("a"), "Invalid l: 'a'"),  # type: ignore[arg-type]
         (lambda: processes.SGD("a"), "Invalid lr: 'a'"),  # type: ignore[arg-type]
     ],
 )
@@ -174,7 +175,19 @@ def test_lists_and_ranges_are_checked(call: Callable[[], Any], message: str) -> 
 def test_a_steps_scalars_are_numbers(name: str, option: str) -> None:
     if name == "SVAG":
         return  # its own checks
-    for value in ("a", None, [1.0], 1j, torch.ones(2)):
+    for value in (
+        "a",
+        "0.1",
+        b"1",
+        None,
+        [1.0],
+        1j,
+        np.complex64(1),
+        np.str_("1"),
+        True,
+        np.bool_(True),
+        torch.ones(2),
+    ):
         with pytest.raises(TypeError, match="expected a number"):
             STEPS[name](**{option: value})
     for value in (np.float32(2.0), np.int64(2), torch.tensor(2.0)):

@@ -14,11 +14,12 @@ from op_calls import ARGUMENTS, CALLS, Tensors, copies
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svag_fast import SVAG
+from svag_fast import SVAG, SVAGAdam
 from svag_fast.ops import memory, philox_normal_, svag_step_
 from svag_fast.ops.layer_product import Geometry
 from svag_fast.ops.memory import address
 from svag_fast.ops.weight_grad import unchecked_weight_grads
+from svag_fast.two_batch import TwoBatchOptimizer
 
 REFUSALS = (ValueError, TypeError)
 
@@ -320,6 +321,71 @@ def test_state_that_overlaps_is_refused() -> None:
     tensors["exp_avgs"] = tensors["exp_avg_sqs"]
     with pytest.raises(ValueError, match=r"exp_avgs\[0\] and exp_avg_sqs\[0\] share memory"):
         call.results(tensors)
+
+
+TWO_BATCHES = [op for op, call in CALLS.items() if "grads2" in call.make(torch.float32)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", TWO_BATCHES)
+def test_two_batches_gradients_in_the_same_memory_are_refused(op: str, backend: str) -> None:
+    """N would be 0 of one batch, or wrong where they share a part."""
+    for part in (slice(None), slice(1, None)):
+        tensors = CALLS[op].make(torch.float32)
+        whole = torch.randn(tensors["grads2"].numel() + 1)
+        tensors["grads1"] = whole[part][: tensors["grads1"].numel()].view(tensors["grads1"].shape)
+        tensors["grads2"] = whole[:-1].view(tensors["grads2"].shape)
+        before = copies(tensors)
+        with pytest.raises(ValueError, match=r"grads2\[0\] shares memory with grads1\[0\]"):
+            CALLS[op].results(tensors, backend)
+        assert all(torch.equal(t, before[n]) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("op", TWO_BATCHES)
+def test_two_batches_gradients_may_be_interleaved_slices(op: str) -> None:
+    plain = CALLS[op].make(torch.float32)
+    plain["grads1"] = plain["grads2"].flip(0).clone()
+    both = torch.stack([plain["grads1"], plain["grads2"]], -1)
+    expected = CALLS[op].results(copies(plain))
+    found = CALLS[op].results({**copies(plain), "grads1": both[..., 0], "grads2": both[..., 1]})
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("make", [SVAG, SVAGAdam])
+def test_groups_that_share_memory_are_refused_before_any_steps(make: Callable[..., TwoBatchOptimizer]) -> None:
+    whole = torch.arange(6.0)
+
+    def opt(*params: Tensor) -> TwoBatchOptimizer:
+        return make([{"params": [nn.Parameter(p)]} for p in params], lr=0.1, l=2)
+
+    for params, grads1, grads2, message in (
+        (
+            (whole[:3], whole[2:5]),
+            [torch.ones(3)] * 2,
+            [torch.ones(3), torch.ones(3)],
+            "of group 0 and params.* of group 1",
+        ),
+        (
+            (torch.ones(3), torch.ones(3)),
+            [whole[:3], torch.ones(3)],
+            [torch.ones(3), whole[2:5]],
+            "grads2.* of group 1",
+        ),
+        ((whole[:3], torch.ones(3)), [torch.ones(3)] * 2, [torch.ones(3), whole[2:5]], "grads2.* of group 1"),
+    ):
+        optimizer = opt(*params)
+        listed = [group["params"][0] for group in optimizer.param_groups]
+        before = [p.detach().clone() for p in listed]
+        for p, g in zip(listed, grads1, strict=True):
+            p.grad = g
+        optimizer.hold_gradient()
+        optimizer._pair.grads = [[g] for g in grads1]  # hold_gradient copies what others see
+        for p, g in zip(listed, grads2, strict=True):
+            p.grad = g
+        with pytest.raises(ValueError, match=rf"{message}.*share|{message} shares memory"):
+            optimizer.step()
+        assert all(torch.equal(p.detach(), b) for p, b in zip(listed, before, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["negated", "imaginary part"])

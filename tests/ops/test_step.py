@@ -13,9 +13,10 @@ from torch import Tensor
 
 import svag_fast
 from svag_fast import _C, svag_coefficients
-from svag_fast.ops import StepStats, svag_step_
+from svag_fast.ops import svag_step_
 from svag_fast.ops.backends import BackendError
 from svag_fast.ops.step import step_coefficients
+from svag_fast.ops.step_stats import total
 
 LEVELS = ["portable", "avx2", "avx512"]
 DTYPES = [
@@ -199,7 +200,7 @@ def test_compensated_params_follow_float64_through_a_million_steps_of_pure_decay
     torch.testing.assert_close(x.double() + e.double(), expected, rtol=5e-7, atol=0)
     # Each single decrement is below half an ulp, so the plain step never moves.
     plain = start.to(dtype)
-    svag_step_([plain], [zero], [zero], lr=0.1, l=l, weight_decay=0.5)
+    svag_step_([plain], [zero], [zero.clone()], lr=0.1, l=l, weight_decay=0.5)
     assert torch.equal(plain, start.to(dtype))
 
 
@@ -269,7 +270,7 @@ def test_channels_last_params_and_gradients_in_other_memory_orders(backend: str)
     expanded = torch.ones(1, 1, 1, 1).expand(4, 6, 3, 5)
     svag_step_([param], [g1], [g2.transpose(0, 3).contiguous().transpose(0, 3)], lr=0.1, l=4, weight_decay=0.1)
     torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=1e-6)
-    svag_step_([param], [expanded], [expanded], lr=1.0, l=1)
+    svag_step_([param], [expanded], [expanded.clone()], lr=1.0, l=1)
     torch.testing.assert_close(param.double(), expected - 1, rtol=1e-6, atol=1e-6)
     assert param.is_contiguous(memory_format=torch.channels_last)
 
@@ -278,7 +279,7 @@ def test_a_leaf_that_requires_grad_is_updated_and_nothing_is_recorded(backend: s
     p = torch.nn.Parameter(torch.ones(5))
     g = torch.ones(5)
     version = p._version
-    svag_step_([p], [g], [g], lr=0.1, l=2, backend=backend)
+    svag_step_([p], [g], [g.clone()], lr=0.1, l=2, backend=backend)
     torch.testing.assert_close(p.detach(), torch.full((5,), 0.95))
     assert p.requires_grad
     assert p.is_leaf
@@ -305,10 +306,10 @@ def test_statistics_of_groups_add_up() -> None:
         svag_step_(params[:4], grads1[:4], grads2[:4], lr=0.1, l=2),
         svag_step_(params[4:], grads1[4:], grads2[4:], lr=0.1, l=2),
     ]
-    torch.testing.assert_close(StepStats.total(parts).raw, whole.raw, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total([part.raw for part in parts]), whole.raw, rtol=1e-12, atol=1e-12)
     grads1[5][0] = math.nan
     bad = svag_step_(params[4:], grads1[4:], grads2[4:], lr=0.1, l=2)
-    assert not bool(StepStats.total([parts[0], bad]).finite)
+    assert total([parts[0].raw, bad.raw])[-1] == 0
 
 
 @pytest.mark.parametrize(("compensated", "momentum"), [(False, 0.0), (True, 0.0), (False, 0.9)])
@@ -391,8 +392,8 @@ BAD_INPUT = {
     "l infinite": ({"l": math.inf}, ValueError, r"Invalid l: inf"),
     "lr negative": ({"lr": -0.1}, ValueError, r"Invalid learning rate: -0.1"),
     "lr nan": ({"lr": math.nan}, ValueError, r"Invalid learning rate: nan"),
-    "weight_decay negative": ({"weight_decay": -1.0}, ValueError, r"Invalid weight_decay: -1.0"),
-    "weight_decay nan": ({"weight_decay": math.nan}, ValueError, r"Invalid weight_decay: nan"),
+    "weight_decay negative": ({"weight_decay": -1.0}, ValueError, r"Invalid weight_decay value: -1.0"),
+    "weight_decay nan": ({"weight_decay": math.nan}, ValueError, r"Invalid weight_decay value: nan"),
     "second gradient missing": ({"grads2": None}, ValueError, r"grads2 is None, but at l = 2"),
     "lists of different length": ({"grads2": [torch.ones(3)]}, ValueError, r"grads2 has 1 tensors, but params has 2"),
     "shape": ({"grads1": [torch.ones(3), torch.ones(4)]}, ValueError, r"grads1\[1\] has shape \[4\]"),

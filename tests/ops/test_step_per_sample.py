@@ -148,7 +148,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "negative lr": (ValueError, "Invalid learning rate: -1", {"lr": -1.0}),
     "l below 1": (ValueError, "Invalid l: 0.5", {"l": 0.5}),
     "l infinite": (ValueError, "Invalid l: inf", {"l": float("inf")}),
-    "weight decay nan": (ValueError, "Invalid weight_decay: nan", {"weight_decay": float("nan")}),
+    "weight decay nan": (ValueError, "Invalid weight_decay value: nan", {"weight_decay": float("nan")}),
     "no second batch": (ValueError, "grads2 is None", {"grads2": None}),
     "lengths": (ValueError, "grads1 has 2 tensors, but params has 1", {"grads1": [G, G]}),
     "shape": (ValueError, r"grads2\[0\] has shape \[5, 4, 3\]", {"grads2": [G.mT]}),
@@ -165,7 +165,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 def test_bad_input_is_refused_and_nothing_is_written(case: str) -> None:
     error, message, change = BAD[case]
     param = P.clone()
-    arguments: dict[str, Any] = {"params": [param], "grads1": [G], "grads2": [G], "lr": 0.1, "l": 2}
+    arguments: dict[str, Any] = {"params": [param], "grads1": [G], "grads2": [G.clone()], "lr": 0.1, "l": 2}
     with pytest.raises(error, match=message):
         svag_step_per_sample_(**{**arguments, **change})
     assert torch.equal(param, P)
