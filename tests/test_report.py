@@ -1,9 +1,7 @@
 """A folder's summary, tables and picture, from the library and from the command line."""
 
-import csv
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -324,37 +322,22 @@ def test_runs_too_short_to_foretell_from_are_reported_all_the_same(tmp_path: Pat
     assert found.prediction is None
     assert found.as_dict()["prediction"] is None
     assert found.no_prediction is not None
-    assert "rows with G and N in the phase at constant lr" in found.no_prediction
+    assert "rows with G and N" in found.no_prediction
 
 
-def test_what_cannot_be_predicted_is_said_and_everything_else_is_reported(folder: Path, tmp_path: Path) -> None:
-    """One measurement of the equilibrium that can't be made costs no other verdict, however it fails."""
-    runs = tmp_path / "runs"
-    shutil.copytree(folder, runs)
-    expected = make_report(runs)
-    for path in runs.glob("B8-l1-*/metrics.csv"):
-        with path.open() as file:
-            header, *rows = csv.reader(file)
-        at = header.index("noise_trace")
-        with path.open("w") as file:
-            csv.writer(file).writerows([header, *([*row[:at], "0", *row[at + 1 :]] for row in rows)])
-    result = CliRunner().invoke(main, ["report", str(runs)])
-    assert result.exit_code == 0, result.output
-    assert "No prediction of linear scaling: series has mean 0" in " ".join(result.output.split())
-    summary = json.loads((runs / "summary.json").read_text())
-    assert summary["prediction"] is None
-    assert "series has mean 0" in summary["no_prediction"]
-    assert [v.answer for v in make_report(runs).verdicts] == [v.answer for v in expected.verdicts]
-
-
-def test_a_rate_at_which_decay_alone_diverges_is_reported(tmp_path: Path) -> None:
+def test_what_cannot_be_predicted_is_said_and_everything_else_is_reported(tmp_path: Path) -> None:
+    """At this rate and decay no equilibrium exists that could be measured."""
     for seed in range(2):
         for l in (1, 2):
             write_run(tmp_path, l=l, seed=seed, weight_decay=30.0)
-    found = make_report(tmp_path)
-    assert (len(found.verdicts), found.prediction) == (1, None)
-    assert found.no_prediction is not None
-    assert "lr * weight_decay / l must be below 2" in found.no_prediction
+    result = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    said = "lr * weight_decay / l must be below 2"
+    assert f"No prediction of linear scaling: {said}" in " ".join(result.output.split())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["prediction"] is None
+    assert said in summary["no_prediction"]
+    assert summary["batch_sizes"]["8"]["runs"]["finished"] == 4
 
 
 def test_a_run_that_has_written_no_metrics_yet_is_reported_all_the_same(tmp_path: Path) -> None:
