@@ -133,6 +133,13 @@ def check_apart(
 
 def _overlapping(first: Sequence[Span], second: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
     """Yield the pairs of the two lists of which one begins before the other ends."""
+    reach = [0, 0]
+    for start, end, kind in sorted([*((s[0], s[1], 0) for s in first), *((s[0], s[1], 1) for s in second)]):
+        if start < reach[1 - kind]:
+            break
+        reach[kind] = max(reach[kind], end)
+    else:  # as a rule
+        return
     reached: tuple[list[Span], list[Span]] = ([], [])  # those that may reach on
     for span, kind in sorted([*((s, 0) for s in first), *((s, 1) for s in second)], key=lambda item: item[0].start):
         for other in reached[1 - kind]:
