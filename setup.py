@@ -3,18 +3,24 @@
 torch is not imported and no torch header is used, so build isolation works and one build serves every torch.
 
 Environment variables:
-    SVAG_CUDA        auto (default: CUDA kernels where nvcc is found), 0 (never) or 1 (fail without nvcc)
-    SVAG_CUDA_ARCHS  compute capabilities, default "80 90 100 120"; the newest is also kept as PTX
+    SVAG_CUDA        auto (default: CUDA kernels where a working nvcc is found), 0 (never) or 1 (fail without)
+    SVAG_CUDA_ARCHS  compute capabilities, by default those of "80 90 100 120" that nvcc knows; the newest is also kept
+                     as PTX
+    CXX, CUDA_HOME   the C++ compiler, perhaps behind a launcher ("ccache g++"); CUDA's folder
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -39,6 +45,11 @@ KERNELS = sorted(str(p) for p in Path("csrc/cpu/kernels").glob("*.cpp"))
 COMMON = ["csrc/bindings.cpp", "csrc/tensor_reader.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
 EXPORTS = "csrc/exports.map"
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+ARCHS = ["80", "90", "100", "120"]
+# Where nvcc is looked for after the PATH and $CUDA_HOME/bin.
+CUDA_FOLDERS = ["/usr/local/cuda/bin"]
+# Programs that CXX may name before the compiler itself.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "buildcache")
 
 
 def simd_levels(machine: str | None = None) -> dict[str, list[str]]:
@@ -48,48 +59,150 @@ def simd_levels(machine: str | None = None) -> dict[str, list[str]]:
     return {"portable": []}
 
 
-def find_nvcc() -> str | None:
-    """Return nvcc's path, or None for a CPU-only build, as SVAG_CUDA asks."""
+def compiler_of(command: list[str]) -> list[str]:
+    """Return the programs that a compiler's command begins with: its launchers, and last the compiler itself."""
+    count = next((i for i, word in enumerate(command) if Path(word).name not in LAUNCHERS), len(command) - 1)
+    return command[: count + 1]
+
+
+class NoCudaError(Exception):
+    """Why the CUDA kernels can't be built here."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """An nvcc that works here, with the host compiler that it calls and the architectures to compile for."""
+
+    nvcc: str
+    host: str
+    archs: list[str]
+
+    @classmethod
+    def find(cls, host: str) -> Cuda:
+        """Find nvcc, and try it.
+
+        Raises:
+            NoCudaError: there is none, or it can't compile.
+            SystemExit: SVAG_CUDA_ARCHS names an architecture that it doesn't know.
+        """
+        folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders), *CUDA_FOLDERS])
+        nvcc = shutil.which("nvcc", path=path)
+        if nvcc is None:
+            raise NoCudaError(f"nvcc is neither on the PATH nor in $CUDA_HOME/bin or {' or '.join(CUDA_FOLDERS)}")
+        cuda = cls(nvcc, host, _archs(nvcc))
+        cuda.libraries()
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Path(folder, "trial.cu")
+            trial.write_text("#include <cstdint>\n__global__ void trial(int64_t* x) { *x = 1; }\n")
+            command = cuda.command(str(trial), str(trial.with_suffix(".o")), cuda.archs[-1:])
+            if (done := _output(command)).returncode:
+                raise NoCudaError(f"{nvcc}, with the host compiler {host}, can't compile: {_error(done)}")
+        return cuda
+
+    def command(self, source: str, target: str, archs: list[str]) -> list[str]:
+        """Return the command that compiles a source, with the last architecture's PTX for later GPUs."""
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", self.host]
+        return [self.nvcc, "-std=c++17", "-O3", "-Icsrc", *codes, *host, "-c", source, "-o", target]
+
+    def libraries(self) -> list[str]:
+        """Return the folders that hold the static CUDA runtime; NoCudaError where none does."""
+        done = _output([self.nvcc, "--dryrun", "-ccbin", self.host, "x.cu"])
+        found = re.search(r"^#\$ LIBRARIES=(.*)$", done.stderr, re.MULTILINE)
+        if found is None:
+            raise NoCudaError(f"{self.nvcc} --dryrun names no libraries: {_error(done)}")
+        folders = [word[2:] for word in shlex.split(found[1]) if word.startswith("-L")]
+        holding = [folder for folder in folders if Path(folder, "libcudart_static.a").exists()]
+        if not holding:
+            raise NoCudaError(f"libcudart_static.a is in none of {self.nvcc}'s folders: {', '.join(folders)}")
+        return holding
+
+
+def _archs(nvcc: str) -> list[str]:
+    """Return the architectures to compile for, in ascending order: those wanted that nvcc knows."""
+    done = _output([nvcc, "--list-gpu-arch"])
+    known = re.findall(r"compute_(\d+)", done.stdout)
+    if done.returncode or not known:
+        raise NoCudaError(f"{nvcc} --list-gpu-arch says nothing of use: {_error(done)}")
+    asked = os.environ.get("SVAG_CUDA_ARCHS", "").split()
+    # A suffix names a variant of an architecture ("90a"), which not every nvcc lists.
+    found = [a for a in asked or ARCHS if re.sub("[af]$", "", a) in known]
+    if unknown := [a for a in asked if a not in found]:
+        raise SystemExit(
+            f"svag_fast: SVAG_CUDA_ARCHS: {nvcc} doesn't know {', '.join(unknown)}; it knows {', '.join(known)}"
+        )
+    if not found:
+        raise NoCudaError(
+            f"{nvcc} knows none of {', '.join(ARCHS)}; SVAG_CUDA_ARCHS chooses among its {', '.join(known)}"
+        )
+    return sorted(set(found), key=lambda a: (int(a.rstrip("af")), a))
+
+
+def _output(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NoCudaError(f"{command[0]} can't be run: {error}") from None
+
+
+def _error(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the first line of its output that speaks of an error, or else the last."""
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    found = [line for line in lines if re.search("error|fatal|not found|No such file", line)]
+    return [*found, *lines[-1:], f"exit status {done.returncode}"][0]
+
+
+def choose_cuda(host: str) -> Cuda | None:
+    """Return what compiles the CUDA kernels, or None, having said why, for a CPU-only build, as SVAG_CUDA asks."""
     wanted = os.environ.get("SVAG_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"svag_fast: SVAG_CUDA must be auto, 0 or 1, not {wanted!r}")
-    nvcc = shutil.which("nvcc")
-    if nvcc is None and "CUDA_HOME" in os.environ:
-        nvcc = shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
-    if wanted == "1" and nvcc is None:
-        raise SystemExit("svag_fast: SVAG_CUDA=1, but nvcc is neither on the PATH nor in $CUDA_HOME/bin")
-    return nvcc if wanted != "0" and CUDA else None
+    reason = "SVAG_CUDA=0"
+    if wanted != "0":
+        try:
+            return Cuda.find(host)
+        except NoCudaError as error:
+            if wanted == "1":
+                raise SystemExit(f"svag_fast: SVAG_CUDA=1, but {error}") from None
+            reason = str(error)
+    print(f"svag_fast: building the CPU kernels only: {reason}", flush=True)
+    return None
 
 
 class BuildExt(build_ext):
     """Compile each kernel once for every SIMD level, and the CUDA sources with nvcc."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
-        """Add the kernels' objects to the extension, then build it as usual."""
+        """Compile every source in one pool, the longest first; link as usual."""
         self._check_tools()
-        nvcc = find_nvcc()
-        self.force = True  # file times do not show a changed SVAG_CUDA or CXX, and the kernels are compiled anyway
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [
-                pool.submit(self._compile_kernel, source, level, flags)
+        cuda = choose_cuda(compiler_of(self.compiler.compiler_cxx)[-1])
+        self.force = True  # file times do not show a changed SVAG_CUDA or CXX
+        if cuda is not None:
+            ext.define_macros += [("SVAG_WITH_CUDA", None)]
+            ext.extra_link_args += [f"-L{folder}" for folder in cuda.libraries()]
+            ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            jobs = [pool.submit(self._compile_cuda, cuda, source) for source in _longest_first(CUDA) if cuda]
+            jobs += [pool.submit(self._compile, ext, source) for source in _longest_first(ext.sources)]
+            jobs += [
+                pool.submit(self._compile_kernel, ext, source, level, flags)
+                for source in _longest_first(KERNELS)
                 for level, flags in simd_levels().items()
-                for source in KERNELS
             ]
-            if nvcc is None:
-                print("svag_fast: no nvcc (or SVAG_CUDA=0): building the CPU kernels only", flush=True)
-            else:
-                jobs += [pool.submit(self._compile_cuda, nvcc, source) for source in CUDA]
-                ext.define_macros += [("SVAG_WITH_CUDA", None)]
-                ext.extra_link_args += [f"-L{lib}" for lib in self._cuda_libraries(nvcc)]
-                ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
-            ext.extra_objects = [job.result() for job in jobs]
+            done = wait(jobs, return_when=FIRST_EXCEPTION).done
+            pool.shutdown(cancel_futures=True)  # after an error the rest is in vain
+            for job in done:
+                job.result()
+        ext.sources, ext.extra_objects = [], [job.result() for job in jobs]
         super().build_extension(ext)
 
     def _check_tools(self) -> None:
-        compiler = self.compiler.compiler_cxx[0]
-        if shutil.which(compiler) is None:
+        missing = [p for p in compiler_of(self.compiler.compiler_cxx) if shutil.which(p) is None]
+        if missing:
             raise SystemExit(
-                f"svag_fast: its C++ kernels need a C++17 compiler, and {compiler!r} was not found. "
+                f"svag_fast: its C++ kernels need a C++17 compiler, and {missing[0]!r} was not found. "
                 "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: cxx-compiler) "
                 "or name yours in the variable CXX."
             )
@@ -100,32 +213,30 @@ class BuildExt(build_ext):
                 "Install it (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
             )
 
-    def _compile_kernel(self, source: str, level: str, flags: list[str]) -> str:
-        contract = "fast" if Path(source).name.startswith(FUSED_MULTIPLY_ADD) else "off"
+    def _compile(self, ext: Pybind11Extension, source: str, folder: str = "", flags: tuple[str, ...] = ()) -> str:
         objects = self.compiler.compile(
             [source],
-            output_dir=str(Path(self.build_temp) / level),
-            include_dirs=["csrc"],
-            extra_postargs=[*CXX_FLAGS, *flags, f"-ffp-contract={contract}", f"-DSVAG_SIMD={level}"],
+            output_dir=str(Path(self.build_temp, folder)),
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=[*ext.extra_compile_args, *flags],
         )
         return str(objects[0])
 
-    def _compile_cuda(self, nvcc: str, source: str) -> str:
-        target = Path(self.build_temp) / "cuda" / f"{Path(source).stem}.o"
+    def _compile_kernel(self, ext: Pybind11Extension, source: str, level: str, flags: list[str]) -> str:
+        contract = "fast" if Path(source).name.startswith(FUSED_MULTIPLY_ADD) else "off"
+        return self._compile(ext, source, level, (*flags, f"-ffp-contract={contract}", f"-DSVAG_SIMD={level}"))
+
+    def _compile_cuda(self, cuda: Cuda, source: str) -> str:
+        target = Path(self.build_temp, "cuda", f"{Path(source).stem}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("SVAG_CUDA_ARCHS", "80 90 100 120").split()
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", self.compiler.compiler_cxx[0]]
-        command = [nvcc, "-std=c++17", "-O3", "-Icsrc", *codes, *host, "-c", source, "-o", str(target)]
-        subprocess.run(command, check=True)
+        subprocess.run(cuda.command(source, str(target), cuda.archs), check=True)
         return str(target)
 
-    @staticmethod
-    def _cuda_libraries(nvcc: str) -> list[str]:
-        dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-        top = next(line.split("=", 1)[1] for line in dryrun.splitlines() if line.startswith("#$ TOP="))
-        return [str(Path(top) / lib) for lib in ("lib64", "lib") if (Path(top) / lib).is_dir()]
+
+def _longest_first(sources: list[str]) -> list[str]:
+    """Return the sources in the order in which a pool is done soonest: what is long takes long to compile."""
+    return sorted(sources, key=lambda source: -Path(source).stat().st_size)
 
 
 if __name__ == "__main__":
