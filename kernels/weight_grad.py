@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svag_fast.kernels.interpreter import interpreting
 from svag_fast.kernels.step import _FINISH, _finish_kernel
 
 # Programs wanted at least, to fill a GPU of some 108 to 148 multiprocessors; a constant, so that the chunks, and
@@ -243,7 +244,7 @@ def product_tiles(
     sums = torch.empty((chunks * SEGMENTS, size) if chunks > 1 else (1,), dtype=torch.float32, device=device)
     step = coefficients is not None
     # The interpreter takes a bfloat16 for its bits.
-    widen = bool(triton.knobs.runtime.interpret)
+    widen = interpreting()
     end = (target, stats if coefficients is None else coefficients)
     _weight_grad_kernel[(tiles, groups, chunks)](
         inputs, output_grads, weights, weights if segments is None else segments, *end, sums, shares, partials,

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from setup_module import load_setup
 
 from svag_fast import _C
 
@@ -101,19 +103,169 @@ def test_missing_compiler_is_named_with_how_to_install_one(tmp_path: Path) -> No
     assert "apt install g++" in result.stderr
 
 
-def test_cuda_that_is_asked_for_but_missing_is_an_error(tmp_path: Path) -> None:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "g++").symlink_to(compiler)
-    result = build_extension(tmp_path, CXX="g++", SVAG_CUDA="1", PATH=str(tools), CUDA_HOME=str(tmp_path))
-    assert result.returncode != 0
-    assert "SVAG_CUDA=1, but nvcc is neither on the PATH nor in $CUDA_HOME/bin" in result.stderr
-
-
 def test_unknown_cuda_choice_is_an_error(tmp_path: Path) -> None:
     result = build_extension(tmp_path, SVAG_CUDA="yes")
     assert result.returncode != 0
     assert "SVAG_CUDA must be auto, 0 or 1, not 'yes'" in result.stderr
+
+
+def test_missing_launcher_and_the_compiler_behind_one_are_named(tmp_path: Path) -> None:
+    (tmp_path / "ccache").symlink_to("/bin/true")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said = build_extension(tmp_path, CXX="ccache no-such-compiler", PATH=path).stderr
+    assert "'no-such-compiler' was not found" in said
+        "'no-such-compiler' was not found" in build_extension(tmp_path, CXX="ccache no-such-compiler", PATH=path).stderr
+    )
+    assert "'sccache' was not found" in build_extension(tmp_path, CXX="sccache g++", PATH=str(tmp_path)).stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "programs"),
+    [
+        (["g++", "-g"], ["g++"]),
+        (["ccache", "g++", "-m64"], ["ccache", "g++"]),
+        (["/usr/bin/ccache", "distcc", "/opt/my gcc/g++"], ["/usr/bin/ccache", "distcc", "/opt/my gcc/g++"]),
+        (["ccache"], ["ccache"]),
+    ],
+)
+def test_the_compiler_is_found_behind_its_launchers(command: list[str], programs: list[str]) -> None:
+    assert load_setup().compiler_of(command) == programs
+
+
+# Stands for nvcc: knows the architectures in ARCHS, logs its calls, and fails to compile where FAIL is set.
+NVCC = """#!/bin/sh
+printf '%s|' "$@" >> "$LOG"; echo >> "$LOG"
+case "$1" in
+    --list-gpu-arch) for a in $ARCHS; do echo "compute_$a"; done; exit ;;
+    --dryrun) echo "#\\$ LIBRARIES=  \\"-L$TOP/stubs\\" \\"-L$TOP/lib\\"" >&2; exit ;;
+esac
+[ -z "$FAIL" ] || { echo "In file included from x:"; echo "$FAIL"; echo "the end"; exit 1; } >&2
+"""
+
+
+class Toolkit:
+    """A CUDA folder, of a name with a space, and setup.py as it sees nothing else of CUDA."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.top, self.setup, self.monkeypatch = folder / "a b" / "cuda", load_setup(), monkeypatch
+        self.log = folder / "log"
+        for name in ("bin", "lib"):
+            (self.top / name).mkdir(parents=True)
+        (self.top / "lib" / "libcudart_static.a").touch()
+        self.nvcc = self.top / "bin" / "nvcc"
+        self.nvcc.write_text(NVCC)
+        self.nvcc.chmod(0o755)
+        monkeypatch.setattr(self.setup, "CUDA_FOLDERS", [])
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+        variables = {"PATH": "/usr/bin:/bin", "LOG": str(self.log), "TOP": str(self.top), "FAIL": ""}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    def choose(self, archs: str = "80 90 100 120", **environment: str) -> Any:
+        for name, value in {"CUDA_HOME": str(self.top), "ARCHS": archs, **environment}.items():
+            self.monkeypatch.setenv(name, value)
+        return self.setup.choose_cuda("my-g++")
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolkit:
+    if shutil.which("nvcc", path="/usr/bin:/bin"):
+        pytest.skip("/usr/bin has an nvcc")
+    return Toolkit(tmp_path, monkeypatch)
+
+
+def test_nvcc_is_found_on_the_path_in_cuda_home_and_in_the_usual_folder(toolkit: Toolkit) -> None:
+    assert toolkit.choose().nvcc == str(toolkit.nvcc)
+    assert toolkit.choose(CUDA_HOME="", PATH=f"/usr/bin:/bin:{toolkit.nvcc.parent}").nvcc == str(toolkit.nvcc)
+    assert toolkit.choose(CUDA_HOME="", PATH="/usr/bin:/bin") is None
+    toolkit.monkeypatch.setattr(toolkit.setup, "CUDA_FOLDERS", [str(toolkit.nvcc.parent)])
+    found = toolkit.choose(CUDA_HOME="")
+    assert found.nvcc == str(toolkit.nvcc)
+    assert found.libraries() == [str(toolkit.top / "lib")]
+    assert "-ccbin|my-g++|" in toolkit.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "built"),
+    [
+        ("75 80 90 100 120 121", "", "80 90 100 120"),
+        ("50 60 70 80 86 89 90", "", "80 90"),  # CUDA 12.0 to 12.7
+        ("100 110 120", "", "100 120"),
+        ("75 80 90", "90 75", "75 90"),
+        ("80 90 100", "100 90a 80", "80 90a 100"),
+    ],
+)
+def test_what_nvcc_knows_is_built_and_the_newest_kept_as_ptx(
+    toolkit: Toolkit, known: str, asked: str, built: str
+) -> None:
+    found = toolkit.choose(known, SVAG_CUDA_ARCHS=asked)
+    assert found.archs == built.split()
+    command = found.command("x.cu", "x.o", found.archs)
+    codes = [word.rpartition("code=")[2] for word in command if "-gencode" in word]
+    assert codes == [*(f"sm_{a}" for a in found.archs), f"compute_{found.archs[-1]}"]
+
+
+REASONS = {
+    "no nvcc": ({"CUDA_HOME": ""}, "nvcc is neither on the PATH nor in $CUDA_HOME/bin"),
+    "old": ({"ARCHS": "50 70"}, "knows none of 80, 90, 100, 120; SVAG_CUDA_ARCHS chooses among its 50, 70"),
+    "mute": ({"ARCHS": ""}, "nvcc --list-gpu-arch says nothing of use: exit status 0"),
+    "host": ({"FAIL": "x.h: error: unsupported GNU version"}, "host compiler my-g++, can't compile: x.h: error: unsup"),
+    "runtime": ({"TOP": "/nowhere"}, "libcudart_static.a is in none of"),
+}
+
+
+@pytest.mark.parametrize("case", [*REASONS, "not run"])
+def test_where_cuda_can_not_be_built_auto_says_why_and_1_fails(
+    toolkit: Toolkit, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    environment, reason = REASONS.get(case, ({}, "can't be run"))
+    if case == "not run":
+        toolkit.nvcc.write_text("#!/no/such/interpreter\n")
+    assert toolkit.choose(**{"archs": environment.get("ARCHS", "80"), **environment}) is None
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("svag_fast: building the CPU kernels only: ")
+    assert reason in said[0]
+    with pytest.raises(SystemExit, match="SVAG_CUDA=1, but ") as error:
+        toolkit.choose(**{"archs": environment.get("ARCHS", "80"), **environment}, SVAG_CUDA="1")
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("asked", ["80 70 60", "8.0", "sm_80"])
+def test_an_architecture_that_nvcc_does_not_know_is_refused_by_name(toolkit: Toolkit, asked: str) -> None:
+    unknown = ", ".join(a for a in asked.split() if a != "80")
+    for wanted in ("auto", "1"):
+        with pytest.raises(SystemExit, match=f"doesn't know {unknown}; it knows 80, 90$"):
+            toolkit.choose("80 90", SVAG_CUDA_ARCHS=asked, SVAG_CUDA=wanted)
+
+
+def test_without_cuda_nvcc_is_not_asked(toolkit: Toolkit) -> None:
+    assert toolkit.choose(SVAG_CUDA="0") is None
+    assert not toolkit.log.exists()
+
+
+@pytest.mark.nightly
+def test_tree_nvcc_and_build_folder_may_have_spaces_in_their_paths_behind_a_launcher(tmp_path: Path) -> None:
+    """CUDA for one architecture; the C++ unoptimised, by a launcher that logs."""
+    nvcc = shutil.which("nvcc")
+    tree = tmp_path / "a tree"
+    tree.mkdir()
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copy(ROOT / "setup.py", tree)
+    launcher, log = tmp_path / "ccache", tmp_path / "log"
+    launcher.write_text(f'#!/bin/sh\necho x >> "{log}"; exec "$@" -O0\n')
+    launcher.chmod(0o755)
+    environment = {**os.environ, "CXX": f"{launcher} g++", "SVAG_CUDA": "0"}
+    if nvcc is not None:
+        home = run(nvcc, "--dryrun", "x.cu").stderr.split("#$ _HERE_=")[1].splitlines()[0]
+        (tmp_path / "a cuda").symlink_to(Path(home).parent)
+        path = f"{tmp_path / 'a cuda' / 'bin'}:{os.environ['PATH']}"
+        environment |= {"PATH": path, "SVAG_CUDA": "1", "SVAG_CUDA_ARCHS": "80"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "a t", "--build-lib", tmp_path / "l"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(log.read_text().split()) >= 20
+    (module,) = (tmp_path / "l").rglob("_C.*.so")
+    code = f"import importlib.util as u; s = u.spec_from_file_location('svag_fast._C', {str(module)!r})"
+    code += "; m = u.module_from_spec(s); s.loader.exec_module(m); print(hasattr(m, 'cuda_step'))"
+    assert run(sys.executable, "-c", code).stdout.strip() == str(nvcc is not None)

@@ -74,10 +74,10 @@ def _cuda_unavailable() -> str | None:
 @functools.cache
 def _triton_unavailable() -> str | None:
     try:
-        import triton
+        from svag_fast.kernels.interpreter import interpreting
     except ImportError as error:
         return f"triton can't be imported ({error})"
-    if triton.knobs.runtime.interpret:
+    if interpreting():
         return None
     return None if torch.cuda.is_available() else "torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU)"
 

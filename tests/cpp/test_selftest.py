@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from setup_module import load_setup
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHECKS = sorted(Path(__file__).parent.glob("*.cpp"))
 
+COMPILER = load_setup().compiler_of(shlex.split(os.environ.get("CXX", "g++")))[-1]
+
 # qemu-user and ThreadSanitizer themselves die where a forked child of a threaded program starts a thread.
 WITHOUT_FORK = ["--without", "pool_works_in_a_forked_child"]
-
-
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("svag_fast_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def kernels() -> list[Path]:
@@ -118,8 +111,8 @@ def test_every_kernel_has_its_checks(builder: Builder) -> None:
 
 @OPTIMISED
 def test_selftest_passes_at_every_level_of_this_machine(builder: Builder, optimised: str) -> None:
-    need("g++")
-    program = builder.selftest("g++", platform.machine(), optimised, link=("-static",))
+    need(COMPILER)
+    program = builder.selftest(COMPILER, platform.machine(), optimised, link=("-static",))
     passed = run(program)
     best = passed[0].removeprefix("best level: ")
     levels = list(builder.setup.simd_levels())
@@ -133,8 +126,8 @@ def test_selftest_passes_at_every_level_of_this_machine(builder: Builder, optimi
     [("Nehalem", "portable"), ("qemu64", "portable"), pytest.param("Haswell", "avx2", marks=pytest.mark.nightly)],
 )
 def test_selftest_passes_on_an_emulated_x86_64(builder: Builder, cpu: str, level: str) -> None:
-    need("g++", "qemu-x86_64")
-    program = builder.selftest("g++", "x86_64", QUICK, link=("-static",))
+    need(COMPILER, "qemu-x86_64")
+    program = builder.selftest(COMPILER, "x86_64", QUICK, link=("-static",))
     passed = run("qemu-x86_64", "-cpu", cpu, program, *WITHOUT_FORK)
     assert passed[0] == f"best level: {level}"
     assert f"{level} step_follows_the_formula" in passed
@@ -152,8 +145,8 @@ def test_selftest_passes_on_an_emulated_aarch64(builder: Builder, optimised: str
 # A weak symbol compiled for AVX2 could be the copy that the linker keeps for the portable level as well.
 @OPTIMISED
 def test_kernel_objects_define_one_strong_symbol_a_kernel_and_no_weak_one(builder: Builder, optimised: str) -> None:
-    need("g++", "nm")
-    for (_, level), target in builder.kernels("g++", platform.machine(), [optimised]).items():
+    need(COMPILER, "nm")
+    for (_, level), target in builder.kernels(COMPILER, platform.machine(), [optimised]).items():
         lines = subprocess.run(["nm", "--defined-only", target], capture_output=True, text=True, check=True).stdout
         symbols = [line.split()[-2:] for line in lines.splitlines()]
         assert [name for kind, name in symbols if kind in "WVuC"] == []
@@ -165,6 +158,6 @@ def test_kernel_objects_define_one_strong_symbol_a_kernel_and_no_weak_one(builde
 @pytest.mark.nightly
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_selftest_passes_under_sanitizers(builder: Builder, sanitizer: str) -> None:
-    need("g++")
+    need(COMPILER)
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
-    run(builder.selftest("g++", platform.machine(), *flags), *WITHOUT_FORK)
+    run(builder.selftest(COMPILER, platform.machine(), *flags), *WITHOUT_FORK)
