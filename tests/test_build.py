@@ -114,8 +114,6 @@ def test_missing_launcher_and_the_compiler_behind_one_are_named(tmp_path: Path) 
     path = f"{tmp_path}:{os.environ['PATH']}"
     said = build_extension(tmp_path, CXX="ccache no-such-compiler", PATH=path).stderr
     assert "'no-such-compiler' was not found" in said
-        "'no-such-compiler' was not found" in build_extension(tmp_path, CXX="ccache no-such-compiler", PATH=path).stderr
-    )
     assert "'sccache' was not found" in build_extension(tmp_path, CXX="sccache g++", PATH=str(tmp_path)).stderr
 
 
