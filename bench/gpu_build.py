@@ -1,6 +1,6 @@
 """Put svag_fast into a folder with no more than a GPU machine has: no pip, no network, perhaps no pybind11 package.
 
-python bench/gpu_build.py SITE            with nvcc on the PATH; SVAG_CUDA, SVAG_CUDA_ARCHS and CXX as in setup.py
+python bench/gpu_build.py SITE            SVAG_CUDA, SVAG_CUDA_ARCHS, CUDA_HOME and CXX as in setup.py
 python bench/gpu_build.py SITE --quick    the C++ unoptimised, to try the build and not what it makes
 
 The Python package comes first, so that the Triton kernels are there whatever becomes of the build; then setup.py builds
@@ -64,12 +64,13 @@ def build(site: Path) -> None:
 
 
 def do_not_optimise(scratch: Path) -> None:
-    """Name a compiler in CXX that is the one there, told -O0 after all else."""
+    """Name a compiler in CXX that is the one there, told -O0 after all else; tell nvcc the same."""
     wrapper = scratch / "g++"
     wrapper.parent.mkdir(parents=True, exist_ok=True)
     wrapper.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')
     wrapper.chmod(0o755)
     os.environ["CXX"] = str(wrapper)
+    os.environ["NVCC_APPEND_FLAGS"] = "-Xcicc -O0 -Xptxas -O0"
 
 
 def has_cuda(site: Path) -> bool:

@@ -114,8 +114,12 @@ def run(section: Section, left_s: float, *, dry: bool = False) -> Result:
     return result
 
 
+# Waits until its standard input, a pipe from the report, is closed, as it is by any end of the report.
+_END_WITH_REPORT = "import os, signal, sys; os.read(0, 1); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
+
+
 def _run_to_limit(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> int | None:
-    """Return the exit status, or None where the limit came first; nothing of the process group is left over."""
+    """Return the exit status, or None where the limit came first; the process group ends here, or with the report."""
     paths = [str(WORK / "site"), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     caches = {"TRITON_CACHE_DIR": str(WORK / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor")}
     everything = os.environ | caches | {"PATH": search_path(), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -129,11 +133,15 @@ def _run_to_limit(command: list[str], log: Path, limit: float, environment: dict
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        watchdog = [sys.executable, "-I", "-S", "-c", _END_WITH_REPORT, str(process.pid)]
+        guard = subprocess.Popen(watchdog, stdin=subprocess.PIPE, start_new_session=True)
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
             return None
         finally:
+            guard.kill()
+            guard.communicate()
             with contextlib.suppress(ProcessLookupError):  # the group is gone
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

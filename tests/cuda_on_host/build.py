@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RUNTIME = HERE / "runtime.cpp"
-CSRC = HERE.parent.parent / "csrc"
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
 
 # "race": every access goes to runtime.cpp's race detector; it answers the calls that -fsanitize=thread puts in.
 # "address": AddressSanitizer, which the process has to preload (see asan_environment). Optimising what it puts in
@@ -23,6 +25,8 @@ MODES = {
     "race": ["-fsanitize=thread"],
     "address": ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-O0"],
 }
+# Where the checkout lies does not matter: one in another place may take over what was built here.
+NAMED = "/svag_fast"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -55,7 +59,7 @@ class HostKernels:
         report = self.library.cuda_on_host_take_report().decode()
         if report:
             report = re.sub(r"@(0x[0-9a-f]+)", lambda m: self._source_line(m[1]), report)
-            raise CudaOnHostError(report.replace(f"{HERE.parent.parent}/", ""))
+            raise CudaOnHostError(report.replace(f"{NAMED}/", ""))
 
     def launches(self) -> list[tuple[int, int, int, int]]:
         """Return the launches since the last call as (device, stream, blocks, threads a block)."""
@@ -95,14 +99,14 @@ def _compile(source: Path, mode: str, cache: Path) -> Path:
     # The detector itself must not be watched; AddressSanitizer has to know about its fibers.
     flags = [*FLAGS, *([] if mode == "race" and source == RUNTIME else MODES[mode])]
     headers = sorted([*HERE.rglob("*.h"), *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h")])
-    digest = hashlib.sha256(repr((flags, str(source))).encode())
+    digest = hashlib.sha256(repr((flags, os.path.relpath(source, ROOT))).encode())
     for path in [*headers, source]:
         digest.update(path.read_bytes())
     target = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     if not target.exists():
         partial = target.with_suffix(".partial")
-        includes = [f"-I{HERE / 'include'}", f"-I{CSRC}"]
-        command = ["g++", *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(partial)]
+        places = [f"-I{HERE / 'include'}", f"-I{CSRC}", f"-ffile-prefix-map={ROOT}={NAMED}"]
+        command = ["g++", *flags, *places, "-x", "c++", "-c", str(source), "-o", str(partial)]
         subprocess.run(command, check=True)
         partial.rename(target)
     return target
