@@ -67,7 +67,7 @@ def _cuda_unavailable() -> str | None:
     from svag_fast import _C
 
     if not hasattr(_C, "cuda_step"):
-        return "svag_fast was built without CUDA; reinstall it where nvcc is on the PATH (SVAG_CUDA=1 insists)"
+        return "svag_fast was built without CUDA; reinstall it where nvcc works (SVAG_CUDA=1 insists, and says why not)"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
