@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "adaptive: the rule at κ = 1/√l",
         ADAPTIVE,
-        "            1 / l, batch_size=1,",
-        "            l**-0.5, batch_size=1,",
+        "            1 / options.l, batch_size=1,",
+        "            options.l**-0.5, batch_size=1,",
         "steps-adaptive",
     ),
     Mutant("adaptive: time by the linear rule", "adaptive.py", "return lr * lr / l", "return lr / l", "steps-adaptive"),
