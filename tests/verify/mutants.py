@@ -148,8 +148,8 @@ MUTANTS = (
     Mutant(
         "measured: counted as steps",
         "adaptive.py",
-        "check=None, moves=False",
-        "check=None, moves=True",
+        "keep, moves=False",
+        "keep, moves=True",
         "steps-adaptive",
     ),
     Mutant(
