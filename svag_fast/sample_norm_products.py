@@ -335,45 +335,68 @@ class _Conv(Rule):
         dims = len(module.kernel_size)
         if x.dim() != dims + 2:
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, C, ...], batched")
-        if scope.cache is None:
-            scope.cache = _conv_plan(module)
-        product, pad = scope.cache
         weight = module.weight
+        try:
+            plan = _ConvPlan.of(_conv_options(module, weight))
+        except ValueError as error:
+            raise ValueError(f"{scope.label}: {error}") from None
         if x.dtype.is_complex or weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
-        call = _Call(product, scope, scope.use("weight"), scope.use("bias"), True)
-        return _apply(_padded(module, pad, x), weight, module.bias, call)
+        call = _Call(plan.product, scope, scope.use("weight"), scope.use("bias"), True)
+        return _apply(plan.padded(x), weight, module.bias, call)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-        product, pad = _conv_plan(module)
-        return _sample_grads(product, module, _padded(module, pad, inputs[0]), output_grad)
+        plan = _ConvPlan.of(_conv_options(module, module.weight))
+        return _sample_grads(plan.product, module, plan.padded(inputs[0]), output_grad)
 
 
-def _padded(module: Any, pad: list[int] | None, x: Tensor) -> Tensor:
-    """The input with the padding that the convolution itself does not make."""
-    if pad is None:
-        return x
-    return F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+def _conv_options(module: Any, weight: Tensor) -> tuple[Any, ...]:
+    """What PyTorch's forward of a convolution reads: of the module as it is now, and of the weight's shape."""
+    mode = module.padding_mode
+    pad = None if mode == "zeros" else tuple(module._reversed_padding_repeated_twice)
+    options = (weight.shape, module.stride, module.padding, module.dilation, module.groups, mode, pad)
+    if list in map(type, options):
+        return tuple(tuple(option) if isinstance(option, list) else option for option in options)
+    return options
 
 
-def _conv_plan(module: Any) -> tuple[ConvProduct, list[int] | None]:
+class _ConvPlan(NamedTuple):
     """The product, and what F.pad has to do before it, if anything."""
-    left, right = _padding(module)
-    if module.padding_mode == "zeros" and left == right:
-        return ConvProduct(module.stride, left, module.dilation, module.groups), None
-    both = [side for pair in zip(reversed(left), reversed(right), strict=True) for side in pair]
-    return ConvProduct(module.stride, (0,) * len(left), module.dilation, module.groups), both
+
+    product: ConvProduct
+    pad: tuple[int, ...] | None = None
+    mode: str = "constant"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(options: tuple[Any, ...]) -> _ConvPlan:
+        """For these options of a convolution."""
+        shape, stride, padding, dilation, groups, mode, pad = options
+        kernel = shape[2:]
+        stride, dilation, nothing = _each(stride, kernel), _each(dilation, kernel), (0,) * len(kernel)
+        if pad is not None:
+            return _ConvPlan(ConvProduct(stride, nothing, dilation, groups), pad, mode)
+        if padding == "valid":
+            padding = nothing
+        if not isinstance(padding, str):
+            return _ConvPlan(ConvProduct(stride, _each(padding, kernel), dilation, groups))
+        if padding != "same" or max(stride) > 1:
+            raise ValueError(f"PyTorch's forward takes no padding {padding!r} with stride {stride}")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if all(t % 2 == 0 for t in total):
+            return _ConvPlan(ConvProduct(stride, tuple(t // 2 for t in total), dilation, groups))
+        both = tuple(side for t in reversed(total) for side in (t // 2, t - t // 2))
+        return _ConvPlan(ConvProduct(stride, nothing, dilation, groups), both)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input with the padding that the product does not make."""
+        return x if self.pad is None else F.pad(x, self.pad, mode=self.mode)
 
 
-def _padding(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Padding before and after, in each dimension."""
-    if isinstance(module.padding, str):
-        if module.padding == "valid":
-            zero = (0,) * len(module.kernel_size)
-            return zero, zero
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
-    return tuple(module.padding), tuple(module.padding)
+def _each(option: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """An option for each dimension, given as one number or as many."""
+    values = (option,) if isinstance(option, int) else tuple(option)
+    return values * len(kernel) if len(values) == 1 else values
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
@@ -455,7 +478,7 @@ class _Attention(Rule):
 
     def _heads(self, module: Any, x: Tensor) -> Tensor:
         """[B, T, E] -> [B, heads, T, E/heads]."""
-        return x.reshape(*x.shape[:2], module.num_heads, module.head_dim).transpose(1, 2)
+        return x.reshape(*x.shape[:2], module.num_heads, x.shape[2] // module.num_heads).transpose(1, 2)
 
 
 def _merged_mask(

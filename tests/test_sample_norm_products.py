@@ -169,3 +169,70 @@ def test_empty_batch():
 def test_inputs_without_a_sample_dimension_are_refused(model, x, message):
     with per_sample_sq_norms(model), pytest.raises(ValueError, match=message):
         model(x)
+
+
+CHANGES = {
+    "stride": {"stride": (2, 2)},
+    "stride as one number": {"stride": 2},
+    "stride as a list": {"stride": [2, 1]},
+    "dilation and padding": {"dilation": (2, 2), "padding": (2, 1)},
+    "padding": {"padding": (0, 2)},
+    "padding as a name": {"padding": "same", "dilation": (1, 2)},
+    "padding mode": {"padding_mode": "circular"},
+    "padding mode and padding": {"padding_mode": "reflect", "_reversed_padding_repeated_twice": [2, 1, 0, 1]},
+    "groups": {"groups": 2, "weight": torch.Size((4, 2, 3, 3))},
+    "a larger kernel": {"padding": "same", "weight": torch.Size((4, 4, 5, 4))},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_convolution_has_the_options_of_the_moment(name):
+    """Trap: a plan made once and kept. Output, gradient and norms of a long-lived context are the changed layer's."""
+    conv, x = nn.Conv2d(4, 4, 3, padding=1).double(), randn(3, 4, 7, 6)
+    with per_sample_sq_norms(conv, loss_reduction="sum") as norms:
+        conv(x).square().sum().backward()
+        for option, value in CHANGES[name].items():
+            if option == "weight":
+                conv.weight.grad, conv.weight.data = None, randn(*value)
+            else:
+                setattr(conv, option, value)
+        conv.zero_grad()
+        norms.reset()
+        output = conv(x)
+        output.square().sum().backward()
+        total, grad = norms.total, conv.weight.grad
+    torch.testing.assert_close(output, conv(x))
+    rows = [torch.autograd.grad(conv(x[i : i + 1]).square().sum(), list(conv.parameters())) for i in range(3)]
+    torch.testing.assert_close(total, torch.stack([sum(g.square().sum() for g in row) for row in rows]))
+    torch.testing.assert_close(grad, sum(row[0] for row in rows))
+
+
+def test_a_list_of_strides_that_is_changed_in_place():
+    conv, x = nn.Conv1d(2, 3, 2).double(), randn(3, 2, 7)
+    conv.stride = [1]
+    with per_sample_sq_norms(conv):
+        conv(x)
+        conv.stride[0] = 2
+        assert conv(x).shape == (3, 3, 3)
+
+
+def test_options_that_a_convolution_of_pytorch_refuses_are_refused():
+    conv, x = nn.Conv2d(2, 3, 3, padding="same").double(), randn(3, 2, 6, 6)
+    with per_sample_sq_norms(conv):
+        conv.stride = (2, 2)
+        with pytest.raises(ValueError, match="no padding 'same' with stride"):
+            conv(x)
+        conv.stride, conv.padding = (1, 1), "full"
+        with pytest.raises(ValueError, match="no padding 'full'"):
+            conv(x)
+
+
+def test_attention_with_another_number_of_heads():
+    """As PyTorch's, it goes by `num_heads` alone."""
+    layer = nn.MultiheadAttention(6, 3, batch_first=True).double()
+    x = randn(3, 4, 6)
+    with per_sample_sq_norms(layer):
+        layer(x, x, x)
+        layer.num_heads = 2
+        output, _ = layer(x, x, x)
+    torch.testing.assert_close(output, layer(x, x, x)[0])
