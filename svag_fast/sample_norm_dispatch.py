@@ -156,7 +156,14 @@ def run_compiled_code_eagerly() -> Callable[[], None] | None:
         return None
     with _LOCK:
         if _contexts_with_stance == 0:
-            _stances.append(torch.compiler.set_stance("force_eager"))
+            try:
+                _stances.append(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "per_sample_sq_norms was entered within a function that torch.compile runs, where compiled code "
+                    "can't be kept from going past the model's layers: enter it outside of that function, or mark the "
+                    "function that enters it with @torch.compiler.disable"
+                ) from error
         _contexts_with_stance += 1
     return _let_compiled_code_run
 

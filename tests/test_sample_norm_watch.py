@@ -443,6 +443,33 @@ def test_compiled_code_around_the_model(before, inside):
     assert "Exception ignored" not in result.stderr
 
 
+WITHIN = """
+import torch
+import svag_fast
+net, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+def measure(x):
+    with svag_fast.per_sample_sq_norms(net) as norms:
+        net(x).sum().backward()
+    return norms.total
+expected = measure(x)
+try:
+    torch.compile(measure, backend="eager")(x)
+except RuntimeError as error:
+    assert "torch.compiler.disable" in str(error), error
+else:
+    raise AssertionError("not refused")
+outside = torch.compiler.disable(measure)
+torch.testing.assert_close(torch.compile(lambda x: outside(x * 1), backend="eager")(x), expected)
+torch.testing.assert_close(measure(x), expected)
+"""
+
+
+@pytest.mark.nightly
+def test_a_context_within_a_compiled_function():
+    result = subprocess.run([sys.executable, "-c", WITHIN], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def batched(net, x):
     y = net(x)
     directions = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
