@@ -71,7 +71,6 @@ class Scope:
         self.known = known
         self.check = check
         self.couples = couples  # the module mixes the samples unless its options forbid it
-        self.cache: Any = None  # what a rule derives from the module's options once
         self._seen = _seen(module)
 
     def current(self) -> bool:
@@ -215,6 +214,7 @@ class Rule:
                 "samples in both"
             )
         versions = [x._version for x in inputs]
+        module = _as_it_is(module)
         uses = {name: scope.use(name) for name in shapes}
 
         def sample_grads(name: str, output_grad: Tensor) -> SampleGrads:
@@ -243,6 +243,18 @@ class Rule:
 
         hook(output, deliver)
         return output
+
+
+def _as_it_is(module: nn.Module) -> nn.Module:
+    """The module with the options and statistics of this forward pass, for the backward pass, before which they may be
+    changed."""
+    out = object.__new__(type(module))
+    out.__dict__.update(module.__dict__)
+    out.__dict__["_parameters"] = dict(module._parameters)
+    if module._buffers:
+        buffers = {name: None if x is None else x.detach().clone() for name, x in module._buffers.items()}
+        out.__dict__["_buffers"] = buffers
+    return out
 
 
 def _rows(inputs: tuple[Any, ...], B: int, rows: slice) -> tuple[Any, ...]:

@@ -186,3 +186,51 @@ def test_register_rule_refuses_what_is_no_module_type():
         register_rule()
     with pytest.raises(TypeError, match="Module, not 3"):
         register_rule(3)
+
+
+def between(module, x, change):
+    """The norms where `change` comes between forward and backward pass, and those without it."""
+    module = module.double()
+    target = randn(*module(x).shape)
+    out = []
+    for act in (lambda module: None, change):
+        with per_sample_sq_norms(module, loss_reduction="sum") as norms:
+            output = module(x)
+            act(module)
+            (output * target).sum().backward()
+            out.append(norms.total)
+    return out
+
+
+CHANGES = {
+    "groups": (nn.GroupNorm(2, 6), (3, 6, 4), lambda m: setattr(m, "num_groups", 3)),
+    "group norm's eps": (nn.GroupNorm(2, 6), (3, 6, 4), lambda m: setattr(m, "eps", 1.0)),
+    "layer norm's eps": (nn.LayerNorm(6), (3, 5, 6), lambda m: setattr(m, "eps", 1.0)),
+    "rms norm's eps": (nn.RMSNorm(6), (3, 5, 6), lambda m: setattr(m, "eps", 1.0)),
+    "evaluation mode": (nn.InstanceNorm1d(6, affine=True, track_running_stats=True), (3, 6, 4), nn.Module.eval),
+    "training mode": (nn.InstanceNorm1d(6, affine=True, track_running_stats=True).eval(), (3, 6, 4), nn.Module.train),
+    "statistics": (
+        nn.InstanceNorm1d(6, affine=True, track_running_stats=True).eval(),
+        (3, 6, 4),
+        lambda m: m.running_var.mul_(4.0),
+    ),
+    "other statistics": (
+        nn.BatchNorm1d(6).eval(),
+        (3, 6, 4),
+        lambda m: setattr(m, "running_var", m.running_var * 4),
+    ),
+    "padding index": (nn.Embedding(7, 6), None, lambda m: setattr(m, "padding_idx", 1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_backward_pass_goes_by_the_options_of_its_forward_pass(name):
+    """Trap: options read in the backward pass, after `eval()`, `train()` or an update of the running statistics."""
+    module, shape, change = CHANGES[name]
+    x = torch.tensor([[0, 1, 1], [2, 3, 1], [5, 5, 6]]) if shape is None else randn(*shape)
+    expected, got = between(affine(module), x, change)
+    torch.testing.assert_close(got, expected)
+    with per_sample_sq_norms(module, loss_reduction="sum") as norms:  # and the next pass by the new ones
+        module(x).square().sum().backward()
+    each = [torch.autograd.grad(module(x[i : i + 1]).square().sum(), list(module.parameters())) for i in range(3)]
+    torch.testing.assert_close(norms.total, torch.stack([sum(g.square().sum() for g in row) for row in each]))
