@@ -35,6 +35,8 @@ class Known:
         self.samples_only = False  # called on samples, and never on a value that all samples share
         self.shared_only = False
         self.mixed = False
+        self.doubtful = False  # called on samples that don't show it, so that the pass has to be followed
+        self.asked: int | None = None  # how often at most, in a pass that taught nothing new
         self.rows_checked = False  # whether its rows were found to be the samples
         self.checked: set[tuple[str, torch.dtype, bool]] = set()  # parameters, with dtype, and whether on CUDA
 
@@ -43,12 +45,15 @@ class Known:
         """Whether the layer's input will be of the kind that it was of."""
         return self.samples_only or self.shared_only
 
-    def add(self, samples: bool) -> None:
-        """Note a call on samples, or on a value that they share."""
+    def add(self, samples: bool, plain: bool) -> bool:
+        """Note a call on samples, which show it or don't, or on a value that they share; whether that is new."""
+        before = self.samples_only, self.shared_only, self.doubtful
+        self.doubtful = self.doubtful or (samples and not plain)
         if self.mixed or (self.shared_only if samples else self.samples_only):
             self.mixed, self.samples_only, self.shared_only = True, False, False
         else:
             self.samples_only, self.shared_only = samples, not samples
+        return before != (self.samples_only, self.shared_only, self.doubtful)
 
 
 class Scope:

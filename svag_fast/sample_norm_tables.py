@@ -5,20 +5,24 @@ context it is computed once for each sample, on copies; the result is a `Table`,
 does and becomes one row for each sample where it meets the samples: `x + table`, x [B, ...]. The values are those of
 the plain model, and each copy's gradient is its own sample's.
 
-`Provenance` tells such values from samples, by following a forward pass op by op: T positions may well be B.
+`Provenance` tells such values from samples, by following a forward pass op by op: T positions may well be B. `Samples`
+asks it only where nothing else tells.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from svag_fast.sample_norm_rules import Known
 
 # Says whether a tensor that meets a table belongs to the samples.
 IsSamples: TypeAlias = Callable[[Tensor], bool]
@@ -172,6 +176,10 @@ def _mixes(table: Table, name: str) -> RuntimeError:
     )
 
 
+class FollowAgain(BaseException):
+    """The pass needs to know what depends on the samples: run it again and follow it."""
+
+
 class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows which tensors depend on the samples: the model's inputs, and what any op makes of them."""
 
@@ -183,6 +191,8 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.asleep = False  # nothing more will be asked in this pass
+        self._entered = False
         self._known: set[StorageWeakRef] = set()
         self._mark(inputs)
 
@@ -191,6 +201,8 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self.asleep:
+            return out
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         # What fills memory that `empty` made is not always seen here.
         if "empty" in getattr(func, "__name__", "") or any(self.of_samples(x) for x in tensors):
@@ -200,8 +212,27 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._mark(_written(schema, args, kwargs))
         return out
 
+    def begin(self) -> None:
+        """Follow from here."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._entered = True
+
+    def sleep(self) -> None:
+        """Ask for nothing more: following costs time in each op. Where another mode lies on top it stays, idle."""
+        self.asleep = True
+        if _get_current_dispatch_mode() is self:
+            self.end()
+
+    def end(self) -> None:
+        """Follow no longer."""
+        if self._entered:
+            self._entered = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def of_samples(self, tensor: Tensor) -> bool:
         """Whether the tensor depends on the samples, or may do so."""
+        if self.asleep:
+            raise FollowAgain
         reference = _storage(tensor)
         return reference is None or reference in self._known
 
@@ -225,3 +256,135 @@ def _storage(tensor: Tensor) -> StorageWeakRef | None:
         return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     except (NotImplementedError, RuntimeError):
         return None  # sparse, nested
+
+
+class Samples:
+    """Which tensors are the samples' in the pass through the model that runs.
+
+    Some show it (`plainly`). For the others the pass is followed op by op; from what was asked in earlier passes it is
+    known whether that is needed, and until when.
+    """
+
+    def __init__(self, batch_size: int | None) -> None:
+        self.batch_size = batch_size  # None: unknown, as outside of the model's own forward
+        self.inputs: list[Tensor] = []  # the model's
+        self._samples: list[Tensor] = []  # those among them that are samples
+        self._layers: list[Known] = []
+        self._all_tracked = True
+        self._grad_tells = True  # whether only what was made of samples has a gradient
+        self._can_follow = False  # inside the model's own forward, whose inputs are known
+        self._follow = True
+        self._follow_to_the_end = False  # tables have met what they could not tell
+        self._provenance: Provenance | None = None
+        self._asked: dict[Known, int] = {}
+        self._to_ask: int | None = None  # how many questions more there will be; None: unknown
+        self._learned = False
+
+    def look_again(self, layers: list[Known], all_tracked: bool) -> None:
+        """These layers are tracked from now on; `all_tracked`: no other part of the model is trained."""
+        self._layers, self._all_tracked = layers, all_tracked
+        self._grad_tells = self._grad_tells and all_tracked if self._can_follow else all_tracked
+        self._follow = any(k.doubtful or k.mixed or (k.asked is None and not k.settled) for k in layers)
+
+    def run(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[], None]
+    ) -> Any:
+        """The model's forward, followed where it has to be; `begin` is called before each try."""
+        begin()
+        if not self.inputs or self.batch_size is None:
+            return forward(*args, **kwargs)
+        self._samples = self._find_samples(self.batch_size)
+        self._grad_tells = self._all_tracked and not any(
+            x.requires_grad and all(x is not y for y in self._samples) for x in self.inputs
+        )
+        self._can_follow = True
+        try:
+            if not self._follow:
+                try:
+                    return forward(*args, **kwargs)
+                except FollowAgain:
+                    begin()
+            unknown = self._follow_to_the_end or any(known.asked is None for known in self._layers)
+            if not unknown:
+                try:
+                    return self._followed(forward, args, kwargs, sum(known.asked or 0 for known in self._layers))
+                except FollowAgain:
+                    begin()
+            return self._followed(forward, args, kwargs, None)
+        finally:
+            self._can_follow, self._grad_tells, self._samples = False, self._all_tracked, []
+
+    def _find_samples(self, B: int) -> list[Tensor]:
+        first = next((x for x in self.inputs if x.shape[0] == B), None)
+        # Indices [B] beside an input [B, B, ...] may be positions.
+        doubtful = first is not None and first.dim() > 1 and first.shape[1] == B
+        return [
+            x
+            for x in self.inputs
+            if x.shape[0] == B and not (doubtful and x.dim() == 1 and not x.is_floating_point() and x is not first)
+        ]
+
+    def _followed(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], questions: int | None
+    ) -> Any:
+        self._asked, self._to_ask, self._learned = {}, questions, False
+        self._provenance = provenance = Provenance(self._samples)
+        provenance.begin()
+        try:
+            if questions == 0:
+                provenance.sleep()
+            out = forward(*args, **kwargs)
+        finally:
+            provenance.end()
+            self._provenance = None
+        if not self._learned:
+            for known in self._layers:
+                known.asked = max(known.asked or 0, self._asked.get(known, 0))
+        self._follow = self._follow_to_the_end or any(known.mixed or known.doubtful for known in self._layers)
+        return out
+
+    def plainly(self, tensor: Tensor) -> bool:
+        """Whether a tensor shows that it is made of the samples: it has a gradient, or is the input or a view of it."""
+        if self._grad_tells and tensor.requires_grad and not tensor.is_leaf:
+            return True
+        for x in self._samples:
+            if tensor is x:
+                return True
+        memory = _storage(tensor) if self._samples else None
+        return memory is not None and any(memory == _storage(x) for x in self._samples)
+
+    def include(self, known: Known, tensors: list[Tensor], B: int) -> bool:
+        """Whether a layer's inputs are the samples', as opposed to a value that they share."""
+        plain = any(x.dim() > 0 and x.shape[0] == B and self.plainly(x) for x in tensors)
+        if plain and known.samples_only:
+            return True
+        if self._provenance is not None:
+            samples = any(self._provenance.of_samples(x) for x in tensors)
+            self._learned = known.add(samples, plain) or self._learned
+            self._count(known)
+            return samples
+        if known.shared_only and not plain:
+            return False  # taken for shared, samples would give the same, or be refused where they meet others
+        if self._can_follow:
+            raise FollowAgain
+        # Outside of the model's own forward nothing more can be known.
+        return known.samples_only if known.settled else any(x.dim() > 0 and x.shape[0] == B for x in tensors)
+
+    def _count(self, known: Known) -> None:
+        assert self._provenance is not None
+        self._asked[known] = self._asked.get(known, 0) + 1
+        if self._to_ask is not None:
+            self._to_ask -= 1
+            if self._to_ask == 0:
+                self._provenance.sleep()
+
+    def is_samples(self, tensor: Tensor) -> bool:
+        """Whether a tensor that meets a value without samples depends on the samples."""
+        if self.plainly(tensor):
+            return True
+        if self._provenance is not None:
+            self._follow_to_the_end = True
+            return self._provenance.of_samples(tensor)
+        if not self._can_follow:
+            return tensor.requires_grad  # layers give tables where they are given values without samples
+        raise FollowAgain

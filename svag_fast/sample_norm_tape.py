@@ -112,6 +112,7 @@ class Recorder:
         self.passes: list[Rows] = []
         self.pending: dict[tuple[str, Part], int] = {}  # uses in graphs that are alive, before their backward
         self.untracked: Callable[[], str | None] = lambda: None
+        self.unknown_rows: str | None = None  # why nobody knows whether rows are samples; until a forward pass can tell
         self._numels: dict[str, int] = {}
         self._hooked: dict[int, tuple[nn.Parameter, str, torch.utils.hooks.RemovableHandle]] = {}
         self._problem: str | None = None
@@ -225,6 +226,8 @@ class Recorder:
         """At the end of a backward pass: cross terms of the shared parameters, then keep the norms."""
         if self._pass is current:
             self._pass = None
+        if self.unknown_rows is not None:
+            self.fail(self.unknown_rows)
         if self.closed or self._problem is not None:
             return
         missing = self.untracked()

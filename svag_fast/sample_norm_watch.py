@@ -18,10 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from svag_fast import sample_norm_dispatch as dispatch
-from svag_fast.ops.memory import has_memory
-from svag_fast.sample_norm_checks import LayerCall, check_rows
+from svag_fast.sample_norm_rows import RowCheck, Sequences, takes_samples_second
 from svag_fast.sample_norm_rules import Known, Rule, Scope, label_of, rule_of
-from svag_fast.sample_norm_tables import Provenance, Table
+from svag_fast.sample_norm_tables import Samples, Table
 from svag_fast.sample_norm_tape import Recorder, in_backward
 
 _OPAQUE = (torch.jit.ScriptModule, nn.DataParallel)
@@ -35,10 +34,6 @@ _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 class UnsupportedModule(TypeError):  # noqa: N818  (it names what was met)
     """A module whose samples' gradients can't be told apart; the message names it and says what to do."""
-
-
-class _FollowAgain(BaseException):
-    """The pass needs to know what depends on the samples: run it again and follow it."""
 
 
 @dataclass
@@ -109,17 +104,12 @@ class Watch:
         self.check = check
         self._wanted = None if wanted is None else {id(p): p for p in wanted}
         self._given = batch_size
-        self._batch_size = batch_size  # None: unknown, as outside of the model's own forward
+        self._samples = Samples(batch_size)
+        self._rows = RowCheck(model, recorder, check)
+        self._sequences = Sequences(model, self._samples)
         self._last_batch_size: int | None = None
+        self._all_tracked = True  # whether no other parameter of the model is trained
         self._depth = 0
-        self._can_follow = False  # inside the model's own forward, whose inputs are known
-        self._follow = True  # whether the next pass through the model is to be followed op by op
-        self._follow_always = False
-        self._provenance: Provenance | None = None
-        self._calls: list[LayerCall] | None = None  # in a pass whose rows may have to be checked
-        self._inputs: list[Tensor] = []
-        self._sequences: dict[nn.Module, Callable[[], None]] = {}  # what takes the samples second, and isn't trained
-        self._all_rows_checked = False
         self._served: dict[nn.Module, _Served] = {}
         self._root_end: Callable[[], None] | None = None
         self._shape = _Shape()
@@ -133,9 +123,10 @@ class Watch:
     def end(self) -> None:
         """Leave the model as it was."""
         self._end_root()
-        for end in [*(served.end for served in self._served.values()), *self._sequences.values()]:
-            end()
-        self._served, self._sequences = {}, {}
+        self._sequences.watch(set())
+        for served in self._served.values():
+            served.end()
+        self._served = {}
 
     def scan(self) -> None:
         """Look at the whole model, and serve it as it is now."""
@@ -156,16 +147,13 @@ class Watch:
                 scope = self._plan(place, module, names)
             if scope is not None:
                 plans[module] = scope
-            elif _takes_samples_second(module):
+            elif takes_samples_second(module):
                 sequences.add(module)
             shape.add(module, served=scope is not None)
         for module in [m for m, s in self._served.items() if m not in plans or s.kind is not type(m)]:
             self._served.pop(module).end()
-        self._watch_sequences(sequences)
-        follow, self._all_rows_checked = False, True
+        self._sequences.watch(sequences)
         for module, scope in plans.items():
-            self._all_rows_checked = self._all_rows_checked and scope.known.rows_checked
-            follow = follow or (bool(scope.names) and not scope.known.settled)
             if module in self._served:
                 self._served[module].scope.renew(scope)
             else:
@@ -175,31 +163,10 @@ class Watch:
                 self._served[module] = _Served(scope, type(module), dispatch.serve(module, forward))
         self._serve_root()
         self.recorder.track(names, aliases)
-        self._follow, self._shape = follow, shape
-
-    def _watch_sequences(self, modules: set[nn.Module]) -> None:
-        """Look at what is given to modules that take the samples second."""
-        if not (modules or self._sequences):
-            return
-        for module in self._sequences.keys() - modules:
-            self._sequences.pop(module)()
-        for module in modules - self._sequences.keys() - {self.model}:
-            if "forward" not in module.__dict__ and not dispatch.is_served(module):
-                self._sequences[module] = dispatch.serve(module, functools.partial(self._sequence, module))
-
-    def _sequence(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        B = self._batch_size
-        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if B is None or x is None or x.dim() != 3 or x.shape[0] != B:
-            pass
-        elif x.shape[1] != B or any(_same(x, y) for y in self._inputs):
-            place = next((name for name, m in self.model.named_modules() if m is module), "")
-            raise ValueError(
-                f"{label_of(place, module)} takes the samples second (batch_first=False), but got {list(x.shape)} "
-                f"where the model's input has {B} samples in its first dimension: build it with batch_first=True, or "
-                "give the model the samples first and transpose before and behind this module"
-            )
-        return dispatch.plain_forward(type(module))(module, *args, **kwargs)
+        tracked = [scope.known for scope in plans.values() if scope.names]
+        self._rows.look_again(tracked)
+        self._samples.look_again(tracked, self._all_tracked)
+        self._shape = shape
 
     def _serve_root(self) -> None:
         if self.model not in self._served and self._root_end is None and "forward" not in self.model.__dict__:
@@ -231,6 +198,7 @@ class Watch:
         names: dict[nn.Parameter, str] = {}
         aliases: dict[str, str] = {}
         met: set[int] = set()
+        self._all_tracked = True
         for label, module in modules:
             if not module._parameters:
                 continue
@@ -248,6 +216,8 @@ class Watch:
                             "norms can't be told: call the model itself, or pass it its own parameters"
                         )
                     aliases[name] = names.setdefault(parameter, name)
+                elif parameter.requires_grad:
+                    self._all_tracked = False
         if self._wanted is not None and (missing := len(self._wanted.keys() - met)):
             raise ValueError(f"{missing} of the {len(self._wanted)} given parameters are not the model's")
         return names, aliases
@@ -314,14 +284,15 @@ class Watch:
     def _layer_forward(self, scope: Scope) -> Callable[..., Any]:
         module, kind, rule, known = scope.module, type(scope.module), scope.known.rule, scope.known
         plain = dispatch.plain_forward(kind)
+        samples, rows = self._samples, self._rows
         run, may_refuse = rule.run, type(rule).refusal is not Rule.refusal
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if scope.names or scope.couples:
                 if may_refuse:
                     _refuse(rule, scope)
-            elif _takes_samples_second(module):
-                return self._sequence(module, *args, **kwargs)
+            elif takes_samples_second(module):
+                return self._sequences.forward(module, *args, **kwargs)
             if not torch.is_grad_enabled() or not (args or kwargs):
                 return plain(module, *args, **kwargs)
             if type(module) is not kind or not scope.current():
@@ -336,9 +307,10 @@ class Watch:
                 and type(x) is Tensor
                 and known.samples_only
                 and x.dim() > 0
-                and x.shape[0] == self._batch_size
+                and x.shape[0] == samples.batch_size
+                and samples.plainly(x)
             ):
-                return run(scope, module, args, kwargs) if self._calls is None else self._run(scope, args, kwargs)
+                return run(scope, module, args, kwargs) if rows.calls is None else self._run(scope, args, kwargs)
             return self._serve(scope, rule, plain, args, kwargs)
 
         return forward
@@ -363,7 +335,7 @@ class Watch:
                     "samples or positions: call the model itself, or pass batch_size=..."
                 )
             return self._run(scope, args, kwargs)
-        if table or not self._of_samples(scope, tensors, B):
+        if table or not self._samples.include(scope.known, tensors, B):
             return self._serve_shared(scope, rule, tensors, B, args, kwargs)
         if not any(x.dim() > 0 and x.shape[0] == B for x in tensors):
             raise ValueError(
@@ -375,34 +347,8 @@ class Watch:
 
     def _run(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = scope.known.rule.run(scope, scope.module, args, kwargs)
-        if self._calls is not None:
-            self._calls.append(LayerCall(scope, _all_tensors((args, kwargs)), _all_tensors(out)))
+        self._rows.add(scope, (args, kwargs), out)
         return out
-
-    def _check_rows(self, out: Any) -> None:
-        """Check the rows of a pass through the model, where a layer's were not before or it is asked for."""
-        calls, self._calls = self._calls, None  # a checkpoint's layers run again in the backward pass
-        new = [call.scope.known for call in calls or () if not call.scope.known.rows_checked]
-        if not calls or not (new or self.check) or self._batch_size is None or self._batch_size < 2:
-            return
-        if not all(has_memory(x) for call in calls for x in call.outputs):
-            return
-        if not self.check and _has_backward_hooks(self.model) and not any(_may_have_positions_first(c) for c in calls):
-            return  # they would be called once more
-        outputs = [x for x in _leaves(out) if isinstance(x, Tensor)]
-        self.recorder.paused = True
-        try:
-            check_rows(calls, outputs, self._batch_size)
-        except RuntimeError as error:
-            self.recorder.fail(
-                f"whether the rows of the model are its samples could not be found out, so norms are not known: {error}"
-            )
-        else:
-            for known in new:
-                known.rows_checked = True
-        finally:
-            self.recorder.paused = False
-        self._all_rows_checked = all(served.scope.known.rows_checked for served in self._served.values())
 
     def _serve_shared(
         self, scope: Scope, rule: Rule, tensors: list[Tensor], B: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -423,43 +369,23 @@ class Watch:
         out = self._run(scope, args, kwargs)
 
         def as_table(y: Any) -> Any:
-            return Table.of(y[:, None] if single else y, scope.label, self.is_samples) if isinstance(y, Tensor) else y
+            return (
+                Table.of(y[:, None] if single else y, scope.label, self._samples.is_samples)
+                if isinstance(y, Tensor)
+                else y
+            )
 
         return tree_map(as_table, out)
 
     def _batch_size_now(self) -> int | None:
         """B, also of the graph whose backward pass runs a checkpoint's layers once more."""
-        if self._batch_size is not None or not in_backward():
-            return self._batch_size
+        if self._samples.batch_size is not None or not in_backward():
+            return self._samples.batch_size
         running = self.recorder.running_batch_size()
         return self._last_batch_size if running is None else running  # a checkpoint refuses other shapes than before
 
-    def _of_samples(self, scope: Scope, tensors: list[Tensor], B: int) -> bool:
-        """Whether a layer's inputs are the samples', as opposed to a value that they share."""
-        known = scope.known
-        if self._provenance is not None:
-            samples = any(self._provenance.of_samples(x) for x in tensors)
-            known.add(samples)
-            return samples
-        if known.samples_only or known.shared_only:
-            return known.samples_only
-        if not self._can_follow:  # outside of the model's own forward nothing more can be known
-            return any(x.dim() > 0 and x.shape[0] == B for x in tensors)
-        raise _FollowAgain
-
-    def is_samples(self, tensor: Tensor) -> bool:
-        """Whether a tensor that meets a value without samples depends on the samples."""
-        if tensor.requires_grad:
-            return True  # layers give tables where they are given values without samples
-        if self._provenance is not None:
-            self._follow = self._follow_always = True
-            return self._provenance.of_samples(tensor)
-        if not self._can_follow:
-            return False
-        raise _FollowAgain
-
     def _root_forward(self, scope: Scope | None) -> Callable[..., Any]:
-        model = self.model
+        model, samples, rows = self.model, self._samples, self._rows
         inner = (
             functools.partial(dispatch.plain_forward(type(model)), model)
             if scope is None
@@ -472,95 +398,29 @@ class Watch:
             if self._shape.outdated():
                 self.scan()
             inputs = _tensors(args, kwargs)
-            before = self._batch_size
+            before = samples.batch_size
             self._depth += 1
-            self._inputs = inputs
-            self._calls = [] if self.check or not self._all_rows_checked else None
+            samples.inputs = inputs
             try:
                 if self._given is None and inputs:
-                    self._batch_size = inputs[0].shape[0]
-                self._last_batch_size = self._batch_size
-                out = self._pass_through(inner, inputs, args, kwargs)
-                if self._calls:
-                    self._check_rows(out)
+                    self._samples.batch_size = inputs[0].shape[0]
+                self._last_batch_size = self._samples.batch_size
+                out = samples.run(inner, args, kwargs, rows.begin)
+                if rows.calls:
+                    rows.end([x for x in _leaves(out) if isinstance(x, Tensor)], samples.batch_size)
                 return out
             finally:
                 self._depth -= 1
-                self._inputs = []
-                self._batch_size = before
-                self._can_follow = False
-                self._calls = None
+                samples.inputs, samples.batch_size = [], before
+                rows.calls = None
 
         return forward
-
-    def _pass_through(
-        self, inner: Callable[..., Any], inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The model's own forward, followed where it has to be."""
-        if not inputs or self._batch_size is None:
-            return inner(*args, **kwargs)
-        self._can_follow = True
-        if not self._follow:
-            try:
-                return inner(*args, **kwargs)
-            except _FollowAgain:
-                self._calls = None if self._calls is None else []
-        return self._followed(inner, inputs, args, kwargs)
-
-    def _followed(
-        self, inner: Callable[..., Any], inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        B = self._batch_size
-        first = next((x for x in inputs if x.shape[0] == B), None)
-        # Indices [B] beside an input [B, B, ...] may be positions.
-        doubtful = first is not None and first.dim() > 1 and first.shape[1] == B
-        samples = [
-            x
-            for x in inputs
-            if x.shape[0] == B and not (doubtful and x.dim() == 1 and not x.is_floating_point() and x is not first)
-        ]
-        self._provenance = Provenance(samples)
-        try:
-            with self._provenance:
-                return inner(*args, **kwargs)
-        finally:
-            self._provenance = None
-            self._follow = self._follow_always or any(
-                served.scope.known.mixed for served in self._served.values() if served.scope.names
-            )
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among a model's inputs, scalars left out."""
     found = args if not kwargs and all(isinstance(x, Tensor) for x in args) else _leaves((args, kwargs))
     return [x for x in found if isinstance(x, Tensor) and x.dim() > 0]
-
-
-def _all_tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-
-
-def _takes_samples_second(module: nn.Module) -> bool:
-    return module.__dict__.get("batch_first") is False
-
-
-def _may_have_positions_first(call: LayerCall) -> bool:
-    """Whether a layer takes positions as well as samples, in any order."""
-    return call.scope.known.rule.any_rows and any(x.dim() + (not x.is_floating_point()) > 2 for x in call.inputs)
-
-
-def _has_backward_hooks(model: nn.Module) -> bool:
-    if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
-        return True
-    return any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same elements in the same order."""
-    if x is y:
-        return True
-    same_shape = x.shape == y.shape and x.stride() == y.stride() and x.storage_offset() == y.storage_offset()
-    return same_shape and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _leaves(inputs: Any) -> list[Any]:

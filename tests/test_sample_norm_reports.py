@@ -309,5 +309,28 @@ def test_a_graph_that_can_not_be_gone_back_through_twice_makes_the_norms_unknown
         loss(net(rows(C))).backward()
         with pytest.raises(RuntimeError, match=r"rows of the model are its samples.*use_reentrant=False"):
             _ = norms.total
+        outputs = net(rows(C))
+        norms.reset()  # forgets the passes before, not what its forward pass could not tell
+        loss(outputs).backward()
+        with pytest.raises(RuntimeError, match="rows of the model are its samples"):
+            _ = norms.total
+        net.zero_grad()
+        loss(net(rows(C))).backward()
     for p, grad in zip(net.parameters(), plain, strict=True):
         torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h - h.mean(0),
+        lambda h: h.cumsum(0),
+        lambda h: F.batch_norm(h, None, None, training=True),
+        lambda h: F.normalize(h) @ F.normalize(h).T,
+    ],
+)
+def test_samples_mixed_behind_the_last_layer(mix, check):
+    net = Net(lambda net, x: mix(net.a(x)), a=nn.Linear(C, 4)).double()
+    with per_sample_sq_norms(net, check=check), pytest.raises(ValueError, match="row 2 of the model's output depends"):
+        net(rows(C))

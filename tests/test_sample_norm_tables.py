@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from svag_fast import per_sample_sq_norms
+from svag_fast import sample_norm_tables as tables
 
 T = 4
 
@@ -421,3 +422,76 @@ def test_inputs_in_containers():
         with per_sample_sq_norms(net) as norms:
             net({"words": words(B)}).square().mean().backward()
         assert norms.total.shape == (B,)
+
+
+class Uses(nn.Module):
+    """One layer on the values that a function makes of the input and of what the samples share."""
+
+    def __init__(self, layer, shared, values):
+        super().__init__()
+        self.layer, self.head, self.prompt = layer, nn.Linear(6, 3), nn.Embedding(9, 6)
+        self.register_buffer("shared", shared)
+        self.values = values
+
+    def forward(self, x):
+        return self.head(torch.tanh(sum(self.layer(value) for value in self.values(self, x)))).mean(1)
+
+
+VALUES = {
+    "samples": lambda net, x: [x],
+    "samples that don't show it": lambda net, x: [x * 1],
+    "samples and shared": lambda net, x: [x, net.shared],
+    "shared and samples": lambda net, x: [net.shared, x],
+    "samples that don't show it and shared": lambda net, x: [x * 1, net.shared],
+    "samples twice": lambda net, x: [x, x * 1],
+}
+ON_VECTORS = VALUES | {"a value with a gradient": lambda net, x: [x, net.prompt(torch.arange(x.shape[1]))]}
+
+
+def own_norms(net, x, parameters):
+    rows = [torch.autograd.grad(net(x[i : i + 1]).square().sum(), parameters, allow_unused=True) for i in range(len(x))]
+    return torch.stack([sum(g.square().sum() for g in row if g is not None) for row in rows])
+
+
+@pytest.mark.parametrize("length", [T, T + 1])
+@pytest.mark.parametrize("later", ON_VECTORS)
+@pytest.mark.parametrize("first", ["samples", "samples that don't show it"])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_what_a_layer_is_given_may_be_another_thing_in_each_pass(kind, first, later, length):
+    """T = B positions look like samples: a layer that had samples only may yet be given a value that they share."""
+    if kind is nn.Embedding and later not in VALUES:
+        pytest.skip("indices have no gradient")
+    torch.manual_seed(0)
+    linear = kind is nn.Linear
+    shared = torch.randn(length, 6) if linear else torch.arange(length)
+    x = torch.randn(T, length, 6).double() if linear else torch.randint(9, (T, length))
+    net = Uses(kind(9 - 3 * linear, 6), shared, None).double()
+    tracked = [*net.layer.parameters(), *net.head.parameters()]  # the prompt is trained, and not tracked
+    expected = {}
+    for name in (first, later):
+        net.values = ON_VECTORS[name]
+        expected[name] = own_norms(net, x, tracked)
+    for contexts in ((first, later, later), (later, first, later)):
+        with per_sample_sq_norms(net, loss_reduction="sum", parameters=tracked) as norms:
+            for name in contexts:
+                net.values = ON_VECTORS[name]
+                norms.reset()
+                net(x).square().sum().backward()
+                torch.testing.assert_close(norms.total, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_pass_is_followed_no_further_than_its_last_question(monkeypatch):
+    """Inputs that don't show that they are samples (`x / 255`) cost little: the layers behind are not followed."""
+    followed = []
+    mark = tables.Provenance._mark
+    monkeypatch.setattr(tables.Provenance, "_mark", lambda self, new: (followed.append(1), mark(self, new)))
+    x = torch.randn(T, 5, 6).double()
+    for values, most in (("samples", 0), ("samples that don't show it", 3)):
+        net = Uses(nn.Linear(6, 6), torch.zeros(5, 6), VALUES[values]).double()
+        net.prompt.requires_grad_(False)
+        for _ in range(4):
+            followed.clear()
+            with per_sample_sq_norms(net) as norms:
+                net(x).square().mean().backward()
+            assert norms.total.shape == (T,)
+        assert len(followed) <= most
