@@ -154,7 +154,8 @@ class Toolkit:
         self.nvcc.write_text(NVCC)
         self.nvcc.chmod(0o755)
         monkeypatch.setattr(self.setup, "CUDA_FOLDERS", [])
-        monkeypatch.delenv("CUDA_HOME", raising=False)
+        for name in ("CUDA_HOME", "SVAG_CUDA", "SVAG_CUDA_ARCHS"):
+            monkeypatch.delenv(name, raising=False)
         variables = {"PATH": "/usr/bin:/bin", "LOG": str(self.log), "TOP": str(self.top), "FAIL": ""}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
