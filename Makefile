@@ -29,7 +29,7 @@ bench: $(VENV)/.installed $(VENV)/.peers
 
 # With $(PYTHON), whose torch must see the GPU; DRY=1: on a CPU, with the environment's.
 gpu-report: $(if $(DRY),$(VENV)/.installed)
-	$(if $(DRY),$(python),$(PYTHON)) bench/gpu_report.py $(if $(DRY),--dry) $(ARGS)
+	$(if $(DRY),$(python),$(PYTHON)) bench/gpu/gpu_report.py $(if $(DRY),--dry) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(python) -m ruff check .

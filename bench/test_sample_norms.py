@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svag_fast import models, per_sample_sq_norms
+from svag_fast import per_sample_sq_norms
+from svag_fast.experiments import models
 
 Step = Callable[[], Any]
 

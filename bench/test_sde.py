@@ -20,7 +20,7 @@ import torchsde
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from svag_fast.models import digits_net
+from svag_fast.experiments.models import digits_net
 from svag_fast.sde import NGD, Draws, EulerMaruyama, NetworkProblem, multiplicative_quadratic, simulate
 
 N, STEPS = 100_000, 64

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from svag_fast import two_batches
-from svag_fast.config import RunConfig
-from svag_fast.data import load_dataset
-from svag_fast.training import Training
+from svag_fast.experiments import gradients as two_batches
+from svag_fast.experiments.config import RunConfig
+from svag_fast.experiments.data import load_dataset
+from svag_fast.experiments.training import Training
 
 LIMITS = {"one pass": 10**9, "two passes": 0}
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops import svag_step_, svag_step_per_sample_, svag_weight_step_, weight_grad_and_sq_norms
-from svag_fast.ops.layer_product import layer_product
-from svag_fast.ops.weight_grad_cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, direct, gram, pixel_gram
+from svag_fast.ops.weight_grad.cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, direct, gram, pixel_gram
+from svag_fast.ops.weight_grad.shapes import layer_product
 
 B = 128
 # Input channels, output channels, image, kernel, stride: those of docs/per_sample_norms.md, and PreResNet-32's others.

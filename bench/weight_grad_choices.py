@@ -10,8 +10,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from svag_fast.models import build_model
-from svag_fast.ops.weight_grad_cpu import choose
+from svag_fast.experiments.models import build_model
+from svag_fast.ops.weight_grad.cpu import choose
 
 
 def rows(name: str) -> list[str]:

@@ -4,7 +4,7 @@
 #   bench.txt  the peers of `make bench` besides
 # For Python 3.10 and newer. torch pins its own CUDA libraries, and its CPU builds have none: they are left out.
 # Its CUDA builds pin their own triton as well; a bound lets the CPU build take the one that the compile reports
-# (tests/test_triton_compile.py) were made with.
+# (tests/kernels/test_triton_compile.py) were made with.
 set -eu
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from svag_fast import moved
+
 __version__ = "0.1.0"
+
+moved.install()
 
 # Public name -> the module that defines it, imported when the name is first used.
 _LAZY: dict[str, str] = {
-    "SVAGAdam": "svag_fast.adaptive",
-    "SVAGRMSprop": "svag_fast.adaptive",
-    "RunningMean": "svag_fast.noise",
-    "RunningNoise": "svag_fast.running_noise",
-    "SampleNorms": "svag_fast.sample_norms",
-    "UnsupportedModule": "svag_fast.sample_norms",
-    "by_vmap": "svag_fast.sample_norms",
-    "mean_standard_error": "svag_fast.noise",
-    "SVAG": "svag_fast.optim",
-    "svag_loss": "svag_fast.optim",
-    "per_sample_sq_norms": "svag_fast.sample_norms",
-    "register_rule": "svag_fast.sample_norms",
+    "SVAGAdam": "svag_fast.optim.adaptive",
+    "SVAGRMSprop": "svag_fast.optim.adaptive",
+    "RunningMean": "svag_fast.noise.estimators",
+    "RunningNoise": "svag_fast.noise.running",
+    "SampleNorms": "svag_fast.sample_norms.context",
+    "UnsupportedModule": "svag_fast.sample_norms.context",
+    "by_vmap": "svag_fast.sample_norms.context",
+    "mean_standard_error": "svag_fast.noise.estimators",
+    "SVAG": "svag_fast.optim.svag",
+    "svag_loss": "svag_fast.optim.svag",
+    "per_sample_sq_norms": "svag_fast.sample_norms.context",
+    "register_rule": "svag_fast.sample_norms.context",
     "StepStats": "svag_fast.ops.step",
     "backend": "svag_fast.ops.backends",
     "svag_coefficients": "svag_fast.ops.step",

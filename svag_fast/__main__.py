@@ -1,5 +1,5 @@
 """`python -m svag_fast`: the same program as `svag-fast`."""
 
-from svag_fast.cli import main
+from svag_fast.cli.main import main
 
 main(prog_name="svag-fast")

@@ -16,13 +16,13 @@ from op_calls import CALLS
 from torch import Tensor, nn
 
 import svag_fast
-from svag_fast.data import draw_batch
-from svag_fast.noise import BatchMoments
+from svag_fast.experiments.data import draw_batch
+from svag_fast.noise.estimators import BatchMoments
 from svag_fast.ops import svag_step_
 from svag_fast.sde import processes
-from svag_fast.sde.affine import AffineProblem
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian
+from svag_fast.sde.problems.affine import AffineProblem
 from svag_fast.sde.simulate import simulate
 
 PACKAGE = Path(svag_fast.__file__).parent

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCH = ROOT / "bench"
+BENCH = ROOT / "bench" / "gpu"
 
 
 @pytest.fixture

@@ -169,11 +169,11 @@ def test_run_passes_its_arguments_on(checkout: Checkout) -> None:
 def test_gpu_report_takes_the_users_python_and_dry_the_environments(checkout: Checkout) -> None:
     result = checkout.make("gpu-report", "ARGS=--commit abc")
     assert result.returncode == 0
-    assert checkout.log.read_text() == "bench/gpu_report.py --commit abc\n"
+    assert checkout.log.read_text() == "bench/gpu/gpu_report.py --commit abc\n"
     assert not (checkout.folder / ".venv").exists()
     assert checkout.make("gpu-report", "DRY=1").returncode == 0
     assert checkout.steps() == ["venv", "packages", "install"]
-    assert checkout.log.read_text().endswith("bench/gpu_report.py --dry\n")
+    assert checkout.log.read_text().endswith("bench/gpu/gpu_report.py --dry\n")
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -8,7 +8,7 @@ from svag_fast.ops.philox_normal import philox_normal_
 from svag_fast.ops.step import svag_coefficients, svag_step_
 from svag_fast.ops.step_per_sample import PerSampleStep, svag_step_per_sample_
 from svag_fast.ops.step_stats import StepStats
-from svag_fast.ops.weight_grad import WeightGrad, weight_grad_and_sq_norms
+from svag_fast.ops.weight_grad.op import WeightGrad, weight_grad_and_sq_norms
 from svag_fast.ops.weight_step import svag_weight_step_
 
 with contextlib.suppress(ImportError):  # said when a backend needs it; loaded now, so that it sees every later fork

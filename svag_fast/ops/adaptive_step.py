@@ -31,7 +31,7 @@ from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
 from svag_fast.ops.step_stats import StepStats, nothing_stepped, raw_statistics
-from svag_fast.scaling_rules import square_root_scaling_rule
+from svag_fast.theory.scaling_rules import square_root_scaling_rule
 
 
 def svag_adaptive_step_(

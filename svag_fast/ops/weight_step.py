@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svag_fast.ops import weight_grad_cpu, weight_grad_triton
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_params, check_step_scalars, tensor
-from svag_fast.ops.layer_product import Geometry, LayerProduct, layer_product, sum_dtype
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import constant_coefficients, step_scalars, svag_coefficients, svag_step_
 from svag_fast.ops.step_stats import StepStats
-from svag_fast.ops.weight_grad import reference as reference_product
+from svag_fast.ops.weight_grad import cpu as weight_grad_cpu
+from svag_fast.ops.weight_grad import triton as weight_grad_triton
+from svag_fast.ops.weight_grad.op import reference as reference_product
+from svag_fast.ops.weight_grad.shapes import Geometry, LayerProduct, layer_product, sum_dtype
 
 
 def svag_weight_step_(

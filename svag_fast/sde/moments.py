@@ -16,7 +16,7 @@ from numpy.polynomial import Polynomial
 from numpy.typing import NDArray
 
 from svag_fast.numeric import number
-from svag_fast.sde.affine import AffineProblem
+from svag_fast.sde.problems.affine import AffineProblem
 from svag_fast.sde.processes import GradientEstimate, GradientFlow, Process
 
 ORDER = 4

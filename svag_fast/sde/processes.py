@@ -34,7 +34,7 @@ from torch import Tensor
 
 from svag_fast.numeric import number
 from svag_fast.sde.draws import Draws
-from svag_fast.sde.problem import Problem
+from svag_fast.sde.problems.base import Problem
 from svag_fast.sde.weights import svag_weights
 
 
@@ -52,7 +52,7 @@ class GradientEstimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Process(ABC):
-    """A discrete-time process on any :class:`~svag_fast.sde.problem.Problem`.
+    """A discrete-time process on any :class:`~svag_fast.sde.problems.base.Problem`.
 
     Args:
         lr: SGD's learning rate, the paper's eta, > 0: it sets the size of the noise, also of the SDEs.

@@ -16,11 +16,11 @@ from torch import Tensor
 from svag_fast.numeric import integer
 from svag_fast.ops.affine_walk import AffineStep, affine_walk_
 from svag_fast.ops.philox_normal import GROUP
-from svag_fast.sde.affine import AffineProblem
 from svag_fast.sde.checks import check_state
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian
-from svag_fast.sde.problem import Problem
+from svag_fast.sde.problems.affine import AffineProblem
+from svag_fast.sde.problems.base import Problem
 from svag_fast.sde.processes import NGD, SDE2, SGD, SVAG, EulerMaruyama, Process
 
 BLOCK_ELEMENTS = 1 << 14

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from svag_fast.adaptive import SVAGAdam, SVAGRMSprop
-from svag_fast.initial_square_avg import MEASURED_STEPS
+from svag_fast.optim.adaptive import SVAGAdam, SVAGRMSprop
+from svag_fast.optim.initial_square_avg import MEASURED_STEPS
 from svag_fast.sde import AffineProblem, Draws, Gamma, additive_quadratic, mean_and_error
 from svag_fast.verify.check import Z_BOUND, Check, Outcome, Settings, exact_check, one_thread, z_check
 

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal, stats
 
-from svag_fast.curves import Run
-from svag_fast.limit_fit import fit_limit, outside, within
-from svag_fast.margins import Margin
-from svag_fast.predict import Series, from_baseline, from_runs, measure
-from svag_fast.verdict import judge, shared_limits
+from svag_fast.analysis.margins import Margin
+from svag_fast.analysis.prediction import Series, from_baseline, from_runs, measure
+from svag_fast.analysis.runs import Run
+from svag_fast.analysis.verdict import judge, shared_limits
+from svag_fast.stats.limit_fit import fit_limit, outside, within
 from svag_fast.verify.check import Check, Outcome, Settings, exact_check, z_check
 
 Array = NDArray[np.float64]

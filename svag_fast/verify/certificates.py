@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from svag_fast.estimate import Estimate
 from svag_fast.sde import SDE2, SGD, Process, ScaleInvariantToy, mean_and_error, simulate
-from svag_fast.theory import (
+from svag_fast.stats.estimate import Estimate
+from svag_fast.theory.closeness import (
     SQRT2,
     Norms,
     c_closeness,

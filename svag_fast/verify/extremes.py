@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from svag_fast.theory import (
+from svag_fast.theory.closeness import (
     SQRT2,
     Norms,
     c_closeness,

@@ -10,10 +10,10 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from svag_fast.optim import SVAG
-from svag_fast.scaling_rules import linear_scaling_rule, square_root_scaling_rule
+from svag_fast.optim.svag import SVAG
 from svag_fast.sde import SGD, AffineProblem, Draws, Gamma, LinearRegression, NetworkProblem, sde_moments
 from svag_fast.sde.weights import svag_weights
+from svag_fast.theory.scaling_rules import linear_scaling_rule, square_root_scaling_rule
 from svag_fast.verify.check import Check, Outcome, Settings, exact_check, log_log_slope, one_thread
 
 TOLERANCE = 1e-11

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from svag_fast.models import build_model, scale_invariance_report
+from svag_fast.experiments.models import build_model, scale_invariance_report
 from svag_fast.verify.check import Check, Outcome, Settings, one_thread
 
 FAST = ("digits-net", "preresnet8-gn", "preresnet8-bn", "vgg11-gn")

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svag_fast import noise
+from svag_fast.noise import estimators as noise
+from svag_fast.noise.running import RunningNoise
 from svag_fast.ops import backends, weight_grad_and_sq_norms
 from svag_fast.ops.step_stats import StepStats
-from svag_fast.running_noise import RunningNoise
-from svag_fast.sample_norms import per_sample_sq_norms
+from svag_fast.sample_norms.context import per_sample_sq_norms
 from svag_fast.verify.check import Check, Outcome, Settings, exact_check, one_thread
 
 SOURCE = "Section 5"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.ops import backends, svag_step_, svag_weight_step_
-from svag_fast.optim import SVAG, svag_loss
+from svag_fast.optim.svag import SVAG, svag_loss
 from svag_fast.sde import AffineProblem, Draws, Gamma, process_moments, processes, sde_moments
 from svag_fast.verify.check import Check, Outcome, Settings, exact_check, log_log_slope, z_check
 

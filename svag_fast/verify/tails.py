@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from svag_fast.sde import Draws
-from svag_fast.tail_index import gaussian_tail_index, tail_index
+from svag_fast.theory.tail_index import gaussian_tail_index, tail_index
 from svag_fast.verify.check import Check, Outcome, Settings, one_thread, z_check
-from svag_fast.verify.norms import digits_problem
+from svag_fast.verify.equilibrium import digits_problem
 
 BLOCKS = (10, 100, 1000)
 SOURCE = "App. B.3"

@@ -1,4 +1,4 @@
-"""Each check of tests/gpu_checks.py, which `make gpu-report` runs without pytest, as a test."""
+"""Each check of tests/support/gpu_checks.py, which `make gpu-report` runs without pytest, as a test."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from gpu_checks import LAYER_KERNELS
 from layer_cases import make
 from torch import Tensor
 
-from svag_fast.ops import weight_grad_and_sq_norms, weight_grad_triton
+from svag_fast.ops import weight_grad_and_sq_norms
 from svag_fast.ops.backends import select
-from svag_fast.ops.layer_product import layer_product
+from svag_fast.ops.weight_grad import triton as weight_grad_triton
+from svag_fast.ops.weight_grad.shapes import layer_product
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernels(*LAYER_KERNELS, ran="gpu")]
 

@@ -1,4 +1,4 @@
-"""These tests need TRITON_INTERPRET=1 from the process's start: tests/test_triton_interpreter.py runs them so."""
+"""These tests need TRITON_INTERPRET=1 from the start: tests/kernels/test_triton_interpreter.py runs them so."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from svag_fast.ops import (
 from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.step import StepOptions
 from svag_fast.sde import processes
-from svag_fast.sde.affine import AffineProblem
 from svag_fast.sde.laws import Gaussian
+from svag_fast.sde.problems.affine import AffineProblem
 from svag_fast.sde.simulate import simulate
 
 ADAPTIVE = {"steps": [1], "lr": 0.1, "l": 4, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svag_fast import SVAG, SVAGAdam
 from svag_fast.ops import memory, philox_normal_, svag_step_
-from svag_fast.ops.layer_product import Geometry
 from svag_fast.ops.memory import address
-from svag_fast.ops.weight_grad import unchecked_weight_grads
-from svag_fast.two_batch import TwoBatchOptimizer
+from svag_fast.ops.weight_grad.op import unchecked_weight_grads
+from svag_fast.ops.weight_grad.shapes import Geometry
+from svag_fast.optim.two_batch import TwoBatchOptimizer
 
 REFUSALS = (ValueError, TypeError)
 

@@ -29,8 +29,8 @@ class Mutant:
     unit_test: str | None = None
 
 
-STEP, NOISE, THEORY = "ops/step.py", "noise.py", "theory.py"
-ADAPTIVE, START, FIT = "ops/adaptive_step.py", "initial_square_avg.py", "limit_fit.py"
+STEP, NOISE, THEORY = "ops/step.py", "noise/estimators.py", "theory/closeness.py"
+ADAPTIVE, START, FIT = "ops/adaptive_step.py", "optim/initial_square_avg.py", "stats/limit_fit.py"
 MUTANTS = (
     # the step
     Mutant("c2's sign", STEP, "(1 - root) / 2", "(root - 1) / 2", "steps-4.7"),
@@ -71,10 +71,10 @@ MUTANTS = (
         None,
         "tests/ops/test_step_momentum.py",
     ),
-    Mutant("svag_loss: c2 dropped", "optim.py", "c1 * loss1 + c2 * loss2", "c1 * loss1 - c2 * loss2", "steps-4.7"),
+    Mutant("svag_loss: c2 dropped", "optim/svag.py", "c1 * loss1 + c2 * loss2", "c1 * loss1 - c2 * loss2", "steps-4.7"),
     Mutant(
         "hold_gradient: batches swapped",
-        "two_batch.py",
+        "optim/two_batch.py",
         "list(zip(pair.grads, second, strict=True))",
         "list(zip(second, pair.grads, strict=True))",
         "steps-4.7",
@@ -93,7 +93,13 @@ MUTANTS = (
         "steps-4.7",
     ),
     # the adaptive steps and their start
-    Mutant("square-root scaling: ε the wrong way", "scaling_rules.py", "eps / root,", "eps * root,", "steps-adaptive"),
+    Mutant(
+        "square-root scaling: ε the wrong way",
+        "theory/scaling_rules.py",
+        "eps / root,",
+        "eps * root,",
+        "steps-adaptive",
+    ),
     Mutant(
         "Adam: first bias correction dropped",
         ADAPTIVE,
@@ -115,7 +121,13 @@ MUTANTS = (
         "            options.l**-0.5, batch_size=1,",
         "steps-adaptive",
     ),
-    Mutant("adaptive: time by the linear rule", "adaptive.py", "return lr * lr / l", "return lr / l", "steps-adaptive"),
+    Mutant(
+        "adaptive: time by the linear rule",
+        "optim/adaptive.py",
+        "return lr * lr / l",
+        "return lr / l",
+        "steps-adaptive",
+    ),
     Mutant(
         "RMSprop's start: not times l",
         START,
@@ -125,7 +137,7 @@ MUTANTS = (
     ),
     Mutant(
         "RMSprop's start: always zero",
-        "adaptive.py",
+        "optim/adaptive.py",
         '"square_avg": filled(state["square_avg"], start, group["l"])',
         '"square_avg": state["square_avg"]',
         "steps-adaptive",
@@ -147,7 +159,7 @@ MUTANTS = (
     Mutant("measured: zero counts as the first", START, "1 / (count + 1)", "1 / (count + 2)", "steps-adaptive"),
     Mutant(
         "measured: counted as steps",
-        "adaptive.py",
+        "optim/adaptive.py",
         "keep, moves=False",
         "keep, moves=True",
         "steps-adaptive",
@@ -158,7 +170,7 @@ MUTANTS = (
         "decay = weight_decay * p.to(dtype)",
         "decay = 0 * p.to(dtype)",
         None,
-        "tests/test_initial_square_avg.py",
+        "tests/optim/test_initial_square_avg.py",
     ),
     Mutant(
         "measured: unseen entries stay zero",
@@ -166,7 +178,7 @@ MUTANTS = (
         "mean = mean.where(seen, mean[seen].mean())",
         "pass",
         None,
-        "tests/test_initial_square_avg.py",
+        "tests/optim/test_initial_square_avg.py",
     ),
     # estimators
     Mutant("Bessel: B for B - 1", NOISE, "(B / (B - 1))", "1.0", "estimators"),
@@ -211,32 +223,32 @@ MUTANTS = (
     ),
     Mutant(
         "RunningNoise: N doubled",
-        "running_noise.py",
+        "noise/running.py",
         "((sq_norm1 - inner) + (sq_norm2 - inner)) / 2",
         "((sq_norm1 - inner) + (sq_norm2 - inner))",
         "estimators",
     ),
     Mutant(
-        "RunningNoise: mean of |g1|² for G", "running_noise.py", "grad.add(inner)", "grad.add(sq_norm1)", "estimators"
+        "RunningNoise: mean of |g1|² for G", "noise/running.py", "grad.add(inner)", "grad.add(sq_norm1)", "estimators"
     ),
     # per-sample norms
     Mutant(
         "mean loss: B for B²",
-        "sample_norms.py",
+        "sample_norms/context.py",
         "sq_norms * float(B) ** 2 if mean",
         "sq_norms * float(B) if mean",
         "sample-norms",
     ),
     Mutant(
         "Linear: |b|⁴ for |a|²|b|²",
-        "sample_norm_products.py",
+        "sample_norms/layers/products.py",
         "b_sq_norms * row_sq_norms(x)",
         "b_sq_norms * row_sq_norms(b)",
         "sample-norms",
     ),
     Mutant(
         "reference product: weights ignored",
-        "ops/weight_grad.py",
+        "ops/weight_grad/op.py",
         "weights.to(dtype)\n",
         "torch.ones_like(weights.to(dtype))\n",
         "sample-norms",
@@ -304,21 +316,21 @@ MUTANTS = (
     ),
     Mutant(
         "linear scaling: √κ",
-        "scaling_rules.py",
+        "theory/scaling_rules.py",
         "SGDRates(float(kappa * batch_size), kappa * lr)",
         "SGDRates(float(kappa * batch_size), math.sqrt(kappa) * lr)",
         "scaling-rules",
     ),
     Mutant(
         "square-root scaling: κ on lr",
-        "scaling_rules.py",
+        "theory/scaling_rules.py",
         "        root * lr,\n",
         "        kappa * lr,\n",
         "scaling-rules",
     ),
     Mutant(
         "square-root scaling: β unscaled",
-        "scaling_rules.py",
+        "theory/scaling_rules.py",
         "return beta - (kappa - 1) * (1 - beta)",
         "return beta",
         "scaling-rules",
@@ -326,14 +338,14 @@ MUTANTS = (
     # predictions and verdicts
     Mutant(
         "predict: the whole phase for its end",
-        "predict.py",
+        "analysis/prediction.py",
         "    start = end - rows\n",
         "    start = begin\n",
         "prediction",
     ),
     Mutant(
         "predict: B* with B²",
-        "predict.py",
+        "analysis/prediction.py",
         "self.kappa[form].affine(self.baseline.batch_size)",
         "self.kappa[form].affine(self.baseline.batch_size**2)",
         "prediction",
@@ -361,12 +373,18 @@ MUTANTS = (
     ),
     Mutant(
         "verdict: eight times the margin",
-        "verdict.py",
+        "analysis/verdict.py",
         "if within(ends, margin) else",
         "if within(ends, 8 * margin) else",
         "verdict",
     ),
-    Mutant("phases: the whole for the last half", "phases.py", "((begin + end) / 2, end)", "(begin, end)", "verdict"),
+    Mutant(
+        "phases: the whole for the last half",
+        "analysis/phases.py",
+        "((begin + end) / 2, end)",
+        "(begin, end)",
+        "verdict",
+    ),
     Mutant(
         "limits' difference: sum",
         FIT,
@@ -426,35 +444,35 @@ MUTANTS = (
     ),
     Mutant(
         "toy: N with d for d - 1",
-        "sde/scale_invariant.py",
+        "sde/problems/scale_invariant.py",
         "            self.noise_std**2 * (self.dim - 1) / r,\n            r,",
         "            self.noise_std**2 * self.dim / r,\n            r,",
         "norms-toy",
     ),
     Mutant(
         "toy: relaxation at half the rate",
-        "sde/scale_invariant.py",
+        "sde/problems/scale_invariant.py",
         "decay = -4 * weight_decay * time",
         "decay = -2 * weight_decay * time",
         "norms-toy",
     ),
     Mutant(
         "net: NGD's weights not centred",
-        "sde/network.py",
+        "sde/problems/network.py",
         "xi.sub_(xi.mean()).mul_(self.noise_scale)",
         "xi.mul_(self.noise_scale)",
         "noise-covariance",
     ),
     Mutant(
         "net: √(n/B) inverted",
-        "sde/network.py",
+        "sde/problems/network.py",
         "math.sqrt(n / self.batch_size)",
         "math.sqrt(self.batch_size / n)",
         "noise-covariance",
     ),
     Mutant(
         "regression: noise with B for 1/B",
-        "sde/regression.py",
+        "sde/problems/regression.py",
         "return 1 / b if self.replacement",
         "return b if self.replacement",
         "noise-covariance",
@@ -468,14 +486,14 @@ MUTANTS = (
     ),
     Mutant(
         "tail index: factor of 2",
-        "tail_index.py",
+        "theory/tail_index.py",
         "excess / (2 * math.log(block))",
         "excess / math.log(block)",
         "tail-known",
     ),
     Mutant(
         "batch means: count for count - 1",
-        "series.py",
+        "stats/series.py",
         "covariance = centred @ centred.T / (freedom * runs * count)",
         "covariance = centred @ centred.T / (freedom * count)",
         "prediction",

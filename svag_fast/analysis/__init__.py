@@ -1,0 +1,1 @@
+"""What run folders say: runs, verdict, prediction, report. No torch is imported here."""

@@ -1,0 +1,77 @@
+"""The parts of a run that are judged: each phase of constant learning rate, by its last half, and the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from svag_fast.analysis.runs import Run
+from svag_fast.experiments.run_folder import Array
+
+END = "end"
+_LEAST = 0.1  # of the run: a shorter stretch of constant rate is no phase (a warm-up's step, a cosine's row)
+SAME = 0.02  # of the run: two runs' phases may begin and end so far apart, since milestones fall on whole steps
+
+
+def phases(run: Run) -> list[tuple[float, float]]:
+    """Return the effective steps at which each phase of constant learning rate begins and ends.
+
+    A row holds the rate of the step before it, so a phase begins at the last row of the one before.
+    """
+    lr, steps = run.metrics["lr"], run.metrics["effective_step"]
+    if len(steps) == 0:
+        return []
+    changes = np.flatnonzero(np.abs(np.diff(lr)) > 1e-9 * np.abs(lr[1:])) + 1
+    firsts, lasts = [0, *changes], [*(changes - 1), len(lr) - 1]
+    ends = [(float(steps[max(first - 1, 0)]), float(steps[last])) for first, last in zip(firsts, lasts, strict=True)]
+    return [(begin, end) for begin, end in ends if end - begin >= _LEAST * run.effective_steps]
+
+
+def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    """Return the judged window of each part by its name: "phase 1", ... (its last half) and "end" (the last value).
+
+    Raises:
+        ValueError: The runs differ in length or phases, so that their parts cannot be compared; two of them are named.
+    """
+    first, *others = runs
+    found = phases(first)
+    for other in others:
+        theirs = phases(other)
+        apart = [abs(a - b) for x, y in zip(found, theirs, strict=False) for a, b in zip(x, y, strict=True)]
+        total = first.effective_steps
+        if other.effective_steps != total or len(theirs) != len(found) or max(apart, default=0.0) > SAME * total + 1:
+            raise ValueError(
+                f"{first.name} has {_words(first, found)} and {other.name} {_words(other, theirs)}: runs that are "
+                "compared must have the same length and schedule"
+            )
+    windows = {f"phase {i}": ((begin + end) / 2, end) for i, (begin, end) in enumerate(found, 1)}
+    return windows | {END: (math.nan, math.nan)}
+
+
+def part_mean(run: Run, metric: str, part: str, window: tuple[float, float]) -> tuple[float, int]:
+    """Return the run's mean of ``metric`` over a part, and over how many measurements; NaN and 0 where there are none.
+
+    Raises:
+        KeyError: metrics.csv has no such column.
+    """
+    steps, values = run.series(metric)
+    if part != END:
+        begin, end = window
+        rounding = 0.5 / run.l + 1e-6  # rows fall on whole steps of 1/l
+        values = values[(steps > begin + rounding) & (steps <= end + rounding)]
+    else:
+        values = values[-1:]
+    return (float(values.mean()), len(values)) if len(values) else (math.nan, 0)
+
+
+def resolution(values: Array) -> float:
+    """Return the least gap between two values: an accuracy's is one over the number of test images."""
+    distinct = np.unique(values)
+    return float(np.diff(distinct).min()) if len(distinct) > 1 else 0.0
+
+
+def _words(run: Run, found: Sequence[tuple[float, float]]) -> str:
+    stretches = ", ".join(f"{begin:g} to {end:g}" for begin, end in found) or "none"
+    return f"{run.effective_steps:g} effective steps with phases of constant rate {stretches}"

@@ -1,0 +1,405 @@
+"""What a folder of runs says: summary.json, a table, the verdict in words, and convergence.png.
+
+``svag-fast report runs/digits`` makes them anew from what the runs have written, finished or not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import rich_click as click
+
+from svag_fast.analysis.margins import METRICS, Margin, margin_option, metric_option
+from svag_fast.analysis.prediction import Prediction, predict_if_possible
+from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs
+from svag_fast.analysis.verdict import Cell, Decision, SharedLimit, Verdict, combine, judge, shared_limits
+from svag_fast.analysis.verdict_text import (
+    headline,
+    name,
+    number,
+    sentences,
+    shared_limit_sentence,
+    svag_answer,
+    unit,
+    with_error,
+)
+from svag_fast.files import replace_file
+from svag_fast.plots import style as plots
+from svag_fast.plots.convergence import convergence_figure
+from svag_fast.stats.estimate import Estimate
+from svag_fast.theory.closeness import Norms, c_closeness
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SUMMARY_VERSION = 1  # of summary.json: raised when a key changes its meaning or goes
+ALL_DIVERGED = 3  # the commands' exit status where there is no verdict since every run diverged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One l of one batch size: means over the finished runs, with the standard deviation of one run where it says sd.
+
+    ``grad_sq_norm``, ``noise_trace``, ``weight_sq_norm`` (G, N, R; mean over seeds, with its standard error) and
+    ``nsr`` are of the later half of the first phase, and ``closeness`` is the least C for which this l and the largest
+    are C-close there (Definition 5.1). None stands where nothing was measured, or there are too few seeds.
+    """
+
+    l: float
+    seeds: int
+    unfinished: int
+    final_accuracy: float | None
+    final_accuracy_sd: float | None
+    final_train_loss: float | None
+    final_train_loss_sd: float | None
+    grad_sq_norm: Estimate | None
+    noise_trace: Estimate | None
+    weight_sq_norm: Estimate | None
+    nsr: float | None
+    closeness: Estimate | None
+    samples_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Verdicts and the rows behind them, a list of rows for each verdict."""
+
+    runs: Sequence[Run]
+    verdicts: Sequence[Verdict]
+    shared: Sequence[SharedLimit]
+    rows: Sequence[Sequence[Row]]
+    confidence: float
+    prediction: Prediction | None
+    """What the smallest batch's SGD runs alone predict of linear scaling, if anything."""
+    no_prediction: str | None
+    """Why they don't, in words."""
+
+    @property
+    def all_diverged(self) -> bool:
+        """Whether there is no verdict, since every run diverged."""
+        return all(verdict.answer == "diverged" for verdict in self.verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return summary.json's content (docs/verdict.md): plain numbers, texts, lists, dicts; None: not measured."""
+        sizes = [verdict.batch_size for verdict in self.verdicts]
+        return {
+            "version": SUMMARY_VERSION,
+            "headline": headline(self.verdicts),
+            "confidence": self.confidence,
+            "batch_sizes": {
+                # two rates of one batch size need a longer name
+                f"{v.batch_size}" if sizes.count(v.batch_size) == 1 else f"{v.batch_size} lr {v.lr:g}": {
+                    "answer": v.answer,
+                    "metrics": {m: {p: _cell_dict(cell) for p, cell in ps.items()} for m, ps in v.cells.items()},
+                    "runs": {
+                        "total": sum(v.total.values()),
+                        "finished": sum(v.finished.values()),
+                        "diverged": sum(map(len, v.diverged.values())),
+                    },
+                    "diverged_at": {f"{l:g}": list(at) for l, at in v.diverged.items()},
+                    "lr": v.lr,
+                    "sampling": v.sampling,
+                    "noise_factor": v.noise_factor,
+                    "sentences": sentences(v),
+                    "rows": [asdict(row) for row in rows],
+                }
+                for v, rows in zip(self.verdicts, self.rows, strict=True)
+            },
+            "shared_limit": {
+                "answer": combine([shared.answer for shared in self.shared]) if self.shared else None,
+                "batch_sizes": {str(shared.batch_size): _shared_dict(shared) for shared in self.shared},
+            },
+            "noise": self.noise_sentences(),
+            "prediction": None if self.prediction is None else self.prediction.as_dict(),
+            "no_prediction": self.no_prediction,
+        }
+
+    def table(self) -> Table:
+        """Return the rows as a table for the terminal."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # fits 80 columns
+        for heading in ("\nB", "\nl", "\nruns", "final test\naccuracy, %", "train\nloss", "\nG", "\nN", "\nnsr"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for heading in ("C-\nclose", "samples\nper s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for verdict, rows in zip(self.verdicts, self.rows, strict=True):
+            for i, row in enumerate(rows):
+                table.add_row(
+                    str(verdict.batch_size) if i == 0 else "",
+                    f"{row.l:g}",
+                    f"{row.seeds}" + (f"/{row.seeds + row.unfinished}" if row.unfinished else ""),
+                    _accuracy(row.final_accuracy, row.final_accuracy_sd),
+                    "" if row.final_train_loss is None else f"{row.final_train_loss:.3g}",
+                    *(_number(e.value if e else None) for e in (row.grad_sq_norm, row.noise_trace)),
+                    _number(row.nsr),
+                    _number(row.closeness.value if row.closeness else None),
+                    f"{row.samples_per_second / 1000:.3g}k" if row.samples_per_second is not None else "",
+                )
+            table.add_section()
+        return table
+
+    def noise_sentences(self) -> list[str]:
+        """Say for each batch size what N was estimated from, and what that cost."""
+        sentences = []
+        for (batch_size, _), runs in group_by_batch_size(self.runs).items():
+            sources = {run.noise_source for run in runs} - {None}
+            measured = [run for run in runs if math.isfinite(_noise_cost(run))]
+            sgd = [_noise_cost(run) for run in measured if run.l == 1]
+            svag = [_noise_cost(run) for run in measured if run.l > 1]
+            if len(sources) == 1 and (sgd or svag):
+                names = {"per_sample": "per-sample norms of the same backward pass", "two_batches": "pairs of batches"}
+                source = names.get(str(*sources), str(*sources))
+                added = []
+                if sgd:
+                    added.append(f"{100 * median(sgd):.0f} % to SGD's gradient (a second batch, for it alone)")
+                if svag:
+                    added.append(f"{100 * median(svag):.0f} % to SVAG's")
+                costs = " and ".join(added)
+                sentences.append(
+                    f"N at B = {batch_size} from {source}; in time measuring it added {costs}, medians of runs."
+                )
+        return sentences
+
+    def print(self, console: Console) -> None:
+        """Print the table, then the verdict for each batch size in plain words."""
+        from rich.padding import Padding
+
+        console.print(self.table())
+        for sentence in self.noise_sentences():
+            console.print(sentence, highlight=False)
+        for verdict in self.verdicts:
+            console.print(f"[bold]B = {verdict.batch_size}, lr = {verdict.lr:g}[/bold]", highlight=False)
+            if any(cell.limit is not None for parts in verdict.cells.values() for cell in parts.values()):
+                console.print(_verdict_table(verdict))
+            for sentence in sentences(verdict):
+                console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
+        for shared in self.shared:
+            console.print(shared_limit_sentence(shared), highlight=False)
+        if self.prediction is not None:
+            console.print("[bold]Predicted from the smallest batch's SGD runs alone[/bold]", highlight=False)
+            for sentence in self.prediction.sentences():
+                console.print(Padding(sentence, (0, 0, 0, 2)))
+        else:
+            console.print(f"No prediction of linear scaling: {self.no_prediction}.", highlight=False, markup=False)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``summary.json`` and ``convergence.png`` into ``folder``, each in one step.
+
+        Raises:
+            OSError: The folder is missing or not writable, or the disk is full; no file is left half-written.
+        """
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
+        with replace_file(Path(folder) / "summary.json") as file:
+            file.write(text.encode() + b"\n")
+        with plots.style():
+            plots.save(convergence_figure(self.runs, self.verdicts), Path(folder) / "convergence.png")
+
+
+def make_report(
+    folder: str | os.PathLike[str],
+    *,
+    metrics: Sequence[str] = METRICS,
+    margins: Mapping[str, Margin] | None = None,
+    confidence: float = 0.95,
+) -> Report:
+    """Read the runs in ``folder``, finished or not, and judge them; see `load_runs` and `judge` for what it raises."""
+    runs = load_runs(folder)
+    verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
+    rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
+    found = predict_if_possible([run for run in runs if run.diverged_at is None], confidence=confidence)
+    prediction, missing = (None, found) if isinstance(found, str) else (found, None)
+    return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@metric_option
+@margin_option
+@click.option("--confidence", default=0.95, show_default=True, help="Of the intervals that the answers rest on.")
+def report(folder: Path, metrics: Sequence[str], margins: dict[str, Margin], confidence: float) -> None:
+    """Judge the runs in FOLDER anew: does SGD match its limit, has SVAG converged, do batch sizes share the limit?
+
+    Prints a table and the verdict, and writes summary.json and convergence.png. Exit status 3: every run diverged.
+    """
+    from rich.console import Console
+
+    try:
+        found = make_report(folder, metrics=metrics, margins=margins, confidence=confidence)
+        found.save(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise click.ClickException(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error
+    console = Console()
+    found.print(console)
+    console.print(f"{folder / 'summary.json'}, {folder / 'convergence.png'}", highlight=False, markup=False)
+    if found.all_diverged:
+        sys.exit(ALL_DIVERGED)
+
+
+def _cell_dict(cell: Cell) -> dict[str, Any]:
+    sgd = cell.sgd
+    return {
+        "limit": cell.limit,
+        "limit_interval": cell.limit_interval,
+        "distance": sgd.value if sgd else None,
+        "distance_interval": sgd.interval if sgd else None,
+        "margin": cell.margin,
+        "answer": cell.answer,
+        "converged_by": cell.converged_by,
+        "regime_reached": cell.regime_reached,
+        "seeds_needed": sgd.seeds_needed if sgd else None,
+        "slope": cell.slope,
+        "fitted_l": list(cell.fitted),
+        "distances": {f"{l:g}": _decision_dict(decision) for l, decision in cell.distances.items()},
+        "means": {f"{l:g}": asdict(mean) for l, mean in cell.means.items()},
+        "missing": cell.missing,
+    }
+
+
+def _shared_dict(shared: SharedLimit) -> dict[str, Any]:
+    cells = {m: {p: _decision_dict(found) for p, found in parts.items()} for m, parts in shared.cells.items()}
+    return {
+        "answer": shared.answer,
+        "reference": shared.reference,
+        "noise_ratio": shared.noise_ratio,
+        "elsewhere": list(shared.elsewhere),
+        "metrics": cells,
+    }
+
+
+def _decision_dict(decision: Decision | None) -> dict[str, Any] | None:
+    if decision is None:
+        return None
+    return {
+        "distance": decision.value,
+        "distance_interval": decision.interval,
+        "margin": decision.margin,
+        "answer": decision.answer,
+        "seeds_needed": decision.seeds_needed,
+    }
+
+
+def _verdict_table(verdict: Verdict) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    level = f"± {100 * verdict.confidence:g} %"
+    for heading in ("", f"limit\n{level}", f"SGD's distance\n{level}", "\nmargin", "\nSGD", "SVAG con-\nverged by"):
+        table.add_column(heading, no_wrap=True)
+    for metric, parts in verdict.cells.items():
+        table.add_row(name(metric) + (", %" if unit(metric)[0] == 100 else ""))
+        for part, cell in parts.items():
+            if cell.limit is None or cell.limit_interval is None or cell.margin is None:
+                table.add_row(f"  {part}", "", "", "", "open", "open")
+                continue
+            answer, by = svag_answer([cell])
+            words = {"converged": "", "not converged": "not ", "open": "open"}[answer]
+            sgd = cell.sgd
+            table.add_row(
+                f"  {part}",
+                with_error(cell.limit, cell.limit_interval, metric),
+                with_error(sgd.value, sgd.interval, metric, signed=True) if sgd else "",
+                number(cell.margin, metric),
+                cell.answer,
+                words + ("" if by is None else f"l = {by:g}"),
+            )
+    return table
+
+
+def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
+    groups = group_by_l(runs)
+    finished = {l: [r for r in group if r.finished and r.diverged_at is None] for l, group in groups.items()}
+    norms = {l: _norms(group) for l, group in finished.items()}
+    largest = norms.get(verdict.largest_l) if verdict.largest_l is not None else None
+    rows = []
+    for l, group in groups.items():
+        G, N, R = norms[l] or (None, None, None)
+        accuracy, accuracy_sd = _mean_sd(_last(finished[l], "test_accuracy"))
+        loss, loss_sd = _mean_sd(_last(finished[l], "train_loss"))
+        rows.append(
+            Row(
+                l=l,
+                seeds=len(finished[l]),
+                unfinished=len(group) - len(finished[l]),
+                final_accuracy=accuracy,
+                final_accuracy_sd=accuracy_sd,
+                final_train_loss=loss,
+                final_train_loss_sd=loss_sd,
+                grad_sq_norm=G,
+                noise_trace=N,
+                weight_sq_norm=R,
+                nsr=N.value / G.value if G and N and G.value > 0 else None,
+                closeness=_closeness(norms[l], largest) if l != verdict.largest_l else None,
+                samples_per_second=_mean_sd([_median(run, "samples_per_second") for run in finished[l]])[0],
+            )
+        )
+    return rows
+
+
+def _norms(runs: Sequence[Run]) -> tuple[Estimate, Estimate, Estimate] | None:
+    """G, N and R over the first phase, with standard errors from the seeds; None where one was never measured."""
+    estimates = []
+    for column in ("grad_sq_norm", "noise_trace", "weight_sq_norm"):
+        mean, sd = _mean_sd([run.first_phase_mean(column) for run in runs if column in run.metrics])
+        if mean is None:
+            return None
+        estimates.append(Estimate(mean, (sd or 0.0) / math.sqrt(len(runs))))
+    G, N, R = estimates
+    return G, N, R
+
+
+def _closeness(
+    a: tuple[Estimate, Estimate, Estimate] | None, b: tuple[Estimate, Estimate, Estimate] | None
+) -> Estimate | None:
+    if a is None or b is None or min(estimate.value for estimate in (*a, *b)) <= 0:
+        return None
+    sgd, sde = (Norms(weight_sq_norm=R, grad_sq_norm=G, noise_trace=N) for G, N, R in (a, b))
+    return c_closeness(sgd, sde).constant
+
+
+def _noise_cost(run: Run) -> float:
+    costs = run.metrics.get("noise_cost", np.empty(0))
+    return float(costs[0]) if len(costs) else math.nan
+
+
+def _last(runs: Sequence[Run], column: str) -> list[float]:
+    """The last measured value of each run that has one."""
+    series = [run.series(column)[1] for run in runs if column in run.metrics]
+    return [float(values[-1]) for values in series if len(values)]
+
+
+def _median(run: Run, column: str) -> float:
+    if column not in run.metrics:
+        return math.nan
+    values = run.series(column)[1]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    finite = np.array([value for value in values if math.isfinite(value)])
+    if len(finite) == 0 or len(finite) < len(values):
+        return None, None
+    return float(finite.mean()), float(finite.std(ddof=1)) if len(finite) > 1 else None
+
+
+def _accuracy(mean: float | None, sd: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if sd is not None else "")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else re.sub(r"e([+-])0*", lambda e: f"e{e[1].strip('+')}", f"{value:.2g}")

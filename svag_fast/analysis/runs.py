@@ -1,0 +1,172 @@
+"""The runs that lie in one folder, read back: settings and measured series, finished or still growing."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svag_fast.experiments.config import TRAIN_SIZES
+from svag_fast.experiments.run_folder import Array, read_config, read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as its folder tells it.
+
+    ``metrics`` maps a column of metrics.csv to one float64 value a row, NaN where the row did not measure it, and
+    infinite where the run had diverged and what it measured was no finite number.
+    """
+
+    name: str
+    config: dict[str, Any]
+    metrics: dict[str, Array]
+    noise_source: str | None = None
+    """What G and N were estimated from, as metrics.csv says."""
+    diverged_at: float | None = None
+    """The effective step of the first row with a loss, weight norm, G or N that is not finite."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in each of a step's batches (B)."""
+        return int(self.config["batch_size"])
+
+    @property
+    def lr(self) -> float:
+        """SGD's learning rate (the paper's eta) before any schedule."""
+        return float(self.config["lr"])
+
+    @property
+    def l(self) -> float:
+        """SVAG's hyperparameter; 1 is SGD."""
+        return float(self.config["l"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config["seed"])
+
+    @property
+    def effective_steps(self) -> float:
+        """The length that the run was asked for, in effective steps."""
+        return float(self.config["effective_steps"])
+
+    @property
+    def population(self) -> int | None:
+        """The number of training images where a batch's are distinct; None for independent draws, or if unknown."""
+        if self.config.get("sampling") != "distinct":
+            return None
+        return TRAIN_SIZES.get(self.config.get("dataset", ""))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last row stands at the length that the run was asked for, in whole steps of 1/l."""
+        steps = self.metrics["effective_step"]
+        return len(steps) > 0 and bool(steps[-1] >= self.effective_steps - (0.5 + 1e-6) / self.l)
+
+    def series(self, column: str) -> tuple[Array, Array]:
+        """Return the effective steps at which ``column`` was measured, and its values there (see `metrics`).
+
+        Raises:
+            KeyError: metrics.csv has no such column.
+        """
+        if column not in self.metrics:
+            raise KeyError(f"{self.name}: no column {column!r} in metrics.csv; it has {', '.join(self.metrics)}")
+        values = self.metrics[column]
+        measured = ~np.isnan(values)
+        return self.metrics["effective_step"][measured], values[measured]
+
+    def first_phase_mean(self, column: str) -> float:
+        """Return the mean of ``column`` over the later half of the first phase, NaN where it was never measured there.
+
+        The first phase ends where the learning rate first falls below half of its peak; its earlier half is left out,
+        since R, G and N come close to equilibrium only after a while.
+        """
+        steps, lr = self.metrics["effective_step"], self.metrics["lr"]
+        if len(steps) == 0 or np.isnan(lr).all():
+            return math.nan
+        peak = int(np.nanargmax(lr))
+        dropped = np.flatnonzero(lr[peak:] < lr[peak] / 2)
+        end = steps[peak + dropped[0]] if len(dropped) else np.inf
+        last = steps[steps < end][-1]
+        at, values = self.series(column)
+        values = values[(at > last / 2) & (at < end)]
+        return float(values.mean()) if len(values) else math.nan
+
+
+def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
+    """Read every run in ``folder``: each subfolder with a ``config.json``, whether it has finished or not.
+
+    A last line that is still being written is left out. Runs come in the order of batch size, lr, l, seed.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no run in it.
+        ValueError: A file is not what a run writes, two runs have the same settings and seed, or the runs differ in
+            dataset, model, weight decay, initial weights or sampling, so that their curves cannot be compared. The
+            message names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    runs = [load_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    if not runs:
+        hint = ", but it is a run itself: name the folder above it" if (folder / "config.json").exists() else ""
+        raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json){hint}")
+    require_comparable(runs)
+    return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
+
+
+def group_by_batch_size(runs: Iterable[Run]) -> dict[tuple[int, float], list[Run]]:
+    """Return the runs of each (batch size, lr), in that order."""
+    groups: dict[tuple[int, float], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.batch_size, run.lr)):
+        groups.setdefault((run.batch_size, run.lr), []).append(run)
+    return groups
+
+
+def group_by_l(runs: Iterable[Run]) -> dict[float, list[Run]]:
+    """Return the runs of each l, in ascending order."""
+    groups: dict[float, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.l):
+        groups.setdefault(run.l, []).append(run)
+    return groups
+
+
+def load_run(folder: Path) -> Run:
+    """Read one run from its own folder: config.json, and metrics.csv as far as it has come.
+
+    Raises:
+        FileNotFoundError: There is no config.json in it.
+        ValueError: A file is not what a run writes; the message names it.
+    """
+    config = read_config(folder / "config.json")
+    table = read_metrics(folder / "metrics.csv")
+    steps = table.values["effective_step"]
+    diverged_at = None if table.diverged is None else float(steps[table.diverged])
+    return Run(folder.name, config, table.values, table.texts.get("noise_source"), diverged_at)
+
+
+def require_comparable(runs: Sequence[Run]) -> None:
+    """Refuse runs that are the same one twice, or whose curves can't be compared.
+
+    Raises:
+        ValueError: the message names two of them, and in what they are alike or differ.
+    """
+    seen: dict[tuple[int, float, float, int], str] = {}
+    for run in runs:
+        key = (run.batch_size, run.lr, run.l, run.seed)
+        if key in seen:
+            raise ValueError(f"{run.name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
+        seen[key] = run.name
+        for name in ("dataset", "model", "weight_decay", "init", "sampling"):
+            first = runs[0]
+            if run.config.get(name) != first.config.get(name):
+                raise ValueError(
+                    f"{first.name} has {name} {first.config.get(name)!r} and {run.name} {run.config.get(name)!r}: "
+                    "runs that differ in more than batch size, lr, l and seed belong in folders of their own"
+                )

@@ -1,0 +1,379 @@
+"""Does SGD match its SDE limit, has SVAG converged to it, and do batch sizes share it? Three answers, by a margin.
+
+A distance *matches* where its interval lies inside the margin, *departs* where it lies outside, and is *open* else.
+docs/verdict.md explains the method, states the level of each answer and gives its measured error rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from svag_fast.analysis.margins import METRICS, Margin, choose_margins
+from svag_fast.analysis.phases import END, SAME, common_phases, part_mean, resolution
+from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
+from svag_fast.stats.limit_fit import Figure, fit_limit, outside, t_quantile, within
+from svag_fast.stats.sampling import noise_factor
+
+Answer: TypeAlias = Literal["matches", "departs", "open"]
+Interval: TypeAlias = tuple[float, float]
+
+_MOST_SEEDS = 100_000  # a number beyond it settles nothing in practice
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A distance held against a margin, all in the metric's units.
+
+    ``seeds_needed``: runs for each l with which the interval would be short enough to settle an open question, if the
+    estimates stay as they are; None where it is settled, or where no number of seeds would do, since the distance is
+    the margin itself or the doubt is about the extrapolation, which only a larger l can end.
+    """
+
+    value: float
+    interval: Interval
+    margin: float
+    answer: Answer
+    seeds_needed: int | None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over ``runs`` runs, and its standard error (None for a single run)."""
+
+    value: float
+    standard_error: float | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric in one part of the run ("phase 1", ..., "end"), at one batch size.
+
+    Attributes:
+        means: By l, what the fit is made from.
+        limit: m_inf; None where it could not be fitted, then ``missing`` says why.
+        limit_interval: Its interval.
+        slope: a of m_inf + a/l.
+        fitted: The l that the line was fitted to.
+        margin: The distance that does not matter, in the metric's units.
+        distances: By l, m(l) - m_inf; 1 is SGD, and "matches" for the largest l means that SVAG has converged by it.
+            Empty without a limit.
+        regime_reached: Whether 1/l describes all l, SGD among them, and the largest l is within the margin of the
+            limit; None where it could not be tested, with fewer than three l.
+        missing: Why there is no answer, in words.
+    """
+
+    means: Mapping[float, Mean]
+    margin: float | None = None
+    limit: float | None = None
+    limit_interval: Interval | None = None
+    slope: float | None = None
+    fitted: tuple[float, ...] = ()
+    distances: Mapping[float, Decision] = field(default_factory=dict)
+    regime_reached: bool | None = None
+    missing: str | None = None
+    figure: Figure | None = None
+    """The limit as the comparison between batch sizes needs it."""
+
+    @property
+    def sgd(self) -> Decision | None:
+        """SGD's distance from the limit; None without a limit or without two runs of SGD."""
+        return self.distances.get(1)
+
+    @property
+    def answer(self) -> Answer:
+        """Whether SGD matches the limit here."""
+        return self.sgd.answer if self.sgd else "open"
+
+    @property
+    def converged_by(self) -> float | None:
+        """The least l > 1 in the data from which on every l matches the limit."""
+        by = None
+        for l in sorted(self.distances, reverse=True):
+            if l == 1 or self.distances[l].answer != "matches":
+                break
+            by = l
+        return by
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs of one batch size say.
+
+    Attributes:
+        batch_size: B.
+        lr: SGD's learning rate.
+        answer: "matches" where SGD matches in every metric and part, "departs" where it departs in one of them or
+            where all of its runs diverged and none of the largest l's did, "diverged" where all runs of all l
+            diverged, else "open".
+        cells: By metric and part.
+        total: Runs, by l.
+        finished: Runs that came to their end, by l.
+        diverged: By l, the effective steps at which runs were found to have diverged.
+        confidence: Of each interval.
+        sampling: How batches were drawn; None where the runs don't say.
+        noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B.
+        times: Of each part, from when to when it is, as effective steps times lr.
+    """
+
+    batch_size: int
+    lr: float
+    answer: Literal["matches", "departs", "open", "diverged"]
+    cells: Mapping[str, Mapping[str, Cell]]
+    total: Mapping[float, int]
+    finished: Mapping[float, int]
+    diverged: Mapping[float, tuple[float, ...]]
+    confidence: float
+    sampling: str | None
+    noise_factor: float
+    times: Mapping[str, tuple[float, float]]
+
+    @property
+    def sgd_diverged(self) -> bool:
+        """Whether every run of SGD diverged."""
+        return 0 < self.total.get(1, 0) == len(self.diverged.get(1, ()))
+
+    @property
+    def largest_l(self) -> float | None:
+        """The largest l with a finished run."""
+        return max((l for l, count in self.finished.items() if count), default=None)
+
+
+@dataclass(frozen=True)
+class SharedLimit:
+    """Whether a batch size has the limit of the smallest one whose lr/B is the same: the linear scaling rule's promise.
+
+    ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
+    ``noise_ratio`` is its noise over what the reference's and 1/B make of it: 1 for independent draws, below it where
+    images of a batch are distinct, and then not even the two SDEs are quite the same. ``elsewhere`` names the parts
+    that lie at other times of the SDE than the reference's, and are not compared.
+    """
+
+    batch_size: int
+    reference: int
+    answer: Answer
+    cells: Mapping[str, Mapping[str, Decision | None]]
+    noise_ratio: float
+    elsewhere: tuple[str, ...]
+
+
+def judge(
+    runs: Sequence[Run],
+    *,
+    metrics: Sequence[str] = METRICS,
+    margins: Mapping[str, Margin] | None = None,
+    confidence: float = 0.95,
+) -> list[Verdict]:
+    """Return the verdict for each batch size and lr among ``runs``; only runs that came to their end give numbers.
+
+    Args:
+        runs: From :func:`svag_fast.analysis.runs.load_runs`.
+        metrics: The columns of metrics.csv to judge by.
+        margins: By metric; see :func:`svag_fast.analysis.margins.choose_margins` for what the others get.
+        confidence: Of each interval.
+
+    Raises:
+        ValueError: ``confidence`` is out of range, a margin is for no judged metric, or runs of one batch size differ
+            in length or schedule.
+        KeyError: The runs have no such metric.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    chosen = choose_margins(metrics, margins or {})
+    return [
+        _judge_batch_size(batch_size, lr, group, chosen, confidence)
+        for (batch_size, lr), group in group_by_batch_size(runs).items()
+    ]
+
+
+def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
+    """Hold each batch size's limits against those of the first one of the same lr/B, where linear scaling applies."""
+    found: list[SharedLimit] = []
+    references: list[Verdict] = []
+    for verdict in verdicts:
+        reference = next((r for r in references if same_sde(r, verdict)), None)
+        if reference is None:
+            references.append(verdict)
+            continue
+        elsewhere = tuple(part for part in verdict.times if not _same_time(part, reference, verdict))
+        cells = {
+            metric: {
+                part: None
+                if part in elsewhere
+                else _difference(cell, reference.cells[metric].get(part), verdict.confidence)
+                for part, cell in parts.items()
+            }
+            for metric, parts in verdict.cells.items()
+        }
+        answers = [d.answer if d else "open" for parts in cells.values() for d in parts.values()]
+        ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
+        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells, ratio, elsewhere))
+    return found
+
+
+def combine(answers: Sequence[Answer]) -> Answer:
+    """Return "departs" where one does, "matches" where all do, else "open"."""
+    if "departs" in answers:
+        return "departs"
+    return "matches" if answers and set(answers) == {"matches"} else "open"
+
+
+def decide(figure: Figure, margin: float, confidence: float, seeds: int) -> Decision:
+    """Hold one figure against ``margin``; ``seeds`` is the number of runs for each l that it came from."""
+    ends = figure.interval(confidence)
+    answer: Answer = "matches" if within(ends, margin) else "departs" if outside(ends, margin) else "open"
+    needed = _seeds_needed(figure, margin, confidence, seeds) if answer == "open" else None
+    return Decision(float(figure.value), (float(ends[0]), float(ends[1])), margin, answer, needed)
+
+
+def _judge_batch_size(
+    batch_size: int, lr: float, runs: list[Run], margins: Mapping[str, Margin], confidence: float
+) -> Verdict:
+    groups = group_by_l(runs)
+    diverged = {l: tuple(run.diverged_at for run in g if run.diverged_at is not None) for l, g in groups.items()}
+    ended = {l: [run for run in group if run.finished and run.diverged_at is None] for l, group in groups.items()}
+    # Survivors' means are no means: an l with a diverged run is left out, and so is every smaller one but SGD, which
+    # is then only held against the limit.
+    worst = max((l for l, at in diverged.items() if at and l > 1), default=0.0)
+    usable = {l: group for l, group in ended.items() if group and not diverged[l] and (l == 1 or l > worst)}
+    lost = _lost(groups, diverged, worst)
+    cells: dict[str, dict[str, Cell]] = {metric: {} for metric in margins}
+    times: dict[str, tuple[float, float]] = {}
+    if usable:
+        parts = common_phases([run for group in usable.values() for run in group])
+        total = next(iter(usable.values()))[0].effective_steps
+        times = {
+            part: (lr * (total if part == END else b), lr * (total if part == END else e))
+            for part, (b, e) in parts.items()
+        }
+        for metric, margin in margins.items():
+            for part, window in parts.items():
+                cells[metric][part] = _cell(usable, metric, margin, part, window, confidence, lost)
+    verdict = Verdict(
+        batch_size,
+        lr,
+        "open",
+        cells,
+        {l: len(group) for l, group in groups.items()},
+        {l: len(group) for l, group in ended.items()},
+        {l: at for l, at in diverged.items() if at},
+        confidence,
+        runs[0].config.get("sampling"),
+        noise_factor(batch_size, runs[0].population),
+        times,
+    )
+    return _answered(verdict)
+
+
+def _answered(verdict: Verdict) -> Verdict:
+    if sum(map(len, verdict.diverged.values())) == sum(verdict.total.values()):
+        return replace(verdict, answer="diverged")
+    largest = max(verdict.total)
+    if verdict.sgd_diverged and largest > 1 and largest not in verdict.diverged:
+        return replace(verdict, answer="departs")
+    return replace(verdict, answer=combine([c.answer for parts in verdict.cells.values() for c in parts.values()]))
+
+
+def _cell(
+    groups: Mapping[float, Sequence[Run]],
+    metric: str,
+    margin: Margin,
+    part: str,
+    window: tuple[float, float],
+    confidence: float,
+    lost: Mapping[str, str],
+) -> Cell:
+    measured = {l: [part_mean(run, metric, part, window) for run in group] for l, group in groups.items()}
+    if any(count == 0 for pairs in measured.values() for _, count in pairs):
+        return Cell({}, missing="it was not measured there in every run: ask for more evaluations")
+    values = {l: np.array([value for value, _ in pairs]) for l, pairs in measured.items()}
+    if not all(np.isfinite(v).all() for v in values.values()):
+        return Cell({}, missing="it is not finite there in every run")
+    # Runs may end on the same value by chance, since an accuracy has few: a run's number has at least the variance
+    # that rounding to the column's resolution gives, evaluation by evaluation.
+    step = resolution(np.concatenate([run.series(metric)[1] for group in groups.values() for run in group]))
+    evaluations = min(count for pairs in measured.values() for _, count in pairs)
+    floor = step**2 / 12 / evaluations
+    variances = {l: max(float(v.var(ddof=1)), floor) for l, v in values.items() if len(v) > 1}
+    means = {
+        l: Mean(float(v.mean()), math.sqrt(variances[l] / len(v)) if l in variances else None, len(v))
+        for l, v in values.items()
+    }
+    ls = np.array(sorted(variances))
+    if len(ls) < 2:
+        return Cell(means, missing=lost["limit"])
+    level = means[ls[-1]].value
+    size = margin.at(level)
+    if size == 0:
+        return Cell(means, missing=f"{margin} of a mean of 0 is no margin: give {metric} one of its own (--margin)")
+    numbers = np.array([means[l].value for l in ls]), np.array([variances[l] for l in ls])
+    counts = np.array([means[l].runs for l in ls])
+    fit = fit_limit(ls, *numbers, counts, size)
+    low, high = fit.limit.interval(confidence)
+    seeds = int(counts.max())
+    return Cell(
+        means=means,
+        margin=size,
+        limit=float(fit.limit.value),
+        limit_interval=(float(low), float(high)),
+        slope=float(fit.slope),
+        fitted=tuple(float(l) for l in ls[int(fit.first) :]),
+        distances={float(l): decide(fit.distances.at(i), size, confidence, seeds) for i, l in enumerate(ls)},
+        regime_reached=bool(fit.regime_reached) if fit.testable else None,
+        missing=None if ls[0] == 1 else lost["sgd"],
+        figure=fit.limit,
+    )
+
+
+def _lost(
+    groups: Mapping[float, Sequence[Run]], diverged: Mapping[float, Sequence[float]], worst: float
+) -> dict[str, str]:
+    """Say why there may be no limit, and why there may be no distance of SGD from it."""
+    limit = f"runs diverged at l = {worst:g}" if worst else "two l with two finished runs each are needed"
+    sgd = "two finished runs of SGD are needed" if 1 in groups else "there is no run at l = 1"
+    if diverged.get(1):
+        sgd = f"{len(diverged[1])} of {len(groups[1])} runs of SGD diverged"
+    return {"limit": limit, "sgd": sgd}
+
+
+def _difference(cell: Cell, reference: Cell | None, confidence: float) -> Decision | None:
+    if reference is None or cell.figure is None or reference.figure is None or reference.margin is None:
+        return None
+    seeds = max(mean.runs for c in (cell, reference) for mean in c.means.values())
+    return decide(cell.figure.minus(reference.figure), reference.margin, confidence, seeds)
+
+
+def same_sde(a: Verdict, b: Verdict) -> bool:
+    """Whether lr/B, and with it the SDE of independent draws, is the same: the linear scaling rule."""
+    return abs(a.lr * b.batch_size / (b.lr * a.batch_size) - 1) < 1e-6
+
+
+def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
+    """Whether a part lies at the same times of the SDE, but for whole steps; one that only one of them has doesn't."""
+    if part not in reference.times:
+        return not reference.times  # it has no usable runs, and no limit
+    room = SAME * max(verdict.times[END]) + max(verdict.lr, reference.lr)
+    return all(abs(a - b) <= room for a, b in zip(reference.times[part], verdict.times[part], strict=True))
+
+
+def _seeds_needed(figure: Figure, margin: float, confidence: float, seeds: int) -> int | None:
+    """Return the least number of seeds whose interval would clear the margin, were the estimates to stay."""
+    gap = abs(abs(float(figure.value)) - margin) - float(figure.systematic)
+
+    def enough(count: int) -> bool:
+        df = np.asarray(figure.degrees_of_freedom * (count - 1) / (seeds - 1))
+        half = t_quantile(confidence, df) * figure.standard_error * math.sqrt(seeds / count)
+        return bool(half < gap)
+
+    if not enough(_MOST_SEEDS):
+        return None
+    low, high = 1, _MOST_SEEDS  # one seed is never enough, high always is
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

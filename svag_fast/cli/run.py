@@ -1,0 +1,315 @@
+"""`svag-fast run`: the settings, the experiment, and what came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+from rich.table import Table
+
+from svag_fast.analysis.margins import Margin, choose_margins, margin_option, metric_option
+from svag_fast.experiments.config import (
+    INITS,
+    SAMPLINGS,
+    SCHEDULES,
+    TRAIN_SIZES,
+    ConfigError,
+    ExperimentConfig,
+    check_range,
+    read_settings,
+)
+from svag_fast.experiments.grid import (
+    ExperimentError,
+    ExperimentInterruptedError,
+    check_experiment,
+    holds_something,
+    prepare_folder,
+    read_experiment,
+    run_experiment,
+    start_fork_server,
+)
+
+
+class NumberList(click.ParamType[list[Any]]):
+    """Comma-separated numbers, such as 1,2,4."""
+
+    def __init__(self, kind: Callable[[str], int | float]) -> None:
+        self.kind = kind
+        self.name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Parse the text, or say which part of it isn't a number."""
+        numbers = []
+        for part in str(value).split(","):
+            try:
+                numbers.append(self.kind(part))
+            except ValueError:
+                self.fail(f"{part.strip()!r} is not a number; expected numbers with commas between, such as 1,2,4")
+        return numbers
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+@click.command()
+@click.option_panel(
+    "What to train", options=["--dataset", "--model", "--batch-size", "--lr", "--weight-decay", "--l", "--seeds"]
+)
+@click.option_panel(
+    "How",
+    options=[
+        "--effective-steps",
+        "--epochs",
+        "--schedule",
+        "--init",
+        "--sampling",
+        "--backend",
+        "--device",
+        "--threads",
+    ],
+)
+@click.option_panel("The verdict", options=["--metric", "--margin"])
+@click.option_panel(
+    "Bookkeeping",
+    options=[
+        "--jobs",
+        "--out",
+        "--config",
+        "--resume",
+        "--rows",
+        "--evaluations",
+        "--checkpoint-seconds",
+        "--tensorboard",
+        "--help",
+    ],
+)
+@click.option("--dataset", type=click.Choice(list(TRAIN_SIZES)), help="Data set.  [default: digits]")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="digits-net, preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.  "
+    "[default: digits-net]",
+)
+@click.option("--batch-size", type=NumberList(int), metavar="B,...", help="Batch sizes.  [default: 8,128]")
+@click.option(
+    "--lr",
+    type=NumberList(float),
+    metavar="LR[,...]",
+    help="Learning rate: one is scaled linearly from the first batch size, a list says each.  [default: 0.1]",
+)
+@click.option("--weight-decay", type=float, metavar="LAMBDA", help="Weight decay.  [default: 0.03]")
+@click.option("--l", type=NumberList(_number), metavar="L,...", help="SVAG's l; 1 is SGD.  [default: 1,2,4,8]")
+@click.option("--seeds", type=int, metavar="N", help="Number of seeds.  [default: 3]")
+@click.option(
+    "--effective-steps",
+    type=int,
+    metavar="N",
+    help="Length at the first batch size; the others train for the same time.  [default: 1008]",
+)
+@click.option("--epochs", type=float, metavar="N", help="Length in passes over the data, instead of effective steps.")
+@click.option(
+    "--schedule",
+    type=click.Choice(list(SCHEDULES)),
+    help="Learning rate over the effective steps; step: a tenth from 80 % on.  [default: step]",
+)
+@click.option(
+    "--init",
+    type=click.Choice(INITS),
+    help="Initial weights: one draw shared by all runs, or each run's own.  [default: shared]",
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(SAMPLINGS),
+    help="Images of a batch: drawn with replacement, or all distinct.  [default: replacement]",
+)
+@click.option("--rows", type=int, metavar="N", help="Rows of metrics a run.  [default: 200]")
+@click.option(
+    "--evaluations",
+    type=int,
+    metavar="N",
+    help="Rows that evaluate the net on the test data, every third on the training data too.  [default: 60]",
+)
+@click.option("--backend", metavar="NAME", help="Of the fused step: auto, or see `svag-fast info`.  [default: auto]")
+@click.option("--device", metavar="NAME", help="Where net and data live: cpu, cuda, cuda:1.  [default: cpu]")
+@click.option("--threads", type=int, metavar="N", help="Threads of each run's process.  [default: 1]")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/DATASET]"
+)
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="TOML or JSON with these options' values (effective_steps = 1008); the command line overrides it.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the experiment in --out, or start it where there is none yet; without --out: the newest in runs.",
+)
+@click.option("--checkpoint-seconds", type=float, default=5.0, show_default=True, help="Save this often.")
+@metric_option
+@margin_option
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
+def run(
+    out: Path | None,
+    file: Path | None,
+    resume: bool,
+    jobs: int | None,
+    checkpoint_seconds: float,
+    tensorboard: bool,
+    metrics: Sequence[str],
+    margins: dict[str, Margin],
+    **given: Any,
+) -> None:
+    """Train with SGD and SVAG: does SVAG converge, and does SGD match its limit?
+
+    Without options: the paper's Figure 4 in small, on scikit-learn's digits: batch size 8, and 128 by the linear
+    scaling rule, l = 1, 2, 4, 8 with three seeds, in a few minutes on two cores.
+
+    Each run writes its config, metrics and checkpoint into a folder of its own; the experiment's folder gets
+    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume; with --resume and --out
+    from the first, one command line serves a job that a batch system starts again. Exit status 3: every run diverged,
+    so that there is no verdict.
+    """
+    console = Console()
+    given = {name: value for name, value in given.items() if value is not None}
+    judging = {"metrics": metrics, "margins": margins}
+    try:
+        if resume:
+            out = out or _newest_experiment()
+            there = read_experiment(out).to_dict() if holds_something(out) else {}
+            config = ExperimentConfig.from_dict(there | _from_file(file) | given)
+        else:
+            config = ExperimentConfig.from_dict(_from_file(file) | given)
+            out = out or _free_folder(Path("runs", config.dataset))
+        start_fork_server()  # its imports and ours go on side by side
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("--tensorboard needs a package that is not there: pip install tensorboard")
+        check_range("jobs", jobs or 1)
+        check_range("checkpoint_seconds", checkpoint_seconds)
+        check_experiment(config)
+        _check_judging(metrics, margins)
+        prepare_folder(out, config, resume=resume)
+        console.print(_plan(config))
+        console.print(f"in {out}\n", markup=False)
+        run_experiment(
+            config,
+            out,
+            jobs=jobs or max(1, _cores() // config.threads),
+            console=console,
+            checkpoint_seconds=checkpoint_seconds,
+            tensorboard=tensorboard,
+            on_run_end=_EarlyReport(out, judging, console).refresh,
+        )
+        _tell(out, judging, console)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    except ExperimentInterruptedError as error:
+        raise click.ClickException(f"{error}. Go on with: svag-fast run --resume --out {out}") from error
+    except (ExperimentError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _check_judging(metrics: Sequence[str], margins: dict[str, Margin]) -> None:
+    """Refuse now what the report would refuse after hours of training."""
+    from svag_fast.experiments.run_folder import COLUMNS
+
+    numbers = [column for column in COLUMNS if column != "noise_source"]
+    if unknown := [metric for metric in metrics if metric not in numbers]:
+        raise ConfigError(f"metric must be a column of metrics.csv, not {unknown[0]!r}: one of {', '.join(numbers)}")
+    try:
+        choose_margins(metrics, margins)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class _EarlyReport:
+    """Keeps the picture and the summary up to date while runs end, at 3 % of one core's time at most."""
+
+    def __init__(self, folder: Path, judging: dict[str, Any], console: Console) -> None:
+        self.folder, self.judging, self.console = folder, judging, console
+        self.not_before = 0.0
+
+    def refresh(self) -> None:
+        from svag_fast.analysis.report import make_report
+
+        start = time.monotonic()
+        if start < self.not_before:
+            return
+        try:
+            make_report(self.folder, **self.judging).save(self.folder)
+        except (OSError, ValueError) as error:  # what the runs write matters more than a picture of it on the way
+            self.console.print(f"No early report: {error}", highlight=False, markup=False)
+        end = time.monotonic()
+        self.not_before = end + 30 * (end - start)
+
+
+def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
+    """Save and print the verdict, and what the smallest batch size's SGD runs alone would have predicted."""
+    from svag_fast.analysis.prediction import from_runs
+    from svag_fast.analysis.report import ALL_DIVERGED, make_report
+    from svag_fast.cli.predict import show_table
+
+    try:
+        report = make_report(out, **judging)
+    except ValueError as error:
+        raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
+    report.save(out)
+    report.print(console)
+    if report.prediction is not None:  # the report has said it in words
+        show_table(report.prediction, console)
+    else:
+        try:
+            from_runs(out)
+        except ValueError as error:  # no SGD among the runs, or too few rows
+            console.print(f"No prediction from the smallest batch size: {error}", highlight=False, markup=False)
+    console.print(f"\n{out / 'convergence.png'}, {out / 'summary.json'}", highlight=False, markup=False)
+    if report.all_diverged:
+        sys.exit(ALL_DIVERGED)
+
+
+def _from_file(file: Path | None) -> dict[str, Any]:
+    return {} if file is None else read_settings(file)
+
+
+def _newest_experiment() -> Path:
+    books = sorted(Path("runs").glob("*/experiment.json"), key=lambda book: book.stat().st_mtime)
+    if not books:
+        raise ExperimentError("there is no experiment in the folder runs to resume: name its folder with --out.")
+    return books[-1].parent
+
+
+def _free_folder(wanted: Path) -> Path:
+    """Return `wanted`, or with the first number behind it that isn't taken."""
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))]
+    return next(folder for folder in names if not folder.exists())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(config: ExperimentConfig) -> Table:
+    table = Table(
+        title=f"{config.model} on {config.dataset}, weight decay {config.weight_decay:g}, {config.schedule} lr"
+    )
+    for column in ("batch size", "lr", "effective steps", "l", "seeds", "runs"):
+        table.add_column(column, justify="right")
+    runs = config.runs()
+    for batch_size, lr, steps in dict.fromkeys((r.batch_size, r.lr, r.effective_steps) for r in runs):
+        ls = " ".join(f"{l:g}" for l in config.l)
+        count = len(config.l) * config.seeds
+        table.add_row(str(batch_size), f"{lr:g}", str(steps), ls, str(config.seeds), str(count))
+    return table

@@ -1,0 +1,1 @@
+"""Training with SGD and SVAG, a grid of runs at a time."""

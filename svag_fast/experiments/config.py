@@ -1,0 +1,330 @@
+"""What a run and an experiment are made of: plain values, checked before anything is written. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from svag_fast.files import read_text
+from svag_fast.numeric import integer, number, shown
+
+SETTINGS_BYTES = 1 << 20
+
+TRAIN_SIZES = {"digits": 1437, "fashion-mnist": 60_000}
+SAMPLINGS = ("replacement", "distinct")
+INITS = ("shared", "own")
+# What the files of a run mean where they don't name a setting, as older versions'.
+UNSAID = {"sampling": "distinct", "init": "shared"}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    # fraction of the effective steps done, in [0, 1) -> factor on lr
+    "constant": lambda done: 1.0,
+    "step": lambda done: 1.0 if done < 0.8 else 0.1,
+    "cosine": lambda done: max(1e-4, (1 + math.cos(math.pi * done)) / 2),
+    "triangle": lambda done: max(1e-4, (1.0 if done < 0.5 else 0.5) * (1 - abs(4 * (done % 0.5) - 1))),
+}
+
+
+class ConfigError(ValueError):
+    """A setting is wrong: the message names it, what it was and what was expected."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` to `most`; `whole` ones are integers. ``value in range`` takes any object."""
+
+    least: float
+    most: float
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        try:
+            if self.whole:
+                return self.least <= integer("value", value) <= self.most
+            number("value", value, least=self.least, most=self.most)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.whole else "a number"
+        least, most = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
+        if self.most >= 1e300:
+            return f"a finite number of at least {least}" if self.least > -1e300 else "a finite number"
+        return f"{kind} from {least} to {most}"
+
+
+# Of every number that comes from outside, by its name: wide, but nothing in them takes for ever or fills a disk alone.
+RANGES = {
+    "batch_size": Range(1, 1_000_000, whole=True),
+    "lr": Range(1e-12, 1e12),
+    "weight_decay": Range(0, 1e6),
+    "l": Range(1, 1e6),
+    "seed": Range(0, 2**63 - 1, whole=True),
+    "seeds": Range(1, 10_000, whole=True),
+    "effective_steps": Range(1, 1_000_000_000, whole=True),
+    "epochs": Range(1e-6, 1e6),
+    "steps": Range(1, 10_000_000_000, whole=True),
+    "threads": Range(1, 1024, whole=True),
+    "jobs": Range(1, 1024, whole=True),
+    "rows": Range(1, 100_000, whole=True),
+    "evaluations": Range(1, 100_000, whole=True),
+    "checkpoint_seconds": Range(0, math.inf),
+    "depth": Range(1, 2000, whole=True),
+    "width": Range(1, 100, whole=True),
+}
+MOST_RUNS = 10_000
+
+
+def check_range(name: str, value: Any) -> Any:
+    """Return a value as a plain number; refuse one that is out of its `RANGES`.
+
+    Raises:
+        ConfigError: the message names it, what it was and what was expected.
+    """
+    _check(value in RANGES[name], name, value, str(RANGES[name]))
+    return value.item() if hasattr(value, "item") else value  # NumPy's and PyTorch's own can't be written as JSON
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of an experiment share.
+
+    Attributes:
+        dataset: name for `svag_fast.experiments.data.load_dataset`.
+        model: name for `svag_fast.experiments.models.build_model`.
+        weight_decay: the paper's lambda.
+        schedule: lr's factor as a function of the fraction of effective steps done.
+        init: initial weights: "shared" by all runs, or each run's "own", drawn by its seed; the fixed head is shared.
+        sampling: how a batch's images are drawn, afresh for every batch: "replacement", independently of each other, as
+            the theory's Σ/B has it; or "distinct", no image twice, which makes the noise (n - B)/(n - 1) of that.
+        backend: of the fused step.
+        device: where net and data live.
+        threads: of the process that trains a run.
+        rows: rows of metrics, evenly spaced over the effective steps.
+        evaluations: how many of the rows evaluate the net on the test data; every third of them, the last among them,
+            on the training data too.
+    """
+
+    dataset: str = "digits"
+    model: str = "digits-net"
+    weight_decay: float = 0.03
+    schedule: str = "step"
+    init: str = "shared"
+    sampling: str = "replacement"
+    backend: str = "auto"
+    device: str = "cpu"
+    threads: int = 1
+    rows: int = 200
+    evaluations: int = 60
+
+    def __post_init__(self) -> None:
+        choices: dict[str, Collection[str]] = {
+            "dataset": TRAIN_SIZES,
+            "schedule": SCHEDULES,
+            "init": INITS,
+            "sampling": SAMPLINGS,
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            _check(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}")
+        for name in ("model", "backend", "device"):
+            _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
+        for name in ("threads", "rows", "evaluations", "weight_decay"):
+            object.__setattr__(self, name, check_range(name, getattr(self, name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """One run: everything that decides its numbers.
+
+    Attributes:
+        batch_size: B, of each of SVAG's two batches.
+        lr: the paper's eta at schedule factor 1; the step taken is lr/l.
+        l: SVAG's hyperparameter; 1 is SGD.
+        seed: of the batches and, where init is "own", of the initial weights.
+        effective_steps: length; l steps are one effective step.
+    """
+
+    batch_size: int
+    lr: float
+    l: float
+    seed: int
+    effective_steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "lr", "l", "seed", "effective_steps"):
+            object.__setattr__(self, name, check_range(name, getattr(self, name)))
+        expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
+        _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
+        if self.sampling == "distinct":
+            size = TRAIN_SIZES[self.dataset]
+            expected = f"at most {size}, the size of {self.dataset}'s training set, or sampling replacement"
+            _check(self.batch_size <= size, "batch_size", self.batch_size, expected)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return f"b{self.batch_size}-lr{self.lr:g}-l{self.l:g}-seed{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self._step_at(self.effective_steps)
+
+    def _step_at(self, effective_step: int) -> int:
+        return round(effective_step * self.l)
+
+    @property
+    def row_steps(self) -> list[int]:
+        """The steps after which a row of metrics is written: at the same effective steps for every l."""
+        count = min(self.rows, self.effective_steps)
+        return [self._step_at(round(self.effective_steps * row / count)) for row in range(1, count + 1)]
+
+    @property
+    def evaluation_steps(self) -> set[int]:
+        """The steps among `row_steps` after which the net is evaluated; the last one always."""
+        rows = self.row_steps
+        count = min(self.evaluations, len(rows))
+        return {rows[round(len(rows) * point / count) - 1] for point in range(1, count + 1)}
+
+    @property
+    def train_evaluation_steps(self) -> set[int]:
+        """Every third of `evaluation_steps`, counted from the last."""
+        return set(sorted(self.evaluation_steps, reverse=True)[::3])
+
+    def lr_at(self, step: int) -> float:
+        """The scheduled lr of step number `step` = 0, 1, ..."""
+        return self.lr * SCHEDULES[self.schedule](step / self.l / self.effective_steps)
+
+    @property
+    def cost(self) -> float:
+        """Relative time that the run takes, for balance and for the progress bar."""
+        return self.steps * (20.0 + self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(Settings):
+    """A grid of runs: every batch size with its lr, every l, every seed.
+
+    Attributes:
+        batch_size: batch sizes.
+        lr: one value (scaled linearly with the batch size, from the first) or one for each batch size.
+        l: values of SVAG's hyperparameter.
+        seeds: number of seeds: 0, 1, ...
+        effective_steps: length at the first batch size; the others train for the same time (sum of lr). None: 1008.
+        epochs: instead of effective_steps: each batch size trains for this many passes over the training data.
+    """
+
+    batch_size: tuple[int, ...] = (8, 128)
+    lr: tuple[float, ...] = (0.1,)
+    l: tuple[float, ...] = (1, 2, 4, 8)
+    seeds: int = 3
+    effective_steps: int | None = None
+    epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "lr", "l"):
+            values = getattr(self, name)
+            _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
+            values = tuple(check_range(name, value) for value in values)
+            object.__setattr__(self, name, values)
+            distinct = {f"{value:g}" if name == "l" else value for value in values}  # as in the runs' names
+            _check(name == "lr" or len(distinct) == len(values), name, values, "a list without repetition")
+        count = len(self.batch_size)
+        _check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
+        object.__setattr__(self, "seeds", check_range("seeds", self.seeds))
+        _check(
+            self.epochs is None or self.effective_steps is None, "epochs", self.epochs, "alone or effective_steps be"
+        )
+        for name in ("epochs", "effective_steps"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_range(name, getattr(self, name)))
+        runs = count * len(self.l) * self.seeds
+        _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
+        self.runs()
+
+    def runs(self) -> list[RunConfig]:
+        """Return every run of the grid, in the order batch size, l, seed.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        first = self.batch_size[0]
+        lrs = self.lr if len(self.lr) > 1 else [self.lr[0] * b / first for b in self.batch_size]
+        runs = []
+        for batch_size, lr in zip(self.batch_size, lrs, strict=True):
+            if self.epochs is not None:
+                length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
+            else:
+                length = (self.effective_steps or 1008) * lrs[0] / lr
+            steps = max(1, round(length))
+            runs += [
+                RunConfig(**shared, batch_size=batch_size, lr=lr, l=l, seed=seed, effective_steps=steps)
+                for l in self.l
+                for seed in range(self.seeds)
+            ]
+        return runs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as `from_dict` takes them: plain values, lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExperimentConfig:
+        """Build from plain values; a single number stands for a list of one.
+
+        Raises:
+            ConfigError: an unknown key, or a value out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise ConfigError(f"unknown setting {', '.join(map(repr, unknown))}: known are {', '.join(sorted(known))}")
+        settings = dict(values)
+        for name in ("batch_size", "lr", "l"):
+            if name in settings:
+                value = settings[name]
+                settings[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        return cls(**settings)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a TOML or (by its suffix) JSON file, for `ExperimentConfig.from_dict`.
+
+    Raises:
+        ConfigError: the file can't be read, or isn't TOML or JSON of keys and values.
+    """
+    kind = "JSON" if path.suffix == ".json" else "TOML"
+    try:
+        text = read_text(path, SETTINGS_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not {kind} of settings: it is nested too deeply") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not {kind}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
+    return values

@@ -1,0 +1,359 @@
+"""A grid of runs over the machine's cores: a process a run, resumable, with progress.
+
+The parent process starts workers and keeps the books; it needs no torch for that.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.forkserver
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from svag_fast import __version__
+from svag_fast.analysis.runs import Run, load_run, require_comparable
+from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
+from svag_fast.files import is_leftover, remove_leftovers, replace_file
+from svag_fast.versions import package_version
+
+PATIENCE = 20.0  # seconds that an interrupted worker gets to save its run
+PRELOADED = [
+    "svag_fast.experiments.training",
+    "svag_fast.cli.main",
+    "sklearn.datasets",
+]  # imported once, in the process that workers are forked from
+
+
+class ExperimentError(RuntimeError):
+    """The experiment can't go on; the message says what to do."""
+
+
+class ExperimentInterruptedError(ExperimentError):
+    """Ctrl-C: all workers are ended, what is done is kept."""
+
+
+@dataclass
+class _Worker:
+    run: RunConfig
+    process: BaseProcess
+    messages: Connection
+    steps_done: int = 0
+    error: str | None = None
+
+    @property
+    def cost_done(self) -> float:
+        return self.run.cost * self.steps_done / self.run.steps
+
+
+def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None:
+    """Make `out` the folder of the experiment that `config` describes or, with `resume`, check that it is.
+
+    With `resume` too a folder that is missing or empty is made: one command line starts a job and goes on with it.
+
+    Raises:
+        ExperimentError: without `resume`, it holds something already; with it, another experiment, none, or runs that
+            can't be gone on with or reported beside its own.
+        OSError: it can't be written.
+    """
+    if holds_something(out):
+        if not resume:
+            raise ExperimentError(f"{out} is not empty: --resume goes on with it, and --out chooses another folder.")
+        theirs, ours = read_experiment(out).to_dict(), config.to_dict()
+        if differing := [key for key in ours if ours[key] != theirs[key]]:
+            details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
+            raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
+        _check_runs(out, config)
+        remove_leftovers(out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    with replace_file(out / "experiment.json") as file:
+        file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+
+def holds_something(out: Path) -> bool:
+    """Whether there is anything in the folder `out` (but for what a killed process left half-written)."""
+    return out.is_dir() and any(not is_leftover(entry) for entry in os.scandir(out))
+
+
+def _check_runs(out: Path, config: ExperimentConfig) -> None:
+    """Fail now where a run or the report would fail after all else was trained."""
+    from svag_fast.experiments.checkpoint import CheckpointError
+    from svag_fast.experiments.training import read_state
+
+    ours = config.runs()
+    for run in ours:
+        try:
+            read_state(out / run.name / "checkpoint.pt", run)
+        except CheckpointError as error:
+            raise ExperimentError(f"run {run.name} can't go on: {error}") from error
+    names = {run.name for run in ours}
+    others = [book.parent for book in sorted(out.glob("*/config.json")) if book.parent.name not in names]
+    try:
+        require_comparable([Run(run.name, asdict(run), {}) for run in ours] + [load_run(folder) for folder in others])
+    except ValueError as error:
+        raise ExperimentError(f"{error}. Move what is no run of this experiment out of {out}.") from error
+
+
+def read_experiment(out: Path) -> ExperimentConfig:
+    """Read the settings of the experiment in `out`.
+
+    Raises:
+        ExperimentError: there is none.
+        ConfigError: its settings can't be read.
+    """
+    book = out / "experiment.json"
+    if not book.exists():
+        raise ExperimentError(f"{out} holds no experiment to resume: there is no {book}.")
+    return ExperimentConfig.from_dict(UNSAID | read_settings(book))
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """Fail now, before anything is written, where every run would: on the data, the model, the device, the backend.
+
+    Raises:
+        ConfigError: what isn't there, with what is.
+    """
+    from svag_fast.experiments.data import load_dataset
+    from svag_fast.experiments.training import Training
+
+    run = min(config.runs(), key=lambda run: run.batch_size)
+    try:
+        Training(run, load_dataset(run.dataset).to(run.device)).take_step()
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    out: Path,
+    *,
+    jobs: int,
+    console: Console,
+    checkpoint_seconds: float = 5.0,
+    tensorboard: bool = False,
+    on_run_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Train every run of `config` that isn't complete in `out`, `jobs` at a time, the longest first.
+
+    Args:
+        config: the grid.
+        out: the experiment's folder, by `prepare_folder`; each run gets a folder in it.
+        jobs: worker processes at a time.
+        console: where the progress goes.
+        checkpoint_seconds: see `svag_fast.experiments.training.train`.
+        tensorboard: see there.
+        on_run_end: called after each run, while the others go on.
+
+    Raises:
+        ConfigError: jobs or checkpoint_seconds is out of range.
+        ExperimentError: a run failed; the others were stopped and saved.
+        ExperimentInterruptedError: Ctrl-C, a polite kill or a lost terminal; all were stopped and saved.
+    """
+    check_range("jobs", jobs)
+    check_range("checkpoint_seconds", checkpoint_seconds)
+    waiting = sorted(config.runs(), key=lambda run: run.cost)
+    total, count = sum(run.cost for run in waiting), len(waiting)
+    options = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard, "provenance": provenance()}
+    workers: list[_Worker] = []
+    done: list[RunConfig] = []
+    context = start_fork_server()
+    # Nobody writes to it. It ends with this process, however that ends, and with it the workers.
+    lifeline, ours = context.Pipe(duplex=False)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        speed_estimate_period=60,
+    )
+    with progress, _termination_as_interrupt():
+        bar = progress.add_task(f"0 of {count} runs", total=total)
+        try:
+            while waiting or workers:
+                while waiting and len(workers) < jobs:
+                    workers.append(_start(context, waiting.pop(), out, options, lifeline))
+                for messages in wait([worker.messages for worker in workers], timeout=1.0):
+                    worker = next(w for w in workers if w.messages is messages)
+                    if _listen(worker):
+                        continue
+                    workers.remove(worker)
+                    if worker.process.exitcode != 0:
+                        raise ExperimentError(_post_mortem(worker))
+                    done.append(worker.run)
+                    progress.update(bar, description=f"{len(done)} of {count} runs")
+                    if not console.is_terminal:
+                        console.print(f"{len(done)} of {count} runs: {worker.run.name} is complete")
+                    on_run_end()
+                progress.update(bar, completed=sum(r.cost for r in done) + sum(w.cost_done for w in workers))
+        except KeyboardInterrupt:
+            raise ExperimentInterruptedError(f"stopped: {len(done)} of {count} runs are complete") from None
+        finally:
+            try:
+                _stop(workers)
+            finally:
+                ours.close()
+                lifeline.close()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, platform and, where the package runs from a checkout, the commit."""
+    packages = ("torch", "numpy", "scipy", "scikit-learn")
+    versions = {name: package_version(name) for name in packages}
+    return {
+        "versions": {"svag_fast": __version__, "python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or not ours to read
+
+
+def start_fork_server() -> multiprocessing.context.ForkServerContext:
+    """Start the process that workers are forked from; it does its imports while the caller goes on.
+
+    It and its workers are deaf to Ctrl-C and to the terminal's end: their parent stops them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return context
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM, as of a batch system or a container that ends, and SIGHUP, of a terminal, like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Under nohup SIGHUP is ignored, and stays so.
+    deaf = {number for number, handler in before.items() if handler is signal.SIG_IGN and number == signal.SIGHUP}
+    for number in before.keys() - deaf:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in before.keys() - deaf:
+            signal.signal(number, before[number])
+
+
+def _start(
+    context: multiprocessing.context.ForkServerContext,
+    run: RunConfig,
+    out: Path,
+    options: dict[str, Any],
+    lifeline: Connection,
+) -> _Worker:
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (run, out / run.name, options, theirs, lifeline)
+    process = context.Process(target=_work, args=arguments, name=run.name, daemon=True)
+    process.start()
+    theirs.close()  # so that the worker's end shows as the end of the messages
+    return _Worker(run, process, ours)
+
+
+def _work(run: RunConfig, folder: Path, options: dict[str, Any], messages: Connection, lifeline: Connection) -> None:
+    """Train one run in a worker process: messages are steps done, or the error that ended it."""
+    stop = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    def end_with_parent() -> None:
+        # Not PR_SET_PDEATHSIG: this process's parent is the fork server. A pipe's end can't be missed either, where
+        # the parent died before this thread began.
+        wait([lifeline])
+        ask_to_stop()
+        time.sleep(PATIENCE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def report(step: int) -> None:
+        try:
+            messages.send(step)
+        except BrokenPipeError:  # the parent is gone
+            ask_to_stop()
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    from svag_fast.experiments.training import train
+
+    try:
+        train(run, folder, on_progress=report, should_stop=lambda: stop, **options)
+    except Exception as error:
+        expected = isinstance(error, (OSError, RuntimeError, ValueError))
+        with suppress(BrokenPipeError):  # the parent is gone
+            messages.send(str(error) if expected else traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def _listen(worker: _Worker) -> bool:
+    """Take one message; False when the worker has ended."""
+    try:
+        message = worker.messages.recv()
+    except EOFError:
+        worker.process.join()
+        return False
+    if isinstance(message, str):
+        worker.error = message
+    else:
+        worker.steps_done = message
+    return True
+
+
+def _post_mortem(worker: _Worker) -> str:
+    code = worker.process.exitcode
+    if worker.error is None:
+        reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        worker.error = f"its process ended by {reason} (out of memory?)"
+    return f"run {worker.run.name} failed: {worker.error}"
+
+
+def _stop(workers: list[_Worker]) -> None:
+    """Let the workers save their runs and end; whoever doesn't in time, or at a second Ctrl-C, is killed."""
+    try:
+        for worker in workers:
+            worker.process.terminate()
+        deadline = time.monotonic() + PATIENCE
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for worker in workers:
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()

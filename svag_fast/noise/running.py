@@ -1,0 +1,197 @@
+"""Means of an optimizer's step statistics over training, with standard errors that know about autocorrelation.
+
+noise = svag_fast.RunningNoise()
+for ...:
+    noise.update(optimizer.step())
+noise.nsr.mean, noise.nsr.standard_error
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svag_fast.noise.estimators import MeanError, RunningMean, mean_standard_error
+from svag_fast.ops.step_stats import StepStats, is_one_batch
+from svag_fast.stats.sampling import noise_factor
+
+_SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
+
+
+class RunningNoise:
+    """G, N, R and nsr = N/G over the steps whose `StepStats` it was given, in constant memory.
+
+    `update` does not synchronise a device: 256 steps' statistics are fetched at a time, or when something is read. A
+    step with an inf or nan gradient (`StepStats.finite` false, as where a gradient scaler overflowed) is counted in
+    `skipped` and enters no mean. Where an optimizer at l > 1 was given the same gradient twice, to the bit, as of one
+    batch, every estimate raises RuntimeError. Start a new object where the learning rate changes: the errors are those
+    of a stationary series.
+    """
+
+    _MAX_PENDING = 256
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, bool]] = []
+        self._means = {name: RunningMean() for name in _SERIES}
+        self._co_scatter = 0.0
+        self._skipped = 0
+        self._one_batch = 0
+
+    def update(self, stats: StepStats) -> None:
+        """Take one step's statistics.
+
+        Raises:
+            TypeError: not a StepStats.
+            ValueError: the step had no second gradient (l = 1 without one), so that nothing tells noise from signal.
+        """
+        if not isinstance(stats, StepStats):
+            raise TypeError(f"stats is a {type(stats).__name__}: expected the StepStats that step() returns")
+        if not stats.has_second:
+            raise ValueError("stats has one gradient: G and N need two batches' gradients a step")
+        self._pending.append((stats.raw.detach().clone(), stats.two_batches))
+        if len(self._pending) >= self._MAX_PENDING:
+            self._fold()
+
+    @property
+    def steps(self) -> int:
+        """How many steps entered the means."""
+        self._fold()
+        return self._means["noise_trace"].count
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out for an inf or nan."""
+        self._fold()
+        return self._skipped
+
+    @property
+    def grad_sq_norm(self) -> MeanError:
+        """G = |∇L|²: mean of the unbiased ⟨g1, g2⟩."""
+        return self._estimate("grad_sq_norm")
+
+    @property
+    def noise_trace(self) -> MeanError:
+        """N = Tr Σ of a batch gradient: mean of the unbiased |g1 − g2|²/2."""
+        return self._estimate("noise_trace")
+
+    @property
+    def weight_sq_norm(self) -> MeanError:
+        """R = |x|² before the steps."""
+        return self._estimate("weight_sq_norm")
+
+    @property
+    def nsr(self) -> MeanError:
+        """N/G as the ratio of the two means (a mean of ratios would be biased).
+
+        Its error is that of the mean of N_t − nsr G_t, divided by |G| (delta method): trust it where G is several of
+        its own standard errors away from 0.
+        """
+        G, N = self.grad_sq_norm, self.noise_trace
+        steps = self.steps
+        if steps == 0 or G.mean == 0.0:
+            return MeanError(math.nan, math.nan, float(steps))
+        ratio = N.mean / G.mean
+        if steps < 2:
+            return MeanError(ratio, math.nan, float(steps))
+        grad, noise = (self._means[name] for name in _SERIES[:2])
+        # Both have the same blocks of steps.
+        states = grad.state_dict(), noise.state_dict()
+        residuals = [n - ratio * g for g, n in zip(states[0]["blocks"], states[1]["blocks"], strict=True)]
+        covered = len(residuals) * states[0]["block_size"]
+        error = mean_standard_error(residuals).standard_error * math.sqrt(covered / steps)
+        covariance = self._co_scatter / (steps - 1)
+        variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
+        effective = variance / error**2 if error > 0 else float(steps)
+        return MeanError(ratio, error / abs(G.mean), effective)
+
+    def noise_scale(self, batch_size: int, *, population: int | None = None) -> MeanError:
+        """B_simple = Tr Σ₁/|∇L|² = B·N/G (McCandlish et al. 2018), with `nsr`'s error.
+
+        Args:
+            batch_size: B, of each of a step's two batches.
+            population: n, where each batch was made of distinct samples of n: then times (n − 1)/(n − B), since their
+                N is smaller by that. None for independent draws.
+
+        Raises:
+            TypeError, ValueError: no such batch can be drawn, or it would hold all samples and have no noise.
+        """
+        factor = noise_factor(batch_size, population)
+        if factor == 0:
+            raise ValueError("a batch of the whole population has no noise: B_simple can't be had from it")
+        mean, error, effective = self.nsr
+        return MeanError(mean * batch_size / factor, error * batch_size / factor, effective)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state in plain Python numbers, lists and dicts."""
+        self._fold()
+        means = {name: mean.state_dict() for name, mean in self._means.items()}
+        counts = {"skipped": self._skipped, "one_batch": self._one_batch}
+        return {**means, "co_scatter": self._co_scatter, **counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        state = {"one_batch": 0, **state}  # before it was counted
+        entries = {*_SERIES, "co_scatter", "skipped", "one_batch"}
+        if set(state) != entries:
+            raise ValueError(
+                f"the state of a RunningNoise has the entries {sorted(entries)}; missing or unknown: "
+                f"{sorted(set(state) ^ entries)}"
+            )
+        for name, kind in (("co_scatter", float), ("skipped", int), ("one_batch", int)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
+        means = {name: RunningMean() for name in _SERIES}
+        for name, mean in means.items():
+            mean.load_state_dict(state[name])
+        self._pending = []
+        self._means, self._co_scatter = means, state["co_scatter"]
+        self._skipped, self._one_batch = state["skipped"], state["one_batch"]
+
+    def _fault(self) -> str | None:
+        self._fold()
+        if self._one_batch == 0:
+            return None
+        return f"in {self._one_batch} of {self._one_batch + self.steps} steps {StepStats.ONE_BATCH}"
+
+    def _estimate(self, name: str) -> MeanError:
+        if fault := self._fault():
+            raise RuntimeError(fault)
+        return self._means[name].estimate()
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        # One transfer; StepStats.raw's own order.
+        device = self._pending[0][0].device
+        rows = torch.stack([raw.to(device) for raw, _ in self._pending]).tolist()
+        asked_for_two = [two_batches for _, two_batches in self._pending]
+        self._pending = []
+        grad, noise, weight = (self._means[name] for name in _SERIES)
+        for row, two_batches in zip(rows, asked_for_two, strict=True):
+            sq_norm1, sq_norm2, inner, weight_sq_norm, finite = row
+            if not finite:
+                self._skipped += 1
+                continue
+            if two_batches and is_one_batch(*row):
+                self._one_batch += 1
+                continue
+            # Each difference by itself: exact where the norms are close.
+            trace = ((sq_norm1 - inner) + (sq_norm2 - inner)) / 2
+            grad_before = grad.mean if grad.count else 0.0
+            grad.add(inner)
+            noise.add(trace)
+            weight.add(weight_sq_norm)
+            self._co_scatter += (inner - grad_before) * (trace - noise.mean)
+
+    def __repr__(self) -> str:
+        if fault := self._fault():
+            return f"RunningNoise(no estimates: {fault})"
+        G, N, nsr = self.grad_sq_norm, self.noise_trace, self.nsr
+        return (
+            f"RunningNoise({self.steps} steps: G = {G.mean:.4g} ± {G.standard_error:.2g}, "
+            f"N = {N.mean:.4g} ± {N.standard_error:.2g}, nsr = {nsr.mean:.4g} ± {nsr.standard_error:.2g})"
+        )

@@ -1,0 +1,99 @@
+"""What an optimizer's checkpoint must be before anything is replaced by it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from svag_fast.optim.two_batch import TwoBatchOptimizer
+
+# Each kind of ours has its own of these; so a group says whose it is.
+_KINDS = frozenset({"betas", "alpha"})
+# Options that a torch optimizer and ours share, and what schedulers keep in a group.
+_SHARED = frozenset({"lr", "weight_decay", "maximize", "betas", "alpha", "eps", "params", "param_names", "initial_lr"})
+
+
+class TorchKin(NamedTuple):
+    """The optimizer of torch.optim that ours is at l = 1."""
+
+    name: str
+    marks: frozenset[str]
+    """Options by which its groups are known."""
+    off: tuple[str, ...]
+    """Options that ours lacks, which must be off."""
+    any_l: bool
+    """Whether its state means the same at every l."""
+
+
+def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the state to load, with torch's own kin's converted.
+
+    Raises:
+        ValueError, TypeError: it is another optimizer's, or a value in it is out of range, and which.
+    """
+    groups, saved = optimizer.param_groups, state_dict["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
+        return state_dict  # torch has its own words for this
+    state_dict = {**state_dict, "param_groups": [_group(optimizer, i, group) for i, group in enumerate(saved)]}
+    if any("l" not in group for group in saved) and optimizer.torch_kin.any_l:
+        state_dict["state"] = {}
+    merged = [{**now, **loaded} for now, loaded in zip(groups, state_dict["param_groups"], strict=True)]
+    for i, group in enumerate(merged):
+        try:
+            optimizer._check_loaded_group(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param group {i} of the loaded state: {error}") from error
+        if group["l"] != merged[0]["l"]:
+            raise ValueError(
+                f"Invalid l: param group {i} of the loaded state has {group['l']}, group 0 {merged[0]['l']}"
+            )
+    numbers = [number for group in saved for number in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    for number, p in zip(numbers, params, strict=True):
+        _check_state(f"state {number}", state_dict["state"].get(number, {}), p, optimizer.state_names)
+    return state_dict
+
+
+def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved group with the options of ours; those that it lacks are the group's own."""
+    now = {
+        k: v
+        for k, v in optimizer.param_groups[i].items()
+        if k != "params" and not k.startswith(("steps", "effective_steps", "time"))
+    }
+    own = "l" in saved and _KINDS & saved.keys() == _KINDS & now.keys()
+    if own:
+        return {**{k: v for k, v in now.items() if k in optimizer.defaults}, **saved}
+    kin, name = optimizer.torch_kin, type(optimizer).__name__
+    if "l" in saved or not kin.marks <= saved.keys() or _KINDS & saved.keys() != _KINDS & now.keys():
+        options = ", ".join(sorted(saved.keys() - {"params"}))
+        raise ValueError(f"the loaded state is another optimizer's, not {name}'s: its param group {i} has {options}")
+    if more := [k for k in kin.off if saved.get(k)]:
+        had = ", ".join(f"{k}={saved[k]!r}" for k in more)
+        raise ValueError(f"the loaded state is of torch's {kin.name} with {had}, which {name} doesn't take over")
+    if not kin.any_l and now["l"] != 1:
+        raise ValueError(f"the loaded state is of torch's {kin.name}, whose moments are not those at l = {now['l']:g}")
+    return {**now, **{k: v for k, v in saved.items() if k in _SHARED}}
+
+
+def _check_state(what: str, state: dict[str, Any], p: Tensor, names: frozenset[str]) -> None:
+    """Refuse a parameter's state that lacks a part, or has one of another shape."""
+    needed = names - {"compensation", "momentum_buffer", "measured"}
+    if state and (missing := needed - state.keys()):
+        raise ValueError(f"{what} of the loaded state lacks {', '.join(sorted(missing))}")
+    for name in names & state.keys():
+        value = state[name]
+        if name in ("step", "measured"):
+            if not (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise TypeError(f"{what} of the loaded state: {name} is {value!r}, expected a number")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{what} of the loaded state: {name} is {value}, expected a finite number >= 0")
+        elif not isinstance(value, Tensor):
+            raise TypeError(f"{what} of the loaded state: {name} is {type(value).__name__}, expected a tensor")
+        elif value.shape != p.shape:
+            raise ValueError(
+                f"{what} of the loaded state: {name} has shape {list(value.shape)}, its parameter {list(p.shape)}"
+            )

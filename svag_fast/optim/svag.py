@@ -1,0 +1,232 @@
+"""The SVAG optimizer: two independent batches a step, in torch.optim's manners (paper, equation 5)."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from svag_fast.kernels.device_cache import is_capturing
+from svag_fast.ops.checked_step import CheckedStep
+from svag_fast.ops.checks import PARAM_DTYPES
+from svag_fast.ops.step import StepOptions, ready_step, step_scalars, svag_coefficients
+from svag_fast.optim.grad_lists import Grads
+from svag_fast.optim.held_gradient import GroupGrads
+from svag_fast.optim.loaded_state import TorchKin
+from svag_fast.optim.two_batch import TwoBatchOptimizer, Work
+
+__all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
+
+
+def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
+    """Return ``c1*loss1 + c2*loss2``, whose gradient is SVAG's, for use with any optimizer at ``lr / l``.
+
+    The slow path that works everywhere: SVAG is linear in the loss. The value is not a loss to look at (c2 <= 0).
+
+    Args:
+        loss1, loss2: scalar losses of two independent batches at the same parameters.
+        l: SVAG's hyperparameter, >= 1.
+
+    Raises:
+        ValueError: ``l`` is out of range, or c1 is infinite in a loss's dtype.
+    """
+    c1, c2 = svag_coefficients(l)
+    for name, loss in (("loss1", loss1), ("loss2", loss2)):
+        if c1 > torch.finfo(loss.dtype).max:
+            raise ValueError(f"Invalid l: {l} (c1 = {c1:.3g} is infinite in {loss.dtype}, the dtype of {name})")
+    return c1 * loss1 + c2 * loss2
+
+
+_MOMENTUM_DEFAULTS = {"momentum": 0.0, "momentum_rule": "time", "maximize": False}
+_BUFFERS = ("compensation", "momentum_buffer")
+_Fresh: TypeAlias = tuple[Tensor, str, Tensor]
+
+
+def _new_buffer(p: Tensor) -> Tensor:
+    """A buffer of zeros in the step's arithmetic: float64 beside float64, else float32."""
+    if is_capturing(p.device):
+        raise RuntimeError("a captured graph would zero the buffer at each replay: take a step before the capture")
+    return torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, requires_grad=False)
+
+
+class SVAG(TwoBatchOptimizer):
+    """SVAG: ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)`` with ``c1, c2 = (1 ± sqrt(2l-1)) / 2``.
+
+    Its mean step is SGD's, its noise covariance ``l`` times larger a unit step; ``l`` of its steps make one effective
+    step, and as ``l`` grows its path converges to SGD's SDE. Source: Li, Malladi, Arora, "On the Validity of Modeling
+    SGD with Stochastic Differential Equations", NeurIPS 2021, equations 5 and 7. At ``l = 1`` it is SGD.
+
+    The two gradients must come from independent batches at the same parameters::
+
+        opt.zero_grad()
+        loss(batch1).backward()
+        opt.hold_gradient()  # keeps g1 without a copy, clears .grad
+        loss(batch2).backward()
+        stats = opt.step()
+
+        loss = opt.step(closure)  # or: closure clears, draws a fresh batch, backpropagates; called twice. opt.stats
+
+    Args:
+        params: parameters or param groups, each group with its own ``lr`` and ``weight_decay`` if it wants.
+        lr: the paper's eta, what a scheduler changes; the step taken is ``lr / l``. A float or a 0-d tensor.
+        l: SVAG's hyperparameter, >= 1.
+        weight_decay: the paper's lambda.
+        momentum: μ of the heavy ball, in [0, 1), in torch.optim.SGD's form: ``v = μ*v + u``, ``x -= rate*v``, with u
+            the bracket above. Kept in ``state[p]["momentum_buffer"]``, float32 for 16-bit parameters.
+        momentum_rule: what μ and the rate become as ``l`` grows. "time": 1 - (1 - μ)/l and lr/l², which keep drift,
+            noise and the momentum's memory in units of time, so that the path converges to the underdamped SDE of SGD
+            with this momentum: the default, since SVAG is there to ask whether *this* SGD follows its SDE. "fixed": μ
+            and lr/l, which answers another question, whether momentum matters at a small rate: its limit is the SDE
+            of SGD without momentum at lr/(1 - μ) (docs/theory.md). At ``l = 1`` they are the same.
+        maximize: turn the gradients' sign, not the decay's, as torch.optim.SGD does.
+        compensated: keep in float32 what rounding the parameters loses (one float32 buffer a parameter): needed where
+            ``lr / l`` is so small that a step is below one ulp of the parameters. Not for float64 parameters.
+        capturable: allow the step in a CUDA graph: ``lr`` becomes a 0-d float64 tensor on the parameters' device (one
+            that is given stays), which the kernel reads when it runs, so a replayed graph follows what a scheduler
+            writes there; weight decay and momentum stay as they were at the capture. Take a few steps before it.
+            Needs backend ``cuda`` or ``triton`` in a graph.
+        backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
+
+    With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
+    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising.
+
+    Raises:
+        ValueError, TypeError: an option or a parameter is out of range, and which.
+    """
+
+    torch_kin = TorchKin(
+        "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("momentum", "dampening", "nesterov"), any_l=True
+    )
+    state_names = frozenset(_BUFFERS)
+    values = operator.itemgetter(
+        *("lr", "l", "weight_decay", *_MOMENTUM_DEFAULTS, "compensated", "capturable", "backend")
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *,
+        l: float = 1,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        momentum_rule: str = "time",
+        maximize: bool = False,
+        compensated: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "l": l,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "momentum_rule": momentum_rule,
+            "maximize": maximize,
+            "compensated": compensated,
+            "capturable": capturable,
+            "backend": backend,
+        }
+        # What a capturable step reads on each device, and all but the rate that was written there.
+        self._on_device: dict[tuple[int, torch.device], tuple[Tensor, StepOptions]] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            for name, value in (("capturable", False), *_MOMENTUM_DEFAULTS.items()):
+                group.setdefault(name, value)
+        self._on_device = {}
+        super().__setstate__(state)
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        for i, p in enumerate(group["params"]):
+            if group["compensated"] and p.requires_grad and p.dtype == torch.float64:
+                allowed = ", ".join(str(d) for d in PARAM_DTYPES if d != torch.float64)
+                raise TypeError(f"params[{i}] of the group is torch.float64: compensated serves {allowed}")
+
+    def _check_options(self, group: dict[str, Any], lr: Any) -> StepOptions:
+        for name in ("compensated", "capturable"):
+            if not isinstance(group[name], bool):
+                raise TypeError(f"Invalid {name}: {group[name]!r} (expected a bool)")
+        named = (group[name] for name in ("l", "weight_decay", *_MOMENTUM_DEFAULTS))
+        return StepOptions.checked(lr, *named)
+
+    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
+        # torch casts state to the parameter's dtype; that of a 16-bit parameter is float32 here.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            for name in self.state.get(p, {}).keys() & set(_BUFFERS):
+                self.state[p][name] = _new_buffer(p).copy_(state_dict["state"][i][name])
+        for group in self.param_groups:
+            if group["capturable"]:  # from another device's checkpoint
+                for name in (k for k, v in group.items() if isinstance(v, Tensor)):
+                    group[name] = group[name].to(group["params"][0].device)
+
+    def _work_of(
+        self, group: dict[str, Any], options: StepOptions, first: GroupGrads, second: GroupGrads | None
+    ) -> list[Work]:
+        if not (group["compensated"] or group["capturable"]):
+            buffers, fresh = self._buffers("momentum_buffer", options.momentum != 0, group["params"])
+            step = CheckedStep.of(
+                group["params"], first, second, options, momentum_buffers=buffers, backend=group["backend"]
+            )
+            if step is not None:
+                return [Work(step, functools.partial(self._keep, fresh) if fresh else None)]
+        return super()._work_of(group, options, first, second)
+
+    def _work(
+        self, group: dict[str, Any], options: StepOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
+    ) -> Work:
+        coefficients = self._coefficients(group, options, params[0].device) if group["capturable"] else None
+        kept, fresh = {}, []
+        for name, option, wanted in _kept(group):
+            kept[option], new = self._buffers(name, wanted, params)
+            fresh += new
+        step = ready_step(params, grads1, grads2, options, **kept, coefficients=coefficients, backend=group["backend"])
+        return Work(step, functools.partial(self._keep, fresh) if fresh else None)
+
+    def _keep(self, fresh: list[_Fresh], *_: Any) -> None:
+        for p, name, buffer in fresh:
+            self.state[p][name] = buffer
+
+    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for name, _, wanted in _kept(group):
+            self._keep(self._buffers(name, wanted, params)[1])
+
+    def _coefficients(self, group: dict[str, Any], options: StepOptions, device: torch.device) -> Tensor:
+        """Return the group's coefficients on the device, with lr copied there by the device itself."""
+        options = options._replace(lr=0.0)
+        coefficients, written = self._on_device.get((id(group), device), (None, None))
+        if coefficients is None or written != options:
+            coefficients = torch.tensor(step_scalars(*options), dtype=torch.float64, device=device)
+            self._on_device[id(group), device] = coefficients, options
+        coefficients[0].copy_(group["lr"])
+        return coefficients
+
+    def _buffers(self, name: str, wanted: bool, params: list[Tensor]) -> tuple[list[Tensor] | None, list[_Fresh]]:
+        """Return the params' buffers, and those of them that are new: they are kept once a step has used them."""
+        if not wanted:
+            return None, []
+        fresh: list[_Fresh] = []
+        buffers = []
+        for p in params:
+            buffer = self.state.get(p, {}).get(name)
+            if buffer is None:
+                buffer = _new_buffer(p)
+                fresh.append((p, name, buffer))
+            buffers.append(buffer)
+        return buffers, fresh
+
+
+def _kept(group: dict[str, Any]) -> tuple[tuple[str, str, bool], ...]:
+    """A parameter's buffers: name in its state, name in the step's options, whether the group has them."""
+    return (
+        ("compensation", "compensation", group["compensated"]),
+        ("momentum_buffer", "momentum_buffers", group["momentum"] != 0),
+    )

@@ -1,0 +1,539 @@
+"""How each kind of layer tells its samples' gradients apart: one rule a kind, with its formula.
+
+Notation: b is the gradient of the loss in the layer's output, a its input, i the sample (first dimension), t the other
+positions (tokens, pixels). A rule for a layer of your own is one function; see `register_rule`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svag_fast.ops.memory import has_memory
+from svag_fast.sample_norms import checks
+from svag_fast.sample_norms.dispatch import plain_forward, run_plainly
+from svag_fast.sample_norms.tape import Recorder, SampleGrads, Use, hook, row_sq_norms, sample_chunks
+
+# (module, inputs, output_grad) -> name of a parameter of the module itself -> per-sample gradients [B, *shape]
+RuleFunction: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, Tensor]]
+_F = TypeVar("_F", bound=RuleFunction)
+
+
+class Known:
+    """What earlier passes, in whatever context, found out about a layer under its rule."""
+
+    def __init__(self, rule: Rule, batch_size_given: bool) -> None:
+        self.rule = rule
+        self.batch_size_given = batch_size_given  # another batch size makes other inputs samples
+        self.samples_only = False  # called on samples, and never on a value that all samples share
+        self.shared_only = False
+        self.mixed = False
+        self.doubtful = False  # called on samples that don't show it, so that the pass has to be followed
+        self.asked: int | None = None  # how often at most, in a pass that taught nothing new
+        self.rows_checked = False  # whether its rows were found to be the samples
+        self.checked: set[tuple[str, torch.dtype, bool]] = set()  # parameters, with dtype, and whether on CUDA
+
+    @property
+    def settled(self) -> bool:
+        """Whether the layer's input will be of the kind that it was of."""
+        return self.samples_only or self.shared_only
+
+    def add(self, samples: bool, plain: bool) -> bool:
+        """Note a call on samples, which show it or don't, or on a value that they share; whether that is new."""
+        before = self.samples_only, self.shared_only, self.doubtful
+        self.doubtful = self.doubtful or (samples and not plain)
+        if self.mixed or (self.shared_only if samples else self.samples_only):
+            self.mixed, self.samples_only, self.shared_only = True, False, False
+        else:
+            self.samples_only, self.shared_only = samples, not samples
+        return before != (self.samples_only, self.shared_only, self.doubtful)
+
+
+class Scope:
+    """One module inside the context: the recorder, and which of the module's own parameters are tracked as what."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        names: Mapping[str, str],
+        place: str,
+        module: nn.Module,
+        known: Known,
+        check: bool,
+        couples: bool,
+    ) -> None:
+        self.recorder = recorder
+        self.names = names
+        self.place = place
+        self.module = module
+        self.known = known
+        self.check = check
+        self.couples = couples  # the module mixes the samples unless its options forbid it
+        self._seen = _seen(module)
+
+    def current(self) -> bool:
+        """Whether the module still has the same parameters, frozen or not as before."""
+        parameters = self.module._parameters
+        if len(parameters) != len(self._seen):
+            return False
+        for name, parameter, trained in self._seen:
+            if parameters.get(name) is not parameter or (parameter is not None and parameter.requires_grad != trained):
+                return False
+        return True
+
+    def renew(self, other: Scope) -> None:
+        """Take over what a new look at the module has found."""
+        self.names, self.place, self._seen = other.names, other.place, other._seen
+
+    @property
+    def label(self) -> str:
+        """The module's name and type, for messages."""
+        return label_of(self.place, self.module)
+
+    def use(self, name: str, part: tuple[int, int] | None = None) -> Use | None:
+        """A new use of the module's parameter `name`; None where it is not tracked."""
+        return Use(self.recorder, self.names[name], part) if name in self.names else None
+
+    def alias(self, module: nn.Module, name: str, shown: Callable[[Tensor], None] | None = None) -> Tensor:
+        """The parameter as a view whose gradient is noted as due, so that uses elsewhere are noticed, and shown."""
+        parameter = module._parameters[name]
+        assert parameter is not None
+        if name not in self.names:
+            return parameter
+        alias = parameter.view_as(parameter)
+        tracked = self.names[name]
+        if shown is not None:
+            hook(alias, shown)
+        hook(alias, lambda grad: self.recorder.expect(tracked, grad) if grad is not None else None)
+        return alias
+
+    def to_check(self, name: str, like: Tensor) -> bool:
+        """Whether the gradient of the module's parameter is to be held against the samples' own in this use."""
+        return (self.check or (name, like.dtype, like.is_cuda) not in self.known.checked) and has_memory(like)
+
+    def checked(self, name: str, like: Tensor) -> None:
+        """Note that it was right."""
+        self.known.checked.add((name, like.dtype, like.is_cuda))
+
+
+def _seen(module: nn.Module) -> list[tuple[str, Tensor | None, bool]]:
+    return [(name, p, p is not None and p.requires_grad) for name, p in module._parameters.items()]
+
+
+def label_of(place: str, module: nn.Module) -> str:
+    """How messages call the module at a place in the model."""
+    return f"{place or 'the model'} ({type(module).__name__})"
+
+
+class Rule:
+    """A kind of layer: by default its own forward, with its output's gradient caught on the way back.
+
+    `sample_grads` is all that most rules say; the plain gradient stays PyTorch's. `sq_norms` may be overridden where
+    the norms can be had without the gradients.
+    """
+
+    # Names of the parameters that the rule knows; None where it is asked in the backward pass.
+    knows: frozenset[str] | None = None
+    # Whether the layer acts on the last dimensions only, so that it takes any dimensions behind the samples.
+    any_rows = False
+
+    def least_dims(self, module: Any) -> int:
+        """The fewest dimensions of an input with samples."""
+        return 1
+
+    def refusal(self, module: Any) -> str | None:
+        """Why this module can't be served with its present options, or None."""
+        return None
+
+    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        """Each sample's gradient [B, *shape] of each parameter of the module itself."""
+        raise NotImplementedError
+
+    def sq_norms(
+        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
+    ) -> Mapping[str, Tensor]:
+        """|g_i|² [B] of each parameter in `shapes`, a few samples at a time."""
+        B = output_grad.shape[0]
+        norms: dict[str, list[Tensor]] = {name: [] for name in shapes}
+        for rows in sample_chunks(B, max(math.prod(shape) for shape in shapes.values())):
+            grads = self.sample_grads(module, _rows(inputs, B, rows), output_grad[rows])
+            for name, shape in shapes.items():
+                if name not in grads or grads[name].shape[1:] != shape:
+                    got = list(grads[name].shape) if name in grads else "none"
+                    raise ValueError(
+                        f"the rule for {type(module).__name__} must give {name} [B, {list(shape)}], got {got}"
+                    )
+                norms[name].append(row_sq_norms(grads[name]))
+        return {name: torch.cat(parts) for name, parts in norms.items()}
+
+    def total(
+        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        """Σ_i g_i of each parameter in `shapes`, by the rule, in double precision."""
+        B = output_grad.shape[0]
+        sums: dict[str, Tensor] = {}
+        for rows in sample_chunks(B, max(math.prod(shape) for shape in shapes.values())):
+            grads = self.sample_grads(module, _rows(inputs, B, rows), output_grad[rows])
+            for name in shapes:
+                part = checks.double(grads[name]).sum(0)
+                sums[name] = sums[name] + part if name in sums else part
+        return sums
+
+    def run(self, scope: Scope, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward, such that the backward pass delivers to the scope's recorder."""
+        inputs = (*args, *kwargs.values())
+        if not all(isinstance(x, Tensor) for x in inputs):
+            raise TypeError(f"{scope.label}: a rule needs a module that takes tensors and returns one tensor")
+        least = self.least_dims(module)
+        if inputs[0].dim() < least:
+            raise ValueError(
+                f"{scope.label} got {list(inputs[0].shape)}: per-sample norms need an input [B, ...] of at least "
+                f"{least} dimension{'s' * (least > 1)}"
+            )
+        own = module._parameters
+        plain = {name: own[name] for name in scope.names}
+        shapes = {name: p.shape for name, p in plain.items() if p is not None}
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        to_check = {name: shape for name, shape in shapes.items() if scope.to_check(name, inputs[-1])}
+        try:
+            for name in shapes:
+                shown = functools.partial(checks.check_sum, scope, name, sums, inputs[-1]) if name in to_check else None
+                own[name] = scope.alias(module, name, shown)  # type: ignore[assignment]
+            output = plain_forward(type(module))(module, *args, **kwargs)
+        finally:
+            own.update(plain)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{scope.label}: a rule needs a module that takes tensors and returns one tensor")
+        if not output.requires_grad:
+            return output
+        if output.dim() == 0 or not any(x.dim() > 0 and x.shape[0] == output.shape[0] for x in inputs):
+            raise ValueError(
+                f"{scope.label} made {list(output.shape)} of {list(inputs[0].shape)}: the first dimension must be the "
+                "samples in both"
+            )
+        versions = [x._version for x in inputs]
+        module = _as_it_is(module)
+        uses = {name: scope.use(name) for name in shapes}
+
+        def sample_grads(name: str, output_grad: Tensor) -> SampleGrads:
+            B = output_grad.shape[0]
+            return lambda rows: self.sample_grads(module, _rows(inputs, B, rows), output_grad[rows])[name]
+
+        def deliver(output_grad: Tensor) -> Tensor | None:
+            if scope.recorder.paused:
+                return None
+            if [x._version for x in inputs] != versions:
+                raise RuntimeError(
+                    f"an input of {scope.label} was changed by an in-place operation before the backward pass"
+                )
+            with torch.no_grad(), in_full_precision(output_grad):
+                for name, sq_norms in self.sq_norms(module, inputs, output_grad, shapes).items():
+                    use = uses[name]
+                    assert use is not None
+                    use.deliver(sq_norms, sample_grads(name, output_grad))
+                    if scope.check:
+                        checks.check_norms(scope, name, sq_norms, sample_grads(name, output_grad))
+                if to_check:
+                    size = output_grad.abs().sum(dtype=torch.float64) * (1 + checks.largest(inputs))
+                    for name, total in self.total(module, inputs, output_grad, to_check).items():
+                        sums[name] = total, size
+            return scope.recorder.watch_second(output_grad, scope.label) if torch.is_grad_enabled() else None
+
+        hook(output, deliver)
+        return output
+
+
+def _as_it_is(module: nn.Module) -> nn.Module:
+    """The module with the options and statistics of this forward pass, for the backward pass, before which they may be
+    changed."""
+    out = object.__new__(type(module))
+    out.__dict__.update(module.__dict__)
+    out.__dict__["_parameters"] = dict(module._parameters)
+    if module._buffers:
+        buffers = {name: None if x is None else x.detach().clone() for name, x in module._buffers.items()}
+        out.__dict__["_buffers"] = buffers
+    return out
+
+
+def _rows(inputs: tuple[Any, ...], B: int, rows: slice) -> tuple[Any, ...]:
+    """The samples in a slice, of all inputs that have samples."""
+    return tuple(x[rows] if x.dim() > 0 and x.shape[0] == B else x for x in inputs)
+
+
+class _FunctionRule(Rule):
+    def __init__(
+        self,
+        function: RuleFunction,
+        knows: frozenset[str] | None = None,
+        least_dims: Callable[[Any], int] = lambda module: 1,
+        any_rows: bool = False,
+    ) -> None:
+        self.function = function
+        self.knows = knows
+        self._least_dims = least_dims
+        self.any_rows = any_rows
+
+    def least_dims(self, module: Any) -> int:
+        return self._least_dims(module)
+
+    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        return self.function(module, inputs, output_grad)
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def rule_of(kind: type[nn.Module]) -> tuple[type[nn.Module], Rule] | None:
+    """The rule of the nearest registered class among the module type and its parents."""
+    for base in kind.__mro__:
+        if base in _RULES:
+            return base, _RULES[base]
+    return None
+
+
+def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:
+    """Decorator: teach `per_sample_sq_norms` a kind of layer, or replace what it knows of one.
+
+    The function gets the module, its inputs and the gradient of the loss in its output, each with the samples first,
+    and returns each sample's gradient [b, *shape] of the module's own parameters, by name (those of its children have
+    their own rules). It may be called with some of the samples at a time, so that all B gradients never exist at once.
+
+    Example:
+        >>> @register_rule(Scale)  # y = weight * x, weight [C], x [B, T, C]
+        ... def scale(module, inputs, output_grad):
+        ...     return {"weight": (output_grad * inputs[0]).sum(1)}
+
+    Subclasses that don't override `forward` share the rule. `by_vmap` is a rule without a formula.
+    """
+    if not module_types:
+        raise ValueError("register_rule needs at least one module type")
+    for kind in module_types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"register_rule takes classes derived from torch.nn.Module, not {kind!r}")
+
+    def register(function: _F) -> _F:
+        for kind in module_types:
+            _RULES[kind] = _FunctionRule(function)
+        return function
+
+    return register
+
+
+def register(rule: Rule, *module_types: type[nn.Module]) -> None:
+    """Put a rule object into the table."""
+    _RULES.update(dict.fromkeys(module_types, rule))
+
+
+def _built_in(
+    *module_types: type[nn.Module], least_dims: Callable[[Any], int], any_rows: bool = False
+) -> Callable[[_F], _F]:
+    """Decorator: a rule function for layers of the library, whose parameters and inputs are known."""
+
+    def decorate(function: _F) -> _F:
+        register(_FunctionRule(function, frozenset({"weight", "bias"}), least_dims, any_rows), *module_types)
+        return function
+
+    return decorate
+
+
+def by_vmap(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+    """g_i = ∂⟨b_i, f(x_i)⟩/∂w by torch.func, for layers without a formula: repeats the layer's forward and backward."""
+    own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    plain = dict(module._parameters)
+    forward = plain_forward(type(module))
+    B = output_grad.shape[0]
+    if B == 0:
+        return {name: p.new_zeros(0, *p.shape) for name, p in own.items()}
+    with_samples = [x.dim() > 0 and x.shape[0] == B for x in inputs]
+
+    def weighted(weights: dict[str, Tensor], b: Tensor, *sample: Tensor) -> Tensor:
+        rows = (x[None] if has else x for x, has in zip(sample, with_samples, strict=True))
+        try:
+            module._parameters.update(weights)  # type: ignore[arg-type]
+            output = forward(module, *rows)
+        finally:
+            module._parameters.update(plain)
+        inner: Tensor = (output[0] * b.conj()).sum()
+        return inner.real if inner.is_complex() else inner
+
+    dims = (None, 0, *(0 if has else None for has in with_samples))
+    with run_plainly():  # a child has a rule of its own
+        out: Mapping[str, Tensor] = torch.func.vmap(torch.func.grad(weighted), dims)(own, output_grad, *inputs)
+    return out
+
+
+_NOTHING = nullcontext()
+
+
+def in_full_precision(grad: Tensor) -> AbstractContextManager[Any]:
+    """Sums over an output's gradient keep their precision, even where the backward pass runs under autocast. Raises
+    where it is not one backward pass, but many at once."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            "a backward pass under torch.func's transforms (vmap of autograd.grad, is_grads_batched=True, "
+            "vectorize=True) inside per_sample_sq_norms, which measures plain ones: take it outside of the context"
+        )
+    kind = grad.device.type
+    if not torch._C._is_any_autocast_enabled() or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    off: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
+    return off
+
+
+def _positions(x: Tensor) -> Tensor:
+    """Σ_t over everything behind [B, C]."""
+    return x.flatten(2).sum(2) if x.dim() > 2 else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half-precision products are summed in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@_built_in(nn.GroupNorm, least_dims=lambda module: 2)
+def group_norm(module: nn.GroupNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+    """Weight: Σ_t b_t ⊙ x̂_t, x̂ the normalised input; bias: Σ_t b_t."""
+    normalised = F.group_norm(_wide(inputs[0]), module.num_groups, eps=module.eps)
+    return _affine(normalised, output_grad)
+
+
+_INSTANCE_NORMS: dict[type[nn.Module], int] = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+
+
+@_built_in(*_INSTANCE_NORMS, least_dims=lambda module: _instance_norm_dims(module))
+def instance_norm(module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+    """As GroupNorm's, with one group a channel, or with the running statistics where the module uses those."""
+    x = _wide(inputs[0])
+    if module.training or not module.track_running_stats:
+        return _affine(F.instance_norm(x, eps=module.eps), output_grad)
+    return _affine(_by_running_statistics(module, x), output_grad)
+
+
+def _instance_norm_dims(module: Any) -> int:
+    return next(dims for kind, dims in _INSTANCE_NORMS.items() if isinstance(module, kind))
+
+
+def _by_running_statistics(module: Any, x: Tensor) -> Tensor:
+    mean, var = (v.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 2)) for v in (module.running_mean, module.running_var))
+    out: Tensor = (x - mean) * (var + module.eps).rsqrt()
+    return out
+
+
+def _affine(normalised: Tensor, output_grad: Tensor) -> Mapping[str, Tensor]:
+    return {"weight": _positions(output_grad * normalised), "bias": _positions(_wide(output_grad))}
+
+
+@_built_in(nn.LayerNorm, least_dims=lambda module: 1 + len(module.normalized_shape), any_rows=True)
+def layer_norm(module: nn.LayerNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+    """Weight: Σ_t b_t ⊙ x̂_t over the dimensions between the samples and the normalised ones; bias: Σ_t b_t."""
+    normalised = F.layer_norm(_wide(inputs[0]), module.normalized_shape, eps=module.eps)
+    return {
+        "weight": _tokens(output_grad * normalised, module.normalized_shape),
+        "bias": _tokens(_wide(output_grad), module.normalized_shape),
+    }
+
+
+@_built_in(nn.RMSNorm, least_dims=lambda module: 1 + len(module.normalized_shape), any_rows=True)
+def rms_norm(module: nn.RMSNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+    """Σ_t b_t ⊙ x_t / rms(x_t)."""
+    # Where eps is None, PyTorch takes the epsilon of the input's own dtype.
+    eps = torch.finfo(inputs[0].dtype).eps if module.eps is None else module.eps
+    normalised = F.rms_norm(_wide(inputs[0]), list(module.normalized_shape), eps=eps)
+    return {"weight": _tokens(output_grad * normalised, module.normalized_shape)}
+
+
+def _tokens(x: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """Σ_t over the dimensions between the samples and the last ones of shape `kept`."""
+    between = x.shape[1 : x.dim() - len(kept)]
+    return x.reshape(x.shape[0], math.prod(between), *kept).sum(1)
+
+
+def _all_but_first(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+@_built_in(nn.PReLU, least_dims=lambda module: 1 if module.num_parameters == 1 else 2)
+def prelu(module: nn.PReLU, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+    """Σ_t b_t min(x_t, 0), over the channels too where they share one slope."""
+    x = _wide(inputs[0])
+    rows = output_grad * x.clamp(max=0)
+    if module.num_parameters == 1:
+        return {"weight": _all_but_first(rows).sum(1, keepdim=True)}
+    return {"weight": _positions(rows)}
+
+
+class _BatchNorm(Rule):
+    """By its running statistics (evaluation mode) as GroupNorm's; in training mode the samples are coupled."""
+
+    knows = frozenset({"weight", "bias"})
+
+    def refusal(self, module: Any) -> str | None:
+        if module.training or module.running_mean is None:
+            return (
+                "BatchNorm that uses the batch's statistics couples the samples, so that none has a gradient of its "
+                "own (with affine=False too): use svag_fast.noise.from_two_batches or StepStats, replace it by "
+                "GroupNorm, or put it into evaluation mode"
+            )
+        return None
+
+    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        return _affine(_by_running_statistics(module, _wide(inputs[0])), output_grad)
+
+
+class _Embedding(Rule):
+    """|g_i|² = Σ_v |Σ_{t: index_t = v} b_t|²: only rows that are looked up, padding_idx without."""
+
+    knows = frozenset({"weight"})
+    any_rows = True
+
+    def refusal(self, module: Any) -> str | None:
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq=True divides by counts over the batch, which couples the samples"
+        if module.max_norm is not None:
+            return "max_norm rewrites the weight in each forward pass: renormalise it between the steps instead"
+        if module.sparse:
+            return "sparse=True gives sparse gradients, which have no fused step: use sparse=False"
+        return None
+
+    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        index, b = self._lookups(module, inputs[0], output_grad)
+        grads = b.new_zeros(index.shape[0], module.num_embeddings, module.embedding_dim)
+        samples = torch.arange(index.shape[0], device=index.device)[:, None].expand_as(index)
+        return {"weight": grads.index_put_((samples, index), b, accumulate=True)}
+
+    def sq_norms(
+        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
+    ) -> Mapping[str, Tensor]:
+        index, b = self._lookups(module, inputs[0], output_grad)
+        B = index.shape[0]
+        samples = torch.arange(B, device=index.device)[:, None]
+        keys, inverse = torch.unique(samples * module.num_embeddings + index, return_inverse=True)
+        rows = b.new_zeros(keys.numel(), b.shape[-1]).index_add_(0, inverse.flatten(), b.flatten(0, 1))
+        out = torch.zeros(B, dtype=torch.float64, device=b.device)
+        return {"weight": out.index_add_(0, keys // module.num_embeddings, row_sq_norms(rows))}
+
+    def total(
+        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        index, b = self._lookups(module, inputs[0], output_grad)
+        sums = torch.zeros(shapes["weight"], dtype=checks.double(b).dtype, device=b.device)
+        return {"weight": sums.index_add_(0, index.flatten(), checks.double(b).flatten(0, 1))}
+
+    def _lookups(self, module: Any, index: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices [B, T] and their output gradients [B, T, d], zero at the padding index."""
+        index = _all_but_first(index)
+        b = _wide(output_grad).reshape(*index.shape, output_grad.shape[-1])
+        if module.padding_idx is not None:
+            b = b * (index != module.padding_idx)[..., None]
+        return index, b
+
+
+register(_BatchNorm(), nn.modules.batchnorm._BatchNorm)
+register(_Embedding(), nn.Embedding)

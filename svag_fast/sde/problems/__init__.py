@@ -1,0 +1,1 @@
+"""Problems whose gradients, and where possible expectations, are known in closed form."""

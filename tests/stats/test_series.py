@@ -1,0 +1,126 @@
+"""Errors of means of correlated series: their intervals cover, over runs, correlations and offsets."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.signal import lfilter
+
+from svag_fast.stats.estimate import Estimate, fieller_interval
+from svag_fast.stats.series import autocorrelation_time, effective_samples, joint_means
+
+
+def ar1(rng, shape, phi):
+    settle = int(20 / (1 - phi))
+    noise = rng.standard_normal((*shape[:-1], shape[-1] + settle)) * math.sqrt(1 - phi * phi)
+    return lfilter([1.0], [1.0, -phi], noise)[..., settle:]
+
+
+def likely(count, draws, low, high):
+    return stats.binom.ppf(1e-4, draws, low) <= count <= stats.binom.ppf(1 - 1e-4, draws, high)
+
+
+@pytest.mark.parametrize(
+    ("runs", "n", "phi"), [(1, 20, 0.0), (1, 60, 0.5), (3, 60, 0.5), (3, 380, 0.9), (16, 60, 0.5), (5, 150, 0.5)]
+)
+def test_the_95_percent_interval_covers_in_93_to_97_percent(runs, n, phi):
+    """20 or more independent values a run (n (1 - phi)/(1 + phi)); binomial, 1 in 10⁴ on either side."""
+    rng = np.random.default_rng(n + runs)
+    draws = 600
+    covered = 0
+    for x in ar1(rng, (draws, runs, n), phi):
+        low, high = joint_means(5 + x)[0].interval()
+        covered += low <= 5 <= high
+    assert likely(covered, draws, 0.93, 0.97)
+
+
+def test_runs_with_means_of_their_own_are_one_value_each():
+    """Offsets three times a run's own error: intervals that counted every batch would cover in a third of draws."""
+    rng = np.random.default_rng(1)
+    draws, covered = 300, 0
+    for _ in range(draws):
+        x = 5 + rng.standard_normal((6, 1)) + ar1(rng, (6, 60), 0.5)
+        found = joint_means(x)[0]
+        covered += found.interval()[0] <= 5 <= found.interval()[1]
+    assert likely(covered, draws, 0.92, 0.97)
+
+
+def test_the_covariance_is_that_of_means_of_the_same_rows():
+    rng = np.random.default_rng(2)
+    shared = ar1(rng, (4, 3000), 0.7)
+    found = joint_means(shared, -2 * shared, ar1(rng, (4, 3000), 0.0))
+    a, b, c = (found[i].standard_error for i in range(3))
+    assert found.covariance[0][1] == pytest.approx(-a * b, rel=1e-9)
+    assert abs(found.covariance[0][2]) < 4 * a * c / math.sqrt(found.degrees_of_freedom)
+
+
+def test_the_autocorrelation_time_is_that_of_the_law_and_runs_are_pooled():
+    rng = np.random.default_rng(3)
+    x = ar1(rng, (8, 4000), 0.8)
+    tau, variance = autocorrelation_time(x - x.mean())
+    assert tau == pytest.approx(9.0, rel=0.1)
+    assert variance == pytest.approx(1.0, rel=0.05)
+    assert effective_samples(x) == pytest.approx(x.size / 9, rel=0.1)
+
+
+def test_a_constant_series_has_no_error():
+    found = joint_means(np.full((2, 12), 0.1))[0]
+    assert (found.value, found.standard_error) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-17))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3, 1.0])
+def test_fieller_covers_however_noisy_the_denominator(noise):
+    """A ratio of 1.5 from 12 pairs of means: 95 % (binomial, 1 in 10⁴), where the delta method covers less."""
+    rng = np.random.default_rng(4)
+    draws, covered, bounded = 800, 0, 0
+    for _ in range(draws):
+        pair = rng.multivariate_normal([3.0, 2.0], noise**2 * 12 * np.array([[1.0, 0.4], [0.4, 1.0]]), size=12)
+        (n, g), c = pair.mean(axis=0), np.cov(pair.T) / 12
+        low, high = fieller_interval(
+            Estimate(n, math.sqrt(c[0, 0]), 11), Estimate(g, math.sqrt(c[1, 1]), 11), float(c[0, 1])
+        )
+        covered += low <= 1.5 <= high
+        bounded += math.isfinite(high)
+    assert likely(covered, draws, 0.95, 0.95)
+    assert (bounded < draws) == (noise == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator"), [((3.0, 0.1), (2.0, 0.05)), ((3.0, 0.1), (0.05, 0.1)), ((3.0, 0.1), (-0.05, 0.1))]
+)
+def test_fiellers_ends_are_where_the_t_test_turns(numerator, denominator):
+    n, g = Estimate(*numerator, 9), Estimate(*denominator, 9)
+    low, high = fieller_interval(n, g, 0.002)
+    for theta in (low, high):
+        if 0 < theta < math.inf:
+            error = math.sqrt(n.standard_error**2 - 2 * theta * 0.002 + theta**2 * g.standard_error**2)
+            assert abs(n.value - theta * g.value) / error == pytest.approx(stats.t.isf(0.025, 9), rel=1e-9)
+
+
+def test_a_ratio_that_nothing_bounds():
+    assert fieller_interval(Estimate(0.1, 1.0), Estimate(0.1, 1.0), 0.0) == (0.0, math.inf)
+
+
+def test_an_estimate_says_how_far_its_error_can_be_trusted():
+    assert Estimate(1.0, 0.1).trusted
+    assert Estimate(1.0, 0.1, 5.0, 16.0).trusted
+    assert not Estimate(1.0, 0.1, 5.0, 15.0).trusted
+    scaled = Estimate(1.0, 0.1, 5.0, 15.0).affine(-2.0, 1.0)
+    assert scaled == Estimate(-1.0, 0.2, 5.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "offender"),
+    [
+        (lambda: joint_means(np.ones(11)), "n at least 12"),
+        (lambda: joint_means(np.ones((2, 2, 12))), r"got shape \[2, 2, 12\]"),
+        (lambda: joint_means([[1.0] * 12, [1.0] * 11 + [math.inf]]), "row 11 of run 1"),
+        (lambda: Estimate(1.0, 0.1).interval(1.0), "confidence"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, offender):
+    with pytest.raises(ValueError, match=offender):
+        call()

@@ -1,0 +1,83 @@
+"""What a compiled GPU kernel costs, read off its cubin with the tools that Triton's package carries."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "triton.json"
+ARCHITECTURES = (80, 90, 100, 120)
+_KEPT = ("registers", "shared")
+
+Report = dict[str, int]
+
+
+def tool(name: str) -> str:
+    """Return the path of cuobjdump or nvdisasm."""
+    from triton.backends import nvidia
+
+    return str(Path(nvidia.__file__).parent / "bin" / name)
+
+
+def report(cubin: bytes, shared: int) -> Report:
+    """Return registers, stack, shared memory, local loads and stores, and the wide global accesses of one kernel.
+
+    ``shared``: bytes, as Triton reports them, which asks for them at launch: the cubin does not know.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(*command: str) -> str:
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, sass = run(tool("cuobjdump"), "-res-usage"), run(tool("nvdisasm"), "-c")
+    numbers = {name: int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK")}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "shared": shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "wide loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", sass)),
+        "wide stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128", sass)),
+    }
+
+
+def held_to_golden(found: dict[str, Report], version: str, regenerate: bool) -> None:
+    """Fail where a kernel needs more registers or shared memory than this version of Triton gave it before.
+
+    Skips where the golden file has no line of that version: what it makes of the kernels was never looked at.
+    """
+    golden: dict[str, dict[str, Report]] = json.loads(GOLDEN.read_text())
+    if regenerate:
+        golden[version] = {name: {key: line[key] for key in _KEPT} for name, line in found.items()}
+        GOLDEN.write_text(_one_kernel_a_line(golden))
+        return
+    if version not in golden:
+        pytest.skip(
+            f"{GOLDEN.name} has Triton {', '.join(golden)}, not {version}: registers and shared memory are not held. "
+            "Record them with SVAG_REGENERATE_GOLDEN=1"
+        )
+    before = golden[version]
+    assert before.keys() == found.keys(), f"{GOLDEN.name} speaks of other kernels: rerun with SVAG_REGENERATE_GOLDEN=1"
+    for name, line in found.items():
+        for what in _KEPT:
+            assert line[what] <= before[name][what], (
+                f"{name} now needs {line[what]} {what}, {before[name][what]} before: "
+                "mend it, or accept it with SVAG_REGENERATE_GOLDEN=1 and say why"
+            )
+
+
+def _one_kernel_a_line(golden: dict[str, dict[str, Report]]) -> str:
+    blocks = (
+        f"  {json.dumps(version)}: {{\n"
+        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(line)}" for name, line in sorted(kernels.items()))
+        + "\n  }"
+        for version, kernels in sorted(golden.items())
+    )
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
