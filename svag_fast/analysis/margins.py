@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import rich_click as click
 
 METRICS = ("test_accuracy", "test_loss")  # what the verdict is about, unless something else is asked for
 
@@ -57,43 +54,3 @@ def choose_margins(metrics: Sequence[str], given: Mapping[str, Margin]) -> dict[
         raise ValueError(f"a margin is given for {', '.join(unknown)}, but judged are {', '.join(metrics)}")
     points, part = Margin(0.02), Margin(0.1, relative=True)
     return {metric: given.get(metric, points if metric.endswith("accuracy") else part) for metric in metrics}
-
-
-class MarginList(click.ParamType[dict[str, Margin]]):
-    """Margins by name, such as test_accuracy=0.02,test_loss=10%."""
-
-    name = "margins"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Margin]:
-        """Parse the text, or say which part of it is no margin."""
-        if isinstance(value, dict):
-            return value
-        margins = {}
-        for part in str(value).split(","):
-            name, equals, size = part.partition("=")
-            if not (name.strip() and equals):
-                self.fail(f"{part.strip()!r} does not name a metric; expected test_accuracy=0.02,test_loss=10%")
-            try:
-                margins[name.strip()] = Margin.parse(size)
-            except ValueError as error:
-                self.fail(f"{name.strip()}: {error}")
-        return margins
-
-
-metric_option = click.option(
-    "--metric",
-    "metrics",
-    multiple=True,
-    metavar="NAME",
-    default=METRICS,
-    help="Column of metrics.csv to judge by; may be given again.  [default: test_accuracy and test_loss]",
-)
-margin_option = click.option(
-    "--margin",
-    "margins",
-    type=MarginList(),
-    metavar="NAME=SIZE,...",
-    default={},
-    help="Distance from the limit that does not matter, in the metric's units or in percent of its value.  "
-    "[default: test_accuracy=0.02,test_loss=10%]",
-)

@@ -1,7 +1,4 @@
-"""What a folder of runs says: summary.json, a table, the verdict in words, and convergence.png.
-
-``svag-fast report runs/digits`` makes them anew from what the runs have written, finished or not.
-"""
+"""What a folder of runs says: summary.json, a table, and the verdict in words."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +13,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import rich_click as click
 
-from svag_fast.analysis.margins import METRICS, Margin, margin_option, metric_option
+from svag_fast.analysis.margins import METRICS, Margin
 from svag_fast.analysis.prediction import Prediction, predict_if_possible
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs
 from svag_fast.analysis.verdict import Cell, Decision, SharedLimit, Verdict, combine, judge, shared_limits
@@ -34,8 +29,6 @@ from svag_fast.analysis.verdict_text import (
     with_error,
 )
 from svag_fast.files import replace_file
-from svag_fast.plots import style as plots
-from svag_fast.plots.convergence import convergence_figure
 from svag_fast.stats.estimate import Estimate
 from svag_fast.theory.closeness import Norms, c_closeness
 
@@ -44,7 +37,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SUMMARY_VERSION = 1  # of summary.json: raised when a key changes its meaning or goes
-ALL_DIVERGED = 3  # the commands' exit status where there is no verdict since every run diverged
 
 
 @dataclass(frozen=True)
@@ -196,16 +188,14 @@ class Report:
             console.print(f"No prediction of linear scaling: {self.no_prediction}.", highlight=False, markup=False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``summary.json`` and ``convergence.png`` into ``folder``, each in one step.
+        """Write ``summary.json`` into ``folder``.
 
         Raises:
-            OSError: The folder is missing or not writable, or the disk is full; no file is left half-written.
+            OSError: The folder is missing or not writable, or the disk is full; an older file is left as it was.
         """
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
         with replace_file(Path(folder) / "summary.json") as file:
             file.write(text.encode() + b"\n")
-        with plots.style():
-            plots.save(convergence_figure(self.runs, self.verdicts), Path(folder) / "convergence.png")
 
 
 def make_report(
@@ -222,30 +212,6 @@ def make_report(
     found = predict_if_possible([run for run in runs if run.diverged_at is None], confidence=confidence)
     prediction, missing = (None, found) if isinstance(found, str) else (found, None)
     return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
-
-
-@click.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@metric_option
-@margin_option
-@click.option("--confidence", default=0.95, show_default=True, help="Of the intervals that the answers rest on.")
-def report(folder: Path, metrics: Sequence[str], margins: dict[str, Margin], confidence: float) -> None:
-    """Judge the runs in FOLDER anew: does SGD match its limit, has SVAG converged, do batch sizes share the limit?
-
-    Prints a table and the verdict, and writes summary.json and convergence.png. Exit status 3: every run diverged.
-    """
-    from rich.console import Console
-
-    try:
-        found = make_report(folder, metrics=metrics, margins=margins, confidence=confidence)
-        found.save(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise click.ClickException(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error
-    console = Console()
-    found.print(console)
-    console.print(f"{folder / 'summary.json'}, {folder / 'convergence.png'}", highlight=False, markup=False)
-    if found.all_diverged:
-        sys.exit(ALL_DIVERGED)
 
 
 def _cell_dict(cell: Cell) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from svag_fast.experiments.config import TRAIN_SIZES
-from svag_fast.experiments.run_folder import Array, read_config, read_metrics
+from svag_fast.experiments.run_folder import Array, read_config, read_metrics, require_comparable
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     if not runs:
         hint = ", but it is a run itself: name the folder above it" if (folder / "config.json").exists() else ""
         raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json){hint}")
-    require_comparable(runs)
+    require_comparable({run.name: run.config for run in runs})
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
 
 
@@ -149,24 +149,3 @@ def load_run(folder: Path) -> Run:
     steps = table.values["effective_step"]
     diverged_at = None if table.diverged is None else float(steps[table.diverged])
     return Run(folder.name, config, table.values, table.texts.get("noise_source"), diverged_at)
-
-
-def require_comparable(runs: Sequence[Run]) -> None:
-    """Refuse runs that are the same one twice, or whose curves can't be compared.
-
-    Raises:
-        ValueError: the message names two of them, and in what they are alike or differ.
-    """
-    seen: dict[tuple[int, float, float, int], str] = {}
-    for run in runs:
-        key = (run.batch_size, run.lr, run.l, run.seed)
-        if key in seen:
-            raise ValueError(f"{run.name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
-        seen[key] = run.name
-        for name in ("dataset", "model", "weight_decay", "init", "sampling"):
-            first = runs[0]
-            if run.config.get(name) != first.config.get(name):
-                raise ValueError(
-                    f"{first.name} has {name} {first.config.get(name)!r} and {run.name} {run.config.get(name)!r}: "
-                    "runs that differ in more than batch size, lr, l and seed belong in folders of their own"
-                )

@@ -14,7 +14,7 @@ from svag_fast import __version__
 # command -> (module:attribute, the line that `svag-fast --help` shows)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("svag_fast.cli.run:run", "Train with SGD and SVAG: does SVAG converge, does SGD match its limit?"),
-    "report": ("svag_fast.analysis.report:report", "Judge a folder of runs anew: matches, departs or open."),
+    "report": ("svag_fast.cli.report:report", "Judge a folder of runs anew: matches, departs or open."),
     "predict": ("svag_fast.cli.predict:predict", "Predict from a baseline run where linear scaling fails."),
     "verify": ("svag_fast.cli.verify:verify", "Check the paper's theorems by closed form and simulation."),
     "info": ("svag_fast.cli.info:main", "Print versions, processor, devices and backends."),

@@ -14,7 +14,8 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.analysis.margins import Margin, choose_margins, margin_option, metric_option
+from svag_fast.analysis.margins import Margin, choose_margins
+from svag_fast.cli.options import margin_option, metric_option
 from svag_fast.experiments.config import (
     INITS,
     SAMPLINGS,
@@ -244,12 +245,13 @@ class _EarlyReport:
 
     def refresh(self) -> None:
         from svag_fast.analysis.report import make_report
+        from svag_fast.cli.report import save
 
         start = time.monotonic()
         if start < self.not_before:
             return
         try:
-            make_report(self.folder, **self.judging).save(self.folder)
+            save(make_report(self.folder, **self.judging), self.folder)
         except (OSError, ValueError) as error:  # what the runs write matters more than a picture of it on the way
             self.console.print(f"No early report: {error}", highlight=False, markup=False)
         end = time.monotonic()
@@ -259,14 +261,15 @@ class _EarlyReport:
 def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     """Save and print the verdict, and what the smallest batch size's SGD runs alone would have predicted."""
     from svag_fast.analysis.prediction import from_runs
-    from svag_fast.analysis.report import ALL_DIVERGED, make_report
+    from svag_fast.analysis.report import make_report
     from svag_fast.cli.predict import show_table
+    from svag_fast.cli.report import ALL_DIVERGED, save
 
     try:
         report = make_report(out, **judging)
     except ValueError as error:
         raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
-    report.save(out)
+    save(report, out)
     report.print(console)
     if report.prediction is not None:  # the report has said it in words
         show_table(report.prediction, console)

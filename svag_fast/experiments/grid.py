@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svag_fast import __version__
-from svag_fast.analysis.runs import Run, load_run, require_comparable
 from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
+from svag_fast.experiments.run_folder import read_config, read_metrics, require_comparable
 from svag_fast.files import is_leftover, remove_leftovers, replace_file
 from svag_fast.versions import package_version
 
@@ -105,7 +105,11 @@ def _check_runs(out: Path, config: ExperimentConfig) -> None:
     names = {run.name for run in ours}
     others = [book.parent for book in sorted(out.glob("*/config.json")) if book.parent.name not in names]
     try:
-        require_comparable([Run(run.name, asdict(run), {}) for run in ours] + [load_run(folder) for folder in others])
+        configs = {run.name: asdict(run) for run in ours}
+        for folder in others:
+            configs[folder.name] = read_config(folder / "config.json")
+            read_metrics(folder / "metrics.csv")
+        require_comparable(configs)
     except ValueError as error:
         raise ExperimentError(f"{error}. Move what is no run of this experiment out of {out}.") from error
 

@@ -266,3 +266,24 @@ def _short(value: object) -> str:
         return "an integer of many digits"
     text = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def require_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse runs (name -> config.json) that are the same one twice, or whose curves can't be compared.
+
+    Raises:
+        ValueError: the message names two of them, and in what they are alike or differ.
+    """
+    seen: dict[tuple[int, float, float, int], str] = {}
+    first = next(iter(configs), "")
+    for name, config in configs.items():
+        key = (int(config["batch_size"]), float(config["lr"]), float(config["l"]), int(config["seed"]))
+        if key in seen:
+            raise ValueError(f"{name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
+        seen[key] = name
+        for setting in ("dataset", "model", "weight_decay", "init", "sampling"):
+            if config.get(setting) != configs[first].get(setting):
+                raise ValueError(
+                    f"{first} has {setting} {configs[first].get(setting)!r} and {name} {config.get(setting)!r}: "
+                    "runs that differ in more than batch size, lr, l and seed belong in folders of their own"
+                )

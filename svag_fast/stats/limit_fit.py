@@ -9,11 +9,12 @@ data sets at once: `...` stands for any leading axes, and the last axis is l, as
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.run_folder import Array
+Array: TypeAlias = NDArray[np.float64]
 
 LACK_OF_FIT_LEVEL = 0.05
 

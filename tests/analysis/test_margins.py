@@ -3,7 +3,8 @@
 import click
 import pytest
 
-from svag_fast.analysis.margins import Margin, MarginList, choose_margins
+from svag_fast.analysis.margins import Margin, choose_margins
+from svag_fast.cli.options import MarginList
 
 
 def test_a_margin_is_in_the_metrics_units_or_a_part_of_its_level() -> None:
