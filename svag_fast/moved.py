@@ -11,23 +11,64 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
-# Old path under svag_fast -> the new one. svag_fast.theory and others that are packages now hold their names as before.
+# Old path under svag_fast -> the new one. Paths that are packages now, such as svag_fast.theory, keep their names.
 MOVED = {
     "adaptive": "optim.adaptive",
+    "checkpoint": "experiments.checkpoint",
     "config": "experiments.config",
+    "convergence_plot": "plots.convergence",
+    "curves": "analysis.runs",
     "data": "experiments.data",
     "equilibrium": "theory.equilibrium",
     "estimate": "stats.estimate",
+    "grad_lists": "optim.grad_lists",
+    "group_options": "optim.group_options",
+    "held_gradient": "optim.held_gradient",
     "info": "cli.info",
+    "limit_fit": "stats.limit_fit",
+    "loaded_state": "optim.loaded_state",
+    "margins": "analysis.margins",
     "models": "experiments.models",
+    "ops.cpu_layout": "ops.weight_grad.cpu_layout",
+    "ops.layer_product": "ops.weight_grad.shapes",
+    "ops.weight_grad_cpu": "ops.weight_grad.cpu",
+    "ops.weight_grad_triton": "ops.weight_grad.triton",
+    "ops.weight_gram_cpu": "ops.weight_grad.gram_cpu",
+    "optimizer_methods": "optim.optimizer_methods",
+    "phases": "analysis.phases",
     "predict": "analysis.prediction",
+    "predict_command": "cli.predict",
+    "predict_figure": "plots.prediction",
     "report": "analysis.report",
+    "run_command": "cli.run",
+    "run_folder": "experiments.run_folder",
+    "run_output": "experiments.run_output",
     "running_noise": "noise.running",
+    "sample_norm_checks": "sample_norms.checks",
+    "sample_norm_dispatch": "sample_norms.dispatch",
+    "sample_norm_products": "sample_norms.layers.products",
+    "sample_norm_rules": "sample_norms.rule",
+    "sample_norm_tables": "sample_norms.tables",
+    "sample_norm_tape": "sample_norms.tape",
+    "sample_norm_watch": "sample_norms.watch",
     "scaling_rules": "theory.scaling_rules",
+    "sde.affine": "sde.problems.affine",
+    "sde.circle_toy": "sde.problems.circle",
+    "sde.network": "sde.problems.network",
+    "sde.problem": "sde.problems.base",
+    "sde.regression": "sde.problems.regression",
+    "sde.scale_invariant": "sde.problems.scale_invariant",
     "series": "stats.series",
     "tail_index": "theory.tail_index",
     "training": "experiments.training",
+    "two_batch": "optim.two_batch",
+    "two_batches": "experiments.gradients",
     "verdict": "analysis.verdict",
+    "verdict_text": "analysis.verdict_text",
+    "verify.battery": "verify.suite",
+    "verify.command": "cli.verify",
+    "verify.figure": "plots.verification",
+    "verify.norms": "verify.equilibrium",
 }
 
 
@@ -39,7 +80,9 @@ class _Alias(Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Import the new path."""
-        warnings.warn(f"{spec.name} is {self.new} now; the old path goes in 0.3", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"{spec.name} is {self.new} now: the old path goes with the next release", DeprecationWarning, stacklevel=2
+        )
         module = importlib.import_module(self.new)
         self.own_spec = module.__spec__
         return module
