@@ -156,6 +156,20 @@ def test_where_the_build_fails_the_triton_kernels_are_checked_and_the_cuda_ones_
     assert all("svag_fast._C can't be loaded" in row["why"] for row in checked.rows if row["status"] == "skipped")
 
 
+def test_the_benchmark_finds_all_that_it_imports(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the environment that the report gives it, and without what a GPU machine may lack."""
+    import gpu_build
+
+    gpu_build.lay_out(tmp_path / "work" / "site")
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    times = next(s for s in report.sections(dry=True, architecture="80") if s.name == "times")
+    result = report.run(report.Section("times", [*times.command[:2], "--help"], 0.9), 600.0)
+    assert result.status == "passed", result.lines
+
+
 def test_what_can_not_be_read_or_shown_does_not_end_the_report(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

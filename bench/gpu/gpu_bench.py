@@ -1,6 +1,6 @@
 """The GPU kernels' times against the copy and matrix rates measured beside them; needs torch alone, and tests/ beside.
 
-PYTHONPATH=tests/support:tests python bench/gpu/gpu_bench.py ROWS     the most important first; a line of JSON a kernel
+PYTHONPATH=tests/support:tests:bench python bench/gpu/gpu_bench.py ROWS     the most important first; JSON lines
 ... --cpu                                           the same code on a CPU: tiny sizes, Triton under the interpreter
 ... --profile                                       one launch of each kernel, for a profiler
 

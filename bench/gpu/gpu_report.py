@@ -124,6 +124,7 @@ def _run_to_limit(command: list[str], log: Path, limit: float, environment: dict
         str(WORK / "site"),
         str(ROOT / "tests" / "support"),
         str(ROOT / "tests"),
+        str(ROOT / "bench"),
         *os.environ.get("PYTHONPATH", "").split(os.pathsep),
     ]
     caches = {"TRITON_CACHE_DIR": str(WORK / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor")}
