@@ -3,7 +3,8 @@
 A program owns one tile of the weight gradient of one group, and one chunk of the samples. It forms a sample's tile
 b_iᵀ a_i over shifted windows of the input, without an unfolded copy, squares it into the sample's norm, and adds it,
 weighted, to the sum of the sample's segment. With a single chunk the tile ends there: the gradient is stored, or the
-SVAG step is applied and no gradient reaches memory; otherwise a second launch adds the chunks in order first.
+SVAG step is applied and no gradient reaches memory; otherwise a second launch adds the chunks in order first. That
+launch also adds the tiles' shares of the norms and of the statistics.
 A tile's squares are added in float32: a sample's norm beyond 1e19 comes out as inf.
 """
 
@@ -18,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from svag_fast.kernels.interpreter import interpreting
-from svag_fast.kernels.step import _FINISH, _finish_kernel
 
-# Programs wanted at least, to fill a GPU of some 108 to 148 multiprocessors; a constant, so that the chunks, and
-# with them the bits, do not depend on the device.
-_PROGRAMS = 256
-_TILE_END = 1024
-WARPS = 8
+# Warps wanted at least, 2 or 3 for each scheduler of a GPU's some 108 to 148 multiprocessors; a constant, so that the
+# chunks, and with them the bits, do not depend on the device.
+_WARPS = 1024
+_TILE_END = 1024  # elements of the gradient a program ends, where there are several chunks
+_FINISH = 256  # programs' shares of the statistics, and tiles' and samples' of the norms, that are loaded at once
+_TILES, _SAMPLES = 64, 16
 # Tensor cores are fed by loads that run ahead (Triton's default, 3 stages). Full float32 products have no room for
 # those: with them they need 128 registers and more, and spill by some versions of Triton; without them 80.
 STAGES, EXACT_STAGES = 3, 1
@@ -69,27 +70,59 @@ def _end_tile(
 
 
 @triton.jit
+def _to_tf32(x, INTERPRETED: tl.constexpr):
+    """Round float32 to the nearest of tf32's 11 bits, halves away from 0: the tensor cores only cut the others off."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)  # inf and nan stay
+    else:
+        # cvt.rna.tf32 takes two instructions an element on sm_80, this one and a half.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred %none;
+            setp.num.f32 %none, $2, $3;
+            mov.b32 $0, $2;
+            mov.b32 $1, $3;
+            @%none add.u32 $0, $2, 4096;
+            @%none add.u32 $1, $3, 4096;
+            }""",
+            "=&r,=&r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+# What a batch's size or an image's height changes is an argument, all else a constant: a layer is compiled once, and
+# the inner loop's addresses are a pointer and constants.
+@triton.jit(do_not_specialize=["B", "CHUNK", "programs", "H", "OUT_H"])
 def _weight_grad_kernel(
     a, b, weights, segments, target, coefficients, sums, sq_norms, partials,
-    B, M, N, T, OUT_W, H, W, CHANNELS,
-    a_sample, a_channel, a_row, a_column, b_sample, b_channel, b_row, b_column,
+    B, CHUNK, programs, H, OUT_H, a_sample, b_sample,
+    M: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, OUT_W: tl.constexpr,
+    A_CHANNEL: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr,
+    B_CHANNEL: tl.constexpr, B_ROW: tl.constexpr, B_COLUMN: tl.constexpr,
     K_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
     PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNELS_FASTEST: tl.constexpr,
-    SEGMENTS: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    SEGMENTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_FIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one group over one chunk of samples: M output channels and N = channels x taps of a group."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    """One tile of one group over one chunk of samples: M output channels and N = taps x channels of a group.
+
+    A turn of the inner loop takes ROWS x COLUMNS output positions; ROWS_FIT: OUT_H is a multiple of ROWS.
+    """
+    N: tl.constexpr = TAPS * CHANNELS
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if CHANNELS_FASTEST:
-        channel, tap = n % CHANNELS, n // CHANNELS
-    else:
-        channel, tap = n // TAPS, n % TAPS
-    down, right = (tap // K_W) * DILATION_H, (tap % K_W) * DILATION_W
-    a_column_of_n = (group * CHANNELS + channel) * a_channel
-    b_row_of_m = (group * M + m) * b_channel
+    m = (tile // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # A tap's channels lie side by side in a tile, so that where the channels lie so in memory loads are wide.
+    channel, tap = n % CHANNELS, n // CHANNELS
+    t = tl.arange(0, ROWS * COLUMNS)
+    row, column = t // COLUMNS, t % COLUMNS
+    y = (row * STRIDE_H - PAD_H)[:, None] + ((tap // K_W) * DILATION_H)[None, :]
+    x = (column * STRIDE_W - PAD_W)[:, None] + ((tap % K_W) * DILATION_W)[None, :]
+    a_offsets = ((group * CHANNELS + channel) * A_CHANNEL)[None, :] + y * A_ROW + x * A_COLUMN
+    b_offsets = ((group * M + m) * B_CHANNEL)[:, None] + (row * B_ROW + column * B_COLUMN)[None, :]
 
     total1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     total2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -97,19 +130,33 @@ def _weight_grad_kernel(
     for k in range(0, tl.minimum(CHUNK, B - first)):
         i = first + k
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(0, T, BLOCK_T):
-            t = start + tl.arange(0, BLOCK_T)
-            row, column = t // OUT_W, t % OUT_W
-            b_offsets = b_row_of_m[:, None] + (row * b_row + column * b_column)[None, :]
-            b_tile = tl.load(b + i * b_sample + b_offsets, mask=(m < M)[:, None] & (t < T)[None, :], other=0.0)
-            y = (row * STRIDE_H - PAD_H)[:, None] + down[None, :]
-            x = (column * STRIDE_W - PAD_W)[:, None] + right[None, :]
-            seen = (t < T)[:, None] & (n < N)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-            a_offsets = a_column_of_n[None, :] + y * a_row + x * a_column
-            a_tile = tl.load(a + i * a_sample + a_offsets, mask=seen, other=0.0)
-            if WIDEN:
-                a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-            product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
+        a_here, b_here = a + i * a_sample, b + i * b_sample
+        down = tl.zeros((), dtype=tl.int32)
+        for _ in range(0, tl.cdiv(OUT_H, ROWS)):
+            for right in tl.static_range(0, OUT_W, COLUMNS):
+                b_seen = (m < M)[:, None]
+                # As unsigned numbers those below 0 are large.
+                a_seen = (n < N)[None, :]
+                if PAD_H > 0:
+                    a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
+                if PAD_W > 0:
+                    a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
+                if not ROWS_FIT:
+                    a_seen &= (row + down < OUT_H)[:, None]
+                    b_seen &= (row + down < OUT_H)[None, :]
+                if right + COLUMNS > OUT_W:
+                    a_seen &= (column + right < OUT_W)[:, None]
+                    b_seen &= (column + right < OUT_W)[None, :]
+                b_tile = tl.load(b_here + right * B_COLUMN + b_offsets, mask=b_seen, other=0.0)
+                a_tile = tl.load(a_here + right * STRIDE_W * A_COLUMN + a_offsets, mask=a_seen, other=0.0)
+                if INTERPRETED:  # it takes a bfloat16 for its bits
+                    a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
+                if PRECISION == "tf32":
+                    a_tile, b_tile = _to_tf32(a_tile, INTERPRETED), _to_tf32(b_tile, INTERPRETED)
+                product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
+            down += ROWS
+            a_here += ROWS * STRIDE_H * A_ROW
+            b_here += ROWS * B_ROW
         row_of_norms = (group * tl.num_programs(0) + tile).to(tl.int64) * B
         tl.store(sq_norms + row_of_norms + i, tl.sum(product * product))
         weight = tl.load(weights + i)
@@ -122,52 +169,70 @@ def _weight_grad_kernel(
             total1 += weight * product
 
     inside = (m < M)[:, None] & (n < N)[None, :]
-    offsets = (group * M + m).to(tl.int64)[:, None] * N + n[None, :]
+    place = n if CHANNELS_FASTEST else channel * TAPS + tap
+    offsets = (group * M + m).to(tl.int64)[:, None] * N + place[None, :]
     if ONE_CHUNK:
         program = group * tl.num_programs(0) + tile
-        programs = tl.num_programs(0) * tl.num_programs(1)
         _end_tile(
             total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
         )  # fmt: skip
     else:
+        # The next launch counts its programs there.
+        tl.store(partials + 5 * programs, 0.0, mask=(tile == 0) & (group == 0) & (chunk == 0))
         size = (tl.num_programs(1) * M).to(tl.int64) * N
         tl.store(sums + chunk * SEGMENTS * size + offsets, total1, mask=inside)
         if SEGMENTS == 2:
             tl.store(sums + (chunk * 2 + 1) * size + offsets, total2, mask=inside)
 
 
-@triton.jit
-def _add_chunks_kernel(
-    sums, target, coefficients, partials, size, chunks,
-    SEGMENTS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["size", "chunks", "programs", "ends", "B", "tiles"])
+def _finish_layer_kernel(
+    sums, target, coefficients, partials, stats, shares, sq_norms, size, chunks, programs, ends, B, tiles,
+    SEGMENTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    FINISH: tl.constexpr, SAMPLES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks' sums in order, then end the tile."""
+    """The first ``ends`` programs add the chunks' sums in order and end the tile, the others add the samples' norms.
+
+    Of the first, the one that comes last adds the statistics: it has seen all others' shares, and their order is fixed.
+    """
     program = tl.program_id(0)
-    offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < size
-    total1 = tl.zeros((BLOCK,), dtype=tl.float32)
-    total2 = tl.zeros((BLOCK,), dtype=tl.float32)
-    here = sums + offsets
-    for _ in range(chunks):
-        total1 += tl.load(here, mask=inside, other=0.0)
-        if SEGMENTS == 2:
-            total2 += tl.load(here + size, mask=inside, other=0.0)
-        here += SEGMENTS * size
-    _end_tile(
-        total1, total2, offsets, inside, target, coefficients, partials, program, tl.num_programs(0), SEGMENTS, STEP,
-    )  # fmt: skip
-
-
-@triton.jit
-def _add_norms_kernel(sq_norms, out, B, tiles, BLOCK: tl.constexpr):
-    """Add the tiles' shares of each sample's squared norm, in order, in float64."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    here = sq_norms + i
-    for _ in range(tiles):
-        total += tl.load(here, mask=i < B, other=0.0).to(tl.float64)
-        here += B
-    tl.store(out + i, total, mask=i < B)
+    if program < ends:
+        last = True
+        if not ONE_CHUNK:
+            offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = offsets < size
+            total1 = tl.zeros((BLOCK,), dtype=tl.float32)
+            total2 = tl.zeros((BLOCK,), dtype=tl.float32)
+            here = sums + offsets
+            for _ in range(chunks):
+                total1 += tl.load(here, mask=inside, other=0.0)
+                if SEGMENTS == 2:
+                    total2 += tl.load(here + size, mask=inside, other=0.0)
+                here += SEGMENTS * size
+            _end_tile(
+                total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
+            )  # fmt: skip
+            tl.debug_barrier()
+            last = tl.atomic_add(partials + 5 * programs, 1.0, sem="acq_rel") == ends - 1
+        if last:
+            which, lanes = tl.arange(0, 8), tl.arange(0, FINISH)
+            total = tl.zeros((8, FINISH), dtype=tl.float64)
+            for first in range(0, programs, FINISH):
+                inside_both = (which < 5)[:, None] & (first + lanes < programs)[None, :]
+                place = which[:, None] * programs + first + lanes[None, :]
+                total += tl.load(partials + place, mask=inside_both, other=0.0)
+            statistics = tl.sum(total, axis=1)
+            finite = tl.where(statistics == programs, 1.0, 0.0).to(tl.float64)
+            tl.store(stats + which, tl.where(which == 4, finite, statistics), mask=which < 5)
+    else:
+        i = (program - ends) * SAMPLES + tl.arange(0, SAMPLES)
+        t = tl.arange(0, TILES)
+        norms = tl.zeros((TILES, SAMPLES), dtype=tl.float64)
+        for first in range(0, tiles, TILES):
+            inside = (first + t < tiles)[:, None] & (i < B)[None, :]
+            place = (first + t).to(tl.int64)[:, None] * B + i[None, :]
+            norms += tl.load(shares + place, mask=inside, other=0.0).to(tl.float64)
+        tl.store(sq_norms + i, tl.sum(norms, axis=0), mask=i < B)
 
 
 @dataclass(frozen=True)
@@ -210,55 +275,100 @@ def product_tiles(
         product, the weight's squared norm before the step (0 without one), 1 if all is finite.
     """
     if len(weight_shape) == 2:
-        (B, T, CHANNELS), (O, K_H, K_W) = inputs.shape, (weight_shape[0], 1, 1)
-        H, W, OUT_W = 1, T, max(T, 1)
-        a_strides: tuple[int, ...] = (inputs.stride(0), inputs.stride(2), 0, inputs.stride(1))
-        b_strides: tuple[int, ...] = (output_grads.stride(0), output_grads.stride(2), 0, output_grads.stride(1))
+        # A column of T positions: its height is no constant of the kernel.
+        (B, H, CHANNELS), (O, K_H, K_W) = inputs.shape, (weight_shape[0], 1, 1)
+        W, OUT_H, OUT_W = 1, H, 1
+        a_strides: tuple[int, ...] = (inputs.stride(0), inputs.stride(2), inputs.stride(1), 0)
+        b_strides: tuple[int, ...] = (output_grads.stride(0), output_grads.stride(2), output_grads.stride(1), 0)
     else:
         (B, _, H, W), (O, CHANNELS, K_H, K_W) = inputs.shape, weight_shape
-        T, OUT_W = output_grads.shape[2] * output_grads.shape[3], output_grads.shape[3]
+        OUT_H, OUT_W = output_grads.shape[2:]
         a_strides, b_strides = inputs.stride(), output_grads.stride()
     device, groups = inputs.device, convolution.groups
     M, N = O // groups, CHANNELS * K_H * K_W
     SEGMENTS = 1 if segments is None else 2
     precision = _precision(inputs, linear=len(weight_shape) == 2)
-    # Full float32 products keep their operands in registers: a smaller tile, or they spill.
-    exact = inputs.dtype == torch.float32 and precision == "ieee"
-    most_m, most_n, most_t = (32, 64, 16) if exact else (64, 64, 32)
-    BLOCK_M, BLOCK_N, BLOCK_T = (
-        min(most, max(16, triton.next_power_of_2(n))) for n, most in ((M, most_m), (N, most_n), (T, most_t))
+    tile = tile_of(
+        M, N, (OUT_H, OUT_W), exact=inputs.dtype == torch.float32 and precision == "ieee", wide=a_strides[1] == 1
     )
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
-    CHUNK = max(1, math.ceil(B / max(1, _PROGRAMS // max(1, tiles * groups))))
+    tiles = groups * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    CHUNK = max(1, math.ceil(B / max(1, _WARPS // tile.warps // max(1, tiles))))
     chunks = max(1, triton.cdiv(B, CHUNK))
     size = O * N
-    programs = tiles * groups if chunks == 1 else triton.cdiv(size, _TILE_END)
+    ends = 1 if chunks == 1 else triton.cdiv(size, _TILE_END)
+    programs = tiles if chunks == 1 else ends
 
     if size == 0:
         nothing = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
         return torch.zeros(B, dtype=torch.float64, device=device), nothing
     sq_norms = torch.empty(B, dtype=torch.float64, device=device)
     stats = torch.empty(5, dtype=torch.float64, device=device)
-    shares = torch.empty((tiles * groups, B), dtype=torch.float32, device=device)
-    partials = torch.empty((5, programs), dtype=torch.float64, device=device)
+    shares = torch.empty((tiles, B), dtype=torch.float32, device=device)
+    partials = torch.empty(5 * programs + 1, dtype=torch.float64, device=device)
     sums = torch.empty((chunks * SEGMENTS, size) if chunks > 1 else (1,), dtype=torch.float32, device=device)
     step = coefficients is not None
-    # The interpreter takes a bfloat16 for its bits.
-    widen = interpreting()
     end = (target, stats if coefficients is None else coefficients)
-    _weight_grad_kernel[(tiles, groups, chunks)](
+    _weight_grad_kernel[(tiles // groups, groups, chunks)](
         inputs, output_grads, weights, weights if segments is None else segments, *end, sums, shares, partials,
-        B, M, N, T, OUT_W, H, W, CHANNELS, *a_strides, *b_strides,
-        K_W, K_H * K_W, *convolution.stride, *convolution.padding, *convolution.dilation, channels_fastest,
-        SEGMENTS, CHUNK, chunks == 1, step, precision, widen, BLOCK_M, BLOCK_N, BLOCK_T,
-        num_warps=WARPS, num_stages=EXACT_STAGES if exact else STAGES,
+        B, CHUNK, programs, H, OUT_H, a_strides[0], b_strides[0], M, CHANNELS, W, OUT_W, *a_strides[1:],
+        *b_strides[1:], K_W, K_H * K_W, *convolution.stride, *convolution.padding, *convolution.dilation,
+        channels_fastest, SEGMENTS, chunks == 1, step, precision, interpreting(),
+        **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if chunks > 1:
-        _add_chunks_kernel[(programs,)](sums, *end, partials, size, chunks, SEGMENTS, step, _TILE_END)
-    _finish_kernel[(5,)](partials, stats, programs, FINISH=_FINISH)
-    if B:
-        _add_norms_kernel[(triton.cdiv(B, 128),)](shares, sq_norms, B, tiles * groups, 128)
+    _finish_layer_kernel[(ends + triton.cdiv(B, _SAMPLES),)](
+        sums, *end, partials, stats, shares, sq_norms, size, chunks, programs, ends, B, tiles,
+        SEGMENTS, chunks == 1, step, _TILE_END, _FINISH, _SAMPLES, _TILES,
+    )  # fmt: skip
     return sq_norms, stats
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a layer's products are cut: the kernel's constants of these names, and how it is launched."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    ROWS: int
+    COLUMNS: int
+    ROWS_FIT: bool
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's own."""
+        return {name: value for name, value in vars(self).items() if name.isupper()}
+
+
+def tile_of(M: int, N: int, positions: tuple[int, int], *, exact: bool, wide: bool) -> Tile:
+    """Choose the tile for products of [M, T] and [T, N], where the T positions are an image's.
+
+    Args:
+        M: output channels of a group.
+        N: its input channels times the taps.
+        positions: rows and columns of the image.
+        exact: in full float32. They keep their operands in registers: a smaller tile, or they spill.
+        wide: whether channels lie side by side in memory, so that loads are wide; else a thread has many addresses to
+            hold, and room for fewer sums.
+    """
+    most_m, most_n, most_t = (32, 64, 16) if exact else (64, 64, 64 if wide and M <= 16 else 32)
+    block_m, block_n, block_t = (
+        min(most, max(16, triton.next_power_of_2(n)))
+        for n, most in ((M, most_m), (N, most_n), (math.prod(positions), most_t))
+    )
+    rows, columns = _positions(*positions, block_t)
+    warps = 8 if exact else 2 if wide and block_m < 64 else 4
+    stages = EXACT_STAGES if exact else STAGES
+    return Tile(block_m, block_n, rows, columns, positions[0] % rows == 0, warps, stages)
+
+
+def _positions(height: int, width: int, most: int) -> tuple[int, int]:
+    """Return how many rows and columns of a layer's positions, powers of 2, a turn takes: as few turns as can be.
+
+    So a position's place in its row does not change from turn to turn, and needs no division.
+    """
+    shapes = [(most // columns, columns) for columns in (1 << k for k in reversed(range(most.bit_length())))]
+    return min(shapes, key=lambda shape: math.ceil(height / shape[0]) * math.ceil(width / shape[1]))
 
 
 def _precision(inputs: Tensor, linear: bool) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import CONVOLUTION, LINEAR, loop, make
+from gpu_cases import products
+from layer_cases import CONVOLUTION, LINEAR, bias_z, loop, make
 from torch import Tensor
 
 from svag_fast.kernels import weight_grad as kernel
@@ -68,8 +69,8 @@ def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None
 
 def test_one_chunk_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy = make([6, 5, 5, 4], [7, 5, 3, 3], dtype=torch.float32, padding=1)
-    for programs in (1, 3, 256):
-        monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+    for warps in (4, 12, 1024):
+        monkeypatch.setattr(kernel, "_WARPS", warps)
         held_to_the_loop(x, dy, [7, 5, 3, 3], 1e-6, [0, 1, 0, 1, 1, 0], padding=1)
 
 
@@ -82,3 +83,26 @@ def test_float64_is_refused_by_name() -> None:
     x, dy = make([2, 3, 4], [5, 4])
     with pytest.raises(BackendError, match=r"'triton' can't serve .* no float64"):
         weight_grad_and_sq_norms(x, dy, [5, 4], backend="triton")
+
+
+@pytest.mark.parametrize(("input_shape", "shape"), [([16, 4, 6, 6], [8, 4, 3, 3]), ([16, 20, 12], [24, 12])], ids=str)
+def test_tf32_rounds_to_nearest(input_shape: list[int], shape: list[int]) -> None:
+    """Operands only cut off would leave every norm some 0.13 % low, a z of hundreds."""
+    x, dy = make(input_shape, shape, dtype=torch.float32)
+    with products("tf32"):
+        found = weight_grad_and_sq_norms(x, dy, shape, backend="triton").sq_norms
+    exact = weight_grad_and_sq_norms(x.double(), dy.double(), shape, backend="reference").sq_norms
+    assert abs(bias_z(found, exact)) < 4
+    assert not torch.allclose(found, exact, rtol=1e-6, atol=0)  # rounded it was
+
+
+# What CUDA's arithmetic makes is 0x7fffffff; x86's is 0xffc00000.
+@pytest.mark.parametrize(
+    "bits", [0x7F800000, -0x800000, 0x7FFFFFFF, -1, -0x400000], ids=lambda bits: f"{bits & 0xFFFFFFFF:x}"
+)
+def test_tf32_keeps_inf_and_nan(bits: int) -> None:
+    x, dy = make([3, 4, 5, 5], [8, 4, 3, 3], dtype=torch.float32)
+    x.view(torch.int32)[1, 2] = bits
+    with products("tf32"):
+        norms = weight_grad_and_sq_norms(x, dy, [8, 4, 3, 3], backend="triton").sq_norms
+    assert norms.isfinite().tolist() == [True, False, True]

@@ -56,11 +56,9 @@ def test_every_dtype_from_l_1_to_a_huge_one(l: float, dtype: torch.dtype) -> Non
     held_to_two_ops(torch.randn([7, 6, 3, 3], generator=torch.Generator().manual_seed(1)), x, dy, l=l, padding=1)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 256])
-def test_a_tile_ends_in_one_chunk_or_in_the_launch_that_adds_them(
-    monkeypatch: pytest.MonkeyPatch, programs: int
-) -> None:
-    monkeypatch.setattr(kernel, "_PROGRAMS", programs)
+@pytest.mark.parametrize("warps", [4, 12, 1024])
+def test_a_tile_ends_in_one_chunk_or_in_the_launch_that_adds_them(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
+    monkeypatch.setattr(kernel, "_WARPS", warps)
     x, dy = make([6, 5, 5, 4], [7, 5, 3, 3], dtype=torch.float32, padding=1)
     held_to_two_ops(torch.randn([7, 5, 3, 3], generator=torch.Generator().manual_seed(1)), x, dy, l=4, padding=1)
 

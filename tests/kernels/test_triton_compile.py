@@ -20,22 +20,38 @@ STEP_OPTIONS = {
     "GRAD2": True,
     "MOMENTUM": False,
 }
-SIZES = dict.fromkeys(["B", "M", "N", "T", "OUT_W", "H", "W", "CHANNELS"], "i32")
-STRIDES = dict.fromkeys([f"{t}_{d}" for t in "ab" for d in ("sample", "channel", "row", "column")], "i32")
+SIZES = dict.fromkeys(["B", "CHUNK", "programs", "H", "OUT_H", "a_sample", "b_sample"], "i32")
+# A 3x3 convolution of 64 to 64 channels on 32x32 in channels_last.
 CONVOLUTION = {
+    "M": 64, "CHANNELS": 64, "W": 32, "OUT_W": 32, "A_CHANNEL": 1, "A_ROW": 2048, "A_COLUMN": 64,
+    "B_CHANNEL": 1, "B_ROW": 2048, "B_COLUMN": 64,
     "K_W": 3, "TAPS": 9, "STRIDE_H": 1, "STRIDE_W": 1, "PAD_H": 1, "PAD_W": 1, "DILATION_H": 1, "DILATION_W": 1,
-    "CHANNELS_FASTEST": True, "SEGMENTS": 2, "CHUNK": 16, "WIDEN": False, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32,
+    "CHANNELS_FASTEST": True, "SEGMENTS": 2, "INTERPRETED": False,
 }  # fmt: skip
 
-EXACT = {"BLOCK_M": 32, "BLOCK_T": 16}  # kernels/weight_grad.py's tile for full float32 products
+
+def tile_of_case(exact: bool) -> Any:
+    from svag_fast.kernels.weight_grad import tile_of
+
+    return tile_of(64, 64 * 9, (32, 32), exact=exact, wide=True)
 
 
 def weight_grad(a: str, target: str, **options: Any) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """With the tile that the launch takes for such products."""
     pointers = {
         "a": a, "b": a, "weights": "*fp32", "segments": "*i64", "target": target, "coefficients": "*fp64",
         "sums": "*fp32", "sq_norms": "*fp32", "partials": "*fp64",
     }  # fmt: skip
-    return "_weight_grad_kernel", {**pointers, **SIZES, **STRIDES}, {**CONVOLUTION, **options}
+    tile = tile_of_case(a == "*fp32" and options["PRECISION"] == "ieee")
+    return "_weight_grad_kernel", {**pointers, **SIZES}, {**CONVOLUTION, **tile.constants, **options}
+
+
+FINISH = {
+    "sums": "*fp32", "target": "*fp32", "coefficients": "*fp64", "partials": "*fp64", "stats": "*fp64",
+    "shares": "*fp32", "sq_norms": "*fp64",
+    **dict.fromkeys(["size", "chunks", "programs", "ends", "B", "tiles"], "i32"),
+}  # fmt: skip
+FINISH_OPTIONS = {"SEGMENTS": 2, "BLOCK": 1024, "FINISH": 256, "SAMPLES": 16, "TILES": 64}
 
 
 # name: kernel, types of what is passed when it runs, constants. Bit 4p + g of PAIRS: param dtype p, gradient dtype g.
@@ -52,26 +68,13 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False, "MOMENTUM": True},
     ),
     "finish": ("_finish_kernel", {"partials": "*fp64", "stats": "*fp64", "programs": "i32"}, {"FINISH": 512}),
-    "weight_grad, float32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="ieee", **EXACT),
+    "weight_grad, float32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="ieee"),
     "weight_grad, tf32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="tf32"),
     "weight_grad, bfloat16, step": weight_grad("*bf16", "*bf16", ONE_CHUNK=True, STEP=True, PRECISION="ieee"),
-    "add_chunks": (
-        "_add_chunks_kernel",
-        {
-            "sums": "*fp32",
-            "target": "*fp32",
-            "coefficients": "*fp64",
-            "partials": "*fp64",
-            "size": "i32",
-            "chunks": "i32",
-        },
-        {"SEGMENTS": 2, "STEP": True, "BLOCK": 1024},
+    "finish_layer, many chunks, step": (
+        "_finish_layer_kernel", FINISH, {**FINISH_OPTIONS, "ONE_CHUNK": False, "STEP": True}
     ),
-    "add_norms": (
-        "_add_norms_kernel",
-        {"sq_norms": "*fp32", "out": "*fp64", "B": "i32", "tiles": "i32"},
-        {"BLOCK": 128},
-    ),
+    "finish_layer, one chunk": ("_finish_layer_kernel", FINISH, {**FINISH_OPTIONS, "ONE_CHUNK": True, "STEP": False}),
 }  # fmt: skip
 
 
@@ -92,9 +95,8 @@ def compiled(name: str, architecture: int) -> Report:
     )
     options: dict[str, Any] = {"enable_fp_fusion": kernel != "_step_kernel"}
     if kernel == "_weight_grad_kernel":
-        exact = EXACT.items() <= constants.items()
-        stages = weight_grad.EXACT_STAGES if exact else weight_grad.STAGES
-        options |= {"num_warps": weight_grad.WARPS, "num_stages": stages}
+        tile = tile_of_case(types["a"] == "*fp32" and constants["PRECISION"] == "ieee")
+        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return report(binary.asm["cubin"], binary.metadata.shared)
 

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 FOLDER = Path(__file__).parents[1] / "interpreter"
 RAN = {
     "test_step.py": ("_step_kernel", "_finish_kernel"),
-    "test_weight_step.py": ("_weight_grad_kernel", "_add_chunks_kernel", "_add_norms_kernel", "_finish_kernel"),
-    "test_weight_grad.py": ("_weight_grad_kernel", "_add_chunks_kernel", "_add_norms_kernel"),
+    "test_weight_step.py": ("_weight_grad_kernel", "_finish_layer_kernel"),
+    "test_weight_grad.py": ("_weight_grad_kernel", "_finish_layer_kernel"),
 }
 
 

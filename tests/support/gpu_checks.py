@@ -52,7 +52,7 @@ from svag_fast.ops.backends import BACKENDS
 
 STEP_KERNELS = {"cuda": ("step_kernel", "finish_kernel"), "triton": ("_step_kernel", "_finish_kernel")}
 PER_SAMPLE_KERNELS = ("per_sample_step_kernel", "finish_norms_kernel", "finish_kernel")
-LAYER_KERNELS = ("_weight_grad_kernel", "_add_chunks_kernel", "_add_norms_kernel", "_finish_kernel")
+LAYER_KERNELS = ("_weight_grad_kernel", "_finish_layer_kernel")
 
 
 @dataclass(frozen=True)

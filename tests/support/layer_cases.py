@@ -37,6 +37,12 @@ def make(
     return x.to(dtype), torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def bias_z(found: Tensor, exact: Tensor) -> float:
+    """How many standard errors the mean relative error lies from 0; the errors must be independent, as samples' are."""
+    errors = ((found - exact) / exact).double()
+    return float(errors.mean() / (errors.std() / len(errors) ** 0.5))
+
+
 def step_by_two_ops(
     weight: Tensor, x: Tensor, dy: Tensor, segments: Tensor, *, l: float, **options: Any
 ) -> tuple[Tensor, StepStats]:
