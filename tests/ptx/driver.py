@@ -1,4 +1,4 @@
-"""Lets Triton believe that a GPU is there: its own JIT compiles, and each launch is handed over.
+"""Lets Triton believe that an A100 is there: its own JIT compiles, and each launch is handed over.
 
 Triton's launch path runs as it would on a GPU: specialisation, compilation to PTX and cubin, the launch itself. What
 happens at the launch is the caller's choice: run the PTX in the simulator, or only keep what was compiled.
@@ -45,10 +45,12 @@ class _Utils:
 class _Driver:
     utils = _Utils()
 
-    def __init__(self, architecture: int, launched: Callable[[Launch], None]) -> None:
+    def __init__(self, launched: Callable[[Launch], None]) -> None:
         from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
 
-        self._target = GPUTarget("cuda", architecture, 32)
+        self._target = GPUTarget("cuda", 80, 32)
+        self.launched = launched
 
         class Launcher:
             def __init__(self, source: Any, metadata: Any) -> None:
@@ -61,7 +63,8 @@ class _Driver:
                 names = [n for n, kind in self.source.signature.items() if kind != "constexpr"]
                 kinds = self.source.signature.values()
                 values = [v for v, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
-                launched(
+                # Triton keeps a compiled kernel and its launcher for good: the launch is for who listens now.
+                driver.active.launched(
                     Launch(
                         self.source.fn.__name__,
                         (x, y, z),
@@ -98,7 +101,7 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def as_a_gpu(launched: Callable[[Launch], None], architecture: int = 80) -> Iterator[None]:
+def as_a_gpu(launched: Callable[[Launch], None]) -> Iterator[None]:
     """Hand every Triton launch of the block to ``launched``; CPU tensors are the GPU's."""
     from triton.runtime import driver
 
@@ -106,7 +109,7 @@ def as_a_gpu(launched: Callable[[Launch], None], architecture: int = 80) -> Iter
 
     triton = backends.Backend("triton", ("cpu",), lambda: None)
     with (
-        mock.patch.object(driver, "_active", _Driver(architecture, launched)),
+        mock.patch.object(driver, "_active", _Driver(launched)),
         mock.patch.dict(backends.BACKENDS, triton=triton),
     ):
         yield
