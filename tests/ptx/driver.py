@@ -32,11 +32,8 @@ class Launch:
 class _Utils:
     """The part of Triton's driver that loads a binary: nothing is loaded, all is said to fit an A100."""
 
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
-
-    def unload_module(self, *_: Any) -> None:
-        return None
+    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
+        return None, 1, 32, 0, 1024  # no module to unload; function, registers, spills, most threads
 
     def get_device_properties(self, _: int) -> dict[str, int]:
         return {"max_shared_mem": 166912, "multiprocessor_count": 108, "max_num_regs": 65536, "warpSize": 32}

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from ptx.driver import Launch
 from ptx.memory import FaultError
 from ptx.parser import Instruction, Program, parse
 from ptx.simulator import Simulator
+from torch import Tensor
 
 _NOTHING = Instruction("fence", (), None, False)
 
@@ -57,6 +56,70 @@ def _changed(i: Instruction) -> Iterator[tuple[str, Instruction]]:
 _LOOSER = {"lt": "le", "gt": "ge", "le": "lt", "ge": "gt", "lo": "ls", "hi": "hs"}
 
 
+def why_harmless(program: Program, place: int) -> str:
+    """Why a barrier or wait does nothing that its neighbours don't, as far as the code alone can tell; else ""."""
+    i = program.code[place]
+    before, after = _until_barrier(program, place, -1), _until_barrier(program, place, 1)
+    if i.op.startswith("bar.sync"):
+        if not before or not after:
+            return "nothing is read or written between it and the next barrier"
+        if all(_reads_only(program, p) for p in before | after):
+            return "between the barriers on both sides all only read"
+    elif _idle(program, place):
+        return "no copy was begun since another wait for as many, or none is before the next such wait"
+    return ""
+
+
+def _until_barrier(program: Program, place: int, step: int) -> set[int]:
+    """The accesses to memory that may run between this place and the next barriers, in the direction of ``step``."""
+    return {p for p in _reached(program, place, step, "bar.sync") if _touches_memory(program.code[p])}
+
+
+def _reached(program: Program, place: int, step: int, stop: str) -> set[int]:
+    """The instructions reached from ``place``, not beyond one whose name begins with ``stop``."""
+    edges: dict[int, list[int]] = {p: [] for p in range(len(program.code))}
+    for p, i in enumerate(program.code):
+        following = [] if (i.op == "bra" and not i.guard) or i.op.startswith("bra.uni") or i.op == "ret" else [p + 1]
+        if i.op.startswith("bra"):
+            following.append(program.labels[i.operands[0]])
+        for q in following:
+            edges[p if step > 0 else q].append(q if step > 0 else p)
+    found: set[int] = set()
+    left = list(edges[place])
+    while left:
+        p = left.pop()
+        if p in found:
+            continue
+        found.add(p)
+        if not program.code[p].op.startswith(stop):
+            left += edges[p]
+    return found
+
+
+def _touches_memory(i: Instruction) -> bool:
+    return i.op.startswith(
+        ("ld.shared", "st.shared", "ldmatrix", "cp.async.c", "cp.async.wait", "ld.global", "st.", "atom")
+    )
+
+
+def _reads_only(program: Program, place: int) -> bool:
+    i = program.code[place]
+    return i.op.startswith(("ld.", "ldmatrix")) or (i.op.startswith("cp.async.wait") and bool(_idle(program, place)))
+
+
+def _idle(program: Program, place: int) -> bool:
+    i = program.code[place]
+    for step in (-1, 1):
+        reached = _reached(program, place, step, i.op)
+        others = {p for p in reached if program.code[p].op == i.op}
+        between = {program.code[p].op.split(".")[0] for p in reached - others} if step > 0 else set()
+        begun = any(program.code[p].op.startswith("cp.async.commit") for p in reached)
+        equal = others and all(program.code[p].operands == i.operands for p in others)
+        if equal and not begun and not {"ld", "ldmatrix", "bar"} & between:
+            return True
+    return False
+
+
 class Trial:
     """A launch, run once as it is; then again, from the same memory, with a fault in it."""
 
@@ -77,8 +140,6 @@ class Trial:
                 Simulator(seed, lambda *_: fault.program).launch(self._launch)
             except FaultError as error:
                 return str(error).rpartition(": ")[2]
-            except RecursionError:
-                raise
             if not all(map(_same, self._tensors, self._after)):
                 return "wrong numbers"
         return ""

@@ -132,11 +132,14 @@ class Machine:
             if parts[0] in ("ret", "exit"):
                 self.live = self.live & ~chosen
                 self._join(place + 1, on & ~chosen)
+                self._release()
                 return
             if parts[0] in ("bar", "barrier") and parts[1] != "warp":
                 if guard is not None:
                     raise UnsupportedError(f"{self.at}: a barrier under a guard")
-                self._barrier(place, on)
+                self.waiting |= on
+                self.resume[on] = place + 1
+                self._release()
                 return
             if chosen.any():
                 if parts[0] not in _MEANING:
@@ -144,9 +147,10 @@ class Machine:
                 _MEANING[parts[0]](self, instruction, parts, chosen)
             place += 1
 
-    def _barrier(self, place: int, on: Array) -> None:
-        self.waiting |= on
-        self.resume[on] = place + 1
+    def _release(self) -> None:
+        """Let those blocks go on of which every thread that lives waits at a barrier."""
+        if not self.waiting.any():
+            return
         missing = (self.live & ~self.waiting).reshape(len(self.epoch), -1).any(1)
         ready = self.waiting.reshape(len(self.epoch), -1).any(1) & ~missing
         self.epoch[ready] += 1

@@ -1,0 +1,86 @@
+"""A SASS budget: the instructions of the weight gradient's inner loop against its tensor cores' cycles, by layer.
+
+The bound is the most that this version of Triton needed before, as for the registers: tests/golden/inner_loop.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under the interpreter Triton compiles nothing", allow_module_level=True)
+
+import triton
+from gpu_binary import report
+from gpu_cases import products
+from ptx.driver import Launch, as_a_gpu
+from ptx.inner_loop import inner_loop
+
+from svag_fast.ops import weight_grad_and_sq_norms
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "inner_loop.json"
+
+# The 3x3 layers of PreResNet-32 and VGG-16: channels in and out, height, stride.
+LAYERS = {
+    "16-16, 32x32": (16, 16, 32, 1),
+    "16-32, 32x32, stride 2": (16, 32, 32, 2),
+    "32-32, 16x16": (32, 32, 16, 1),
+    "32-64, 16x16, stride 2": (32, 64, 16, 2),
+    "64-64, 8x8": (64, 64, 8, 1),
+    "64-64, 32x32": (64, 64, 32, 1),
+    "128-128, 16x16": (128, 128, 16, 1),
+    "256-256, 8x8": (256, 256, 8, 1),
+    "512-512, 4x4": (512, 512, 4, 1),
+}
+SHORT = ("16-16, 32x32", "32-32, 16x16", "64-64, 8x8", "512-512, 4x4")
+
+
+def budget(name: str, last: bool) -> dict[str, Any]:
+    channels, out, size, stride = LAYERS[name]
+    x, dy = torch.zeros(16, channels, size, size), torch.zeros(16, out, size // stride, size // stride)
+    if last:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    launches: list[Launch] = []
+    with as_a_gpu(launches.append), products("tf32"):
+        weight_grad_and_sq_norms(
+            x, dy, [out, channels, 3, 3], segments=[0, 1] * 8, padding=1, stride=stride, backend="triton"
+        )
+    loop = inner_loop(launches[0].cubin)
+    assert report(launches[0].cubin, launches[0].shared)["spills"] == 0
+    return {"instructions": loop.issued, "tensor core cycles": loop.tensor}
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        pytest.param(n, last, marks=() if n in SHORT and last else pytest.mark.nightly)
+        for n in LAYERS
+        for last in (True, False)
+    ],
+)
+def test_the_inner_loop_keeps_its_budget(name: str, last: bool) -> None:
+    found = budget(name, last)
+    key = f"{name}, {'channels_last' if last else 'contiguous'}"
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("SVAG_REGENERATE_GOLDEN") == "1":
+        golden.setdefault(triton.__version__, {})[key] = found
+        lines = (
+            f"  {json.dumps(v)}: {{\n"
+            + ",\n".join(f"    {json.dumps(k)}: {json.dumps(line)}" for k, line in sorted(layers.items()))
+            + "\n  }"
+            for v, layers in sorted(golden.items())
+        )
+        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return
+    if triton.__version__ not in golden:
+        pytest.skip(f"{GOLDEN.name} has Triton {', '.join(golden)}: record it with SVAG_REGENERATE_GOLDEN=1")
+    before = golden[triton.__version__][key]
+    ratio, allowed = (line["instructions"] / line["tensor core cycles"] for line in (found, before))
+    assert ratio <= allowed, f"{key}: {ratio:.2f} instructions a tensor core's cycle, {allowed:.2f} before"
