@@ -93,7 +93,12 @@ class Machine:
         self.commits = np.zeros(n, int)
         self.copies: list[_Copy] = []
         self.counts: Counter[str] = Counter()
-        self.at = program.name
+        self.place = 0
+
+    @property
+    def at(self) -> str:
+        """Where it is, in words."""
+        return f"{self.program.name}, instruction {self.place}: {self.program.code[self.place]}"
 
     # -- what runs next
 
@@ -124,7 +129,7 @@ class Machine:
             chosen = on if guard is None else on & (self.register(guard) ^ instruction.negated)
             self.clock += 1
             parts = instruction.parts
-            self.at = f"{self.program.name}, instruction {place}: {instruction}"
+            self.place = place
             if parts[0] == "bra":
                 self._join(self.program.labels[instruction.operands[0]], chosen)
                 self._join(place + 1, on & ~chosen)
@@ -180,9 +185,10 @@ class Machine:
     def put(self, name: str, value: Any, chosen: Array) -> None:
         if name == "_":
             return
-        value = np.broadcast_to(value, self.n)
+        if np.ndim(value) == 0:
+            value = np.full(self.n, value)
         if value.dtype != bool:
-            value = np.ascontiguousarray(value).view(UNSIGNED[value.dtype.itemsize])
+            value = value.view(UNSIGNED[value.dtype.itemsize])
         if chosen.all():
             self.registers[name] = value
         else:

@@ -181,7 +181,8 @@ class SharedMemory:
         stale = places[self.read_epoch[places] != epoch]
         self.read_warps[stale] = 0
         self.read_epoch[places] = epoch
-        np.bitwise_or.at(self.read_warps, places, (np.uint32(1) << who.warp.astype(np.uint32))[:, None])
+        for warp in np.unique(who.warp):
+            self.read_warps[places[who.warp == warp]] |= np.uint32(1 << int(warp))
         return self.data[places]
 
     def write(self, address: Array, data: Array, who: Who, at: str) -> None:
@@ -207,9 +208,9 @@ class SharedMemory:
         places = self._places(address, size, who, at)
         if self._read_by_others(places, who):
             raise FaultError(f"{at}: race: copy over what another warp reads, without a barrier")
-        np.add.at(self.pending, places, 1)
+        self.pending[places] += 1
 
     def end_copy(self, address: Array, data: Array, who: Who, at: str) -> None:
         places = self._places(address, data.shape[1], who, at)
-        np.subtract.at(self.pending, places, 1)
+        self.pending[places] -= 1
         self._put(places, data, who, at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _LABEL = re.compile(r"[$%\w]+:\s*$")
@@ -22,7 +23,7 @@ class Instruction:
     guard: str | None
     negated: bool
 
-    @property
+    @cached_property
     def parts(self) -> tuple[str, ...]:
         return tuple(self.op.split("."))
 
