@@ -112,6 +112,7 @@ def _weight_grad_kernel(
     """
     N: tl.constexpr = TAPS * CHANNELS
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    ACROSS: tl.constexpr = (OUT_W + COLUMNS - 1) // COLUMNS
     tile, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = (tile // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,31 +133,42 @@ def _weight_grad_kernel(
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         a_here, b_here = a + i * a_sample, b + i * b_sample
         down = tl.zeros((), dtype=tl.int32)
-        for _ in range(0, tl.cdiv(OUT_H, ROWS)):
-            for right in tl.static_range(0, OUT_W, COLUMNS):
-                b_seen = (m < M)[:, None]
-                # As unsigned numbers those below 0 are large.
-                a_seen = (n < N)[None, :]
-                if PAD_H > 0:
-                    a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
-                if PAD_W > 0:
-                    a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
-                if not ROWS_FIT:
-                    a_seen &= (row + down < OUT_H)[:, None]
-                    b_seen &= (row + down < OUT_H)[None, :]
-                if right + COLUMNS > OUT_W:
-                    a_seen &= (column + right < OUT_W)[:, None]
-                    b_seen &= (column + right < OUT_W)[None, :]
-                b_tile = tl.load(b_here + right * B_COLUMN + b_offsets, mask=b_seen, other=0.0)
-                a_tile = tl.load(a_here + right * STRIDE_W * A_COLUMN + a_offsets, mask=a_seen, other=0.0)
-                if INTERPRETED:  # it takes a bfloat16 for its bits
-                    a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-                if PRECISION == "tf32":
-                    a_tile, b_tile = _to_tf32(a_tile, INTERPRETED), _to_tf32(b_tile, INTERPRETED)
-                product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
-            down += ROWS
-            a_here += ROWS * STRIDE_H * A_ROW
-            b_here += ROWS * B_ROW
+        right = tl.zeros((), dtype=tl.int32)
+        for _ in range(0, tl.cdiv(OUT_H, ROWS) * ACROSS):
+            b_seen = (m < M)[:, None]
+            # As unsigned numbers those below 0 are large.
+            a_seen = (n < N)[None, :]
+            if PAD_H > 0:
+                a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
+            if PAD_W > 0:
+                a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
+            if not ROWS_FIT:
+                a_seen &= (row + down < OUT_H)[:, None]
+                b_seen &= (row + down < OUT_H)[None, :]
+            if OUT_W % COLUMNS != 0:
+                a_seen &= (column + right < OUT_W)[:, None]
+                b_seen &= (column + right < OUT_W)[None, :]
+            b_tile = tl.load(b_here + b_offsets, mask=b_seen, other=0.0)
+            a_tile = tl.load(a_here + a_offsets, mask=a_seen, other=0.0)
+            if INTERPRETED:  # it takes a bfloat16 for its bits
+                a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
+            if PRECISION == "tf32":
+                a_tile, b_tile = _to_tf32(a_tile, INTERPRETED), _to_tf32(b_tile, INTERPRETED)
+            product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
+            if ACROSS == 1:
+                down += ROWS
+                a_here += ROWS * STRIDE_H * A_ROW
+                b_here += ROWS * B_ROW
+            else:
+                right += COLUMNS
+                row_ends = right >= OUT_W
+                back: tl.constexpr = ACROSS * COLUMNS
+                down = tl.where(row_ends, down + ROWS, down)
+                right = tl.where(row_ends, 0, right)
+                a_here += COLUMNS * STRIDE_W * A_COLUMN
+                b_here += COLUMNS * B_COLUMN
+                a_here += tl.where(row_ends, ROWS * STRIDE_H * A_ROW - back * STRIDE_W * A_COLUMN, 0)
+                b_here += tl.where(row_ends, ROWS * B_ROW - back * B_COLUMN, 0)
         row_of_norms = (group * tl.num_programs(0) + tile).to(tl.int64) * B
         tl.store(sq_norms + row_of_norms + i, tl.sum(product * product))
         weight = tl.load(weights + i)
@@ -357,7 +369,7 @@ def tile_of(M: int, N: int, positions: tuple[int, int], *, exact: bool, wide: bo
         for n, most in ((M, most_m), (N, most_n), (math.prod(positions), most_t))
     )
     rows, columns = _positions(*positions, block_t)
-    warps = 8 if exact else 2 if wide and block_m < 64 else 4
+    warps = 2 if wide and block_m < 64 and not exact else 4
     stages = EXACT_STAGES if exact else STAGES
     return Tile(block_m, block_n, rows, columns, positions[0] % rows == 0, warps, stages)
 

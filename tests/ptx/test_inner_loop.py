@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,19 +41,26 @@ LAYERS = {
 SHORT = ("16-16, 32x32", "32-32, 16x16", "64-64, 8x8", "512-512, 4x4")
 
 
-def budget(name: str, last: bool) -> dict[str, Any]:
+def compiled(name: str, last: bool, precision: str) -> Launch:
+    """The launch of a layer's products."""
     channels, out, size, stride = LAYERS[name]
     x, dy = torch.zeros(16, channels, size, size), torch.zeros(16, out, size // stride, size // stride)
     if last:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     launches: list[Launch] = []
-    with as_a_gpu(launches.append), products("tf32"):
+    with as_a_gpu(launches.append), products(precision):
         weight_grad_and_sq_norms(
             x, dy, [out, channels, 3, 3], segments=[0, 1] * 8, padding=1, stride=stride, backend="triton"
         )
-    loop = inner_loop(launches[0].cubin)
     assert report(launches[0].cubin, launches[0].shared)["spills"] == 0
-    return {"instructions": loop.issued, "tensor core cycles": loop.tensor}
+    return launches[0]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_full_float32_does_not_spill(name: str, last: bool) -> None:
+    compiled(name, last, "ieee")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,8 @@ def budget(name: str, last: bool) -> dict[str, Any]:
     ],
 )
 def test_the_inner_loop_keeps_its_budget(name: str, last: bool) -> None:
-    found = budget(name, last)
+    loop = inner_loop(compiled(name, last, "tf32").cubin)
+    found = {"instructions": loop.issued, "tensor core cycles": loop.tensor}
     key = f"{name}, {'channels_last' if last else 'contiguous'}"
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("SVAG_REGENERATE_GOLDEN") == "1":
