@@ -127,58 +127,72 @@ def _weight_grad_kernel(
 
     total1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     total2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first = chunk.to(tl.int64) * CHUNK
-    for k in range(0, tl.minimum(CHUNK, B - first)):
-        i = first + k
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        a_here, b_here = a + i * a_sample, b + i * b_sample
-        down = tl.zeros((), dtype=tl.int32)
-        right = tl.zeros((), dtype=tl.int32)
-        for _ in range(0, tl.cdiv(OUT_H, ROWS) * ACROSS):
-            b_seen = (m < M)[:, None]
-            # As unsigned numbers those below 0 are large.
-            a_seen = (n < N)[None, :]
-            if PAD_H > 0:
-                a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
-            if PAD_W > 0:
-                a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
-            if not ROWS_FIT:
-                a_seen &= (row + down < OUT_H)[:, None]
-                b_seen &= (row + down < OUT_H)[None, :]
-            if OUT_W % COLUMNS != 0:
-                a_seen &= (column + right < OUT_W)[:, None]
-                b_seen &= (column + right < OUT_W)[None, :]
-            b_tile = tl.load(b_here + b_offsets, mask=b_seen, other=0.0)
-            a_tile = tl.load(a_here + a_offsets, mask=a_seen, other=0.0)
-            if INTERPRETED:  # it takes a bfloat16 for its bits
-                a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-            if PRECISION == "tf32":
-                a_tile, b_tile = _to_tf32(a_tile, INTERPRETED), _to_tf32(b_tile, INTERPRETED)
-            product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
-            if ACROSS == 1:
-                down += ROWS
-                a_here += ROWS * STRIDE_H * A_ROW
-                b_here += ROWS * B_ROW
-            else:
-                right += COLUMNS
-                row_ends = right >= OUT_W
-                back: tl.constexpr = ACROSS * COLUMNS
-                down = tl.where(row_ends, down + ROWS, down)
-                right = tl.where(row_ends, 0, right)
-                a_here += COLUMNS * STRIDE_W * A_COLUMN
-                b_here += COLUMNS * B_COLUMN
-                a_here += tl.where(row_ends, ROWS * STRIDE_H * A_ROW - back * STRIDE_W * A_COLUMN, 0)
-                b_here += tl.where(row_ends, ROWS * B_ROW - back * B_COLUMN, 0)
-        row_of_norms = (group * tl.num_programs(0) + tile).to(tl.int64) * B
-        tl.store(sq_norms + row_of_norms + i, tl.sum(product * product))
-        weight = tl.load(weights + i)
-        if SEGMENTS == 2:
-            second = tl.load(segments + i) == 1
-            # Whole products, not weights: 0 times an inf of the other segment would be nan.
-            total1 += tl.where(second, 0.0, weight * product)
-            total2 += tl.where(second, weight * product, 0.0)
+    i = chunk.to(tl.int64) * CHUNK
+    a_here, b_here = a + i * a_sample, b + i * b_sample
+    row_of_norms = (group * tl.num_programs(0) + tile).to(tl.int64) * B
+    # From a sample's last turn to the next sample's first.
+    turns = tl.maximum(tl.cdiv(OUT_H, ROWS) * ACROSS, 1)
+    a_next = a_sample - tl.cdiv(OUT_H, ROWS).to(tl.int64) * (ROWS * STRIDE_H * A_ROW)
+    b_next = b_sample - tl.cdiv(OUT_H, ROWS).to(tl.int64) * (ROWS * B_ROW)
+    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    turn = tl.zeros((), dtype=tl.int32)
+    down = tl.zeros((), dtype=tl.int32)
+    right = tl.zeros((), dtype=tl.int32)
+    # One loop for all samples' turns: the loads run ahead from one sample to the next.
+    for _ in range(0, tl.minimum(CHUNK, B - i).to(tl.int32) * turns):
+        b_seen = (m < M)[:, None]
+        # As unsigned numbers those below 0 are large.
+        a_seen = (n < N)[None, :]
+        if PAD_H > 0:
+            a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
+        if PAD_W > 0:
+            a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
+        if not ROWS_FIT:
+            a_seen &= (row + down < OUT_H)[:, None]
+            b_seen &= (row + down < OUT_H)[None, :]
+        if OUT_W % COLUMNS != 0:
+            a_seen &= (column + right < OUT_W)[:, None]
+            b_seen &= (column + right < OUT_W)[None, :]
+        b_tile = tl.load(b_here + b_offsets, mask=b_seen, other=0.0)
+        a_tile = tl.load(a_here + a_offsets, mask=a_seen, other=0.0)
+        if INTERPRETED:  # it takes a bfloat16 for its bits
+            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
+        if PRECISION == "tf32":
+            a_tile, b_tile = _to_tf32(a_tile, INTERPRETED), _to_tf32(b_tile, INTERPRETED)
+        product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
+        if ACROSS == 1:
+            down += ROWS
+            a_here += ROWS * STRIDE_H * A_ROW
+            b_here += ROWS * B_ROW
         else:
-            total1 += weight * product
+            right += COLUMNS
+            row_ends = right >= OUT_W
+            back: tl.constexpr = ACROSS * COLUMNS
+            down = tl.where(row_ends, down + ROWS, down)
+            right = tl.where(row_ends, 0, right)
+            a_here += COLUMNS * STRIDE_W * A_COLUMN
+            b_here += COLUMNS * B_COLUMN
+            a_here += tl.where(row_ends, ROWS * STRIDE_H * A_ROW - back * STRIDE_W * A_COLUMN, 0)
+            b_here += tl.where(row_ends, ROWS * B_ROW - back * B_COLUMN, 0)
+        turn += 1
+        sample_ends = turn == turns
+        a_here += tl.where(sample_ends, a_next, 0)
+        b_here += tl.where(sample_ends, b_next, 0)
+        down = tl.where(sample_ends, 0, down)
+        turn = tl.where(sample_ends, 0, turn)
+        if sample_ends:
+            tl.store(sq_norms + row_of_norms + i, tl.sum(product * product))
+            weight = tl.load(weights + i)
+            # A whole product goes to one segment: 0 times an inf would be nan in the other.
+            if SEGMENTS == 2:
+                if tl.load(segments + i) == 1:
+                    total2 += weight * product
+                else:
+                    total1 += weight * product
+            else:
+                total1 += weight * product
+            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            i += 1
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     place = n if CHANNELS_FASTEST else channel * TAPS + tap
@@ -371,7 +385,7 @@ def tile_of(M: int, N: int, positions: tuple[int, int], *, exact: bool, wide: bo
     rows, columns = _positions(*positions, block_t)
     warps = 2 if wide and block_m < 64 and not exact else 4
     stages = EXACT_STAGES if exact else STAGES
-    return Tile(block_m, block_n, rows, columns, positions[0] % rows == 0, warps, stages)
+    return Tile(block_m, block_n, rows, columns, positions[0] % rows == 0 and positions[0] > 0, warps, stages)
 
 
 def _positions(height: int, width: int, most: int) -> tuple[int, int]:

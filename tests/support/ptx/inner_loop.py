@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 
 from gpu_binary import tool
@@ -22,33 +21,36 @@ _TENSOR = {"HMMA.1688.F32.TF32": 8, "HMMA.16816.F32": 8, "HMMA.16816.F32.BF16": 
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions of one warp's turn by name, and its tensor core's cycles."""
+    """What a warp issues in a turn, and besides at a sample's end; and its tensor core's cycles in a turn."""
 
-    instructions: Counter[str]
+    turn: int
+    sample_end: int
     tensor: int
-
-    @property
-    def issued(self) -> int:
-        return self.instructions.total()
 
 
 def inner_loop(cubin: bytes) -> Loop:
-    """Return the shortest loop that holds tensor core instructions."""
+    """Return the shortest loop that holds tensor core instructions; what a branch in it skips is the sample's end."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-    lines: list[tuple[str, str]] = []
+    names: list[str] = []
+    targets: dict[int, str] = {}
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := _LABEL.match(line):
-            labels[label[1]] = len(lines)
+            labels[label[1]] = len(names)
         elif found := _INSTRUCTION.search(line):
-            lines.append((found[1], found[2]))
-    loops = []
-    for end, (name, rest) in enumerate(lines):
-        target = re.search(r"L_x_\d+", rest)
-        if name.startswith("BRA") and target and labels.get(target[0], end + 1) <= end:
-            loops.append([name for name, _ in lines[labels[target[0]] : end + 1]])
-    inner = min((loop for loop in loops if any(name.startswith("HMMA") for name in loop)), key=len)
-    return Loop(Counter(inner), sum(_TENSOR[name] for name in inner if name.startswith("HMMA")))
+            if found[1].startswith("BRA") and (target := re.search(r"L_x_\d+", found[2])):
+                targets[len(names)] = target[0]
+            names.append(found[1])
+    jumps = {place: labels[name] for place, name in targets.items()}
+    loops = [(start, end) for end, start in jumps.items() if start <= end]
+    first, last = min(
+        (loop for loop in loops if any(n.startswith("HMMA") for n in names[loop[0] : loop[1] + 1])),
+        key=lambda loop: loop[1] - loop[0],
+    )
+    inside = names[first : last + 1]
+    skipped = max((to - place - 1 for place, to in jumps.items() if first <= place < to <= last), default=0)
+    tensor = sum(_TENSOR[name] for name in inside if name.startswith("HMMA"))
+    return Loop(len(inside) - skipped, skipped, tensor)
