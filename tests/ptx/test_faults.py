@@ -83,7 +83,7 @@ def test_every_barrier_and_wait_of_the_tf32_kernel_is_needed_or_explained() -> N
 def test_every_barrier_and_wait_is_needed_or_explained(dtype: torch.dtype, precision: str, last: bool) -> None:
     missed, count = unseen(dtype, precision, last)
     assert not missed
-    assert count >= 25
+    assert count >= 20
 
 
 # Each breaks a mask, a bound or an order of kernels/weight_grad.py.
