@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -22,19 +22,45 @@ from svag_fast.optim.two_batch import TwoBatchOptimizer, Work
 __all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
 
 
-def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor:
+@overload
+def svag_loss(loss1: Tensor, loss2: Tensor, l: float) -> Tensor: ...
+
+
+@overload
+def svag_loss(loss1: Tensor, loss2: float | None = None, l: float | None = None) -> Tensor: ...
+
+
+def svag_loss(loss1: Tensor, loss2: Tensor | float | None = None, l: float | None = None) -> Tensor:
     """Return ``c1*loss1 + c2*loss2``, whose gradient is SVAG's, for use with any optimizer at ``lr / l``.
 
-    The slow path that works everywhere: SVAG is linear in the loss. The value is not a loss to look at (c2 <= 0).
+        svag_loss(loss1, loss2, l)
+        svag_loss(losses, l)  # both batches in one pass: losses [2B]; BatchNorm by svag_fast.nn.pair_(model)
+
+    The path that works everywhere: SVAG is linear in the loss. The value is not a loss to look at (c2 <= 0), and G and
+    N are not known: :func:`svag_fast.pair_pass` gives them.
 
     Args:
-        loss1, loss2: scalar losses of two independent batches at the same parameters.
+        loss1, loss2: scalar losses of two independent batches at the same parameters. Or one vector [2B] of the losses
+            of both batches' samples, the first batch's first (``reduction="none"``): each batch's mean is taken.
         l: SVAG's hyperparameter, >= 1.
 
     Raises:
-        ValueError: ``l`` is out of range, or c1 is infinite in a loss's dtype.
+        TypeError: ``l`` is missing, or no number.
+        ValueError: ``l`` is out of range, the losses of both batches are no vector of even length, or c1 is infinite in
+            a loss's dtype.
     """
-    c1, c2 = svag_coefficients(l)
+    if not isinstance(loss2, Tensor) or l is None:
+        if (loss2 is None) == (l is None):
+            raise TypeError(
+                "svag_loss takes (loss1, loss2, l), or (losses, l) with the losses of both batches' samples"
+            )
+        l = loss2 if l is None else l  # type: ignore[assignment]
+        if loss1.dim() != 1 or len(loss1) % 2 or not len(loss1):
+            raise ValueError(
+                f"losses must be one for each sample of both batches, [2B] (reduction='none'), got {list(loss1.shape)}"
+            )
+        loss1, loss2 = loss1.reshape(2, -1).mean(1).unbind()
+    c1, c2 = svag_coefficients(l)  # type: ignore[arg-type]
     for name, loss in (("loss1", loss1), ("loss2", loss2)):
         if c1 > torch.finfo(loss.dtype).max:
             raise ValueError(f"Invalid l: {l} (c1 = {c1:.3g} is infinite in {loss.dtype}, the dtype of {name})")

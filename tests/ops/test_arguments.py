@@ -240,6 +240,34 @@ def test_the_losses_weights_are_finite_in_their_dtype() -> None:
     assert svag_loss(loss.double(), loss.double(), 1e300).isfinite()
 
 
+def test_svag_loss_of_both_batches_losses_is_that_of_their_means() -> None:
+    losses = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[:, 0]
+    losses.requires_grad_()
+    expected = svag_loss(losses[:3].mean(), losses[3:].mean(), 2.5)
+    for both in (svag_loss(losses, 2.5), svag_loss(losses, l=2.5), svag_loss(loss1=losses, l=2.5)):
+        assert torch.equal(both, expected)
+        weights = torch.autograd.grad(both, losses)[0]
+        c1, c2 = svag_coefficients(2.5)
+        torch.testing.assert_close(weights, torch.tensor([c1 / 3] * 3 + [c2 / 3] * 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(4),), TypeError, r"\(losses, l\)"),
+        ((torch.ones(5), 2), ValueError, r"got \[5\]"),
+        ((torch.ones(0), 2), ValueError, r"got \[0\]"),
+        ((torch.ones(()), 2), ValueError, r"got \[\]"),
+        ((torch.ones(4, 2), 2), ValueError, r"got \[4, 2\]"),
+        ((torch.ones(4), 0.5), ValueError, "0.5"),
+        ((torch.ones(4), torch.ones(4)), TypeError, "l"),
+    ],
+)
+def test_svag_loss_refuses_what_is_no_vector_of_both_batches(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        svag_loss(*arguments)
+
+
 @pytest.mark.parametrize("process", [processes.SVAG, processes.OneBatchSVAG])
 def test_a_process_is_refused_where_its_numbers_are_infinite(process: Any) -> None:
     problem = AffineProblem(1.0, 0.5, 0.0, 1.0, law=Gaussian())
