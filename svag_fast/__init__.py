@@ -20,6 +20,8 @@ _LAZY: dict[str, str] = {
     "SampleNorms": "svag_fast.sample_norms.context",
     "UnsupportedModule": "svag_fast.sample_norms.context",
     "by_vmap": "svag_fast.sample_norms.context",
+    "Independence": "svag_fast.nn.independence",
+    "check_independence": "svag_fast.nn.independence",
     "mean_standard_error": "svag_fast.noise.estimators",
     "SVAG": "svag_fast.optim.svag",
     "svag_loss": "svag_fast.optim.svag",
