@@ -25,6 +25,7 @@ _LAZY: dict[str, str] = {
     "mean_standard_error": "svag_fast.noise.estimators",
     "SVAG": "svag_fast.optim.svag",
     "svag_loss": "svag_fast.optim.svag",
+    "pair_pass": "svag_fast.nn.pair_pass",
     "per_sample_sq_norms": "svag_fast.sample_norms.context",
     "register_rule": "svag_fast.sample_norms.context",
     "StepStats": "svag_fast.ops.step",

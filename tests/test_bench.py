@@ -16,6 +16,7 @@ SMALLEST = {
     "test_sample_norms.py": "digits8-",
     "test_sde.py": "test_euler_maruyama or test_ngd_step",
     "test_step.py": "preresnet32 and not torch.compile",
+    "test_training_step.py": "digits and not 128",
     "test_two_batches.py": "8] and not 128]",
     "test_weight_grad.py": "2x2 or test_linear or 4x4-product or test_step_per_sample",
 }

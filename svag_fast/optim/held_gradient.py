@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class HeldGradient:
         self.stats: StepStats | None = None
         self.saw_grad_scaler = False
         self.warned = False
+        self.run: object = None
+        """What ``pair_pass`` keeps about the model."""
         self.clear()
 
     def clear(self) -> None:
@@ -35,6 +38,8 @@ class HeldGradient:
         """Group by group, beside its params; None where nothing is held."""
         self.unscaled = False
         """Whether a GradScaler's scale was taken out of both gradients already."""
+        self.paired = False
+        """Whether one backward pass made both gradients, so that nothing is left to backpropagate."""
         self._params: list[list[Tensor]] = []
         # How much more often each second gradient may be changed in place than its first; None where that says nothing.
         self._allowed: list[list[int | None]] = []
@@ -56,6 +61,24 @@ class HeldGradient:
             self._add(group["params"], pairs)
         if self.saw_grad_scaler:
             self._show_overflow()
+
+    def put(self, groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
+        """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
+
+        Args:
+            groups: the optimizer's.
+            first: a parameter's gradient, of its shape, in memory of its own.
+        """
+        self.clear()
+        self.paired = True
+        if self.saw_grad_scaler:
+            _mark_overflow(groups, first)
+        self.grads = [[first.get(p) for p in group["params"]] for group in groups]
+        self._params = [list(group["params"]) for group in groups]
+        self._allowed = [
+            [None if g is None or p.grad is None else p.grad._version - g._version for p, g in zip(*pair, strict=True)]
+            for pair in zip(self._params, self.grads, strict=True)
+        ]
 
     def take_group(self, params: list[Tensor]) -> None:
         """Take the gradients of a group that joins while the others' are held.
@@ -156,6 +179,16 @@ class HeldGradient:
         self._sentinel = p, sentinel, sentinel._version
         if allowed is not None:  # the second batch's gradient is added to it in place
             self._allowed[k][i] = sentinel._version + 1
+
+
+def _mark_overflow(groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
+    """Put a nan where a GradScaler looks, ``.grad``, if the first batch's gradients overflowed."""
+    overflow = [~g.isfinite().all() for g in first.values()]
+    shown = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if overflow and shown:
+        smallest = min(shown, key=Tensor.numel)
+        with torch.no_grad():
+            smallest.masked_fill_(torch.stack([o.to(smallest.device) for o in overflow]).any(), torch.nan)
 
 
 @functools.cache

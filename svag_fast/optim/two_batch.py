@@ -6,7 +6,7 @@ import itertools
 import numbers
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class Work(NamedTuple):
 
 _IMMUTABLE = frozenset({float, int, bool, str})
 _add_param_group = plain(Optimizer.add_param_group)
+_zero_grad = plain(Optimizer.zero_grad)
 
 
 class TwoBatchOptimizer(Optimizer):
@@ -49,7 +50,6 @@ class TwoBatchOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
     state_dict = outside_compiler(plain(Optimizer.state_dict))
-    zero_grad = outside_compiler(plain(Optimizer.zero_grad))
     torch_kin: loaded_state.TorchKin
     """The optimizer of torch.optim whose checkpoints are taken over."""
     state_names: frozenset[str]
@@ -186,9 +186,43 @@ class TwoBatchOptimizer(Optimizer):
         self._pair.take(self.param_groups)
 
     @outside_compiler
+    def hold_pair(self, first: Mapping[Tensor, Tensor]) -> None:
+        """Keep both batches' gradients where one backward pass made them: what :func:`svag_fast.pair_pass` ends with.
+
+        Then ``step()`` without a closure; clipping, unscaling and :meth:`discard_gradient` are as after
+        :meth:`hold_gradient` and a second backward pass.
+
+        Args:
+            first: the first batch's gradient of each parameter that has one, in memory of its own; the second batch's
+                are in ``.grad``. Replaces a pair that is held already.
+
+        Raises:
+            RuntimeError: a gradient is held by :meth:`hold_gradient`.
+            ValueError: a gradient isn't of its parameter's shape, or isn't of a parameter of this optimizer.
+        """
+        if self._pair.grads is not None and not self._pair.paired:
+            raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
+        known = {p for group in self.param_groups for p in group["params"]}
+        for p, g in first.items():
+            if p not in known or g.shape != p.shape:
+                what = "a parameter that is not the optimizer's" if p not in known else f"a parameter {list(p.shape)}"
+                raise ValueError(f"first has a gradient {list(g.shape)} of {what}")
+        self._pair.put(self.param_groups, first)
+
+    @outside_compiler
     def discard_gradient(self) -> None:
         """Forget the held gradient, if any."""
         self._pair.clear()
+
+    @outside_compiler
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients: as in torch.optim; where a pair is held, both.
+
+        A gradient held by :meth:`hold_gradient` stays: the second batch's is to come.
+        """
+        _zero_grad(self, set_to_none)
+        if self._pair.paired:
+            self._pair.clear()
 
     @outside_compiler
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -265,7 +299,7 @@ class TwoBatchOptimizer(Optimizer):
 
         Raises:
             RuntimeError: ``l > 1`` and no gradient is held; one is held and the second batch has none; the second
-                alone was clipped; a gradient is sparse.
+                alone was clipped; a gradient is sparse; a closure is given where ``pair_pass`` made both gradients.
             ValueError, TypeError: an option of a group, or a gradient, is out of range, and which.
 
             In each case nothing was written, in no group.
@@ -273,6 +307,11 @@ class TwoBatchOptimizer(Optimizer):
         value, holds = None, False
         try:
             if closure is not None:
+                if self._pair.paired:
+                    raise RuntimeError(
+                        "pair_pass has made both batches' gradients: call step() without a closure, or "
+                        "discard_gradient() first"
+                    )
                 self._checked_options()
                 holds = self._pair.grads is None and self.l != 1
                 with torch.enable_grad():
