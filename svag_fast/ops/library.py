@@ -13,7 +13,7 @@ _LIBRARY = torch.library.Library("svag_fast", "DEF")  # type: ignore[no-untyped-
 def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register ``svag_fast::<schema>`` and return the callable op.
 
-    ``Library.define`` and ``impl`` rather than ``custom_op``: the call costs a seventh (see docs/decisions.md).
+    ``Library.define`` and ``impl`` rather than ``custom_op``: the call costs a seventh.
 
     Args:
         schema: name, arguments and result; mutated tensors are marked as in ``Tensor(a!)[] params``.
