@@ -1,0 +1,55 @@
+"""Short sentences and plain words: in README, CONTRIBUTING and docs, and in what the package says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from sentences import LONG, pages, prose, sentences
+
+ROOT = Path(__file__).resolve().parents[1]
+MEAN, LONG_PART = 17, 0.08  # words a sentence; the part of the sentences that may be longer than LONG words
+# Old-fashioned, or one more meaning for a word that has one.
+WORDS_TO_LEAVE = re.compile(
+    r"\b(foretells?|foretold|lies?|lay|lying|h[eo]lds? (?:to|against)|anew|manners?|kin|(?:goes|go|went|gone|going) on"
+    r"|stands? for|can(?:'t|not) be had)\b",
+    re.I,
+)
+
+
+def within_limits(lengths: list[int]) -> bool:
+    return sum(lengths) <= MEAN * len(lengths) and sum(n > LONG for n in lengths) <= LONG_PART * len(lengths)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_pages_sentences_are_short(page: Path) -> None:
+    lengths = sentences(page.read_text())
+    assert lengths
+    assert within_limits(lengths), f"{sum(lengths) / len(lengths):.1f} words a sentence, the longest has {max(lengths)}"
+
+
+def test_long_sentences_are_counted_as_such() -> None:
+    short, long = "Three short words. ", "word " * (LONG + 1) + "end. "
+    assert sentences(short * 9 + long) == [3] * 9 + [LONG + 2]
+    assert within_limits(sentences(short * 12 + long))
+    assert not within_limits(sentences(short * 10 + long))  # too many of them are long
+    assert not within_limits([MEAN + 1])
+    assert sentences("# No heading\n\n| no | table |\n\n```\nno code\n```\n\n- An item counts.\n") == [3]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_pages_words_are_plain(page: Path) -> None:
+    assert [found[0] for block in prose(page.read_text()) for found in WORDS_TO_LEAVE.finditer(block)] == []
+
+
+def test_what_the_package_says_is_plain() -> None:
+    """Docstrings, help texts and messages: every text in the source but the comments."""
+    said = []
+    for path in sorted([*(ROOT / "svag_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = " ".join(node.value.split())
+                said += [f"{path.name}:{node.lineno}: {found[0]}" for found in WORDS_TO_LEAVE.finditer(text)]
+    assert not said, "\n".join(said)
