@@ -4,7 +4,7 @@
 #   install   svag_fast itself, editable, compiled with build isolation
 #   peers     what the benches run beside svag_fast, pinned in bench.txt
 # VENV/.packages, .installed and .peers say that a step is finished; VENV.unfinished, that the packages were begun.
-# A step that failed or was killed is begun anew: nothing half-made is used.
+# A step that failed or was killed starts from its beginning: nothing half-made is used.
 set -eu
 step=$1
 venv=$2
@@ -52,7 +52,7 @@ packages() {
 
 install() {
     rm -f "$venv/.installed"
-    # The build's own environment is held to the pins as well: older pips read the one, newer ones the other.
+    # The build's own environment follows the pins as well: older pips read the one, newer ones the other.
     PIP_CONSTRAINT=$here/dev.txt PIP_BUILD_CONSTRAINT=$here/dev.txt \
         "$venv/bin/python" -m pip install --disable-pip-version-check --editable '.[test,lint]'
     touch "$venv/.installed"

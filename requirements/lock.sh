@@ -1,5 +1,5 @@
 #!/bin/sh
-# lock.sh: pin anew what the Makefile installs, after a dependency in pyproject.toml changed (needs uv).
+# lock.sh: pin again what the Makefile installs, after a dependency in pyproject.toml changed (needs uv).
 #   dev.txt    to run, develop and test svag_fast
 #   bench.txt  the peers of `make bench` besides
 # For Python 3.10 and newer. torch pins its own CUDA libraries, and its CPU builds have none: they are left out.

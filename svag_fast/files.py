@@ -17,7 +17,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a new binary file that takes the place of ``path`` when the block ends, in one step and flushed to disk.
 
     A block that raises, a full disk, or a process that is killed in the middle leaves ``path`` as it was. The
-    temporary file lies in the same folder, its name starts with a dot and ends in ``.tmp``.
+    temporary file is in the same folder, its name starts with a dot and ends in ``.tmp``.
 
     >>> with replace_file("summary.json") as file:  # doctest: +SKIP
     ...     file.write(b"{}")

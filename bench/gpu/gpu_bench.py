@@ -53,7 +53,7 @@ TINY_LAYERS = {"4-8, 6x6": (4, 8, 6, 3)}
 
 
 def rates(report: Report, tiny: bool) -> None:
-    """This device's copy and matrix rates, which everything after is held against."""
+    """This device's copy and matrix rates, with which everything after is compared."""
     source = torch.randn(1 << (16 if tiny else 28), device=report.device)
     target = torch.empty_like(source)
     row = report.time("peak", "copy", lambda: target.copy_(source), moved=8 * source.numel())

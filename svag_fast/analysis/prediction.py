@@ -135,7 +135,7 @@ class Prediction:
         return low * self.baseline.batch_size, high * self.baseline.batch_size
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values for JSON, with B*, its interval and the words; None stands for no upper limit."""
+        """Return it as plain values for JSON, with B*, its interval and the words; None means no upper limit."""
         star = self.batch_size()
         return {
             **asdict(self),
@@ -217,7 +217,7 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
     if not series:
         raise ValueError("series is empty: at least one run is needed")
     if not 0 < last <= 1:
-        raise ValueError(f"last must lie in (0, 1], got {last}")
+        raise ValueError(f"last must be in (0, 1], got {last}")
     first = series[0]
     name = ", ".join(s.name for s in series)
     if len({(s.batch_size, s.weight_decay, s.population, s.weight_sq_norm is None) for s in series}) != 1:

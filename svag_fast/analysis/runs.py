@@ -1,4 +1,4 @@
-"""The runs that lie in one folder, read back: settings and measured series, finished or still growing."""
+"""The runs of one folder, read back: settings and measured series, finished or still growing."""
 
 from __future__ import annotations
 

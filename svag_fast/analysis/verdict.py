@@ -1,6 +1,6 @@
 """Does SGD match its SDE limit, has SVAG converged to it, and do batch sizes share it? Three answers, by a margin.
 
-A distance *matches* where its interval lies inside the margin, *departs* where it lies outside, and is *open* else.
+A distance *matches* where its interval is inside the margin, *departs* where it is outside, and is *open* else.
 docs/verdict.md explains the method, states the level of each answer and gives its measured error rates.
 """
 
@@ -27,7 +27,7 @@ _MOST_SEEDS = 100_000  # a number beyond it settles nothing in practice
 
 @dataclass(frozen=True)
 class Decision:
-    """A distance held against a margin, all in the metric's units.
+    """A distance compared with a margin, all in the metric's units.
 
     ``seeds_needed``: runs for each l with which the interval would be short enough to settle an open question, if the
     estimates stay as they are; None where it is settled, or where no number of seeds would do, since the distance is
@@ -151,7 +151,7 @@ class SharedLimit:
     ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
     ``noise_ratio`` is its noise over what the reference's and 1/B make of it: 1 for independent draws, below it where
     images of a batch are distinct, and then not even the two SDEs are quite the same. ``elsewhere`` names the parts
-    that lie at other times of the SDE than the reference's, and are not compared.
+    that are at other times of the SDE than the reference's, and are not compared.
     """
 
     batch_size: int
@@ -183,7 +183,7 @@ def judge(
         KeyError: The runs have no such metric.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     chosen = choose_margins(metrics, margins or {})
     return [
         _judge_batch_size(batch_size, lr, group, chosen, confidence)
@@ -238,7 +238,7 @@ def _judge_batch_size(
     diverged = {l: tuple(run.diverged_at for run in g if run.diverged_at is not None) for l, g in groups.items()}
     ended = {l: [run for run in group if run.finished and run.diverged_at is None] for l, group in groups.items()}
     # Survivors' means are no means: an l with a diverged run is left out, and so is every smaller one but SGD, which
-    # is then only held against the limit.
+    # is then only compared with the limit.
     worst = max((l for l, at in diverged.items() if at and l > 1), default=0.0)
     usable = {l: group for l, group in ended.items() if group and not diverged[l] and (l == 1 or l > worst)}
     lost = _lost(groups, diverged, worst)
@@ -354,7 +354,7 @@ def same_sde(a: Verdict, b: Verdict) -> bool:
 
 
 def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
-    """Whether a part lies at the same times of the SDE, but for whole steps; one that only one of them has doesn't."""
+    """Whether a part is at the same times of the SDE, but for whole steps; one that only one of them has doesn't."""
     if part not in reference.times:
         return not reference.times  # it has no usable runs, and no limit
     room = SAME * max(verdict.times[END]) + max(verdict.lr, reference.lr)

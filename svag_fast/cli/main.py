@@ -14,7 +14,7 @@ from svag_fast import __version__
 # command -> (module:attribute, the line that `svag-fast --help` shows)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("svag_fast.cli.run:run", "Train with SGD and SVAG: does SVAG converge, does SGD match its limit?"),
-    "report": ("svag_fast.cli.report:report", "Judge a folder of runs anew: matches, departs or open."),
+    "report": ("svag_fast.cli.report:report", "Judge a folder of runs: matches, departs or open."),
     "predict": ("svag_fast.cli.predict:predict", "Predict from a baseline run where linear scaling fails."),
     "verify": ("svag_fast.cli.verify:verify", "Check the paper's theorems by closed form and simulation."),
     "info": ("svag_fast.cli.info:main", "Print versions, processor, devices and backends."),
@@ -31,7 +31,7 @@ class LazyCommand(click.RichCommand):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Parse `args` by the real command, which click goes on with."""
+        """Parse `args` by the real command, with which click continues."""
         module, attribute = self.target.split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command.make_context(info_name, args, parent, **extra)

@@ -34,7 +34,7 @@ def save(report: Report, folder: Path) -> None:
 @margin_option
 @click.option("--confidence", default=0.95, show_default=True, help="Of the intervals that the answers rest on.")
 def report(folder: Path, metrics: Sequence[str], margins: dict[str, Margin], confidence: float) -> None:
-    """Judge the runs in FOLDER anew: does SGD match its limit, has SVAG converged, do batch sizes share the limit?
+    """Judge the runs in FOLDER: does SGD match its limit, has SVAG converged, do batch sizes share the limit?
 
     Prints a table and the verdict, and writes summary.json and convergence.png. Exit status 3: every run diverged.
     """

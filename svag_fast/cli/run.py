@@ -157,7 +157,7 @@ def _number(text: str) -> int | float:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the experiment in --out, or start it where there is none yet; without --out: the newest in runs.",
+    help="Continue the experiment in --out, or start it where there is none yet. Without --out: the newest in runs.",
 )
 @click.option("--checkpoint-seconds", type=float, default=5.0, show_default=True, help="Save this often.")
 @metric_option
@@ -176,13 +176,13 @@ def run(
 ) -> None:
     """Train with SGD and SVAG: does SVAG converge, and does SGD match its limit?
 
-    Without options: the paper's Figure 4 in small, on scikit-learn's digits: batch size 8, and 128 by the linear
-    scaling rule, l = 1, 2, 4, 8 with three seeds, in a few minutes on two cores.
+    Without options this is the paper's Figure 4 in small, on scikit-learn's digits. Batch sizes are 8, and 128 by the
+    linear scaling rule. l is 1, 2, 4 and 8, with three seeds. It takes a few minutes on two cores.
 
-    Each run writes its config, metrics and checkpoint into a folder of its own; the experiment's folder gets
-    summary.json and convergence.png. Interrupted at any moment, it goes on with --resume; with --resume and --out
-    from the first, one command line serves a job that a batch system starts again. Exit status 3: every run diverged,
-    so that there is no verdict.
+    Each run writes its config, metrics and checkpoint into a folder of its own. The experiment's folder gets
+    summary.json and convergence.png. After any interruption, --resume continues. With --resume and --out from the
+    first, one command line serves a job that a batch system starts again. Exit status 3: every run diverged, so there
+    is no verdict.
     """
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
@@ -195,7 +195,7 @@ def run(
         else:
             config = ExperimentConfig.from_dict(_from_file(file) | given)
             out = out or _free_folder(Path("runs", config.dataset))
-        start_fork_server()  # its imports and ours go on side by side
+        start_fork_server()  # its imports and ours run side by side
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("--tensorboard needs a package that is not there: pip install tensorboard")
         check_range("jobs", jobs or 1)
@@ -218,7 +218,7 @@ def run(
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
-        raise click.ClickException(f"{error}. Go on with: svag-fast run --resume --out {out}") from error
+        raise click.ClickException(f"{error}. Continue with: svag-fast run --resume --out {out}") from error
     except (ExperimentError, OSError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -290,7 +290,7 @@ class ExperimentConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExperimentConfig:
-        """Build from plain values; a single number stands for a list of one.
+        """Build from plain values; a single number means a list of one.
 
         Raises:
             ConfigError: an unknown key, or a value out of range.

@@ -40,7 +40,7 @@ PRELOADED = [
 
 
 class ExperimentError(RuntimeError):
-    """The experiment can't go on; the message says what to do."""
+    """The experiment can't continue; the message says what to do."""
 
 
 class ExperimentInterruptedError(ExperimentError):
@@ -63,16 +63,16 @@ class _Worker:
 def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None:
     """Make `out` the folder of the experiment that `config` describes or, with `resume`, check that it is.
 
-    With `resume` too a folder that is missing or empty is made: one command line starts a job and goes on with it.
+    With `resume` too a folder that is missing or empty is made: one command line starts a job and continues it.
 
     Raises:
         ExperimentError: without `resume`, it holds something already; with it, another experiment, none, or runs that
-            can't be gone on with or reported beside its own.
+            can't be continued or reported beside its own.
         OSError: it can't be written.
     """
     if holds_something(out):
         if not resume:
-            raise ExperimentError(f"{out} is not empty: --resume goes on with it, and --out chooses another folder.")
+            raise ExperimentError(f"{out} is not empty: --resume continues it, and --out chooses another folder.")
         theirs, ours = read_experiment(out).to_dict(), config.to_dict()
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
@@ -101,7 +101,7 @@ def _check_runs(out: Path, config: ExperimentConfig) -> None:
         try:
             read_state(out / run.name / "checkpoint.pt", run)
         except CheckpointError as error:
-            raise ExperimentError(f"run {run.name} can't go on: {error}") from error
+            raise ExperimentError(f"run {run.name} can't continue: {error}") from error
     names = {run.name for run in ours}
     others = [book.parent for book in sorted(out.glob("*/config.json")) if book.parent.name not in names]
     try:
@@ -162,7 +162,7 @@ def run_experiment(
         console: where the progress goes.
         checkpoint_seconds: see `svag_fast.experiments.training.train`.
         tensorboard: see there.
-        on_run_end: called after each run, while the others go on.
+        on_run_end: called after each run, while the others run.
 
     Raises:
         ConfigError: jobs or checkpoint_seconds is out of range.
@@ -242,7 +242,7 @@ def _commit() -> str | None:
 
 
 def start_fork_server() -> multiprocessing.context.ForkServerContext:
-    """Start the process that workers are forked from; it does its imports while the caller goes on.
+    """Start the process that workers are forked from; it does its imports while the caller continues.
 
     It and its workers are deaf to Ctrl-C and to the terminal's end: their parent stops them.
     """

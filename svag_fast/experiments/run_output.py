@@ -61,7 +61,7 @@ def repair(folder: Path, identity: dict[str, Any], provenance: dict[str, Any], r
 class Events:
     """TensorBoard events of all rows; those that an interrupted process wrote are purged and written again.
 
-    They stand at effective steps, so that runs of different l lie over each other; the run's config are its hparams.
+    They are at effective steps, so that runs of different l cover each other; the run's config are its hparams.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:

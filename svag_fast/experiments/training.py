@@ -33,7 +33,7 @@ EVALUATION_BATCH = 128
 class Training:
     """A run in progress: the net, the optimizer, the two batch streams, and the rows of metrics so far.
 
-    Everything that decides what comes next is in `state`, so a run that goes on from a checkpoint is bit for bit the
+    Everything that decides what comes next is in `state`, so a run that continues from a checkpoint is bit for bit the
     one that was never interrupted.
 
     Args:
@@ -185,7 +185,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` gave.
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.

@@ -103,7 +103,7 @@ def from_two_batches_of_samples(
     """G, N_B and Tr Σ₁ from two independent batches of B whose per-sample squared norms are known too.
 
     N_B and Tr Σ₁ are the means of the batches' own (`from_sample_norms`). G is the mean of ⟨g_i, g_j⟩ over all pairs
-    of the 2B samples: B of 2B − 1 pairs lie across the batches, G = (B ⟨g1, g2⟩ + (B − 1)(G1 + G2)/2)/(2B − 1).
+    of the 2B samples: B of 2B − 1 pairs are across the batches, G = (B ⟨g1, g2⟩ + (B − 1)(G1 + G2)/2)/(2B − 1).
 
     Args:
         sq_norms: [2B], of each sample's own gradient: the first batch's, then the second's. B >= 2.
@@ -351,7 +351,7 @@ class RunningMean:
         return {name: _copy(getattr(self, "_" + name)) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        """Continue from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a state_dict() of a RunningMean, got {type(state).__name__}")
         if set(state) != set(_STATE):
@@ -466,7 +466,7 @@ def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -
         return None
     factor = noise_factor(batch_size, population)
     if factor == 0:
-        raise ValueError("a batch of the whole population has no noise: Tr Σ₁ can't be had from it")
+        raise ValueError("a batch of the whole population has no noise: it can't give Tr Σ₁")
     return noise * (batch_size / factor)
 
 

@@ -121,7 +121,7 @@ class RunningNoise:
         """
         factor = noise_factor(batch_size, population)
         if factor == 0:
-            raise ValueError("a batch of the whole population has no noise: B_simple can't be had from it")
+            raise ValueError("a batch of the whole population has no noise: it can't give B_simple")
         mean, error, effective = self.nsr
         return MeanError(mean * batch_size / factor, error * batch_size / factor, effective)
 
@@ -133,7 +133,7 @@ class RunningNoise:
         return {**means, "co_scatter": self._co_scatter, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        """Continue from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
         state = {"one_batch": 0, **state}  # before it was counted
         entries = {*_SERIES, "co_scatter", "skipped", "one_batch"}
         if set(state) != entries:

@@ -200,7 +200,7 @@ class ReadyAdaptiveStep:
         return cls(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, options, step)
 
     def spans(self, of: str) -> Spans:
-        """Return where the written tensors and each batch's gradients lie; ``of`` ends their names."""
+        """Return where the written tensors and each batch's gradients are; ``of`` ends their names."""
         return _spans(self.params, self.grads1, self.grads2, self.exp_avgs, self.exp_avg_sqs, of)
 
     def __call__(self, skip_nonfinite: bool) -> Tensor:

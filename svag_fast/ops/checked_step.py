@@ -60,7 +60,7 @@ class CheckedStep:
         return cls(step, (params, grads1, grads2, momentum_buffers), options)
 
     def spans(self, of: str) -> Spans:
-        """Return where the written tensors and each batch's gradients lie; ``of`` ends their names."""
+        """Return where the written tensors and each batch's gradients are; ``of`` ends their names."""
         params, grads1, grads2, momentum_buffers = self._tensors
         return step_spans(params, grads1, grads2, None, momentum_buffers, of)
 

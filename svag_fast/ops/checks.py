@@ -94,14 +94,14 @@ def check_representable(dtype: torch.dtype, what: str, lr: float, l: float, weig
 
 
 def tensor(name: str, value: Any, *, written: bool = False) -> Tensor:
-    """Return ``value``, refused where it isn't a tensor, or one whose values lie in others; see :func:`tensors`."""
+    """Return ``value``, refused where it isn't a tensor, or one whose values are in others; see :func:`tensors`."""
     if type(value) is Tensor or type(value) is torch.nn.Parameter:
         if value.is_nested:
             raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
     elif is_traceable_wrapper_subclass(value):  # type: ignore[unreachable]
-        raise TypeError(f"{name} is a {type(value).__name__}, whose values lie in other tensors: expected a plain one")
+        raise TypeError(f"{name} is a {type(value).__name__}, whose values are in other tensors: expected a plain one")
     if not torch.compiler.is_compiling():  # what is traced has no memory yet; see `address`
         if written:
             check_bits(value, name)

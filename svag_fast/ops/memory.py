@@ -1,6 +1,6 @@
 """From a tensor to the address of its values: every address that a compiled kernel is given is taken here.
 
-A tensor's address need not hold its values: the negative bit says that they are the opposite of what lies there, a
+A tensor's address need not hold its values: the negative bit says that they are the opposite of what is there, a
 storage may have been freed (FSDP does so between uses), a meta or fake tensor never had one. What is only read is
 copied where that helps (:func:`resolved`); the rest is refused, before any kernel runs.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Below lie null plus any tensor's offset in its storage, and the heap of few programs.
+# Below are null plus any tensor's offset in its storage, and the heap of few programs.
 _SOMEWHERE_LOW = 1 << 40
 
 
@@ -32,10 +32,10 @@ def resolved(tensor: Tensor) -> Tensor:
 
 
 def address(tensor: Tensor, name: str) -> int:
-    """Return where the tensor's values lie.
+    """Return where the tensor's values are.
 
     Raises:
-        ValueError: they lie nowhere, or what lies there is not the values; it names the tensor.
+        ValueError: they are nowhere, or what is there is not the values; it names the tensor.
     """
     if not has_memory(tensor):
         raise ValueError(f"{name} is on meta or fake, so it has no values: expected a tensor with memory")
@@ -56,7 +56,7 @@ def check_allocated(tensor: Tensor, name: str) -> None:
 
 
 def check_bits(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor that is the negative of what lies in memory, where it can't be copied."""
+    """Refuse a tensor that is the negative of what is in memory, where it can't be copied."""
     if tensor.is_conj():
         raise TypeError(f"{name} is a conjugated view of {tensor.dtype}: expected real numbers")
     if tensor.is_neg():
@@ -67,12 +67,12 @@ def check_bits(tensor: Tensor, name: str) -> None:
 
 
 def addresses(tensors: Sequence[Tensor], name: str) -> list[int]:
-    """Return where each tensor's values lie; see :func:`address`."""
+    """Return where each tensor's values are; see :func:`address`."""
     return [address(t, f"{name}[{i}]") for i, t in enumerate(tensors)]
 
 
 class Span(NamedTuple):
-    """The memory that a tensor lies in."""
+    """The memory that a tensor takes."""
 
     start: int
     end: int
@@ -84,7 +84,7 @@ Spans = tuple[list[Span], list[Span], list[Span]]  # of what a step writes, and 
 
 
 def spans(tensors: Iterable[Tensor], name: str, of: str = "") -> list[Span]:
-    """Return where each tensor lies, of those that lie anywhere, with its name, which ``of`` ends."""
+    """Return where each tensor is, of those that have memory, with its name, which ``of`` ends."""
     return [
         Span(start := t.data_ptr(), start + (t.nbytes if t.is_contiguous() else _extent(t)), f"{name}[{i}]{of}", t)
         for i, t in enumerate(tensors)

@@ -220,7 +220,7 @@ class ReadyStep:
         return cls(params, grads1, grads2, compensation or [], momentum_buffers or [], options, coefficients, step)
 
     def spans(self, of: str) -> Spans:
-        """Return where the written tensors and each batch's gradients lie; ``of`` ends their names."""
+        """Return where the written tensors and each batch's gradients are; ``of`` ends their names."""
         return step_spans(self.params, self.grads1, self.grads2, self.compensation, self.momentum_buffers, of)
 
     def __call__(self, skip_nonfinite: bool) -> Tensor:
@@ -313,7 +313,7 @@ def step_spans(
     momentum_buffers: Sequence[Tensor] | None,
     of: str = "",
 ) -> Spans:
-    """Return where a step's tensors lie."""
+    """Return where a step's tensors are."""
     return (
         [
             *spans(params, "params", of),

@@ -227,7 +227,7 @@ def _owned(p: Tensor) -> bool:
 
 
 def _shares_memory(g: Tensor) -> bool:
-    """Whether other tensors may lie in the gradient's memory."""
+    """Whether other tensors may be in the gradient's memory."""
     if not _is_plain(g):
         return True
     storage = g.untyped_storage()

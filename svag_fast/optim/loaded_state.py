@@ -29,7 +29,7 @@ class TorchKin(NamedTuple):
 
 
 def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return the state to load, with torch's own kin's converted.
+    """Return the state to load, with that of torch's own optimizer converted.
 
     Raises:
         ValueError, TypeError: it is another optimizer's, or a value in it is out of range, and which.

@@ -1,4 +1,4 @@
-"""The SVAG optimizer: two independent batches a step, in torch.optim's manners (paper, equation 5)."""
+"""The SVAG optimizer: two independent batches a step, with torch.optim's interface (paper, equation 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SVAG and its adaptive kin share: an optimizer whose step combines the gradients of two batches."""
+"""What SVAG and its adaptive variants share: an optimizer whose step combines the gradients of two batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Work(NamedTuple):
     """A part of a step, checked and ready to be taken."""
 
     step: Any
-    """Takes it, called with ``skip_nonfinite``, and returns StepStats.raw; ``spans`` says where its tensors lie."""
+    """Takes it, called with ``skip_nonfinite``, and returns StepStats.raw; ``spans`` says where its tensors are."""
     keep: Callable[[Tensor, bool], None] | None
     """Keeps the state that the step has used, called with what it returned and ``skip_nonfinite``."""
     moves: bool = True
@@ -43,7 +43,7 @@ _zero_grad = plain(Optimizer.zero_grad)
 
 
 class TwoBatchOptimizer(Optimizer):
-    """An optimizer whose step combines the gradients of two batches: what SVAG and its adaptive kin share.
+    """An optimizer whose step combines the gradients of two batches: what SVAG and its adaptive variants share.
 
     A subclass says in :meth:`_work` how one group's tensors on one device are updated.
     """
@@ -424,7 +424,7 @@ class TwoBatchOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; a gradient held meanwhile is forgotten.
 
-        The state of torch's own kin (SGD for SVAG, Adam and RMSprop at ``l = 1`` for theirs) is taken over where it
+        The state of torch's own optimizer (SGD for SVAG; at ``l = 1`` Adam and RMSprop) is taken over where it
         has no more options switched on; ``l`` and the other options that it lacks stay as they are.
 
         Raises:

@@ -249,7 +249,7 @@ def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: M
 
 
 def _shown_parts(verdict: Verdict, metric: str) -> Mapping[str, Cell]:
-    """The phases; or the end, where there is no phase (it lies on the last phase's points otherwise)."""
+    """The phases; or the end, where there is no phase (it is on the last phase's points otherwise)."""
     cells = verdict.cells[metric]
     return {part: cell for part, cell in cells.items() if part != END} or cells
 

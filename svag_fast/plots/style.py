@@ -94,7 +94,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, by the Agg renderer whatever the user's backend; ``path`` is replaced in one step.
 
     Raises:
-        OSError: The folder is missing or not writable, or the disk is full; what lay at ``path`` is still there.
+        OSError: The folder is missing or not writable, or the disk is full; what was at ``path`` is still there.
     """
     with replace_file(path) as file:
         figure.savefig(file, format="png", backend="agg")

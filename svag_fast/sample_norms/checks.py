@@ -1,4 +1,4 @@
-"""Rules held against the gradient that autograd delivers: once for each layer, always where it is asked for."""
+"""Rules compared with the gradient that autograd delivers: once for each layer, always where it is asked for."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class _Dispatch:
 
 
 _DISPATCHES: dict[type[nn.Module], _Dispatch] = {}
-_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {}  # what each replaced forward stands for
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {}  # each replaced forward -> the plain one
 
 
 def plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ def _take_back(dispatch: _Dispatch, key: int) -> None:
             return
         del _DISPATCHES[dispatch.kind]
         if dispatch.kind.__dict__.get("forward") is not dispatch.forward:
-            return  # somebody else's patch lies on top; without served modules ours does nothing
+            return  # somebody else's patch is on top; without served modules ours does nothing
         if dispatch.own is None:
             del dispatch.kind.forward
         else:

@@ -1,4 +1,4 @@
-"""Whether the samples come first: rows held against each other, and modules that take the samples second."""
+"""Whether the samples come first: rows compared with each other, and modules that take the samples second."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_rows(calls: list[LayerCall], outputs: list[Tensor], batch_size: int) -
                     f"{name} depends on other rows of {source}'s output than that one: its rows are not the "
                     f"{batch_size} samples (positions first, as with batch_first=False; tokens gathered), or the model "
                     "mixes the samples, which then have no gradients of their own. Give the model, and every layer, "
-                    "the samples first; where as many positions as samples lie first in an output on purpose, begin "
+                    "the samples first; where as many positions as samples come first in an output on purpose, begin "
                     "with another number of samples; for a model that mixes samples use "
                     "svag_fast.noise.estimators.from_two_batches"
                 )

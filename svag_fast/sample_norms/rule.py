@@ -115,7 +115,7 @@ class Scope:
         return alias
 
     def to_check(self, name: str, like: Tensor) -> bool:
-        """Whether the gradient of the module's parameter is to be held against the samples' own in this use."""
+        """Whether the gradient of the module's parameter is to be compared with the samples' own in this use."""
         return (self.check or (name, like.dtype, like.is_cuda) not in self.known.checked) and has_memory(like)
 
     def checked(self, name: str, like: Tensor) -> None:

@@ -218,7 +218,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entered = True
 
     def sleep(self) -> None:
-        """Ask for nothing more: following costs time in each op. Where another mode lies on top it stays, idle."""
+        """Ask for nothing more: following costs time in each op. Where another mode is on top it stays, idle."""
         self.asleep = True
         if _get_current_dispatch_mode() is self:
             self.end()

@@ -22,7 +22,7 @@ from svag_fast.ops.memory import has_memory
 
 # Forms the per-sample gradients [b, *shape] of the samples in a slice.
 SampleGrads: TypeAlias = Callable[[slice], Tensor]
-# Rows of a parameter's first dimension; None stands for all. Different parts of one parameter must not overlap.
+# Rows of a parameter's first dimension; None means all. Different parts of one parameter must not overlap.
 Part: TypeAlias = tuple[int, int] | None
 
 # Elements of the per-sample gradients that are held at a time where they have to be formed: 16 MiB in float32.

@@ -131,7 +131,7 @@ def require_whole(name: str, value: float) -> int:
 def quantile(confidence: float, degrees_of_freedom: float | None = None) -> float:
     """Return how many standard errors the central interval of ``confidence`` reaches to either side."""
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     from scipy import stats  # here: the others of this module do without, and importing it takes time
 
     tail = 0.5 - confidence / 2

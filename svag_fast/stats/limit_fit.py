@@ -3,7 +3,7 @@
 Weak convergence (Theorem 4.3) gives the mean of a smooth statistic as m(l) = m_inf + a/l + O(1/l²). Everything here is
 a fixed linear contrast of the means over runs, with each l's own variance (Welch) and Satterthwaite's degrees of
 freedom. docs/verdict.md says why, and how often the intervals hold the truth. All functions work on whole arrays of
-data sets at once: `...` stands for any leading axes, and the last axis is l, ascending.
+data sets at once: `...` means any leading axes, and the last axis is l, ascending.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def fit_limit(ls: Array, means: Array, variances: Array, counts: Array, margin: 
     """Fit the limit, by as many l as 1/l describes.
 
     Lack of fit is tested over all l; where it is found, over all but the least, and so on. The fit then takes one l
-    fewer than were tested: so SGD helps to show that 1/l holds, and is not part of the limit that it is held against.
+    fewer than were tested: so SGD helps to show that 1/l holds, and is not part of the limit that it is compared with.
 
     Args:
         ls: [K] at least two values of l, ascending.
@@ -93,7 +93,7 @@ def fit_limit(ls: Array, means: Array, variances: Array, counts: Array, margin: 
     count = len(ls)
     if count < 2 or (np.diff(ls) <= 0).any() or (counts < 2).any():
         raise ValueError(f"at least two ascending l with two runs each are needed, got l = {ls}, runs = {counts}")
-    # Candidate j is the fit where the l from j on showed no lack of fit; the last stands for none.
+    # Candidate j is the fit where the l from j on showed no lack of fit; the last means none.
     firsts = [j + 1 for j in range(count - 2)] + [count - 2]
     candidate = np.full(means.shape[:-1], len(firsts) - 1)
     for j in reversed(range(count - 2)):
@@ -148,13 +148,13 @@ def lack_of_fit(ls: Array, means: Array, variances: Array, counts: Array) -> Arr
 
 
 def within(ends: tuple[Array, Array], margin: Array | float) -> NDArray[np.bool_]:
-    """Whether intervals lie inside ± ``margin``: the distance matches."""
+    """Whether intervals are inside ± ``margin``: the distance matches."""
     low, high = ends
     return np.asarray((-margin < low) & (high < margin))
 
 
 def outside(ends: tuple[Array, Array], margin: Array | float) -> NDArray[np.bool_]:
-    """Whether intervals lie beyond ± ``margin``, to one side: the distance departs."""
+    """Whether intervals are beyond ± ``margin``, to one side: the distance departs."""
     low, high = ends
     return np.asarray((low > margin) | (high < -margin))
 

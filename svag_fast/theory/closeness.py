@@ -98,7 +98,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Closeness:
-    """Ratios of R, G and N between two processes, and ``constant``, the least C for which all lie in [1/C, C]."""
+    """Ratios of R, G and N between two processes, and ``constant``, the least C for which all are in [1/C, C]."""
 
     weight_sq_norm: Estimate
     grad_sq_norm: Estimate
@@ -129,7 +129,7 @@ class Closeness:
     def verdict(self, C: float = SQRT2, confidence: float = 0.95) -> Literal["holds", "fails", "undecided"]:
         """Compare each ratio's interval, on a log scale, with [1/C, C].
 
-        "holds": all three lie inside; "fails": one lies wholly outside; "undecided" otherwise.
+        "holds": all three are inside; "fails": one is wholly outside; "undecided" otherwise.
         """
         # The definition's <= is not to be decided by the rounding of a ratio that is C itself.
         limit = math.log(_squared(C)) / 2 + 4 * sys.float_info.epsilon
@@ -225,14 +225,14 @@ def lsi_fails_certificate(
 ) -> Certificate:
     """Apply Theorem 5.5: (C, κ)-LSI fails if N/G < (1 - 1/κ)/(C²-1) - 1/κ, both measured at (κB, κη).
 
-    Raises ValueError unless 1 < C < √κ (the paper's range, and at C <= 1 no ratio lies in [1/C, C]).
+    Raises ValueError unless 1 < C < √κ (the paper's range, and at C <= 1 no ratio is in [1/C, C]).
 
     >>> round(lsi_fails_certificate(1.0, 0.2, kappa=16).threshold, 12)
     0.875
     """
     kappa, C = number("kappa", kappa, above=1), real("C", C)
     if not 1 < C < math.sqrt(kappa):
-        raise ValueError(f"C must lie in (1, sqrt(kappa)) = (1, {math.sqrt(kappa):.6g}), got {C}")
+        raise ValueError(f"C must be in (1, sqrt(kappa)) = (1, {math.sqrt(kappa):.6g}), got {C}")
     threshold = (1 - 1 / kappa) / (_squared(C) - 1) - 1 / kappa
     return _certificate(nsr(grad_sq_norm, noise_trace, covariance=covariance), threshold)
 
@@ -422,7 +422,7 @@ def _covariance_2(G: Estimate, N: Estimate, covariance: float) -> list[list[floa
     limit = G.standard_error * N.standard_error
     if not abs(covariance) <= limit * (1 + 1e-9):
         raise ValueError(
-            f"covariance must lie within ± the product of the standard errors, {limit:.6g}, got {covariance}"
+            f"covariance must be within ± the product of the standard errors, {limit:.6g}, got {covariance}"
         )
     return [[G.standard_error**2, covariance], [covariance, N.standard_error**2]]
 
@@ -449,5 +449,5 @@ def _grad_and_noise(grad_sq_norm: Number, noise_trace: Number) -> tuple[Estimate
 
 def _squared(C: float) -> float:
     """Return C², exactly 2 for C = √2."""
-    C = number("C (ratios lie in [1/C, C])", C, above=1, below=1e100)
+    C = number("C (ratios are in [1/C, C])", C, above=1, below=1e100)
     return float(round(C**2)) if math.isclose(C**2, round(C**2), rel_tol=1e-15) else C**2

@@ -6,7 +6,7 @@ stationary, and do their means obey equation (11)? Errors allow for autocorrelat
 The drift test. A parabola is fitted to batch means of the runs, six or more a run; the slope's error is what they
 scatter about it, its p-value Student's t. On made AR(1) series at level 0.01 false alarms stay within 2 of 100 where
 the window holds 12 independent values a run, within 4 of 100 where it holds 6. "drifting" is a significant drift that
-may exceed the tolerance, "stationary" one whose 95 % interval lies within it, all else "undecided": a drift as large as
+may exceed the tolerance, "stationary" one whose 95 % interval is within it, all else "undecided": a drift as large as
 the tolerance is called stationary in 1 of 40 cases, and found in 80 % or more where its standard error is at most the
 tolerance over (t + 0.9), t Student's for the level (tests/theory/test_equilibrium.py measures all that).
 """
@@ -98,7 +98,7 @@ def _stationarity(x: NDArray[np.float64], mean: Estimate, level: float, toleranc
     freedom = means.size - len(by_degree)
     slope, scatter = float(by_degree[1]), float(((means - basis @ by_degree) ** 2).sum())
     error = math.sqrt(scatter / (freedom * runs))
-    # From the first row to the last: count batches, of which the outermost lie count - 1 apart.
+    # From the first row to the last: count batches, of which the outermost are count - 1 apart.
     scale = float(basis[-1, 1] - basis[0, 1]) * count / (count - 1) / mean.value
     drift = Estimate(slope * scale, error * abs(scale), freedom, rest)
     z = abs(slope) / error if error > 0 else math.inf if slope != 0 else 0.0
@@ -128,7 +128,7 @@ def detect_equilibrium(
     Each series is [n] or [runs, n], n >= 12, runs that differ in the seed alone.
 
     "found": none drifts, and equation (11) (SVAG's form of it for ``l`` > 1) holds, the 95 % interval of its residual
-    within ``tolerance``. "not found": one drifts, or that interval lies outside. "undecided": the series are too short
+    within ``tolerance``. "not found": one drifts, or that interval is outside. "undecided": the series are too short
     or noisy to say. Without R, or at weight decay 0 (where no equilibrium exists), only stationarity is judged.
 
     Raises:
@@ -200,6 +200,6 @@ def _verdict(
 
 def _check_level(level: float, tolerance: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
+        raise ValueError(f"level must be in (0, 1), got {level}")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")

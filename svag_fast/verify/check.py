@@ -60,7 +60,7 @@ class Group:
 
 
 def z_check(source: str, name: str, measured: float, error: float, expected: float) -> Check:
-    """Pass where `measured`, of standard error `error`, lies within Z_BOUND of them from `expected`."""
+    """Pass where `measured`, of standard error `error`, is within Z_BOUND of them from `expected`."""
     z = (measured - expected) / error if error > 0 else math.inf * (measured - expected or math.nan)
     if error == 0 and measured == expected:
         z = 0.0

@@ -284,7 +284,7 @@ def test_only_svag_runs_are_refused(tmp_path):
 
 @pytest.mark.parametrize("last", [0.0, 1.5, math.nan])
 def test_last_out_of_range_is_refused(runs, last):
-    with pytest.raises(ValueError, match="last must lie"):
+    with pytest.raises(ValueError, match="last must be in"):
         from_runs(runs, last=last)
 
 

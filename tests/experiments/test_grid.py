@@ -192,7 +192,7 @@ def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("checkpoint", "run b4-lr0.1-l3-seed0 can't go on: .* is damaged"),
+        ("checkpoint", "run b4-lr0.1-l3-seed0 can't continue: .* is damaged"),
         ("foreign garbage", "not JSON .* Move what is no run of this experiment"),
         ("foreign model", "belong in folders of their own"),
     ],

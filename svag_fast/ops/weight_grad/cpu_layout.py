@@ -1,4 +1,4 @@
-"""Where a layer's rows lie in memory, as the compiled kernels of its products are told; worked out once for a shape."""
+"""Where a layer's rows are in memory, as the compiled kernels of its products are told; worked out once for a shape."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def unchecked_weight_grads(
 
 
 def sample_grads(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """Return g_i = b_iᵀ a_i for every sample, [B, *weight_shape]: the formula that everything else is held against."""
+    """Return g_i = b_iᵀ a_i for every sample, [B, *weight_shape]: the formula that all else is tested against."""
     if len(weight_shape) == 2:
         return torch.einsum("btd,btp->bdp", output_grads, inputs)
     B, G = inputs.shape[0], geometry.groups

@@ -222,7 +222,7 @@ def _image(interval: tuple[float, float], keep: float, pushes: Array) -> tuple[f
     """The least interval that holds ``keep r + push/r`` for r in `interval` and each push."""
     low, high = interval
     ends = np.concatenate([keep * r + pushes / r for r in interval])
-    turns = np.sqrt(pushes / keep)  # the least value lies here, where it is inside
+    turns = np.sqrt(pushes / keep)  # the least value is here, where it is inside
     inside = (turns > low) & (turns < high)
     return float(np.append(ends, 2 * keep * turns[inside]).min()), float(ends.max())
 
