@@ -43,9 +43,9 @@ SUMMARY_VERSION = 1  # of summary.json: raised when a key changes its meaning or
 class Row:
     """One l of one batch size: means over the finished runs, with the standard deviation of one run where it says sd.
 
-    ``grad_sq_norm``, ``noise_trace``, ``weight_sq_norm`` (G, N, R; mean over seeds, with its standard error) and
-    ``nsr`` are of the later half of the first phase, and ``closeness`` is the least C for which this l and the largest
-    are C-close there (Definition 5.1). None stands where nothing was measured, or there are too few seeds.
+    ``grad_sq_norm``, ``noise_trace`` and ``weight_sq_norm`` are G, N and R: the mean over seeds, with its standard
+    error. They and ``nsr`` are of the later half of the first phase. ``closeness`` is the least C for which this l and
+    the largest are C-close there (Definition 5.1). None means that nothing was measured, or that seeds are too few.
     """
 
     l: float

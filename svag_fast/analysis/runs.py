@@ -19,8 +19,8 @@ from svag_fast.experiments.run_folder import Array, read_config, read_metrics, r
 class Run:
     """One training run as its folder tells it.
 
-    ``metrics`` maps a column of metrics.csv to one float64 value a row, NaN where the row did not measure it, and
-    infinite where the run had diverged and what it measured was no finite number.
+    ``metrics`` maps a column of metrics.csv to one float64 value a row. It is NaN where the row did not measure it. It
+    is infinite where the run had diverged and what it measured was no finite number.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Run:
     def first_phase_mean(self, column: str) -> float:
         """Return the mean of ``column`` over the later half of the first phase, NaN where it was never measured there.
 
-        The first phase ends where the learning rate first falls below half of its peak; its earlier half is left out,
+        The first phase ends where the learning rate first falls below half of its peak. Its earlier half is left out,
         since R, G and N come close to equilibrium only after a while.
         """
         steps, lr = self.metrics["effective_step"], self.metrics["lr"]
@@ -106,9 +106,9 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
 
     Raises:
         FileNotFoundError: There is no such folder, or no run in it.
-        ValueError: A file is not what a run writes, two runs have the same settings and seed, or the runs differ in
-            dataset, model, weight decay, initial weights or sampling, so that their curves cannot be compared. The
-            message names the file.
+        ValueError: A file is not what a run writes, or two runs have the same settings and seed. Or the runs differ in
+            dataset, model, weight decay, initial weights or sampling: their curves cannot be compared. The message
+            names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():

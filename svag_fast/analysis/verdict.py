@@ -30,8 +30,8 @@ class Decision:
     """A distance compared with a margin, all in the metric's units.
 
     ``seeds_needed``: runs for each l with which the interval would be short enough to settle an open question, if the
-    estimates stay as they are; None where it is settled, or where no number of seeds would do, since the distance is
-    the margin itself or the doubt is about the extrapolation, which only a larger l can end.
+    estimates stay as they are. None where it is settled, and where no number of seeds would do: the distance is the
+    margin itself, or the doubt is about the extrapolation, which only a larger l can end.
     """
 
     value: float
@@ -108,9 +108,9 @@ class Verdict:
     Attributes:
         batch_size: B.
         lr: SGD's learning rate.
-        answer: "matches" where SGD matches in every metric and part, "departs" where it departs in one of them or
-            where all of its runs diverged and none of the largest l's did, "diverged" where all runs of all l
-            diverged, else "open".
+        answer: "matches" where SGD matches in every metric and part. "departs" where it departs in one of them, or
+            where all of its runs diverged and none of the largest l's did. "diverged" where all runs of all l
+            diverged. Else "open".
         cells: By metric and part.
         total: Runs, by l.
         finished: Runs that came to their end, by l.
@@ -149,8 +149,8 @@ class SharedLimit:
     """Whether a batch size has the limit of the smallest one whose lr/B is the same: the linear scaling rule's promise.
 
     ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
-    ``noise_ratio`` is its noise over what the reference's and 1/B make of it: 1 for independent draws, below it where
-    images of a batch are distinct, and then not even the two SDEs are quite the same. ``elsewhere`` names the parts
+    ``noise_ratio`` is its noise over what the reference's and 1/B make of it. It is 1 for independent draws, and below
+    1 where images of a batch are distinct. Then not even the two SDEs are quite the same. ``elsewhere`` names the parts
     that are at other times of the SDE than the reference's, and are not compared.
     """
 

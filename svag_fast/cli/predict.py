@@ -46,9 +46,11 @@ def predict(
 ) -> None:
     """Predict from SGD runs at one batch size where linear scaling must fail (Theorem 5.6 of the paper).
 
-    RUN is a run's folder, a folder of runs (its smallest batch size is the baseline), finished or still running, or a
-    CSV file of any other trainer with the columns step,G,N and optionally R and lr, where G is |∇L|² and N the trace of
-    the batch gradient's covariance; it needs --batch-size and --lr.
+    RUN is a run's folder, or a folder of runs, whose smallest batch size is the baseline. The runs may be finished or
+    still running.
+
+    RUN may also be a CSV file of any other trainer, with the columns step,G,N and optionally R and lr. G is |∇L|², N
+    the trace of the batch gradient's covariance, and R the weights' |x|². A CSV needs --batch-size and --lr.
     """
     predictions = []
     for path in runs:

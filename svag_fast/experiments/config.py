@@ -111,8 +111,8 @@ class Settings:
         weight_decay: the paper's lambda.
         schedule: lr's factor as a function of the fraction of effective steps done.
         init: initial weights: "shared" by all runs, or each run's "own", drawn by its seed; the fixed head is shared.
-        sampling: how a batch's images are drawn, afresh for every batch: "replacement", independently of each other, as
-            the theory's Σ/B has it; or "distinct", no image twice, which makes the noise (n - B)/(n - 1) of that.
+        sampling: how a batch's images are drawn, afresh for every batch. "replacement": independently of each other, as
+            the theory's Σ/B has it. "distinct": no image twice, which makes the noise (n - B)/(n - 1) of that.
         backend: of the fused step.
         device: where net and data live.
         threads: of the process that trains a run.

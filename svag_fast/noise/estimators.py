@@ -52,8 +52,8 @@ def from_sample_norms(
     With replacement s² = (B/(B−1)) (mean|g_i|² − |ḡ|²) estimates Tr Σ₁ and N_B = s²/B. Without replacement from n
     samples, s² estimates Tr Σ₁ · n/(n−1), so Tr Σ₁ = s² (n−1)/n and N_B = s² (n−B)/(nB). G = |ḡ|² − N_B.
 
-    With weights the batch gradient is ḡ = Σ w_i g_i and everything is said of Σ w_i g_i / Σ w_i, whose noise is
-    N_B = q Tr Σ₁, q = Σ w_i² / (Σ w_i)²: Tr Σ₁ = (mean|g_i|² − |ḡ|²/(Σ w_i)²)/(1 − q), the mean over the samples
+    With weights the batch gradient is ḡ = Σ w_i g_i, and all estimates are of Σ w_i g_i / Σ w_i. Its noise is
+    N_B = q Tr Σ₁ with q = Σ w_i² / (Σ w_i)². Tr Σ₁ = (mean|g_i|² − |ḡ|²/(Σ w_i)²)/(1 − q), the mean over the samples
     with w_i ≠ 0. The weights are taken as given: unbiased where they say nothing about the gradients (numbers of
     tokens), not where they follow from them.
 
@@ -109,8 +109,8 @@ def from_two_batches_of_samples(
         sq_norms: [2B], of each sample's own gradient: the first batch's, then the second's. B >= 2.
         sq_norm1, sq_norm2, inner: |g1|², |g2|² and ⟨g1, g2⟩ of the batches' mean gradients, as in StepStats.
         population: n, where each batch is made of distinct samples from n; None for sampling with replacement.
-        weights: [2B], each sample's weight in its batch's loss, as in `from_sample_norms`: g1 and g2 are then sums
-            Σ w_i g_i, and the estimates are of these over each batch's Σ w_i.
+        weights: [2B], each sample's weight in its batch's loss, as in `from_sample_norms`. g1 and g2 are then sums
+            Σ w_i g_i. The estimates are of these over each batch's Σ w_i.
 
     Raises:
         TypeError: not a tensor, or not of real numbers.

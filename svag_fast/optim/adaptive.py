@@ -147,10 +147,10 @@ class SVAGAdam(_AdaptiveOptimizer):
 class SVAGRMSprop(_AdaptiveOptimizer):
     """RMSprop with SVAG's two batches a step; at ``l = 1`` it is ``torch.optim.RMSprop`` without momentum.
 
-    As :class:`SVAGAdam`, with ``alpha`` in place of ``betas``, and a start for ``square_avg``: RMSprop has no bias
-    correction, and from zero, torch's start, the variance after one effective step grows like log l (in lr², under
-    noise alone: (1 + 1/2 + ... + 1/l)/(1 - α)), so that no limit exists. Source: Malladi et al. 2022, whose SDE starts
-    from a given second moment.
+    As :class:`SVAGAdam`, with ``alpha`` in place of ``betas``, and a start for ``square_avg``. RMSprop has no bias
+    correction. From zero, torch's start, the variance after one effective step grows like log l, so no limit exists.
+    (In lr², under noise alone, it is (1 + 1/2 + ... + 1/l)/(1 - α).) Source: Malladi et al. 2022, whose SDE starts from
+    a given second moment.
 
     Args:
         params: parameters or param groups, each group with its own options (but for ``l``) if it wants.
@@ -162,12 +162,12 @@ class SVAGRMSprop(_AdaptiveOptimizer):
 
             - None: at zero, as in torch, for ``l = 1`` alone.
             - A number > 0: plain RMSprop's second moment E g² (gradients squared, of a batch of the same size), one
-              for all ``l``; ``square_avg`` starts at ``l`` times it. Param groups may have their own.
+              for all ``l``. ``square_avg`` starts at ``l`` times it. Param groups may have their own.
             - "measure": in a parameter's first 100 steps it does not move. Each takes the held and the current gradient
-              as any step, and ``square_avg`` is the mean of (c1 g1 + c2 g2 + weight_decay x)², unbiased for what it
-              averages later, (∇L)² + lΣ; both orders of the two batches are used. ``stats`` are as usual; a group
-              that does not move counts neither ``steps`` nor ``effective_steps`` nor ``time``, so let schedules and
-              the loop's end follow ``effective_steps``. Entries without any gradient get the mean of the others.
+              as any step. ``square_avg`` is the mean of (c1 g1 + c2 g2 + weight_decay x)² over both orders of the two
+              batches, unbiased for what it averages later, (∇L)² + lΣ. ``stats`` are as usual. A group that does not
+              move counts neither ``steps`` nor ``effective_steps`` nor ``time``, so let schedules and the loop's end
+              follow ``effective_steps``. Entries without any gradient get the mean of the others.
 
             To compare paths of different ``l``, give all of them the same start, also ``l = 1``.
         weight_decay: L2, added to the gradient as in torch.optim.RMSprop.

@@ -82,9 +82,9 @@ def _new_buffer(p: Tensor) -> Tensor:
 class SVAG(TwoBatchOptimizer):
     """SVAG: ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)`` with ``c1, c2 = (1 ± sqrt(2l-1)) / 2``.
 
-    Its mean step is SGD's, its noise covariance ``l`` times larger a unit step; ``l`` of its steps make one effective
-    step, and as ``l`` grows its path converges to SGD's SDE. Source: Li, Malladi, Arora, "On the Validity of Modeling
-    SGD with Stochastic Differential Equations", NeurIPS 2021, equations 5 and 7. At ``l = 1`` it is SGD.
+    Its mean step is SGD's, and its noise covariance is ``l`` times larger a unit step. ``l`` of its steps make one
+    effective step. As ``l`` grows its path converges to SGD's SDE. At ``l = 1`` it is SGD. Source: Li, Malladi, Arora,
+    "On the Validity of Modeling SGD with Stochastic Differential Equations", NeurIPS 2021, equations 5 and 7.
 
     The two gradients must come from independent batches at the same parameters::
 
@@ -103,18 +103,18 @@ class SVAG(TwoBatchOptimizer):
         weight_decay: the paper's lambda.
         momentum: μ of the heavy ball, in [0, 1), in torch.optim.SGD's form: ``v = μ*v + u``, ``x -= rate*v``, with u
             the bracket above. Kept in ``state[p]["momentum_buffer"]``, float32 for 16-bit parameters.
-        momentum_rule: what μ and the rate become as ``l`` grows. "time": 1 - (1 - μ)/l and lr/l², which keep drift,
-            noise and the momentum's memory in units of time, so that the path converges to the underdamped SDE of SGD
-            with this momentum: the default, since SVAG is there to ask whether *this* SGD follows its SDE. "fixed": μ
-            and lr/l, which answers another question, whether momentum matters at a small rate: its limit is the SDE
-            of SGD without momentum at lr/(1 - μ) (docs/theory.md). At ``l = 1`` they are the same.
+        momentum_rule: what μ and the rate become as ``l`` grows (docs/theory.md). At ``l = 1`` both are the same.
+            "time" (the default): 1 - (1 - μ)/l and lr/l². They keep drift, noise and the momentum's memory in units of
+            time, so the path converges to the underdamped SDE of SGD with this momentum. It asks whether *this* SGD
+            follows its SDE. "fixed": μ and lr/l. It asks whether momentum matters at a small rate. Its limit is the SDE
+            of SGD without momentum at lr/(1 - μ).
         maximize: turn the gradients' sign, not the decay's, as torch.optim.SGD does.
-        compensated: keep in float32 what rounding the parameters loses (one float32 buffer a parameter): needed where
+        compensated: keep in float32 what rounding the parameters loses, in one float32 buffer a parameter. Needed where
             ``lr / l`` is so small that a step is below one ulp of the parameters. Not for float64 parameters.
-        capturable: allow the step in a CUDA graph: ``lr`` becomes a 0-d float64 tensor on the parameters' device (one
-            that is given stays), which the kernel reads when it runs, so a replayed graph follows what a scheduler
-            writes there; weight decay and momentum stay as they were at the capture. Take a few steps before it.
-            Needs backend ``cuda`` or ``triton`` in a graph.
+        capturable: allow the step in a CUDA graph. ``lr`` becomes a 0-d float64 tensor on the parameters' device (one
+            that is given stays). The kernel reads it when it runs, so a replayed graph follows what a scheduler writes
+            there. Weight decay and momentum stay as they were at the capture. Take a few steps before it. Needs backend
+            ``cuda`` or ``triton`` in a graph.
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both

@@ -228,9 +228,9 @@ class TwoBatchOptimizer(Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the held gradient and the current one in place, each by its own norm, to ``max_norm``.
 
-        Call it before ``step()``. Each is what clipped SGD would use for its batch, so that SVAG on them converges to
-        the SDE of clipped SGD, and the statistics are those of the clipped gradient. Under a GradScaler call
-        :meth:`unscale_` before.
+        Call it before ``step()``. Each is what clipped SGD would use for its batch, so SVAG on them converges to the
+        SDE of clipped SGD. The statistics are those of the clipped gradient. Under a GradScaler call :meth:`unscale_`
+        before.
 
         Returns:
             The norms before: ``[2]``, held and current, or ``[1]`` where none is held (at ``l = 1``).
@@ -425,7 +425,7 @@ class TwoBatchOptimizer(Optimizer):
         """Load what ``state_dict`` gave; a gradient held meanwhile is forgotten.
 
         The state of torch's own optimizer (SGD for SVAG; at ``l = 1`` Adam and RMSprop) is taken over where it
-        has no more options switched on; ``l`` and the other options that it lacks stay as they are.
+        has no more options switched on. ``l`` and the other options that it lacks stay as they are.
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or a value in it is out of range; nothing was replaced.

@@ -41,13 +41,15 @@ class _Line:
 def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figure:
     """Draw, for each batch size, the first metric's curves with their limit, and each metric's means against 1/l.
 
-    Lines are means over finished runs, averaged over a moving window of the run; bands are one run's standard deviation
-    about them; unfinished runs are thin lines, and diverged ones end in a cross. The black bars are the fitted limit of
-    each phase, over the window that is averaged, with its interval; the grey ones in later panels are the first panel's
-    (under the linear scaling rule the two are the same). The upper axis is the SDE's time, the sum of lr/l. Below, the
-    means over runs of each part stand against 1/l with the line m_inf + a/l, solid where it was fitted; the limit with
-    its interval is at 1/l = 0, and the shade around it is the margin. Any number of batch sizes, finished runs or not,
-    can be drawn.
+    Above, lines are means over finished runs, averaged over a moving window of the run. Bands are one run's standard
+    deviation about them. Unfinished runs are thin lines, and diverged ones end in a cross. The black bars are the
+    fitted limit of each phase with its interval, over the window that is averaged. The grey ones in later panels are
+    the first panel's: under the linear scaling rule the two are the same. The upper axis is the SDE's time, the sum of
+    lr/l.
+
+    Below are the means over runs of each part against 1/l, with the line m_inf + a/l, solid where it was fitted. The
+    limit with its interval is at 1/l = 0, and the shade around it is the margin. Any number of batch sizes, finished
+    runs or not, can be drawn.
 
     Args:
         runs: From :func:`svag_fast.analysis.runs.load_runs`.

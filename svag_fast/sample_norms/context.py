@@ -130,8 +130,8 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
 
     The samples are the first dimension of the model's input, and of every layer's. A value that all samples share
     (`wpe(torch.arange(T))`, a table [1, T, d]) is computed for each sample apart; other first dimensions are refused in
-    the forward pass. Row i of each use of a parameter within one backward pass belongs to sample i (weights that are
-    shared have their cross terms counted); each further backward pass appends its rows. A factor on the
+    the forward pass. Row i of each use of a parameter within one backward pass belongs to sample i. Weights that are
+    shared have their cross terms counted. Each further backward pass appends its rows. A factor on the
     loss (a gradient scaler's, 1/k for k accumulated passes) enters squared. Code from torch.compile runs eagerly
     meanwhile. A model's first pass is gone back through once more, from one row: where rows are no samples it raises.
 

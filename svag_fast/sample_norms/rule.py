@@ -301,9 +301,10 @@ def rule_of(kind: type[nn.Module]) -> tuple[type[nn.Module], Rule] | None:
 def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:
     """Decorator: teach `per_sample_sq_norms` a kind of layer, or replace what it knows of one.
 
-    The function gets the module, its inputs and the gradient of the loss in its output, each with the samples first,
-    and returns each sample's gradient [b, *shape] of the module's own parameters, by name (those of its children have
-    their own rules). It may be called with some of the samples at a time, so that all B gradients never exist at once.
+    The function gets the module, its inputs and the gradient of the loss in its output, each with the samples first.
+    It returns each sample's gradient [b, *shape] of the module's own parameters, by name. Those of the module's
+    children have their own rules. The function may be called with some of the samples at a time, so that all B
+    gradients never exist at once.
 
     Example:
         >>> @register_rule(Scale)  # y = weight * x, weight [C], x [B, T, C]

@@ -247,8 +247,8 @@ def critical_kappa(
 ) -> Estimate:
     """Return κ*: by Theorem 5.6 (C, κ)-LSI fails for every κ > κ*, from G and N at the base (B, η) alone.
 
-    ``form`` "exact" is C²(1 + N/G); "approximate" is C² N/G, for N ≫ G; "tightened" is C² + (C²-1) N/G, which the
-    theorem's own assumptions give when N at (κB, κη) is bounded below by N/(κC) instead of by 0 (docs/theory.md).
+    ``form`` "exact" is C²(1 + N/G). "approximate" is C² N/G, for N ≫ G. "tightened" is C² + (C²-1) N/G. The theorem's
+    own assumptions give it when N at (κB, κη) is bounded below by N/(κC) instead of by 0 (docs/theory.md).
 
     >>> critical_kappa(1.0, Estimate(1.1, 0.1))
     Estimate(value=4.2, standard_error=0.2)
@@ -291,8 +291,8 @@ def simple_noise_scale(
 ) -> Estimate:
     """Return B_simple = Tr Σ_1/|∇L|² = B N/G, the batch size at which noise and gradient are alike.
 
-    With ``population`` N is the noise of batches of B distinct samples of n, (n - B)/(n - 1) of Tr Σ_1/B, and B_simple
-    is B N/G (n - 1)/(n - B): the same number as for independent draws. A batch of all n samples can't tell it:
+    With ``population`` N is the noise of batches of B distinct samples of n: (n - B)/(n - 1) of Tr Σ_1/B. B_simple
+    is then B N/G (n - 1)/(n - B), the same number as for independent draws. A batch of all n samples can't tell it:
     ValueError.
 
     Source: McCandlish, Kaplan, Amodei, "An Empirical Model of Large-Batch Training" (2018), equation 2.9.
@@ -350,8 +350,8 @@ def equilibrium_residual(
 ) -> EquilibriumResidual:
     """Compare the sides of (2 - ηλ/l) λ R = (η/l) G + η N, which a scale-invariant loss obeys at equilibrium.
 
-    ``l`` = 1 is SGD's equation (11), a finite ``l`` that of SVAG (in it η becomes η/l and N becomes l N), and
-    ``l`` = ``math.inf`` the SDE's (12), 2λR̄ = N̄ with N̄ = ηN. ``noise_trace`` is Tr Σ of one batch of SGD's size in all
+    ``l`` = 1 is SGD's equation (11). A finite ``l`` is SVAG's: in it η becomes η/l and N becomes l N. ``l`` =
+    ``math.inf`` is the SDE's (12), 2λR̄ = N̄ with N̄ = ηN. ``noise_trace`` is Tr Σ of one batch of SGD's size in all
     three.
     ``covariance`` is the 3x3 one of the estimates of R, G and N, in this order, in place of their standard errors.
 
