@@ -374,7 +374,7 @@ def tile_of(M: int, N: int, positions: tuple[int, int], *, exact: bool, wide: bo
         N: its input channels times the taps.
         positions: rows and columns of the image.
         exact: in full float32. They keep their operands in registers: a smaller tile, or they spill.
-        wide: whether channels lie side by side in memory, so that loads are wide; else a thread has many addresses to
+        wide: whether channels are side by side in memory, so that loads are wide; else a thread has many addresses to
             hold, and room for fewer sums.
     """
     most_m, most_n, most_t = (32, 64, 16) if exact else (64, 64, 64 if wide and M <= 16 else 32)

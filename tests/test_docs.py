@@ -12,7 +12,7 @@ from sentences import pages
 from test_floors import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ["", ".ops", ".optim", ".sample_norms", ".noise", ".theory", ".sde"]
+PACKAGES = ["", ".ops", ".optim", ".sample_norms", ".nn", ".noise", ".theory", ".sde"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(#[^)\s]*)?\)")
 PATH = re.compile(r"`((?:svag_fast|tests|bench|csrc|kernels|examples|requirements|docs)/[\w./]*)`")
 ROW = re.compile(r"^\| `(\w+)` \| [^|]+ \| \[[^\]]+\]\(\.\./([^)]+)\) \|$", re.M)

@@ -327,7 +327,7 @@ class Joint:
     def verify(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hold the model to what this way takes for granted, before its first pass, on few of the samples.
 
-        Neither half's outputs may change with the other half's inputs; each layer's rows must lie on the way to their
+        Neither half's outputs may change with the other half's inputs; each layer's rows must be on the way to their
         own half's outputs alone; and no parameter may be used outside its layer. Looked at with other parameters, which
         are put back with buffers and generators.
 

@@ -32,7 +32,7 @@ class Taker(Protocol):
 
 
 class Twin(torch.autograd.Function):
-    """A parameter, once for each batch; the second's gradient goes on to ``.grad``."""
+    """A parameter, once for each batch; the second's gradient reaches ``.grad``."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, joint: Taker) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ class CoupledSamples(TypeError):  # noqa: N818  (it names what was met)
 def pair_(model: _M, *, second_updates: bool = True) -> _M:
     """Turn every BatchNorm of a model into its pair, in place: both batches of a step then go through in one pass.
 
-    Parameters, buffers, hooks, options and the state dict's keys stay as they are, so optimizers and checkpoints go on.
+    Parameters, buffers, hooks, options and the state dict's keys stay as they are. Optimizers and checkpoints work.
     :func:`unpair_` takes it back. In training mode the model then takes [2B, ...]: the first batch, then the second.
 
     Args:

@@ -88,7 +88,7 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
             layers are Linear and convolutions, each used once; else by halves, as
             :class:`svag_fast.per_sample_sq_norms` does it. Not under DistributedDataParallel.
         way: "joint": one pass over both batches, in which each layer forms its two weight gradients; for models whose
-            trained parameters lie in Linear, convolutions, normalisations and embeddings with the samples first. The
+            trained parameters are in Linear, convolutions, normalisations and embeddings with the samples first. The
             first pass checks on a few samples that the batches don't meet. "halves": the model
             is called on one half, then on the other: any model, at the price of two passes. "auto" takes "joint"
             where it serves the model and is faster (on a CPU: small inputs), and says once why it can't.
@@ -428,7 +428,7 @@ def _patch(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]
     """Have `forward(inner, args, kwargs)` run in place of a module's forward; returns what ends that.
 
     On the instance, so that it works with what others put there or onto the class: compilers, trainers, our own norms.
-    A module that is compiled in place keeps its compiled call, which does not look at what lies on top.
+    A module that is compiled in place keeps its compiled call, which does not look at what is on top.
     """
     place = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
     missing = object()

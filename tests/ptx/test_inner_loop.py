@@ -89,6 +89,6 @@ def test_the_inner_loop_keeps_its_budget(name: str, last: bool) -> None:
     if triton.__version__ not in golden:
         pytest.skip(f"{GOLDEN.name} has Triton {', '.join(golden)}: record it with SVAG_REGENERATE_GOLDEN=1")
     before = golden[triton.__version__][key]
-    assert found["tensor core cycles of a turn"] == before["tensor core cycles of a turn"], "another tile: look anew"
+    assert found["tensor core cycles of a turn"] == before["tensor core cycles of a turn"], "another tile: look again"
     for what in ("turn", "sample's end"):
         assert found[what] <= before[what], f"{key}: {found[what]} instructions of a {what}, {before[what]} before"
