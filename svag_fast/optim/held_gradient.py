@@ -26,7 +26,6 @@ class HeldGradient:
 
     def __init__(self) -> None:
         self.stats: StepStats | None = None
-        self.saw_grad_scaler = False
         self.warned = False
         self.run: object = None
         """What ``pair_pass`` keeps about the model."""
@@ -40,11 +39,10 @@ class HeldGradient:
         """Whether a GradScaler's scale was taken out of both gradients already."""
         self.paired = False
         """Whether one backward pass made both gradients, so that nothing is left to backpropagate."""
+        self.clipped = False
         self._params: list[list[Tensor]] = []
         # How much more often each second gradient may be changed in place than its first; None where that says nothing.
         self._allowed: list[list[int | None]] = []
-        # A parameter, the .grad that a GradScaler is shown there, and its version.
-        self._sentinel: tuple[Tensor, Tensor, int] | None = None
 
     def take(self, groups: _Groups) -> None:
         """Take the groups' gradients out of ``.grad``, without a copy where nobody else can write to them.
@@ -59,8 +57,6 @@ class HeldGradient:
         self.grads, self._allowed = [], []
         for group, pairs in zip(groups, taken, strict=True):
             self._add(group["params"], pairs)
-        if self.saw_grad_scaler:
-            self._show_overflow()
 
     def put(self, groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
         """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
@@ -71,8 +67,6 @@ class HeldGradient:
         """
         self.clear()
         self.paired = True
-        if self.saw_grad_scaler:
-            _mark_overflow(groups, first)
         self.grads = [[first.get(p) for p in group["params"]] for group in groups]
         self._params = [list(group["params"]) for group in groups]
         self._allowed = [
@@ -122,13 +116,12 @@ class HeldGradient:
                 "backward passes again"
             )
         second = [[p.grad for p in params] for params in self._params]
-        counted = _changes_of_a_scaler() if seen_by_scaler or self.unscaled else 0
-        if not self._is_there(second, counted):
+        if all(g is None for listed in second for g in listed):
             raise RuntimeError(
                 "a gradient is held, but no parameter has one of the second batch: call backward() on the second "
                 "batch's loss after hold_gradient() (a closure: at each of its calls)"
             )
-        if self._changed_alone(second, counted if seen_by_scaler else 0):
+        if self._changed_alone(second, _changes_of_a_scaler() if seen_by_scaler else 0):
             raise RuntimeError(
                 "the second gradient was changed in place after its backward pass and the held one was not, as by "
                 "clip_grad_norm_ after hold_gradient(). Clip both by optimizer.clip_grad_norm_(max_norm) before "
@@ -136,18 +129,6 @@ class HeldGradient:
                 "pass. (Gradients accumulated over several backward passes: as many for the one as for the other.)"
             )
         return second
-
-    def _is_there(self, second: list[GroupGrads], changes: int) -> bool:
-        shown: Tensor | None = None
-        if self._sentinel is not None:
-            p, sentinel, version = self._sentinel
-            if p.grad is sentinel and sentinel._version <= version + changes:
-                shown = sentinel  # nothing was added to it
-        for listed in second:
-            for g in listed:
-                if g is not None and g is not shown:
-                    return True
-        return False
 
     def _changed_alone(self, second: list[GroupGrads], more: int) -> bool:
         """Whether every second gradient was changed in place more often than its first."""
@@ -162,33 +143,6 @@ class HeldGradient:
                 compared += 1
         # Views of one buffer count each other's changes.
         return compared > 0 and not any(_shares_memory(g) for listed in second for g in listed if g is not None)
-
-    def _show_overflow(self) -> None:
-        """Show a GradScaler, which looks at ``.grad`` alone, a nan there if the held gradient overflowed, else a 0."""
-        assert self.grads is not None
-        _, k, i = min(
-            (p.numel(), k, i)
-            for k, params in enumerate(self._params)
-            for i, p in enumerate(params)
-            if self.grads[k][i] is not None
-        )
-        p, allowed = self._params[k][i], self._allowed[k][i]
-        overflow = [~g.isfinite().all().to(p.device) for g in self.first()]
-        sentinel = torch.zeros_like(p).masked_fill_(torch.stack(overflow).any(), torch.nan)
-        p.grad = sentinel
-        self._sentinel = p, sentinel, sentinel._version
-        if allowed is not None:  # the second batch's gradient is added to it in place
-            self._allowed[k][i] = sentinel._version + 1
-
-
-def _mark_overflow(groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
-    """Put a nan where a GradScaler looks, ``.grad``, if the first batch's gradients overflowed."""
-    overflow = [~g.isfinite().all() for g in first.values()]
-    shown = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    if overflow and shown:
-        smallest = min(shown, key=Tensor.numel)
-        with torch.no_grad():
-            smallest.masked_fill_(torch.stack([o.to(smallest.device) for o in overflow]).any(), torch.nan)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.memory import check_apart
 from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, total
 from svag_fast.optim import loaded_state
+from svag_fast.optim.callers import only_makes_state, tell_scaler
 from svag_fast.optim.grad_lists import Grads, carriers, divide, gradients, sharded
 from svag_fast.optim.group_options import CLOCKS, count, on_device, start_clocks
 from svag_fast.optim.held_gradient import GroupGrads, HeldGradient
@@ -243,13 +244,12 @@ class TwoBatchOptimizer(Optimizer):
         batches = [current]
         if self._pair.grads is not None:
             self._pair.second(self.param_groups, seen_by_scaler=False)
-            if self._pair.saw_grad_scaler and not self._pair.unscaled:
-                raise RuntimeError("call optimizer.unscale_(scaler) before clip_grad_norm_: both gradients are scaled")
             batches = [carriers(self._pair.first()), current]
         norms = [
             nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type, error_if_nonfinite)
             for params in batches
         ]
+        self._pair.clipped = True
         for params, norm in zip(batches, norms, strict=True):
             nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return torch.stack([norm.to(norms[0].device) for norm in norms])
@@ -321,7 +321,7 @@ class TwoBatchOptimizer(Optimizer):
                         value = _mean(first, _detached(closure()))
                     else:
                         value = closure()
-            stats = self._step(may_be_formality=closure is None)
+            stats = self._step()
         except BaseException:
             if holds:  # or the next call would take it for its own first batch's
                 self._pair.clear()
@@ -331,16 +331,14 @@ class TwoBatchOptimizer(Optimizer):
             raise
         return stats if value is None else value
 
-    def _step(self, *, may_be_formality: bool) -> StepStats:
+    def _step(self) -> StepStats:
         pair, groups = self._pair, self.param_groups
         checked = self._checked_options()
-        scaled = getattr(self, "found_inf", None) is not None
-        still = may_be_formality and not scaled and all(options.lr == 0 for options in checked)
-        if still and not any(map(on_device, groups)) and self._has_zero_gradients():
-            # As torch.distributed.checkpoint does to have the state made.
+        if all(options.lr == 0 for options in checked) and only_makes_state():
             for group in groups:
                 self._make_state(group, [p for p in group["params"] if p.grad is not None])
             return nothing_stepped(False)
+        scaled = getattr(self, "found_inf", None) is not None
         lists = self._both_gradients(scaled)
         if lists is None:
             pair.stats = nothing_stepped(False)
@@ -354,8 +352,6 @@ class TwoBatchOptimizer(Optimizer):
             ends = [f" of group {k}" for k, parts in enumerate(by_group) for _ in parts]
             _check_apart([part.step for part in work], ends)
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
-        if scaled:
-            pair.saw_grad_scaler = True
         if scale is not None:
             divide([g for both in lists for listed in both for g in listed or [] if g is not None], scale)
         raws: list[Tensor] = []
@@ -368,6 +364,8 @@ class TwoBatchOptimizer(Optimizer):
         if not pair.warned and stats.raw.is_cpu and stats.is_one_batch():
             pair.warned = True
             warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=5)
+        if scale is not None and held:  # it has looked at the second gradient alone
+            tell_scaler(stats.raw[FINITE])
         pair.clear()
         pair.stats = stats
         counted = stats.raw[FINITE] if scaled else 1
@@ -381,10 +379,6 @@ class TwoBatchOptimizer(Optimizer):
     def _time_of(self, lr: Any, l: float) -> Any:
         return lr / l
 
-    def _has_zero_gradients(self) -> bool:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(grads) and not any(g.layout != torch.strided or bool(g.any()) for g in grads)
-
     def _both_gradients(self, scaled: bool) -> list[tuple[GroupGrads, GroupGrads | None]] | None:
         """Return each group's gradients of the first and, where one is held, the second batch; None if none has any."""
         pair = self._pair
@@ -393,6 +387,11 @@ class TwoBatchOptimizer(Optimizer):
                 raise RuntimeError(
                     "GradScaler.unscale_ has divided the current gradient alone: call optimizer.unscale_(scaler) in "
                     "its place, or let GradScaler.step unscale both"
+                )
+            if scaled and pair.clipped and not pair.unscaled:
+                raise RuntimeError(
+                    "clip_grad_norm_ has clipped gradients that a GradScaler's scale was in: call discard_gradient(), "
+                    "make both again, and call optimizer.unscale_(scaler) before clip_grad_norm_"
                 )
             second = pair.second(self.param_groups, seen_by_scaler=scaled and not pair.unscaled)
             return list(zip(pair.grads, second, strict=True))

@@ -208,7 +208,6 @@ def test_a_closure_that_fails_at_its_second_call_leaves_nothing_held() -> None:
 
 
 def test_a_second_backward_under_a_scaler_is_not_taken_for_granted() -> None:
-    """The zero that is planted for the scaler to see is no gradient."""
     model = net(dtype=torch.float32)
     opt, scaler = SVAG(model.parameters(), lr=0.1, l=2), torch.amp.GradScaler("cpu", init_scale=8.0)
 
@@ -472,7 +471,6 @@ def test_unscaling_and_clipping_wait_for_the_second_gradient() -> None:
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_scalers_own_pass_over_the_second_gradient_is_no_clipping(times: int) -> None:
-    """Of a single parameter, where the planted zero is what the second gradient is added to."""
     p = nn.Parameter(torch.ones(3))
     opt, scaler = SVAG([p], lr=0.01, l=2), torch.amp.GradScaler("cpu", init_scale=8.0)
     for _ in range(3):

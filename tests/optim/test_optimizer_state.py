@@ -390,6 +390,7 @@ def test_adams_checkpoint_is_refused_at_another_l() -> None:
 FORMAL: list[tuple[Any, dict[str, Any]]] = [
     (SVAG, {}),
     (SVAG, {"compensated": True}),
+    (SVAG, {"momentum": 0.9, "weight_decay": 0.1}),
     (SVAG, {"capturable": True}),
     (SVAGAdam, {}),
     (SVAGRMSprop, {}),
@@ -437,6 +438,46 @@ def test_a_distributed_checkpoint_between_the_two_backwards_leaves_what_is_held(
     model(torch.zeros(1, 3)).square().sum().backward()
     opt.step()
     assert opt.effective_steps == 0.25
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "options"),
+    [
+        (SVAG, torch.optim.SGD, {"momentum": 0.9}),
+        (SVAG, torch.optim.SGD, {}),
+        (SVAGAdam, torch.optim.Adam, {}),
+        (SVAGRMSprop, torch.optim.RMSprop, {}),
+    ],
+)
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_a_step_at_lr_0_with_zero_gradients_is_torchs(
+    ours: Any, torchs: Any, options: dict[str, Any], first: float
+) -> None:
+    """A warm-up, where no sample is in the margin: moments decay, and the step is counted."""
+    params = [ones(3, dtype=torch.float64) for _ in range(2)]
+    opts = [kind([p], lr=0.1, **options) for kind, p in zip((ours, torchs), params, strict=True)]
+    for lr, g in ((0.1 * first, first), (0.0, 0.0), (0.1, 1.0), (0.1, 0.0)):
+        for p, opt in zip(params, opts, strict=True):
+            opt.param_groups[0]["lr"] = lr
+            p.grad = torch.full_like(p, g)
+            opt.step()
+    torch.testing.assert_close(params[0], params[1], rtol=1e-12, atol=0)
+    assert opts[0].effective_steps == 4
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("g1", "g2"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_a_step_at_lr_0_of_two_batches_takes_what_is_held(optimizer: Any, g1: float, g2: float) -> None:
+    p = ones(3)
+    opt = optimizer([p], lr=0.0, l=2, **({"initial_square_avg": 1.0} if optimizer is SVAGRMSprop else {}))
+    for k in (1, 2):
+        p.grad = torch.full_like(p, g1)
+        opt.hold_gradient()
+        p.grad = torch.full_like(p, g2)
+        stats = opt.step()
+        assert [float(stats.sq_norm1), float(stats.sq_norm2)] == [3 * g1, 3 * g2]
+        assert opt.effective_steps == k / 2
+        opt.zero_grad()
 
 
 def test_a_warmup_that_starts_at_lr_0_is_counted() -> None:

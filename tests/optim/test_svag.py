@@ -340,6 +340,43 @@ def test_grad_scaler_skips_an_overflow_in_either_gradient_and_lowers_its_scale(w
     assert not torch.equal(before[0], params_of(model)[0])
 
 
+@pytest.mark.parametrize("cleared", [None, True, False])
+def test_an_overflow_in_the_very_first_held_gradient_lowers_the_scale(cleared: bool | None) -> None:
+    """``cleared``: the loop clears the gradients between the two batches too, as a habit."""
+    p = nn.Parameter(torch.ones(2))
+    opt, scaler = SVAG([p], lr=0.1, l=2), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for scale in (512.0, 256.0):
+        opt.zero_grad()
+        scaler.scale((p * math.inf).sum()).backward()
+        opt.hold_gradient()
+        assert p.grad is None
+        if cleared is not None:
+            opt.zero_grad(set_to_none=cleared)
+        scaler.scale((2 * p).sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        assert p.tolist() == [1.0, 1.0]
+        assert opt.effective_steps == 0
+
+
+def test_clipping_both_with_the_scale_in_them_is_refused_from_the_first_step_on() -> None:
+    model = net(dtype=torch.float32)
+    opt, scaler = SVAG(model.parameters(), lr=0.1, l=4), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = params_of(model)
+    for _ in range(2):
+        opt.zero_grad()
+        opt.discard_gradient()
+        for half, data in enumerate(batches(2, torch.float32)):
+            scaler.scale(loss(model, data)).backward()
+            if half == 0:
+                opt.hold_gradient()
+        opt.clip_grad_norm_(1.0)
+        with pytest.raises(RuntimeError, match=r"call optimizer\.unscale_\(scaler\) before clip_grad_norm_"):
+            scaler.step(opt)
+    assert_same(before, params_of(model))
+
+
 def test_unscaling_the_current_gradient_alone_is_refused() -> None:
     data = batches(2, torch.float32)
     model = net(dtype=torch.float32)
