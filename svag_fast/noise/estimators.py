@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from svag_fast.numeric import real
+from svag_fast.numeric import integer, real
 from svag_fast.stats.sampling import noise_factor, require_drawable
 from svag_fast.stats.series import autocorrelation_time
 
@@ -351,15 +351,31 @@ class RunningMean:
         return {name: _copy(getattr(self, "_" + name)) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
+        """Continue from a state_dict(); refused unchanged where an entry is missing, unknown, or can't be one's."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a state_dict() of a RunningMean, got {type(state).__name__}")
         if set(state) != set(_STATE):
             wrong = sorted(set(state) ^ set(_STATE))
             raise ValueError(f"the state of a RunningMean has the entries {list(_STATE)}; missing or unknown: {wrong}")
-        for name, kind in _STATE.items():
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
+        if not isinstance(state["blocks"], list):
+            raise TypeError(f"blocks must be a list, got {type(state['blocks']).__name__}")
+        for name in ("mean", "scatter", "open_mean"):  # nan and inf stay what they are
+            real(name, state[name])
+        for i, block in enumerate(state["blocks"]):
+            real(f"blocks[{i}]", block)
+        if state["scatter"] < 0:
+            raise ValueError(f"scatter must be >= 0, got {state['scatter']}")
+        count, size, left = (integer(name, state[name], least=0) for name in ("count", "block_size", "open_count"))
+        if size == 0 or size & (size - 1) or left >= size or len(state["blocks"]) >= self._MAX_BLOCKS:
+            raise ValueError(
+                f"block_size must be a power of 2 above open_count, with fewer than {self._MAX_BLOCKS} blocks, got "
+                f"block_size {size}, open_count {left} and {len(state['blocks'])} blocks"
+            )
+        if count != len(state["blocks"]) * size + left:
+            raise ValueError(
+                f"count must be block_size times the number of blocks plus open_count, but it is {count}, and they are "
+                f"{size}, {len(state['blocks'])} and {left}"
+            )
         self._pending = []
         for name in _STATE:
             setattr(self, "_" + name, _copy(state[name]))
@@ -386,15 +402,7 @@ class RunningMean:
         return f"RunningMean({mean:.6g} ± {error:.2g}, {self.count} values, {effective:.3g} effective)"
 
 
-_STATE: dict[str, type] = {
-    "count": int,
-    "mean": float,
-    "scatter": float,
-    "block_size": int,
-    "blocks": list,
-    "open_mean": float,
-    "open_count": int,
-}
+_STATE = ("count", "mean", "scatter", "block_size", "blocks", "open_mean", "open_count")
 
 
 def _copy(value: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.noise.estimators import MeanError, RunningMean, mean_standard_error
+from svag_fast.numeric import integer, number, real
 from svag_fast.ops.step_stats import StepStats, is_one_batch
 from svag_fast.stats.sampling import noise_factor
 
@@ -36,6 +37,7 @@ class RunningNoise:
 
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, bool]] = []
+        self._rounding = 0.0
         self._means = {name: RunningMean() for name in _SERIES}
         self._co_scatter = 0.0
         self._skipped = 0
@@ -53,6 +55,7 @@ class RunningNoise:
         if not stats.has_second:
             raise ValueError("stats has one gradient: G and N need two batches' gradients a step")
         self._pending.append((stats.raw.detach().clone(), stats.two_batches))
+        self._rounding = max(self._rounding, stats.rounding)
         if len(self._pending) >= self._MAX_PENDING:
             self._fold()
 
@@ -75,8 +78,12 @@ class RunningNoise:
 
     @property
     def noise_trace(self) -> MeanError:
-        """N = Tr Σ of a batch gradient: mean of the unbiased |g1 − g2|²/2."""
-        return self._estimate("noise_trace")
+        """N = Tr Σ of a batch gradient: mean of the unbiased |g1 − g2|²/2.
+
+        Its error takes in what rounding may have done to a difference of norms (`StepStats.noise_trace_rounding`).
+        """
+        N = self._estimate("noise_trace")
+        return N._replace(standard_error=math.hypot(N.standard_error, self._rounding_error()))
 
     @property
     def weight_sq_norm(self) -> MeanError:
@@ -106,7 +113,7 @@ class RunningNoise:
         covariance = self._co_scatter / (steps - 1)
         variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
         effective = variance / error**2 if error > 0 else float(steps)
-        return MeanError(ratio, error / abs(G.mean), effective)
+        return MeanError(ratio, math.hypot(error, self._rounding_error()) / abs(G.mean), effective)
 
     def noise_scale(self, batch_size: int, *, population: int | None = None) -> MeanError:
         """B_simple = Tr Σ₁/|∇L|² = B·N/G (McCandlish et al. 2018), with `nsr`'s error.
@@ -130,26 +137,37 @@ class RunningNoise:
         self._fold()
         means = {name: mean.state_dict() for name, mean in self._means.items()}
         counts = {"skipped": self._skipped, "one_batch": self._one_batch}
-        return {**means, "co_scatter": self._co_scatter, **counts}
+        return {**means, "co_scatter": self._co_scatter, **counts, "rounding": self._rounding}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state_dict(); refused unchanged where an entry is missing, unknown or of the wrong type."""
-        state = {"one_batch": 0, **state}  # before it was counted
-        entries = {*_SERIES, "co_scatter", "skipped", "one_batch"}
+        """Continue from a state_dict(); refused unchanged where an entry is missing, unknown, or can't be one's."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a state_dict() of a RunningNoise, got {type(state).__name__}")
+        state = {"one_batch": 0, "rounding": 0.0, **state}  # before there were these
+        entries = {*_SERIES, "co_scatter", "skipped", "one_batch", "rounding"}
         if set(state) != entries:
             raise ValueError(
                 f"the state of a RunningNoise has the entries {sorted(entries)}; missing or unknown: "
                 f"{sorted(set(state) ^ entries)}"
             )
-        for name, kind in (("co_scatter", float), ("skipped", int), ("one_batch", int)):
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name} must be {kind.__name__}, got {type(state[name]).__name__}")
+        for name in ("skipped", "one_batch"):
+            integer(name, state[name], least=0)
+        real("co_scatter", state["co_scatter"])
+        number("rounding", state["rounding"], least=0)
         means = {name: RunningMean() for name in _SERIES}
         for name, mean in means.items():
             mean.load_state_dict(state[name])
+        blocks = {name: (state[name]["count"], state[name]["block_size"]) for name in _SERIES}
+        if len(set(blocks.values())) > 1:
+            raise ValueError(f"the series must be of the same steps, but their counts and block sizes are {blocks}")
         self._pending = []
         self._means, self._co_scatter = means, state["co_scatter"]
         self._skipped, self._one_batch = state["skipped"], state["one_batch"]
+        self._rounding = state["rounding"]
+
+    def _rounding_error(self) -> float:
+        # |g1|² + |g2|² = 2 (G + N), of the means too.
+        return 2 * self._rounding * abs(self._means["grad_sq_norm"].mean + self._means["noise_trace"].mean)
 
     def _fault(self) -> str | None:
         self._fold()

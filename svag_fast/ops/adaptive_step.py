@@ -30,7 +30,7 @@ from svag_fast.ops.checks import (
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
-from svag_fast.ops.step_stats import StepStats, nothing_stepped, raw_statistics
+from svag_fast.ops.step_stats import StepStats, nothing_stepped, raw_statistics, rounding
 from svag_fast.theory.scaling_rules import square_root_scaling_rule
 
 
@@ -118,7 +118,7 @@ def svag_adaptive_step_(
             backend,
             options.maximize,
         )
-    return StepStats(raw, grads2 is not None)
+    return StepStats(raw, grads2 is not None, rounding=rounding(params))
 
 
 class AdaptiveOptions(NamedTuple):

@@ -29,7 +29,7 @@ from svag_fast.ops.checks import (
 )
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
-from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, raw_statistics
+from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, raw_statistics, rounding
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -151,7 +151,7 @@ def svag_step_(
             momentum_buffers,
             *options[3:],
         )
-    return StepStats(raw, grads2 is not None)
+    return StepStats(raw, grads2 is not None, rounding=rounding(params))
 
 
 class StepOptions(NamedTuple):

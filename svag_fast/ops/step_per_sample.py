@@ -13,7 +13,7 @@ from svag_fast.ops.checks import check_params, check_step_scalars, tensors
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import address, addresses, check_apart, mark_written, resolved, spans
 from svag_fast.ops.step import DTYPE_CODES, svag_coefficients, svag_step_
-from svag_fast.ops.step_stats import StepStats
+from svag_fast.ops.step_stats import StepStats, rounding
 
 
 class PerSampleStep(NamedTuple):
@@ -70,9 +70,8 @@ def svag_step_per_sample_(
     with torch.no_grad():
         sq_norms, raw = _op(params, grads1, grads2, lr, l, weight_decay, backend)
     samples1 = grads1[0].shape[0]
-    return PerSampleStep(
-        sq_norms[:samples1], None if grads2 is None else sq_norms[samples1:], StepStats(raw, grads2 is not None)
-    )
+    stats = StepStats(raw, grads2 is not None, rounding=rounding(params))
+    return PerSampleStep(sq_norms[:samples1], None if grads2 is None else sq_norms[samples1:], stats)
 
 
 def _check(params: Sequence[Tensor], grads1: Sequence[Tensor], grads2: Sequence[Tensor] | None) -> None:

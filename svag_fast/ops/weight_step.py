@@ -12,7 +12,7 @@ from svag_fast.ops.checks import check_params, check_step_scalars, tensor
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import constant_coefficients, step_scalars, svag_coefficients, svag_step_
-from svag_fast.ops.step_stats import StepStats
+from svag_fast.ops.step_stats import StepStats, rounding
 from svag_fast.ops.weight_grad import cpu as weight_grad_cpu
 from svag_fast.ops.weight_grad import triton as weight_grad_triton
 from svag_fast.ops.weight_grad.op import reference as reference_product
@@ -97,7 +97,7 @@ def svag_weight_step_(
             geometry.groups,
             backend,
         )
-    return sq_norms, StepStats(raw, product.num_segments == 2)
+    return sq_norms, StepStats(raw, product.num_segments == 2, rounding=rounding([weight]))
 
 
 def _check_two_batches(product: LayerProduct, l: float) -> None:

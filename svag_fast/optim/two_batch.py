@@ -18,7 +18,7 @@ from svag_fast.numeric import number
 from svag_fast.ops.backends import check_name
 from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.memory import check_apart
-from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, total
+from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, rounding, total
 from svag_fast.optim import loaded_state
 from svag_fast.optim.callers import only_makes_state, tell_scaler
 from svag_fast.optim.grad_lists import Grads, carriers, divide, gradients, sharded
@@ -360,7 +360,8 @@ class TwoBatchOptimizer(Optimizer):
             if keep is not None:
                 keep(raws[-1], scaled)
         held = pair.grads is not None
-        stats = StepStats(total(raws), held, two_batches=held and checked[0].l != 1)
+        params = itertools.chain.from_iterable(group["params"] for group in groups)
+        stats = StepStats(total(raws), held, held and checked[0].l != 1, rounding(params))
         if not pair.warned and stats.raw.is_cpu and stats.is_one_batch():
             pair.warned = True
             warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=5)

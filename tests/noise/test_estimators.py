@@ -403,13 +403,25 @@ def test_a_stored_stream_goes_on_as_if_never_stopped(how):
 def test_a_wrong_state_is_refused_and_nothing_changes():
     mean = noise.RunningMean()
     mean.add(3.0)
+    whole = mean.state_dict()
     for state, message in [
         ({"count": 1}, "missing or unknown"),
-        (dict(mean.state_dict(), count=1.5), "count must be int"),
+        (dict(whole, count=1.5), "Invalid count"),
+        (dict(whole, count=True), "Invalid count"),
+        (dict(whole, count=-3), "Invalid count"),
+        (dict(whole, count=2), "count must be block_size times"),
+        (dict(whole, blocks=["a"]), r"Invalid blocks\[0\]"),
+        (dict(whole, blocks=3.0), "blocks must be a list"),
+        (dict(whole, block_size=0), "power of 2"),
+        (dict(whole, block_size=3), "power of 2"),
+        (dict(whole, open_count=1), "power of 2 above open_count"),
+        (dict(whole, blocks=[1.0] * 600, count=600), "fewer than 512 blocks"),
+        (dict(whole, mean="3"), "Invalid mean"),
+        (dict(whole, scatter=-1.0), "scatter must be >= 0"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             mean.load_state_dict(state)
-    assert mean.mean == 3.0
+        assert mean.state_dict() == whole
 
 
 def test_edge_cases_of_the_mean():

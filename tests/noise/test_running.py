@@ -11,6 +11,7 @@ from torch import Tensor
 
 import svag_fast
 from svag_fast.noise.running import RunningNoise
+from svag_fast.ops import svag_step_
 from svag_fast.ops.step_stats import StepStats
 
 STEPS, SERIES = 1500, 50
@@ -134,14 +135,40 @@ def test_a_stored_state_goes_on_as_if_never_stopped() -> None:
 def test_a_wrong_state_is_refused_and_nothing_changes() -> None:
     running = feed(RunningNoise(), torch.ones(3), torch.full((3,), 2.0))
     before = running.state_dict()
+    shorter = feed(RunningNoise(), torch.ones(2), torch.full((2,), 2.0))
     for change, message in (
         ({"more": 1}, "missing or unknown"),
-        ({"skipped": 0.5}, "skipped must be int"),
+        ({"skipped": 0.5}, "Invalid skipped"),
+        ({"one_batch": -1}, "Invalid one_batch"),
+        ({"rounding": -1.0}, "Invalid rounding"),
+        ({"co_scatter": "a"}, "Invalid co_scatter"),
         ({"noise_trace": {}}, "missing or unknown"),
+        ({"noise_trace": {**before["noise_trace"], "blocks": [1.0]}}, "count must be"),
+        ({"noise_trace": shorter.state_dict()["noise_trace"]}, "must be of the same steps"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             running.load_state_dict({**before, **change})
         assert running.state_dict() == before
+
+
+def test_a_noise_below_the_rounding_of_the_norms_has_its_error() -> None:
+    """g2 = g1 + d with |d|² / |g1|² = 2e-8: float32's N is another number, and says so."""
+    generator = torch.Generator().manual_seed(0)
+    g1 = torch.randn(30_000, generator=generator)
+    running, double = RunningNoise(), RunningNoise()
+    for k in range(40):
+        g2 = g1 + (1e-4 if k % 2 else -1e-4)
+        for noise, dtype in ((running, torch.float32), (double, torch.float64)):
+            p = torch.zeros(30_000, dtype=dtype)
+            noise.update(svag_step_([p], [g1.to(dtype)], [g2.to(dtype)], lr=0.0, l=2))
+    N = double.noise_trace
+    assert N.standard_error < 0.01 * N.mean
+    assert running.noise_trace.standard_error > N.mean
+    assert abs(running.noise_trace.mean - N.mean) < 2 * running.noise_trace.standard_error
+    assert abs(running.nsr.mean - double.nsr.mean) < 2 * running.nsr.standard_error
+    resumed = RunningNoise()
+    resumed.load_state_dict(running.state_dict())
+    assert resumed.noise_trace == running.noise_trace
 
 
 def test_bad_input_is_refused() -> None:
