@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import importlib
+import signal
 import sys
 from typing import Any
 
 import rich_click as click
 
 from svag_fast import __version__
+from svag_fast.cli.stopped import Stopped
 
 # command -> (module:attribute, the line that `svag-fast --help` shows)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -72,6 +74,13 @@ class Program(click.RichGroup):
         """Run it."""
         spell_out_letters()
         return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Stopped("interrupted", signal.SIGINT) from stop
 
 
 @click.group(

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from svag_fast.analysis.margins import Margin, choose_margins
 from svag_fast.cli.options import margin_option, metric_option
+from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
     INITS,
     SAMPLINGS,
@@ -182,7 +183,7 @@ def run(
     Each run writes its config, metrics and checkpoint into a folder of its own. The experiment's folder gets
     summary.json and convergence.png. After any interruption, --resume continues. With --resume and --out from the
     first, one command line serves a job that a batch system starts again. Exit status 3: every run diverged, so there
-    is no verdict.
+    is no verdict. A signal that stops it gives 128 + its number: 130 by Ctrl-C, 143 by SIGTERM.
     """
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
@@ -218,7 +219,7 @@ def run(
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
-        raise click.ClickException(f"{error}. Continue with: svag-fast run --resume --out {out}") from error
+        raise Stopped(f"{error}. Continue with: svag-fast run --resume --out {out}", error.number) from error
     except (ExperimentError, OSError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -44,7 +44,12 @@ class ExperimentError(RuntimeError):
 
 
 class ExperimentInterruptedError(ExperimentError):
-    """Ctrl-C: all workers are ended, what is done is kept."""
+    """A signal said to stop: all workers are ended, what is done is kept."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+        """The signal's."""
 
 
 @dataclass
@@ -209,8 +214,9 @@ def run_experiment(
                         console.print(f"{len(done)} of {count} runs: {worker.run.name} is complete")
                     on_run_end()
                 progress.update(bar, completed=sum(r.cost for r in done) + sum(w.cost_done for w in workers))
-        except KeyboardInterrupt:
-            raise ExperimentInterruptedError(f"stopped: {len(done)} of {count} runs are complete") from None
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if stop.args else signal.SIGINT
+            raise ExperimentInterruptedError(f"stopped: {len(done)} of {count} runs are complete", number) from None
         finally:
             try:
                 _stop(workers)
@@ -261,8 +267,8 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
 def _termination_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM, as of a batch system or a container that ends, and SIGHUP, of a terminal, like Ctrl-C."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     # Under nohup SIGHUP is ignored, and stays so.

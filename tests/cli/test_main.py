@@ -82,3 +82,13 @@ def test_no_text_fails_for_its_letters(tmp_path):
     assert output.count("exit code 1") == 1
     assert b"no such folder" in done.stderr
     assert "kappa*" in output
+
+
+def test_ctrl_c_anywhere_ends_with_the_shells_status(monkeypatch):
+    def interrupted(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svag_fast.cli.report.make_report", interrupted)
+    result = CliRunner().invoke(main, ["report", "."])
+    assert result.exit_code == 130, result.output
+    assert "interrupted" in result.output

@@ -148,15 +148,17 @@ def finish_when_free(out):
 
 
 @pytest.mark.parametrize(
-    "stop", [press_ctrl_c, subprocess.Popen.terminate, lose_terminal], ids=["Ctrl-C", "SIGTERM", "SIGHUP"]
+    ("stop", "status"),
+    [(press_ctrl_c, 130), (subprocess.Popen.terminate, 143), (lose_terminal, 129)],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
-def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(tmp_path, stop):
+def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(tmp_path, stop, status):
     out = tmp_path / "x"
     process = start(*OPTIONS, "--out", out, "--jobs", 2)
     wait_for(lambda: len(list(out.glob("*/config.json"))) >= 2, process)
     stop(process)
     output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert "--resume" in output
     assert "Traceback" not in output
     with pytest.raises(ProcessLookupError):
