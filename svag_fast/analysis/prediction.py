@@ -53,7 +53,8 @@ FORMS: tuple[KappaForm, ...] = ("exact", "approximate", "tightened")
 class Series:
     """R, G and N of one SGD run: float64 arrays [rows], ``step`` ascending, ``lr`` the rate used at each row.
 
-    ``population``: n, where a batch is made of distinct samples of n; None for independent draws.
+    ``population``: n, where a batch is made of distinct samples of n; None for independent draws, or with ``unsized``
+    where n isn't known.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Series:
     noise_trace: Array
     weight_sq_norm: Array | None
     population: int | None = None
+    unsized: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class Baseline:
     relaxation_times: float | None
     equilibrium: Equilibrium
     population: int | None = None
-    """n, where a batch is made of distinct samples of n; None for independent draws."""
+    """n, where a batch is made of distinct samples of n; None for independent draws, or where n isn't known."""
+    unsized: bool = False
+    """Whether a batch is made of distinct samples of a data set of unknown size."""
 
     def noise_factor(self, batch_size: int) -> float:
         """Return N over Tr Σ₁/B for batches of another size that are drawn in the same way."""
@@ -159,6 +163,11 @@ class Prediction:
         n = base.population
         if star is not None and n is not None and star.value > n:
             said.append(f"B* is more than the {n} samples that a batch of distinct ones can hold.")
+        if base.unsized:
+            said.append(
+                "Batches are made of distinct images of a data set whose size n isn't known: B_simple lacks its factor "
+                "(n-1)/(n-B), and N at another batch size is not quite 1/B's law."
+            )
         for other in self.outlook:
             word = {"fails": "predicted to fail", "silent": "no failure predicted", "undecided": "within B*'s interval"}
             less = 1 - base.noise_factor(other.batch_size) / base.noise_factor(base.batch_size)
@@ -220,7 +229,7 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         raise ValueError(f"last must be in (0, 1], got {last}")
     first = series[0]
     name = ", ".join(s.name for s in series)
-    if len({(s.batch_size, s.weight_decay, s.population, s.weight_sq_norm is None) for s in series}) != 1:
+    if len({(s.batch_size, s.weight_decay, s.population, s.unsized, s.weight_sq_norm is None) for s in series}) != 1:
         raise ValueError(f"{name}: these differ in batch size, weight decay, sampling or columns and can't be averaged")
     measured = [_measured_steps(s) for s in series]
     common = measured[0]
@@ -277,6 +286,7 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         relaxation_times=4 * rate * first.weight_decay * float(window[0] - phase_start) if first.weight_decay else None,
         equilibrium=equilibrium,
         population=first.population,
+        unsized=first.unsized,
     )
 
 
@@ -427,6 +437,7 @@ def _series(run: Run) -> Series:
         column("noise_trace"),
         column("weight_sq_norm"),
         run.population,
+        run.unsized,
     )
 
 

@@ -64,6 +64,11 @@ class Run:
         return TRAIN_SIZES.get(self.config.get("dataset", ""))
 
     @property
+    def unsized(self) -> bool:
+        """Whether a batch's images are distinct ones of a data set of unknown size."""
+        return self.config.get("sampling") == "distinct" and self.population is None
+
+    @property
     def finished(self) -> bool:
         """Whether the last row stands at the length that the run was asked for, in whole steps of 1/l."""
         steps = self.metrics["effective_step"]

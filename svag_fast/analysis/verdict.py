@@ -117,7 +117,7 @@ class Verdict:
         diverged: By l, the effective steps at which runs were found to have diverged.
         confidence: Of each interval.
         sampling: How batches were drawn; None where the runs don't say.
-        noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B.
+        noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B; None where n isn't known.
         times: Of each part, from when to when it is, as effective steps times lr.
     """
 
@@ -130,7 +130,7 @@ class Verdict:
     diverged: Mapping[float, tuple[float, ...]]
     confidence: float
     sampling: str | None
-    noise_factor: float
+    noise_factor: float | None
     times: Mapping[str, tuple[float, float]]
 
     @property
@@ -150,15 +150,16 @@ class SharedLimit:
 
     ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
     ``noise_ratio`` is its noise over what the reference's and 1/B make of it. It is 1 for independent draws, and below
-    1 where images of a batch are distinct. Then not even the two SDEs are quite the same. ``elsewhere`` names the parts
-    that are at other times of the SDE than the reference's, and are not compared.
+    1 where images of a batch are distinct. Then not even the two SDEs are quite the same. It is None where they are of
+    a data set of unknown size. ``elsewhere`` names the parts that are at other times of the SDE than the reference's,
+    and are not compared.
     """
 
     batch_size: int
     reference: int
     answer: Answer
     cells: Mapping[str, Mapping[str, Decision | None]]
-    noise_ratio: float
+    noise_ratio: float | None
     elsewhere: tuple[str, ...]
 
 
@@ -211,7 +212,9 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
             for metric, parts in verdict.cells.items()
         }
         answers = [d.answer if d else "open" for parts in cells.values() for d in parts.values()]
-        ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
+        ratio = None
+        if verdict.noise_factor is not None and reference.noise_factor is not None:
+            ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
         found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells, ratio, elsewhere))
     return found
 
@@ -264,7 +267,7 @@ def _judge_batch_size(
         {l: at for l, at in diverged.items() if at},
         confidence,
         runs[0].config.get("sampling"),
-        noise_factor(batch_size, runs[0].population),
+        None if runs[0].unsized else noise_factor(batch_size, runs[0].population),
         times,
     )
     return _answered(verdict)

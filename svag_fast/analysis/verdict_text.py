@@ -77,6 +77,11 @@ def shared_limit_sentence(shared: SharedLimit) -> str:
         said += f" Not compared: {_listed(shared.elsewhere)}, which are not at the same times of the SDE in both."
     if shared.noise_ratio == 1:
         return said
+    if shared.noise_ratio is None:
+        return (
+            f"{said} The images of a batch are distinct ones of a data set whose size isn't known: the two SDEs are "
+            "not quite the same, and nor need their limits be."
+        )
     less = f"{100 * (1 - shared.noise_ratio):.2g} %"
     return (
         f"{said} The images of a batch are distinct, so N at B = {shared.batch_size} is {less} below what 1/B makes of "

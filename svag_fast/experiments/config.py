@@ -101,6 +101,11 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
         raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
 
 
+def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
+    """Return the name of a run's folder."""
+    return f"b{batch_size}-lr{lr:g}-l{l:g}-seed{seed}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What all runs of an experiment share.
@@ -181,7 +186,7 @@ class RunConfig(Settings):
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return f"b{self.batch_size}-lr{self.lr:g}-l{self.l:g}-seed{self.seed}"
+        return run_name(self.batch_size, self.lr, self.l, self.seed)
 
     @property
     def steps(self) -> int:

@@ -14,12 +14,13 @@ import os
 import re
 from array import array
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import RANGES, SAMPLINGS, TRAIN_SIZES, UNSAID, Range
+from svag_fast.experiments.config import RANGES, SAMPLINGS, TRAIN_SIZES, UNSAID, Range, run_name
 from svag_fast.files import read_text
 
 Array: TypeAlias = NDArray[np.float64]
@@ -74,6 +75,7 @@ MUST_BE_FINITE = ("train_loss", "amplified_loss", "test_loss", "grad_sq_norm", "
 # Never nan, however badly a run ends.
 _ALWAYS_FINITE = {"step", "effective_step", "time", "train_accuracy", "test_accuracy", "noise_cost", "lr"}
 _ALWAYS_FINITE |= {"samples_per_second"}
+_RUN_NAME = re.compile(r"b\d+-lr[^-]+(-\d+)?-l[^-]+-seed\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 
 
@@ -126,6 +128,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if sampling == "distinct" and size is not None and config["batch_size"] > size:
         raise ValueError(
             f"{path}: batch_size must be at most {size} where images are distinct, not {config['batch_size']}"
+        )
+    folder = Path(path).parent.name
+    said = run_name(*(config[name] for name in ("batch_size", "lr", "l", "seed")))
+    if _RUN_NAME.fullmatch(folder) and folder != said:
+        raise ValueError(
+            f"{path}: its settings are {said}'s, and its folder is {folder}: was one of them changed? (A folder of any "
+            "other name may hold any run.)"
         )
     return config
 

@@ -186,6 +186,31 @@ def test_a_run_that_names_neither_its_draw_nor_a_known_data_set_has_no_factor(tm
     assert load_run(write_run(tmp_path, batch_size=2000)).population is None  # of 1,437 images: not distinct ones
 
 
+def test_settings_that_are_not_those_of_the_folders_name_are_refused(tmp_path):
+    """As where batch_size was edited in config.json; a name of another kind says nothing."""
+    run = write_run(tmp_path, batch_size=8, l=2, seed=1).rename(tmp_path / "b8-lr0.1-l2-seed1")
+    assert load_run(run).batch_size == 8
+    config = json.loads((run / "config.json").read_text())
+    for change in ({"batch_size": 16}, {"lr": 0.2}, {"l": 2.5}, {"seed": 0}):
+        (run / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"its folder is b8-lr0[.]1-l2-seed1: was one of them changed"):
+            load_run(run)
+    (run / "config.json").write_text(json.dumps(config | {"batch_size": 16}))
+    assert load_run(run.rename(tmp_path / "mine")).batch_size == 16
+
+
+def test_distinct_images_of_a_data_set_of_unknown_size_are_said_to_be_so(tmp_path):
+    for batch_size in (8, 16):
+        write_run(tmp_path, batch_size=batch_size, dataset="mine", sampling="distinct")
+    report = make_report(tmp_path)
+    (shared,) = report.shared
+    assert shared.noise_ratio is None
+    assert "of a data set whose size isn't known" in shared_limit_sentence(shared)
+    assert "B_simple lacks its factor" in " ".join(from_runs(tmp_path).sentences())
+    known = write_run(tmp_path / "known", sampling="distinct")
+    assert not load_run(known).unsized
+
+
 def test_an_older_folder_goes_on_as_it_began(tmp_path):
     """Where experiment.json and the checkpoint don't name what came later, they mean what was done then."""
     settings = ExperimentConfig(seeds=1).to_dict()
