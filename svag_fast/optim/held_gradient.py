@@ -131,7 +131,10 @@ class HeldGradient:
         return second
 
     def _changed_alone(self, second: list[GroupGrads], more: int) -> bool:
-        """Whether every second gradient was changed in place more often than its first."""
+        """Whether every second gradient was changed in place more often than its first.
+
+        One of several says nothing: accumulation, where a batch reaches some parameters more often (experts).
+        """
         assert self.grads is not None
         compared = 0
         for limits, listed1, listed2 in zip(self._allowed, self.grads, second, strict=True):

@@ -43,4 +43,4 @@ def test_the_arithmetic_says_the_rounding() -> None:
     assert math.isclose(float(single.noise_trace_rounding), 6 * 256 * 2**-24)
     assert of(torch.bfloat16).rounding == of(torch.float64, torch.float32).rounding == single.rounding
     assert of(torch.float64).rounding == 256 * 2**-53
-    assert svag_step_([torch.ones(3)], [torch.ones(3)], None, lr=0.0).noise_trace_rounding is None
+    assert svag_step_([torch.ones(3)], [torch.ones(3)], None, lr=0.0, l=1).noise_trace_rounding is None
