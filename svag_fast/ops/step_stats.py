@@ -119,7 +119,8 @@ def rounding(params: Iterable[Tensor]) -> float:
     256 units of rounding. The kernels have shown 7 where entries vary and 170 where all are the same, which is when
     every addition rounds the same way (tests/ops/test_step_stats.py).
     """
-    return 256 * (2**-53 if all(p.dtype == torch.float64 for p in params) else 2**-24)
+    double = torch.float64
+    return 256 * (2**-53 if all(p.dtype is double for p in params) else 2**-24)
 
 
 def total(raws: Sequence[Tensor]) -> Tensor:
