@@ -13,6 +13,7 @@ import pytest
 import torch
 from cuda_on_host.backend import DEVICE, STREAM, HostModule, cuda_on_host, load
 from cuda_on_host.build import HostKernels
+from draws import DTYPES, clones, dot, normals, same_bits
 from torch import Tensor
 
 from svag_fast import SVAG, svag_coefficients
@@ -21,15 +22,6 @@ from svag_fast.ops.step import step_coefficients
 
 MODE = os.environ.get("SVAG_TEST_CUDA", "race")
 ASAN = MODE == "address"  # far slower where each of many threads copies a table of 32 KB
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.float64, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float16, torch.float32),
-]
 # Around the packs of 2, 4 and 8, and the blocks' span of 4096; empty and one-element tensors.
 SHAPES = [(0,), (1,), (), (3,), (7, 5), (4095,), (4096,), (4097,), (31, 0, 2), (8, 3, 3, 3)]
 
@@ -51,12 +43,7 @@ def kernels(built: HostKernels) -> Iterator[HostKernels]:
 
 
 def draw(dtype: torch.dtype, seed: int, shapes: list[tuple[int, ...]] = SHAPES, scale: float = 1.0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(dtype) for s in shapes]
-
-
-def clones(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.clone() for t in tensors]
+    return normals(dtype, seed, shapes, scale)
 
 
 def check(params: list[Tensor], start: list[Tensor], grads1: list[Tensor], grads2: list[Tensor], l: float) -> None:
@@ -71,9 +58,6 @@ def check(params: list[Tensor], start: list[Tensor], grads1: list[Tensor], grads
 
 
 def check_stats(stats: StepStats, params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor]) -> None:
-    def dot(a: list[Tensor], b: list[Tensor]) -> float:
-        return sum(float((s.double() * t.double()).sum()) for s, t in zip(a, b, strict=True))
-
     assert stats.sq_norm2 is not None
     assert stats.inner is not None
     # Float32 sums of at most 4096 squares; the inner product's terms cancel, so its error is that of its terms.
@@ -153,8 +137,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_threads(
         params, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
         raw = svag_step_(params, grads1, grads2, lr=0.3, l=2, weight_decay=0.02, backend="cuda").raw
         results.append([raw, *params])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert same_bits(*results)
 
 
 @ran_on_host
@@ -304,5 +287,5 @@ def test_a_capturable_step_follows_a_schedule_and_gives_the_same_bits(kernels: H
     expected, plain = steps_under_a_schedule(False)
     params, opt = steps_under_a_schedule(True)
     assert isinstance(opt.param_groups[0]["lr"], Tensor)
-    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+    assert same_bits(params, expected)
     assert (opt.effective_steps, opt.time) == (plain.effective_steps, pytest.approx(plain.time))

@@ -7,11 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from simd import AVAILABLE, LEVELS
 
 from svag_fast import _C
-
-LEVELS = ["portable", "avx2", "avx512"]
-AVAILABLE = LEVELS[: LEVELS.index(_C.best_simd_level()) + 1]
 
 
 def load(wanted: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from draws import clones, same_bits
 from torch import Tensor
 
 from svag_fast import SVAG
@@ -18,10 +19,6 @@ OPTIONS = {"lr": 0.3, "weight_decay": 0.02}
 def draw(dtype: torch.dtype, seed: int, device: torch.device, shapes: list[tuple[int, ...]] = SHAPES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-
-
-def clones(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.clone() for t in tensors]
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -87,7 +84,7 @@ def six_steps(device: torch.device, backend: str, *, capturable: bool, replay: b
         before, counts = clones([p.detach() for p in params]), (optimizer.effective_steps, optimizer.time)
         with torch.cuda.graph(graph):
             step()
-        assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True)), "capturing runs nothing"
+        assert same_bits(before, params), "capturing runs nothing"
         assert counts == (optimizer.effective_steps, optimizer.time)
         others = [draw(torch.float32, seed, device, [(3,)]) for seed in range(100)]
         for other in others:  # more lists than are remembered: what the graph reads must stay
@@ -102,5 +99,5 @@ def six_steps(device: torch.device, backend: str, *, capturable: bool, replay: b
 def test_a_captured_graph_follows_a_schedule(device: torch.device, backend: str) -> None:
     expected, _ = six_steps(device, backend, capturable=False, replay=False)
     params, effective_steps = six_steps(device, backend, capturable=True, replay=device.type == "cuda")
-    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+    assert same_bits(params, expected)
     assert effective_steps == 6 / 4

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from draws import DTYPES, normals
 from torch import Tensor
 
 from svag_fast.kernels import device_cache
@@ -15,22 +16,12 @@ from svag_fast.ops.backends import select
 from svag_fast.ops.step import constant_coefficients, step_scalars
 from svag_fast.ops.step_stats import StepStats
 
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.float64, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float16, torch.float32),
-]
 # Around the block of 1024 and the program's 8 blocks.
 SHAPES = [(0,), (1,), (), (3,), (17, 5), (1023,), (1025,), (8193,)]
 
 
 def draw(dtype: torch.dtype, seed: int, shapes: list[tuple[int, ...]] = SHAPES, scale: float = 1.0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(s, generator=generator) * scale).to(dtype) for s in shapes]
+    return normals(dtype, seed, shapes, scale)
 
 
 def both(

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from simd import AVAILABLE, simd_level
 
-from svag_fast import _C
 
-
-@pytest.fixture(params=["reference", "portable", "avx2", "avx512"])
+@pytest.fixture(params=["reference", *AVAILABLE])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Yield the backend's name, with the SIMD level chosen for the time of the test."""
     if request.param == "reference":
         yield "reference"
         return
-    before = _C.simd_level()
-    if not _C.select_simd_level(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield "cpu"
-    _C.select_simd_level(before)
+    with simd_level(request.param):
+        yield "cpu"

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from draws import clones, normals, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from simd import torch_threads
 from torch import Tensor
 
 from svag_fast import svag_coefficients
@@ -21,12 +23,7 @@ RATES: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}
 
 
 def draw(seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for s in SHAPES]
-
-
-def clones(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.clone() for t in tensors]
+    return normals(dtype, seed, SHAPES, scale)
 
 
 def exact(x: Tensor, g1: Tensor, g2: Tensor, m: Tensor | None, v: Tensor, k: int, l: float, decay: float) -> Any:
@@ -91,7 +88,7 @@ def test_l_1_keeps_an_inf_of_the_second_gradient_out(backend: str) -> None:
         )
         assert bool(stats.finite) == (bad == 0.0)
         states.append([*params, *m, *v])
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert same_bits(*states)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -101,7 +98,7 @@ def test_skip_nonfinite_leaves_everything(backend: str, bad: float) -> None:
     grads2[5][4000] = bad
     options: Any = {**RATES, "l": 4, "steps": [1] * len(params), "backend": backend, "skip_nonfinite": True}
     assert not bool(svag_adaptive_step_(params, grads1, grads2, m, v, **options).finite)
-    assert all(torch.equal(a, b) for a, b in zip([*params, *m, *v], before, strict=True))
+    assert same_bits([*params, *m, *v], before)
     grads2[5][4000] = 0.0
     assert bool(svag_adaptive_step_(params, grads1, grads2, m, v, **options).finite)
     assert not torch.equal(params[5], before[5])
@@ -111,13 +108,10 @@ def test_the_same_bits_come_out_for_any_thread_count() -> None:
     results = []
     for threads in (1, 2, 5):
         x, g1, g2, m, v = (torch.randn(300001, generator=torch.Generator().manual_seed(s)) for s in range(5))
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        stats = svag_adaptive_step_([x], [g1], [g2], [m], [v.square()], **RATES, l=4, steps=[1], backend="cpu")
-        torch.set_num_threads(before)
+        with torch_threads(threads):
+            stats = svag_adaptive_step_([x], [g1], [g2], [m], [v.square()], **RATES, l=4, steps=[1], backend="cpu")
         results.append((x, m, stats.raw))
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert same_bits(*results)
 
 
 def test_other_memory_orders_are_served(backend: str) -> None:
@@ -160,7 +154,7 @@ def test_it_compiles_and_matches_eager() -> None:
 
     torch.compile(step, backend="aot_eager", fullgraph=True)(*lists, v)
     step(*eager[0], eager[1])
-    assert all(torch.equal(a, b) for a, b in zip(lists[0], eager[0][0], strict=True))
+    assert same_bits(lists[0], eager[0][0])
 
 
 def x3(dtype: torch.dtype = torch.float32) -> list[Tensor]:

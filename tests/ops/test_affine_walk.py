@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simd import AVAILABLE, simd_level
 
-from svag_fast import _C
 from svag_fast.ops import AffineStep, affine_walk_, philox_normal_
 
 KEY = (7, 8)
@@ -51,12 +51,10 @@ def test_kernel_and_reference_agree_on_any_step(keep, shift, slope, spread, weig
 
 
 def test_bits_depend_on_neither_threads_nor_level():
-    before = _C.simd_level()
     found = [affine_walk_(start(10_001, torch.float32), STEP, 9, key=KEY, threads=t) for t in (1, 2, 5)]
-    for level in ("portable", "avx2", "avx512"):
-        if _C.select_simd_level(level):
+    for level in AVAILABLE:
+        with simd_level(level):
             found.append(affine_walk_(start(10_001, torch.float32), STEP, 9, key=KEY))
-    _C.select_simd_level(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 

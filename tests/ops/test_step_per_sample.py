@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from draws import close, same_bits
+from simd import torch_threads
 from torch import Tensor
 
-from svag_fast import _C
 from svag_fast.ops import step_per_sample, svag_step_, svag_step_per_sample_
 from svag_fast.ops.backends import BackendError
 
@@ -27,30 +28,8 @@ def make(
     return draw[0], draw[1], draw[2]
 
 
-def close(ours: Tensor, exact: Tensor, relative: float = 1e-12) -> None:
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
-    torch.testing.assert_close(ours, exact, rtol=0, atol=relative * scale)
-
-
 def norms(grads: list[Tensor]) -> Tensor:
     return torch.stack([torch.stack([g[i].square().sum() for g in grads]).sum() for i in range(len(grads[0]))])
-
-
-def levels() -> list[str]:
-    names = ["portable", "avx2", "avx512"]
-    return ["reference", *names[: names.index(_C.best_simd_level()) + 1]]
-
-
-@pytest.fixture(params=levels())
-def backend(request: pytest.FixtureRequest) -> Any:
-    """The reference, or the kernel at one SIMD level."""
-    if request.param == "reference":
-        yield "reference"
-        return
-    before = _C.simd_level()
-    _C.select_simd_level(request.param)
-    yield "cpu"
-    _C.select_simd_level(before)
 
 
 @pytest.mark.parametrize("l", [1, 3, 1e6])
@@ -130,17 +109,12 @@ def test_params_in_another_memory_order(backend: str) -> None:
 
 def test_same_bits_for_any_number_of_threads() -> None:
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            params, grads1, grads2 = make(5, 6, torch.float32)
+    for threads in (1, 2, 3):
+        params, grads1, grads2 = make(5, 6, torch.float32)
+        with torch_threads(threads):
             result = svag_step_per_sample_(params, grads1, grads2, l=4, backend="cpu", **STEP)
-            results.append([*params, result.sq_norms1, result.sq_norms2, result.stats.raw])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        results.append([*params, result.sq_norms1, result.sq_norms2, result.stats.raw])
+    assert same_bits(*results)
 
 
 P, G = torch.randn(3, 4), torch.randn(5, 3, 4)

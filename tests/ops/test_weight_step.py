@@ -6,19 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from draws import close, same_bits
 from layer_cases import CONVOLUTION, LINEAR, STEP, make, step_by_two_ops
-from torch import Tensor
+from simd import torch_threads
 
 from svag_fast.ops import svag_weight_step_, weight_grad_and_sq_norms, weight_step
 from svag_fast.ops.backends import BackendError
 
 BACKENDS = ["reference", "cpu"]
 CASES = {**{f"linear, {name}": (*case, {}) for name, case in LINEAR.items()}, **CONVOLUTION}
-
-
-def close(ours: Tensor, exact: Tensor, relative: float) -> None:
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
-    torch.testing.assert_close(ours, exact, rtol=0, atol=relative * scale)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -68,19 +64,14 @@ def test_same_bits_for_any_number_of_threads() -> None:
         x, dy = make([12, shape[1], 5, 5], shape, padding=1, dtype=torch.float32)
         start = torch.randn(shape)
         results = []
-        before = torch.get_num_threads()
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                weight = start.clone()
+        for threads in (1, 2, 3):
+            weight = start.clone()
+            with torch_threads(threads):
                 norms, stats = svag_weight_step_(
                     weight, x, dy, segments=torch.arange(12) % 2, l=4, padding=1, backend="cpu", **STEP
                 )
-                results.append((weight, norms, stats.raw))
-        finally:
-            torch.set_num_threads(before)
-        for result in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+            results.append((weight, norms, stats.raw))
+        assert same_bits(*results)
 
 
 X, DY, WEIGHT = torch.randn(4, 4, 6, 6), torch.randn(4, 8, 6, 6), torch.randn(8, 4, 3, 3)

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from draws import normals, same_bits
+from simd import AVAILABLE, simd_level
 from started_rmsprop import SVAGRMSprop
 from torch import Tensor, nn
 
 import svag_fast
-from svag_fast import _C, SVAGAdam
+from svag_fast import SVAGAdam
 
 PAIRS = [
     (SVAGAdam, torch.optim.Adam, {"lr": 0.01}),
@@ -31,8 +33,7 @@ SHAPES = [(1,), (), (17, 5), (1003,), (0, 3)]
 
 
 def draw(seed: int, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    return normals(dtype, seed, SHAPES)
 
 
 def path(make: Any, dtype: torch.dtype, steps: int, options: Any, **more: Any) -> tuple[list[Tensor], list[Any]]:
@@ -53,7 +54,7 @@ def test_at_l_1_the_reference_is_torchs_optimizer_to_the_bit(
 ) -> None:
     params, states = path(ours, dtype, 12, options, backend="reference")
     expected, expected_states = path(theirs, dtype, 12, options, foreach=False)
-    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+    assert same_bits(params, expected)
     for state, other in zip(states, expected_states, strict=True):
         assert set(state) == set(other)
         assert all(torch.equal(state[name], other[name]) for name in state)
@@ -91,15 +92,12 @@ def one_step(ours: Any, theirs: Any, options: Any, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
-@pytest.mark.parametrize("level", ["avx2", "avx512"])
+@pytest.mark.parametrize("level", AVAILABLE[1:])
 def test_at_l_1_the_cpu_kernel_has_torchs_moments_to_the_bit(
     ours: Any, theirs: Any, options: Any, dtype: torch.dtype, level: str
 ) -> None:
-    before = _C.simd_level()
-    if not _C.select_simd_level(level):
-        pytest.skip(f"this processor has no {level}")
-    one_step(ours, theirs, options, dtype)
-    _C.select_simd_level(before)
+    with simd_level(level):
+        one_step(ours, theirs, options, dtype)
 
 
 def test_at_l_1_the_portable_kernel_agrees_with_torchs_portable_kernels() -> None:
@@ -204,7 +202,7 @@ def advance(model: nn.Module, opt: Any, first: int, count: int) -> None:
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    return same_bits(a.parameters(), b.parameters())
 
 
 OPTIMIZERS = [SVAGAdam, SVAGRMSprop]
@@ -283,7 +281,7 @@ def test_param_groups_have_their_own_options(optimizer: Any) -> None:
     ]
     advance(model, optimizer(groups, lr=0.01, l=4), 0, 1)
     advance(alone, optimizer(alone.parameters(), lr=0.5, eps=0.1, weight_decay=0.3, l=4, **{name: values}), 0, 1)
-    assert all(torch.equal(p, q) for p, q in zip(model[2].parameters(), alone[2].parameters(), strict=True))
+    assert same_bits(model[2].parameters(), alone[2].parameters())
     assert not torch.equal(model[0].weight, alone[0].weight)
 
 
@@ -317,7 +315,7 @@ def test_grad_scaler_skips_a_step_with_an_inf_whole(optimizer: Any) -> None:
                 opt.hold_gradient()
         scaler.step(opt)
         scaler.update()
-        unchanged = all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values(), strict=True))
+        unchanged = same_bits(before[0].values(), model.state_dict().values())
         assert unchanged == bad
         if bad:
             state = opt.state_dict()["state"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from draws import close, same_bits
 from hypothesis import given, settings
 from layer_cases import CONVOLUTION, LINEAR, make
 from layer_strategies import convolutions
-from torch import Tensor
+from simd import AVAILABLE, simd_level, torch_threads
 
-from svag_fast import _C
 from svag_fast.ops.weight_grad.cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, choose, direct, gram, pixel_gram, serve
 from svag_fast.ops.weight_grad.gram_cpu import gram_sq_norms
 from svag_fast.ops.weight_grad.op import reference, unchecked_weight_grads, weight_grad_and_sq_norms
@@ -22,25 +21,6 @@ from svag_fast.ops.weight_grad.shapes import Geometry, LayerProduct, layer_produ
 
 LOOP_ORDERS = (SAMPLES_OUTSIDE, TILES_OUTSIDE)
 CASES = {**{f"linear, {name}": (*case, {}) for name, case in LINEAR.items()}, **CONVOLUTION}
-
-
-@contextmanager
-def simd_level(name: str) -> Iterator[None]:
-    before = _C.simd_level()
-    assert _C.select_simd_level(name)
-    try:
-        yield
-    finally:
-        assert _C.select_simd_level(before)
-
-
-def levels() -> list[str]:
-    names = ["portable", "avx2", "avx512"]
-    return names[: names.index(_C.best_simd_level()) + 1]
-
-
-def close(ours: Tensor, exact: Tensor, relative: float) -> None:
-    torch.testing.assert_close(ours, exact, rtol=0, atol=relative * float(exact.abs().max()))
 
 
 def products(case: str) -> Iterator[LayerProduct]:
@@ -64,7 +44,7 @@ NOT_EMPTY = [name for name, (x, shape, _) in CASES.items() if all(x) and all(sha
 def test_each_level_and_loop_order_matches_the_reference(case: str) -> None:
     for product in products(case):
         exact = reference(product)
-        for level in levels():
+        for level in AVAILABLE:
             for loop_order in LOOP_ORDERS:
                 with simd_level(level):
                     ours = direct(product, loop_order)
@@ -84,17 +64,11 @@ def test_same_bits_for_any_number_of_threads(loop_order: int, shape: list[int]) 
     x, dy = make([37, shape[1], 9, 9], shape, padding=1, dtype=torch.float32)
     segments = torch.arange(37) % 3
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 8):
+        with torch_threads(threads):
             for _ in range(3):
                 results.append(direct(layer_product(x, dy, shape, None, segments, padding=1), loop_order))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for ours, first in zip(result, results[0], strict=True):
-            assert torch.equal(ours, first)
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("loop_order", LOOP_ORDERS, ids=["samples outside", "tiles outside"])
@@ -140,7 +114,7 @@ def test_norms_from_products_match_the_reference_at_each_level(case: str) -> Non
         exact = reference(product)
         single = product._replace(inputs=product.inputs.float(), output_grads=product.output_grads.float())
         rounded = reference(single._replace(inputs=single.inputs.double(), output_grads=single.output_grads.double()))
-        for level in levels():
+        for level in AVAILABLE:
             with simd_level(level):
                 close(gram_sq_norms(product), exact[1], 1e-12)
                 close(gram_sq_norms(single), rounded[1], 1e-7)
@@ -190,16 +164,10 @@ def test_pixel_gram_gives_the_same_bits_for_any_number_of_threads(shape: list[in
     x, dy = make([37, shape[1], 5, 5], shape, dtype=torch.float32)
     product = layer_product(x, dy, shape, None, torch.arange(37) % 3)
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 8):
+        with torch_threads(threads):
             results.append(pixel_gram(product))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for ours, first in zip(result, results[0], strict=True):
-            assert torch.equal(ours, first)
+    assert same_bits(*results)
 
 
 def cancelling(way: str) -> LayerProduct:
