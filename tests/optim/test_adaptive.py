@@ -140,7 +140,7 @@ def limit_moments(optimizer: Any) -> tuple[float, float]:
 
 def sampled_moments(optimizer: Any, l: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance over particles, one an element of the parameter, and their standard errors."""
-    particles = 60_000
+    particles = 20_000
     generator = torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.ones(particles, dtype=torch.float64))
     opt = optimizer([p], l=l, **LIMIT_OPTIONS[optimizer])
