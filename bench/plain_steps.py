@@ -1,26 +1,11 @@
-"""The SVAG step with its four statistics as a user would write it, and the lists of params that it is timed on."""
+"""The SVAG step with its four statistics as a user would write it."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from svag_fast import svag_coefficients
-
-
-def preresnet32() -> list[tuple[int, ...]]:
-    shapes: list[tuple[int, ...]] = [(16, 3, 3, 3)]
-    for stage, width in enumerate((16, 32, 64)):
-        shapes += [(width, width if stage == 0 else width // 2, 3, 3)] + [(width, width, 3, 3)] * 9
-        shapes += [(width, width if stage == 0 else width // 2, 1, 1)]
-    return shapes
-
-
-def vgg16() -> list[tuple[int, ...]]:
-    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
-    return [(o, i, 3, 3) for i, o in pairwise(widths)]
 
 
 def eager(

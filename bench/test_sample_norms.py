@@ -22,7 +22,6 @@ peak memory of ours <= 1.25 of plain.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -32,44 +31,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import digits, mlp, preresnet32, vgg16
 from torch import Tensor, nn
 
 from svag_fast import per_sample_sq_norms
-from svag_fast.experiments import models
 
 Step = Callable[[], Any]
 
 
-def _digits() -> nn.Module:
-    return models.digits_net(generator=torch.Generator().manual_seed(0))
-
-
-def _preresnet32() -> nn.Module:
-    return models.preresnet(32, "gn", generator=torch.Generator().manual_seed(0))
-
-
-def _vgg16() -> nn.Module:
-    return models.vgg(16, "gn", generator=torch.Generator().manual_seed(0))
-
-
-def _mlp() -> nn.Module:
-    torch.manual_seed(0)
-    widths = [784, 1024, 1024, 1024, 10]
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 # name: net, input shape, batch size, memory format in which the plain step is fastest, rounds, threads
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, torch.memory_format, int, int]] = {
-    "preresnet32": (_preresnet32, (3, 32, 32), 128, torch.contiguous_format, 4, 2),
-    "preresnet32-last": (_preresnet32, (3, 32, 32), 128, torch.channels_last, 4, 2),
-    "vgg16": (_vgg16, (3, 32, 32), 128, torch.contiguous_format, 2, 2),
-    "vgg16-last": (_vgg16, (3, 32, 32), 128, torch.channels_last, 2, 2),
-    "mlp": (_mlp, (784,), 128, torch.contiguous_format, 10, 2),
-    "digits8": (_digits, (1, 8, 8), 8, torch.contiguous_format, 300, 1),
-    "digits128": (_digits, (1, 8, 8), 128, torch.contiguous_format, 60, 1),
+    "preresnet32": (preresnet32, (3, 32, 32), 128, torch.contiguous_format, 4, 2),
+    "preresnet32-last": (preresnet32, (3, 32, 32), 128, torch.channels_last, 4, 2),
+    "vgg16": (vgg16, (3, 32, 32), 128, torch.contiguous_format, 2, 2),
+    "vgg16-last": (vgg16, (3, 32, 32), 128, torch.channels_last, 2, 2),
+    "mlp": (mlp, (784,), 128, torch.contiguous_format, 10, 2),
+    "digits8": (digits, (1, 8, 8), 8, torch.contiguous_format, 300, 1),
+    "digits128": (digits, (1, 8, 8), 128, torch.contiguous_format, 60, 1),
 }
 
 

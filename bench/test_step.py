@@ -14,7 +14,7 @@ from typing import Any
 import plain_steps
 import pytest
 import torch
-from plain_steps import preresnet32, vgg16
+from cases import preresnet32_shapes, vgg16_shapes
 from torch import Tensor, nn
 
 from svag_fast import _C, SVAG
@@ -25,7 +25,7 @@ LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
 OPTIONS = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY}
 
 
-GROUPS = {"preresnet32": preresnet32(), "vgg16": vgg16(), "flat60M": [(60_000_000,)]}
+GROUPS = {"preresnet32": preresnet32_shapes(), "vgg16": vgg16_shapes(), "flat60M": [(60_000_000,)]}
 ROUNDS = {"preresnet32": 400, "vgg16": 40, "flat60M": 12}
 
 

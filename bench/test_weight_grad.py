@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CONVOLUTIONS
 from torch import Tensor
 
 from svag_fast.ops import svag_step_, svag_step_per_sample_, svag_weight_step_, weight_grad_and_sq_norms
@@ -20,23 +21,6 @@ from svag_fast.ops.weight_grad.cpu import SAMPLES_OUTSIDE, TILES_OUTSIDE, direct
 from svag_fast.ops.weight_grad.shapes import layer_product
 
 B = 128
-# Input channels, output channels, image, kernel, stride: those of docs/per_sample_norms.md, and PreResNet-32's others.
-CONVOLUTIONS = {
-    "3-16, 32x32": (3, 16, 32, 3, 1),
-    "16-16, 32x32": (16, 16, 32, 3, 1),
-    "16-32, 32x32, stride 2": (16, 32, 32, 3, 2),
-    "16-32, 1x1, stride 2": (16, 32, 32, 1, 2),
-    "32-32, 16x16": (32, 32, 16, 3, 1),
-    "32-64, 16x16, stride 2": (32, 64, 16, 3, 2),
-    "32-64, 1x1, stride 2": (32, 64, 16, 1, 2),
-    "64-64, 8x8": (64, 64, 8, 3, 1),
-    "3-64, 32x32": (3, 64, 32, 3, 1),
-    "64-64, 32x32": (64, 64, 32, 3, 1),
-    "128-128, 16x16": (128, 128, 16, 3, 1),
-    "256-256, 8x8": (256, 256, 8, 3, 1),
-    "512-512, 4x4": (512, 512, 4, 3, 1),
-    "512-512, 2x2": (512, 512, 2, 3, 1),
-}
 # Where direct and pixel-gram cross, and direct and gram (T, p, d), is what the constants of the choice were fitted to.
 FEW_PIXELS = {
     "512-512, 1x1": (512, 512, 1, 3, 1),

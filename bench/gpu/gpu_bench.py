@@ -18,20 +18,19 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import CONVOLUTIONS, mlp, preresnet32, preresnet32_shapes, vgg16, vgg16_shapes
 from gpu_cases import products
 from gpu_checks import on_host
 from gpu_stopwatch import Report, Target
-from plain_steps import eager, foreach, preresnet32, vgg16
+from plain_steps import eager, foreach
 from torch import Tensor, nn
 
 import svag_fast
-from svag_fast.experiments import models
 from svag_fast.ops import svag_step_, svag_step_per_sample_
 from svag_fast.ops.backends import BACKENDS
 from svag_fast.ops.step import step_coefficients
@@ -40,15 +39,8 @@ from svag_fast.ops.weight_grad.shapes import LayerProduct, layer_product
 
 LR, L, WEIGHT_DECAY = 1e-6, 4, 5e-4
 B = 128
-# Input and output channels, image, kernel: PreResNet-32's and VGG-16's.
-LAYERS = {
-    "16-16, 32x32": (16, 16, 32, 3),
-    "64-64, 8x8": (64, 64, 8, 3),
-    "64-64, 32x32": (64, 64, 32, 3),
-    "256-256, 8x8": (256, 256, 8, 3),
-    "512-512, 4x4": (512, 512, 4, 3),
-    "512-512, 2x2": (512, 512, 2, 3),
-}
+_TIMED = ("16-16, 32x32", "64-64, 8x8", "64-64, 32x32", "256-256, 8x8", "512-512, 4x4", "512-512, 2x2")
+LAYERS = {name: CONVOLUTIONS[name][:4] for name in _TIMED}  # all of stride 1
 TINY_LAYERS = {"4-8, 6x6": (4, 8, 6, 3)}
 
 
@@ -200,14 +192,6 @@ def _convolution_backward(product: LayerProduct, weight: Tensor) -> Any:
     return torch.ops.aten.convolution_backward(product.output_grads, product.inputs, weight, None, *options)
 
 
-def mlp() -> nn.Module:
-    widths = [784, 1024, 1024, 1024, 10]
-    found: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        found += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*found[:-1])
-
-
 def norms(report: Report, name: str, net: nn.Module, image: tuple[int, ...], batch: int) -> None:
     """Forward, backward and every sample's norm against the plain forward and backward, as the host calls them."""
     net = net.to(report.device)
@@ -230,21 +214,20 @@ def norms(report: Report, name: str, net: nn.Module, image: tuple[int, ...], bat
 def all_groups(report: Report) -> list[Callable[[], None]]:
     """What matters most first: a cut-off costs the comparisons, not the kernels."""
     one = {"64-64, 32x32": LAYERS["64-64, 32x32"]}
-    generator = torch.Generator().manual_seed(0)
     return [
         partial(rates, report, tiny=False),
         partial(update, report, "60M", [(60_000_000,)]),
         partial(layers, report, LAYERS, "tf32"),
         partial(layers, report, LAYERS, "float32"),
-        partial(update, report, "preresnet32", preresnet32()),
-        partial(per_sample, report, "preresnet32", preresnet32(), 64),
-        partial(update, report, "vgg16", vgg16()),
-        lambda: norms(report, "preresnet32", models.preresnet(32, "gn", generator=generator), (3, 32, 32), B),
-        lambda: norms(report, "vgg16", models.vgg(16, "gn", generator=generator), (3, 32, 32), B),
+        partial(update, report, "preresnet32", preresnet32_shapes()),
+        partial(per_sample, report, "preresnet32", preresnet32_shapes(), 64),
+        partial(update, report, "vgg16", vgg16_shapes()),
+        lambda: norms(report, "preresnet32", preresnet32(), (3, 32, 32), B),
+        lambda: norms(report, "vgg16", vgg16(), (3, 32, 32), B),
         lambda: norms(report, "mlp", mlp(), (784,), B),
         partial(layers, report, one, "bfloat16"),
         partial(compiled, report, "60M", [(60_000_000,)]),
-        partial(compiled, report, "preresnet32", preresnet32()),
+        partial(compiled, report, "preresnet32", preresnet32_shapes()),
     ]
 
 
