@@ -4,14 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_norm_nets import randn
 from sample_norm_oracle import check
 from torch import nn
 
 from svag_fast import per_sample_sq_norms
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("bias", [True, False])

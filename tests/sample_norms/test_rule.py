@@ -4,15 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_norm_nets import randn
 from sample_norm_oracle import check
 from torch import nn
 
 from svag_fast import UnsupportedModule, by_vmap, per_sample_sq_norms, register_rule
 from svag_fast.sample_norms import rule as sample_norm_rules
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def affine(module):

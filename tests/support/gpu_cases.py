@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from draws import BF16, DTYPES, F32, F64
 from layer_cases import CONVOLUTION, LINEAR, STEP, make, step_by_two_ops
 from torch import Tensor
 
@@ -29,8 +30,6 @@ from svag_fast.ops import (
 
 Shares = Iterator[tuple[str, float]]
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = [(F32, F32), (F64, F64), (F64, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
 # Around packs, blocks of 1024 and spans of 4096 and 8192; empty and one-element tensors.
 SHAPES = [(0,), (1,), (), (3,), (17, 5), (1023,), (4097,), (8193,), (8, 3, 3, 3)]
 LR, DECAY = 0.3, 0.02

@@ -25,12 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from draws import BF16, DTYPES, F16, F32, F64
 from gpu_cases import (
-    BF16,
-    DTYPES,
-    F16,
-    F32,
-    F64,
     LAYERS,
     Shares,
     adaptive_step,
