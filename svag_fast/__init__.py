@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svag_fast import moved
+
+if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
+    from svag_fast.noise.estimators import RunningMean as RunningMean
+    from svag_fast.noise.estimators import mean_standard_error as mean_standard_error
+    from svag_fast.noise.running import RunningNoise as RunningNoise
+    from svag_fast.ops.backends import backend as backend
+    from svag_fast.ops.step import svag_coefficients as svag_coefficients
+    from svag_fast.ops.step_stats import StepStats as StepStats
+    from svag_fast.optim.adaptive import SVAGAdam as SVAGAdam
+    from svag_fast.optim.adaptive import SVAGRMSprop as SVAGRMSprop
+    from svag_fast.optim.svag import SVAG as SVAG
+    from svag_fast.optim.svag import svag_loss as svag_loss
+    from svag_fast.sample_norms.context import SampleNorms as SampleNorms
+    from svag_fast.sample_norms.context import UnsupportedModule as UnsupportedModule
+    from svag_fast.sample_norms.context import by_vmap as by_vmap
+    from svag_fast.sample_norms.context import per_sample_sq_norms as per_sample_sq_norms
+    from svag_fast.sample_norms.context import register_rule as register_rule
 
 __version__ = "0.1.0"
 
@@ -28,7 +45,7 @@ _LAZY: dict[str, str] = {
     "pair_pass": "svag_fast.nn.pair_pass",
     "per_sample_sq_norms": "svag_fast.sample_norms.context",
     "register_rule": "svag_fast.sample_norms.context",
-    "StepStats": "svag_fast.ops.step",
+    "StepStats": "svag_fast.ops.step_stats",
     "backend": "svag_fast.ops.backends",
     "svag_coefficients": "svag_fast.ops.step",
 }
@@ -36,12 +53,14 @@ _LAZY: dict[str, str] = {
 __all__ = ["__version__", *_LAZY]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            value = getattr(importlib.import_module(_LAZY[name]), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
