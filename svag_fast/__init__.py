@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
     from svag_fast.noise.estimators import RunningMean as RunningMean
     from svag_fast.noise.estimators import mean_standard_error as mean_standard_error
     from svag_fast.noise.running import RunningNoise as RunningNoise
-    from svag_fast.ops.backends import backend as backend
+    from svag_fast.ops.backends import use_backend as use_backend
     from svag_fast.ops.step import svag_coefficients as svag_coefficients
     from svag_fast.ops.step_stats import StepStats as StepStats
     from svag_fast.optim.adaptive import SVAGAdam as SVAGAdam
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
     from svag_fast.optim.svag import SVAG as SVAG
     from svag_fast.optim.svag import svag_loss as svag_loss
     from svag_fast.sample_norms.context import SampleNorms as SampleNorms
-    from svag_fast.sample_norms.context import UnsupportedModule as UnsupportedModule
+    from svag_fast.sample_norms.context import UnsupportedModuleError as UnsupportedModuleError
     from svag_fast.sample_norms.context import by_vmap as by_vmap
     from svag_fast.sample_norms.context import per_sample_sq_norms as per_sample_sq_norms
     from svag_fast.sample_norms.context import register_rule as register_rule
@@ -35,7 +35,7 @@ _LAZY: dict[str, str] = {
     "RunningMean": "svag_fast.noise.estimators",
     "RunningNoise": "svag_fast.noise.running",
     "SampleNorms": "svag_fast.sample_norms.context",
-    "UnsupportedModule": "svag_fast.sample_norms.context",
+    "UnsupportedModuleError": "svag_fast.sample_norms.context",
     "by_vmap": "svag_fast.sample_norms.context",
     "Independence": "svag_fast.nn.independence",
     "check_independence": "svag_fast.nn.independence",
@@ -46,9 +46,11 @@ _LAZY: dict[str, str] = {
     "per_sample_sq_norms": "svag_fast.sample_norms.context",
     "register_rule": "svag_fast.sample_norms.context",
     "StepStats": "svag_fast.ops.step_stats",
-    "backend": "svag_fast.ops.backends",
     "svag_coefficients": "svag_fast.ops.step",
+    "use_backend": "svag_fast.ops.backends",
 }
+
+_RENAMED = {"UnsupportedModule": "UnsupportedModuleError", "backend": "use_backend"}
 
 __all__ = ["__version__", *_LAZY]
 
@@ -60,7 +62,7 @@ if not TYPE_CHECKING:  # else a type checker would take every unknown name for A
             value = getattr(importlib.import_module(_LAZY[name]), name)
             globals()[name] = value
             return value
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return moved.old_name(__name__, _RENAMED, name)
 
 
 def __dir__() -> list[str]:

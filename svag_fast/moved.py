@@ -1,4 +1,4 @@
-"""Old module paths, served for one release with a DeprecationWarning that names the new one."""
+"""Old module paths and names, served for one release with a DeprecationWarning that names the new one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
+from typing import Any
 
 # Old path under svag_fast -> the new one. Paths that are packages now, such as svag_fast.theory, keep their names.
 MOVED = {
@@ -114,3 +115,21 @@ def install() -> None:
     """Serve the old paths from now on."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())
+
+
+def old_name(module: str, names: Mapping[str, str], name: str) -> Any:
+    """Serve ``name`` from the ``__getattr__`` of a module some of whose names have changed.
+
+    Args:
+        module: the module's ``__name__``.
+        names: old name -> the new one, in the same module.
+        name: what was asked for.
+
+    Raises:
+        AttributeError: it is no old name either.
+    """
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = names[name]
+    warnings.warn(f"{module}.{name} is {new} now; the old name goes in 0.3", DeprecationWarning, stacklevel=3)
+    return getattr(sys.modules[module], new)

@@ -24,7 +24,7 @@ noise: RunningNoise = svag_fast.RunningNoise()
 noise.update(optimizer.step())
 value: float = noise.nsr.standard_error
 c1, c2 = svag_fast.svag_coefficients(4.0)
-with svag_fast.backend("cpu"), per_sample_sq_norms(model, loss_reduction="sum") as norms:
+with svag_fast.use_backend("cpu"), per_sample_sq_norms(model, loss_reduction="sum") as norms:
     total: torch.Tensor = norms.total
 
 svag_fast.SVAG(model.parameters(), lr=0.1, l="4")  # error: arg-type
@@ -40,7 +40,7 @@ noise.noise_scale("8")  # error: arg-type
 noise.nsr.error  # error: attr-defined
 wrong: str = noise.nsr.mean  # error: assignment
 first: int = svag_fast.svag_coefficients(4.0)  # error: assignment
-with svag_fast.backend(1):  # error: arg-type
+with svag_fast.use_backend(1):  # error: arg-type
     pass
 """
 

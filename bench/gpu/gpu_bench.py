@@ -206,7 +206,7 @@ def norms(report: Report, name: str, net: nn.Module, image: tuple[int, ...], bat
             plain()
         return found.total
 
-    with svag_fast.backend("auto" if report.device.type == "cuda" else "triton"):
+    with svag_fast.use_backend("auto" if report.device.type == "cuda" else "triton"):
         for kernel, target in (("with norms", ours), ("plain", plain)):
             report.time(f"norms, {name}", kernel, target, as_called=True)
 

@@ -7,7 +7,7 @@
 | `cpu`       | CPU tensors                               |
 | `reference` | any tensor: plain PyTorch, as the formula |
 
-``backend="auto"`` takes the first row that can serve the call. ``with svag_fast.backend(name)`` and the variable
+``backend="auto"`` takes the first row that can serve the call. ``with svag_fast.use_backend(name)`` and the variable
 ``SVAG_FAST_BACKEND`` replace "auto"; a backend that is named and can't serve is an error that says why.
 """
 
@@ -20,10 +20,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from svag_fast import moved
 
 _log = logging.getLogger("svag_fast")
 
@@ -125,7 +127,7 @@ def check_name(name: str) -> None:
 
 
 @contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> Iterator[None]:
     """Use backend ``name`` for every call with ``backend="auto"`` inside the ``with`` block."""
     check_name(name)
     token = _override.set(name)
@@ -190,3 +192,9 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         could = [n for n in BACKENDS if why_not(op, n, tensors) is None]
         raise BackendError(f"backend {name!r} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
     return _implementations[op][name].function
+
+
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        return moved.old_name(__name__, {"backend": "use_backend"}, name)

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 import svag_fast.sample_norms.layers.products  # noqa: F401  (registers its rules)
+from svag_fast import moved
 from svag_fast.sample_norms.dispatch import run_compiled_code_eagerly
 from svag_fast.sample_norms.rule import by_vmap, register_rule
 from svag_fast.sample_norms.tape import Recorder, Rows, sum_of
-from svag_fast.sample_norms.watch import UnsupportedModule, Watch
+from svag_fast.sample_norms.watch import UnsupportedModuleError, Watch
 
-__all__ = ["SampleNorms", "UnsupportedModule", "by_vmap", "per_sample_sq_norms", "register_rule"]
+__all__ = ["SampleNorms", "UnsupportedModuleError", "by_vmap", "per_sample_sq_norms", "register_rule"]
 
 LossReduction: TypeAlias = Literal["mean", "sum"] | Tensor
 
@@ -153,8 +154,8 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
             rows against each other, in every pass (slow). Without it gradient and rows are checked in a first pass.
 
     Raises:
-        UnsupportedModule: on entry, with the module's name and what to do; the model is untouched. In the forward pass
-            where such a module was added since.
+        UnsupportedModuleError: on entry, with the module's name and what to do; the model is untouched. In the
+            forward pass where such a module was added since.
         ValueError: an unknown reduction, a parameter that is not the model's, or nothing to track. In the forward pass
             where a layer's rows are not the samples (positions first, a batch that is mixed).
     """
@@ -218,3 +219,9 @@ def _parameter_list(parameters: Iterable[nn.Parameter] | None) -> list[nn.Parame
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters[{i}] must be a parameter of the model, got {type(parameter).__name__}")
     return out
+
+
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        return moved.old_name(__name__, {"UnsupportedModule": "UnsupportedModuleError"}, name)

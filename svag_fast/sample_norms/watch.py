@@ -32,7 +32,7 @@ _FORWARD_METHODS = ("forward", "_conv_forward")
 _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
-class UnsupportedModule(TypeError):  # noqa: N818  (it names what was met)
+class UnsupportedModuleError(TypeError):
     """A module whose samples' gradients can't be told apart; the message names it and says what to do."""
 
 
@@ -171,7 +171,7 @@ class Watch:
     def _serve_root(self) -> None:
         if self.model not in self._served and self._root_end is None and "forward" not in self.model.__dict__:
             if dispatch.is_served(self.model):
-                raise UnsupportedModule(
+                raise UnsupportedModuleError(
                     "the model is served already: first leave the other per_sample_sq_norms context"
                 )
             self._root_end = dispatch.serve(self.model, self._root_forward(None))
@@ -207,11 +207,11 @@ class Watch:
                     continue
                 name = f"{label}.{own}" if label else own
                 if type(parameter) is not nn.Parameter and is_lazy(parameter):
-                    raise UnsupportedModule(f"{name} is not initialised yet: run the model once before")
+                    raise UnsupportedModuleError(f"{name} is not initialised yet: run the model once before")
                 met.add(id(parameter))
                 if parameter.requires_grad and self._is_wanted(parameter):
                     if not isinstance(parameter, nn.Parameter):
-                        raise UnsupportedModule(
+                        raise UnsupportedModuleError(
                             f"{name} is not the model's own parameter just now (functional_call?), so its per-sample "
                             "norms can't be told: call the model itself, or pass it its own parameters"
                         )
@@ -230,12 +230,12 @@ class Watch:
         if not (own or opaque or couples or any(self._is_wanted(p) for p in module._parameters.values())):
             return None
         if opaque:
-            raise UnsupportedModule(
+            raise UnsupportedModuleError(
                 f"{label_of(place, module)} hides its layers: pass the plain module that it was made from"
             )
         try:
             return self._scope(place, module, own, couples)
-        except UnsupportedModule:
+        except UnsupportedModuleError:
             if own or couples:
                 raise
             return None  # nothing of it is trained
@@ -248,22 +248,22 @@ class Watch:
                 advice = "transposed convolutions are not supported: use upsampling and a convolution"
             else:
                 advice = "no rule for it"
-            raise UnsupportedModule(
+            raise UnsupportedModuleError(
                 f"{label_of(place, module)}: {advice}, or teach it with svag_fast.register_rule({kind.__name__}) "
                 "(svag_fast.by_vmap is a rule without a formula), freeze it, or leave its parameters out with "
                 "parameters=..."
             )
         base, rule = found
         if "forward" in module.__dict__:
-            raise UnsupportedModule(
+            raise UnsupportedModuleError(
                 f"{label_of(place, module)} has a forward of its own put onto the instance: take the patch off"
             )
         if module not in self._served and dispatch.is_served(module):
-            raise UnsupportedModule(
+            raise UnsupportedModuleError(
                 f"{label_of(place, module)} is served already: first leave the other per_sample_sq_norms context"
             )
         if kind is not base and any(_method(kind, m) is not _method(base, m) for m in _FORWARD_METHODS):
-            raise UnsupportedModule(
+            raise UnsupportedModuleError(
                 f"{label_of(place, module)} overrides the forward of {base.__name__}, so that its rule may be wrong: "
                 f"give it its own with svag_fast.register_rule({kind.__name__})"
             )
@@ -274,7 +274,7 @@ class Watch:
         if own or couples:
             _refuse(rule, scope)
         if rule.knows is not None and (unknown := own.keys() - rule.knows):
-            raise UnsupportedModule(
+            raise UnsupportedModuleError(
                 f"{scope.label} has the parameter {sorted(unknown)[0]!r}, which {base.__name__} has not "
                 "(reparametrised, as by weight_norm?): give it a rule with svag_fast.register_rule, or remove the "
                 "reparametrisation"
@@ -459,4 +459,4 @@ def _method(kind: type[nn.Module], name: str) -> Any:
 def _refuse(rule: Rule, scope: Scope) -> None:
     reason = rule.refusal(scope.module)
     if reason is not None:
-        raise UnsupportedModule(f"{scope.label}: {reason}")
+        raise UnsupportedModuleError(f"{scope.label}: {reason}")

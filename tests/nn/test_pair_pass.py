@@ -528,7 +528,7 @@ def test_norms_of_accumulated_passes_are_appended_and_without_them_there_are_non
 def test_batchnorm_has_no_norms_and_the_model_is_left_alone():
     model = seeded(MODELS["batch norm"])
     with (
-        pytest.raises(svag_fast.UnsupportedModule, match=r"1 \(BatchNorm2d\)"),
+        pytest.raises(svag_fast.UnsupportedModuleError, match=r"1 \(BatchNorm2d\)"),
         pair_pass(model, SVAG(model.parameters(), lr=0.1, l=2), norms=True),
     ):
         pass

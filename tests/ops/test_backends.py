@@ -27,7 +27,7 @@ def test_a_row_that_changes_between_two_calls_counts_at_once(monkeypatch: pytest
 
 
 def test_the_block_s_choice_replaces_auto_alone_and_ends_with_it() -> None:
-    with svag_fast.backend("cuda"):
+    with svag_fast.use_backend("cuda"):
         with pytest.raises(BackendError, match="'cuda'"):
             step()
         step("cpu")
@@ -38,5 +38,5 @@ def test_the_environment_s_choice_replaces_auto_and_the_block_s_comes_first(monk
     monkeypatch.setenv("SVAG_FAST_BACKEND", "nowhere")
     with pytest.raises(BackendError, match="unknown backend 'nowhere'"):
         step()
-    with svag_fast.backend("reference"):
+    with svag_fast.use_backend("reference"):
         step()

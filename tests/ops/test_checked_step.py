@@ -158,7 +158,7 @@ def test_buffers_that_do_not_fit_are_left_to_the_op(change: Callable[[list[Tenso
 
 def test_another_backend_is_asked_for() -> None:
     tensors = lists()
-    with svag_fast.backend("reference"):
+    with svag_fast.use_backend("reference"):
         assert of(*tensors) is None
     assert of(*tensors) is not None
 

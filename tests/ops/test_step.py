@@ -443,12 +443,12 @@ def test_the_good_call_of_the_table_is_good() -> None:
 
 
 def test_backend_context_and_variable_replace_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    with svag_fast.backend("cuda"), pytest.raises(BackendError, match="'cuda' can't serve"):
+    with svag_fast.use_backend("cuda"), pytest.raises(BackendError, match="'cuda' can't serve"):
         svag_step_(**good_call())  # type: ignore[arg-type]
     monkeypatch.setenv("SVAG_FAST_BACKEND", "triton")
     with pytest.raises(BackendError, match="'triton' can't serve"):
         svag_step_(**good_call())  # type: ignore[arg-type]
-    with svag_fast.backend("reference"):
+    with svag_fast.use_backend("reference"):
         svag_step_(**good_call())  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="unknown backend 'gpu'"), svag_fast.backend("gpu"):
+    with pytest.raises(BackendError, match="unknown backend 'gpu'"), svag_fast.use_backend("gpu"):
         pass

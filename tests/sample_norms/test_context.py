@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sample_norm_nets import image_batch, mlp, modes, randn, same_modes, small_net
 from torch import nn
 
-from svag_fast import UnsupportedModule, per_sample_sq_norms
+from svag_fast import UnsupportedModuleError, per_sample_sq_norms
 
 
 def test_gradient_is_handed_over_not_copied():
@@ -102,7 +102,7 @@ def test_one_context_inside_another():
         with per_sample_sq_norms(two) as inner:
             (F.cross_entropy(one(x), y) + two(randn(4, 10)).square().mean()).backward()
         assert outer.total.shape == inner.total.shape == (4,)
-        with pytest.raises(UnsupportedModule, match="leave the other per_sample_sq_norms context"):
+        with pytest.raises(UnsupportedModuleError, match="leave the other per_sample_sq_norms context"):
             per_sample_sq_norms(one[3]).__enter__()
         outer.reset()
         F.cross_entropy(one(x), y).backward()

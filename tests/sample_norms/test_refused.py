@@ -7,7 +7,7 @@ from sample_norm_nets import modes, randn, same_modes
 from sample_norm_oracle import check
 from torch import nn
 
-from svag_fast import UnsupportedModule, per_sample_sq_norms
+from svag_fast import UnsupportedModuleError, per_sample_sq_norms
 
 
 def test_a_parameter_used_outside_its_module_is_found_out():
@@ -124,7 +124,7 @@ def test_what_can_not_be_served_is_refused_at_entry_and_left_alone(build, messag
     model = build()
     scripted = isinstance(model, torch.jit.ScriptModule)
     before = [] if scripted else modes(model)
-    with pytest.raises(UnsupportedModule, match=message):
+    with pytest.raises(UnsupportedModuleError, match=message):
         per_sample_sq_norms(model).__enter__()
     if not scripted:
         same_modes(before, modes(model))
@@ -132,7 +132,7 @@ def test_what_can_not_be_served_is_refused_at_entry_and_left_alone(build, messag
 
 @pytest.mark.nightly
 def test_a_compiled_model_is_refused():
-    with pytest.raises(UnsupportedModule, match="hides its layers"):
+    with pytest.raises(UnsupportedModuleError, match="hides its layers"):
         per_sample_sq_norms(torch.compile(nn.Linear(2, 2))).__enter__()
 
 
@@ -151,7 +151,7 @@ def test_batch_norm_put_into_training_mode_inside_is_refused():
     with per_sample_sq_norms(model):
         model(torch.ones(2, 2, 3, 3))
         model.train()
-        with pytest.raises(UnsupportedModule, match="BatchNorm2d"):
+        with pytest.raises(UnsupportedModuleError, match="BatchNorm2d"):
             model(torch.ones(2, 2, 3, 3))
     model(torch.ones(2, 2, 3, 3))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from svag_fast import UnsupportedModule, by_vmap, per_sample_sq_norms, register_rule
+from svag_fast import UnsupportedModuleError, by_vmap, per_sample_sq_norms, register_rule
 from svag_fast.sample_norms import rule as rules
 
 B, T, C = 5, 5, 6  # as many positions as samples: nothing tells them apart by their number
@@ -256,7 +256,7 @@ def test_reports_of_values_that_are_none(build, x, message):
     torch.manual_seed(0)
     net = build().double()
     for _ in range(2):
-        with pytest.raises((ValueError, RuntimeError, UnsupportedModule), match=message), per_sample_sq_norms(net):
+        with pytest.raises((ValueError, RuntimeError, UnsupportedModuleError), match=message), per_sample_sq_norms(net):
             loss(net(x)).backward()
 
 

@@ -8,7 +8,7 @@ from sample_norm_nets import randn
 from sample_norm_oracle import check
 from torch import nn
 
-from svag_fast import UnsupportedModule, by_vmap, per_sample_sq_norms, register_rule
+from svag_fast import UnsupportedModuleError, by_vmap, per_sample_sq_norms, register_rule
 from svag_fast.sample_norms import rule as sample_norm_rules
 
 
@@ -85,7 +85,7 @@ def test_embedding_with_repeated_indices(shape, padding_idx):
 
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
 def test_embedding_options_that_are_refused(option):
-    with pytest.raises(UnsupportedModule, match=rf"the model \(Embedding\).*{next(iter(option))}"):
+    with pytest.raises(UnsupportedModuleError, match=rf"the model \(Embedding\).*{next(iter(option))}"):
         per_sample_sq_norms(nn.Embedding(5, 6, **option)).__enter__()
 
 
@@ -117,7 +117,7 @@ def rules(monkeypatch):
 @pytest.mark.usefixtures("rules")
 def test_a_rule_of_ones_own():
     model = nn.Sequential(nn.Linear(6, 6), Scale(), nn.Tanh(), Scale())
-    with pytest.raises(UnsupportedModule, match=r"1 \(Scale\): no rule for it.*register_rule\(Scale\)"):
+    with pytest.raises(UnsupportedModuleError, match=r"1 \(Scale\): no rule for it.*register_rule\(Scale\)"):
         per_sample_sq_norms(model).__enter__()
 
     @register_rule(Scale)

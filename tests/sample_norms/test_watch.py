@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from svag_fast import UnsupportedModule, per_sample_sq_norms
+from svag_fast import UnsupportedModuleError, per_sample_sq_norms
 
 
 class Net(nn.Module):
@@ -155,7 +155,7 @@ def test_functional_call_and_moves():
         loss(net, x).backward()
         torch.testing.assert_close(norms.total, expected(build(), x))
         trained = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
-        with pytest.raises(UnsupportedModule, match=r"layers.0.weight is not the model's own parameter just now"):
+        with pytest.raises(UnsupportedModuleError, match=r"layers.0.weight is not the model's own parameter just now"):
             torch.func.functional_call(net, trained, (x,))
         net.share_memory()
         net.float().double().to(memory_format=torch.channels_last)
@@ -340,7 +340,7 @@ def test_changes_that_can_not_be_served_are_refused_in_the_forward_pass(change, 
     with per_sample_sq_norms(net) as norms:
         loss(net, x).backward()
         change(net)
-        with pytest.raises(UnsupportedModule, match=message):
+        with pytest.raises(UnsupportedModuleError, match=message):
             net(x)
         assert norms.total.shape == (4,)
     assert all("forward" not in m.__dict__ for m in net.modules())
@@ -350,7 +350,7 @@ def test_a_layer_without_rule_may_be_unfrozen_outside_only():
     net = nn.Sequential(nn.Linear(3, 3), nn.Bilinear(3, 3, 2).requires_grad_(False))
     with per_sample_sq_norms(net):
         net[1].requires_grad_(True)
-        with pytest.raises(UnsupportedModule, match=r"1 \(Bilinear\): no rule"):
+        with pytest.raises(UnsupportedModuleError, match=r"1 \(Bilinear\): no rule"):
             net(torch.ones(2, 3))
 
 

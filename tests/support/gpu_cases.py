@@ -17,8 +17,7 @@ from draws import BF16, DTYPES, F32, F64
 from layer_cases import CONVOLUTION, LINEAR, STEP, make, step_by_two_ops
 from torch import Tensor
 
-from svag_fast import backend as use_backend
-from svag_fast import per_sample_sq_norms, svag_coefficients
+from svag_fast import per_sample_sq_norms, svag_coefficients, use_backend
 from svag_fast.ops import (
     StepStats,
     svag_adaptive_step_,
