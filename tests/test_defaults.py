@@ -86,7 +86,7 @@ def _simulate(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     problem, x0 = AffineProblem(1.0, 0.5, 0.2, 1.0, law=Gaussian()), batches[0].flatten()[0]
     return [
         simulate(process, problem, start, 0.2, trajectories=n)
-        for process in (processes.SVAG(0.2, l=4), processes.OneBatchSVAG(0.2, l=4), processes.SDE2(0.2, h=0.05))
+        for process in (processes.SVAGProcess(0.2, l=4), processes.OneBatchSVAG(0.2, l=4), processes.SDE2(0.2, h=0.05))
         for n in (None, 70)
         for start in (x0, x0.double())
     ]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from svag_fast.stats.series import LEAST
 from svag_fast.theory.closeness import (
     SQRT2,
     Certificate,
+    CertificateAnswer,
     KappaForm,
     critical_kappa,
     critical_kappa_interval,
@@ -44,7 +45,6 @@ __all__ = [
     "predict_if_possible",
 ]
 
-Verdict: TypeAlias = Literal["fails", "silent", "undecided"]
 _LEAST_MEAN = 1e-100  # below it squares vanish
 FORMS: tuple[KappaForm, ...] = ("exact", "approximate", "tightened")
 
@@ -102,7 +102,7 @@ class Outlook:
 
     batch_size: int
     kappa: float
-    verdict: Verdict
+    verdict: CertificateAnswer
     measured: Baseline | None
 
 
@@ -405,7 +405,7 @@ def from_csv(
     return from_baseline(measure([series], last=last, tolerance=tolerance), C=C, confidence=confidence)
 
 
-def _verdict(interval: tuple[float, float], kappa: float) -> Verdict:
+def _verdict(interval: tuple[float, float], kappa: float) -> CertificateAnswer:
     """Return "fails" beyond κ*'s interval, "silent" below it (there the theorem says nothing), else "undecided"."""
     low, high = interval
     return "fails" if kappa > high else "silent" if kappa < low else "undecided"

@@ -40,7 +40,7 @@ SUMMARY_VERSION = 1  # of summary.json: raised when a key changes its meaning or
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One l of one batch size: means over the finished runs, with the standard deviation of one run where it says sd.
 
     ``grad_sq_norm``, ``noise_trace`` and ``weight_sq_norm`` are G, N and R: the mean over seeds, with its standard
@@ -70,7 +70,7 @@ class Report:
     runs: Sequence[Run]
     verdicts: Sequence[Verdict]
     shared: Sequence[SharedLimit]
-    rows: Sequence[Sequence[Row]]
+    rows: Sequence[Sequence[SummaryRow]]
     confidence: float
     prediction: Prediction | None
     """What the smallest batch's SGD runs alone predict of linear scaling, if anything."""
@@ -285,7 +285,7 @@ def _verdict_table(verdict: Verdict) -> Table:
     return table
 
 
-def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
+def _rows(runs: Sequence[Run], verdict: Verdict) -> list[SummaryRow]:
     groups = group_by_l(runs)
     finished = {l: [r for r in group if r.finished and r.diverged_at is None] for l, group in groups.items()}
     norms = {l: _norms(group) for l, group in finished.items()}
@@ -296,7 +296,7 @@ def _rows(runs: Sequence[Run], verdict: Verdict) -> list[Row]:
         accuracy, accuracy_sd = _mean_sd(_last(finished[l], "test_accuracy"))
         loss, loss_sd = _mean_sd(_last(finished[l], "train_loss"))
         rows.append(
-            Row(
+            SummaryRow(
                 l=l,
                 seeds=len(finished[l]),
                 unfinished=len(group) - len(finished[l]),

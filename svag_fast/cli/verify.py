@@ -17,7 +17,7 @@ from rich.table import Table
 
 from svag_fast.files import replace_file
 from svag_fast.plots.verification import draw
-from svag_fast.verify.check import Group, Outcome, Settings, failures
+from svag_fast.verify.check import Group, Outcome, SuiteSettings, failures
 from svag_fast.verify.suite import GROUPS, run
 
 
@@ -42,9 +42,9 @@ def verify(fast: bool, as_json: bool, out: Path, seed: int, only: tuple[str, ...
     """
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    outcomes = _with_progress(Settings(fast, seed), list(only))
+    outcomes = _with_progress(SuiteSettings(fast, seed), list(only))
     seconds = time.monotonic() - began
-    report = _as_json(outcomes, Settings(fast, seed), seconds)
+    report = _as_json(outcomes, SuiteSettings(fast, seed), seconds)
     draw(outcomes, out / "verify.png")
     with replace_file(out / "verify.json") as file:
         file.write(report.encode())
@@ -55,7 +55,7 @@ def verify(fast: bool, as_json: bool, out: Path, seed: int, only: tuple[str, ...
     sys.exit(1 if any(failures(list(outcomes.values()))) else 0)
 
 
-def _with_progress(settings: Settings, names: list[str]) -> dict[str, Outcome]:
+def _with_progress(settings: SuiteSettings, names: list[str]) -> dict[str, Outcome]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sum(GROUPS[name].cost for name in names or GROUPS))
@@ -106,7 +106,7 @@ def _grid(title: str, rows: list[dict[str, object]]) -> Table:
     return table
 
 
-def _as_json(outcomes: Mapping[str, Outcome], settings: Settings, seconds: float) -> str:
+def _as_json(outcomes: Mapping[str, Outcome], settings: SuiteSettings, seconds: float) -> str:
     checks = [
         {
             "group": name,

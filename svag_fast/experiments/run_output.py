@@ -17,20 +17,20 @@ from typing import Any
 from svag_fast.experiments.run_folder import COLUMNS, read_config
 from svag_fast.files import remove_leftovers, replace_file
 
-Row = dict[str, "float | int | str | None"]
+MetricsRow = dict[str, "float | int | str | None"]
 
 
 class RunBusyError(RuntimeError):
     """Another process is training the same run."""
 
 
-def write_metrics(path: Path, rows: list[Row]) -> None:
+def write_metrics(path: Path, rows: list[MetricsRow]) -> None:
     """Write the rows as CSV, whole or not at all; an empty cell was not measured in that row."""
     with replace_file(path) as file:
         file.write(_as_csv(rows))
 
 
-def _as_csv(rows: list[Row]) -> bytes:
+def _as_csv(rows: list[MetricsRow]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -44,7 +44,7 @@ def write_config(folder: Path, identity: dict[str, Any], provenance: dict[str, A
         file.write(json.dumps({**identity, **provenance}, indent=2).encode() + b"\n")
 
 
-def repair(folder: Path, identity: dict[str, Any], provenance: dict[str, Any], rows: list[Row]) -> None:
+def repair(folder: Path, identity: dict[str, Any], provenance: dict[str, Any], rows: list[MetricsRow]) -> None:
     """Make again what a kill behind the last checkpoint, or anything else, has left missing, stale or damaged."""
     try:
         there = read_config(folder / "config.json")
@@ -75,7 +75,7 @@ class Events:
         for summary in hparams(identity, metrics):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[MetricsRow]) -> None:
         """Write the rows that have come since the last call."""
         for row in rows[self.written :]:
             effective_step = round(float(row["effective_step"] or 0))  # rows stand within half a step of a whole one

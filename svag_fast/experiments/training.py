@@ -20,7 +20,7 @@ from svag_fast.experiments.data import Dataset, draw_batch, load_dataset
 from svag_fast.experiments.gradients import TwoBatchGradients
 from svag_fast.experiments.models import FixedHeadNet, build_model
 from svag_fast.experiments.run_folder import COLUMNS, MUST_BE_FINITE
-from svag_fast.experiments.run_output import Events, Row, alone_in, repair, write_config, write_metrics
+from svag_fast.experiments.run_output import Events, MetricsRow, alone_in, repair, write_config, write_metrics
 from svag_fast.noise.estimators import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
@@ -57,7 +57,7 @@ class Training:
         self.streams = [torch.Generator("cpu").manual_seed(_seed(config, f"stream {stream}")) for stream in range(2)]
         self.step = 0
         self.seconds = 0.0
-        self.rows: list[Row] = [self._first_row()]
+        self.rows: list[MetricsRow] = [self._first_row()]
         self._clear_sums()
 
     def _clear_sums(self) -> None:
@@ -154,18 +154,18 @@ class Training:
         sq_norms = self.sample_sq_norms / self.steps_summed
         return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
 
-    def _first_row(self) -> Row:
+    def _first_row(self) -> MetricsRow:
         weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.gradients.params)
-        start: Row = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
+        start: MetricsRow = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
         start |= {"noise_source": self.noise_source, "noise_cost": self._noise_cost()}
         return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._test() | self._train()
 
-    def _train(self) -> Row:
+    def _train(self) -> MetricsRow:
         data, limit = self.data, EVALUATION_LIMIT
         loss, accuracy = evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
         return {"train_loss": loss, "train_accuracy": accuracy}
 
-    def _test(self) -> Row:
+    def _test(self) -> MetricsRow:
         loss, accuracy = evaluate(self.model, self.data.test_images, self.data.test_labels)
         return {"test_loss": loss, "test_accuracy": accuracy}
 
@@ -323,7 +323,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
     return float(loss) / len(labels), float(correct) / len(labels)
 
 
-def _diverged(row: Row) -> bool:
+def _diverged(row: MetricsRow) -> bool:
     return not all(math.isfinite(value) for name in MUST_BE_FINITE if isinstance(value := row[name], float))
 
 

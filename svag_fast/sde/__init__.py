@@ -1,5 +1,8 @@
 """SGD, SVAG and the SDEs as processes on one interface, with problems whose expectations are known in closed form."""
 
+from typing import TYPE_CHECKING, Any
+
+from svag_fast import moved
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gamma, Gaussian, Poisson
 from svag_fast.sde.moments import process_moments, sde_moments
@@ -18,12 +21,12 @@ from svag_fast.sde.processes import (
     GD,
     NGD,
     SDE2,
-    SGD,
-    SVAG,
     EulerMaruyama,
     GradientFlow,
     OneBatchSVAG,
     Process,
+    SGDProcess,
+    SVAGProcess,
 )
 from svag_fast.sde.simulate import controlled_mean, expectation, mean_and_error, simulate
 from svag_fast.sde.weights import svag_weights, vanishing_third_moment_l
@@ -32,8 +35,6 @@ __all__ = [
     "GD",
     "NGD",
     "SDE2",
-    "SGD",
-    "SVAG",
     "AffineProblem",
     "CircleToy",
     "Draws",
@@ -47,6 +48,8 @@ __all__ = [
     "Poisson",
     "Problem",
     "Process",
+    "SGDProcess",
+    "SVAGProcess",
     "ScaleInvariantToy",
     "additive_quadratic",
     "constant_poisson_gradient",
@@ -60,3 +63,9 @@ __all__ = [
     "svag_weights",
     "vanishing_third_moment_l",
 ]
+
+
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        return moved.old_name(__name__, {"SGD": "SGDProcess", "SVAG": "SVAGProcess"}, name)

@@ -6,8 +6,8 @@ gradient alone (the order-2 SDE adds a Hessian term, gradient flow is integrated
 ===================  ==================================  ============  =================================================
 process              estimate                            h             source
 ===================  ==================================  ============  =================================================
-`SGD`                g                                   lr            eq. 1; with weight decay eq. 7
-`SVAG`               sum_j w_j g_j                       lr/l          eq. 5 (two batches); or "any other design"
+`SGDProcess`         g                                   lr            eq. 1; with weight decay eq. 7
+`SVAGProcess`        sum_j w_j g_j                       lr/l          eq. 5 (two batches); or "any other design"
 `OneBatchSVAG`       (1 +- sqrt(l - 1)) g                lr/l          the authors' code; no approximation of the SDE
 `NGD`                grad L + Sigma^(1/2) z              lr            eq. 3
 `GD`                 grad L                              lr
@@ -27,11 +27,12 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from svag_fast import moved
 from svag_fast.numeric import number
 from svag_fast.sde.draws import Draws
 from svag_fast.sde.problems.base import Problem
@@ -143,7 +144,7 @@ def _check_dtype(process: Process, dtype: torch.dtype) -> None:
 
 
 @dataclass(frozen=True)
-class SGD(Process):
+class SGDProcess(Process):
     """Stochastic gradient descent, eq. 1; with `weight_decay` eq. 7.
 
     Weak order 1 in lr to the SDE (2) (Li, Tai, E 2019), 2 to `SDE2` (Thm E.4).
@@ -156,7 +157,7 @@ class SGD(Process):
 
 
 @dataclass(frozen=True)
-class SVAG(Process):
+class SVAGProcess(Process):
     """SVAG, eq. 5, for any real l >= 1, and its general form with more than two batches.
 
     Weak order 1 in 1/l to the SDE (2) at the same lr (Thm 4.3). l = 1 with two batches is SGD. With `batches` > 2 the
@@ -297,3 +298,9 @@ class SDE2(EulerMaruyama):
         grad_f = torch.add(grad, x, alpha=decay)
         correction = problem.hessian_product(x, grad_f).add_(grad_f, alpha=decay)
         return grad.add_(correction, alpha=self.hessian_weight).add_(noise, alpha=math.sqrt(self.lr / self.h))
+
+
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        return moved.old_name(__name__, {"SGD": "SGDProcess", "SVAG": "SVAGProcess"}, name)

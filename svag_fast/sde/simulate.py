@@ -21,7 +21,7 @@ from svag_fast.sde.draws import Draws
 from svag_fast.sde.laws import Gaussian
 from svag_fast.sde.problems.affine import AffineProblem
 from svag_fast.sde.problems.base import Problem
-from svag_fast.sde.processes import NGD, SDE2, SGD, SVAG, EulerMaruyama, Process
+from svag_fast.sde.processes import NGD, SDE2, EulerMaruyama, Process, SGDProcess, SVAGProcess
 
 BLOCK_ELEMENTS = 1 << 14
 """Numbers in a block: its state and noise stay in the first two levels of cache, and torch keeps it on one thread."""
@@ -94,7 +94,7 @@ def affine_step(process: Process, problem: Problem) -> AffineStep | None:
 
     Of the library's own classes alone: a subclass may do something else.
     """
-    if type(process) not in (SGD, SVAG, NGD, EulerMaruyama, SDE2) or type(problem) is not AffineProblem:
+    if type(process) not in (SGDProcess, SVAGProcess, NGD, EulerMaruyama, SDE2) or type(problem) is not AffineProblem:
         return None
     (estimate,) = process.estimates
     if estimate.weights and not isinstance(problem.law, Gaussian):

@@ -61,6 +61,7 @@ SQRT2 = math.sqrt(2.0)  # the paper's C in all its experiments
 
 T = TypeVar("T", float, NDArray[np.float64])
 KappaForm: TypeAlias = Literal["exact", "approximate", "tightened"]
+CertificateAnswer: TypeAlias = Literal["fails", "silent", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Certificate:
         """Whether the point estimates meet the theorem's condition for failure."""
         return self.margin.value > 0
 
-    def verdict(self, confidence: float = 0.95) -> Literal["fails", "silent", "undecided"]:
+    def verdict(self, confidence: float = 0.95) -> CertificateAnswer:
         """Return "fails" or "silent" where the margin's interval leaves 0 out, "undecided" where it does not."""
         low, high = self.margin.interval(confidence)
         if low > 0:

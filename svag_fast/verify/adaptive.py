@@ -23,7 +23,7 @@ from torch import nn
 from svag_fast.optim.adaptive import SVAGAdam, SVAGRMSprop
 from svag_fast.optim.initial_square_avg import MEASURED_STEPS
 from svag_fast.sde import AffineProblem, Draws, Gamma, additive_quadratic, mean_and_error
-from svag_fast.verify.check import Z_BOUND, Check, Outcome, Settings, exact_check, one_thread, z_check
+from svag_fast.verify.check import Z_BOUND, Check, Outcome, SuiteSettings, exact_check, one_thread, z_check
 
 SOURCE = "Malladi et al."
 CURVATURE, NOISE, TIME, START = 1.0, 0.5, 8, 1.0
@@ -35,7 +35,7 @@ TOLERANCE = 1e-12
 
 
 @one_thread()
-def checks(settings: Settings) -> Outcome:
+def checks(settings: SuiteSettings) -> Outcome:
     """One step by the formulas, torch's own at l = 1, RMSprop's start, and weak convergence from the defaults."""
     outcome = Outcome(data={"curves": []})
     for backend in ("reference", "cpu"):
@@ -88,7 +88,7 @@ def _torch(ours: type[SVAGAdam | SVAGRMSprop], theirs: type[torch.optim.Optimize
     return exact_check(SOURCE, f"{ours.__name__} at l = 1 is torch's over 20 steps", worst, TOLERANCE)
 
 
-def _start(settings: Settings) -> list[Check]:
+def _start(settings: SuiteSettings) -> list[Check]:
     """ "measure" has the mean (∇L)² + l s² and moves nothing; from it and from a number one effective step has lr²."""
     n = settings.choose(10_000, 40_000)
     found = []
@@ -120,7 +120,7 @@ def _start(settings: Settings) -> list[Check]:
     return found
 
 
-def _convergence(outcome: Outcome, kind: type[SVAGAdam | SVAGRMSprop], settings: Settings) -> None:
+def _convergence(outcome: Outcome, kind: type[SVAGAdam | SVAGRMSprop], settings: SuiteSettings) -> None:
     """Mean and variance of x after `TIME` effective steps by ``step``: their distance from the SDE's falls as 1/l."""
     n, ls = settings.choose(40_000, 100_000), [float(2**k) for k in range(1, 6)]
     gaps, errors = [], []

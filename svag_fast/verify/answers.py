@@ -18,7 +18,7 @@ from svag_fast.analysis.prediction import Series, from_baseline, from_runs, meas
 from svag_fast.analysis.runs import Run
 from svag_fast.analysis.verdict import judge, shared_limits
 from svag_fast.stats.limit_fit import fit_limit, outside, within
-from svag_fast.verify.check import Check, Outcome, Settings, exact_check, z_check
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check, z_check
 
 Array = NDArray[np.float64]
 SOURCE = "Theorem 5.6"
@@ -30,7 +30,7 @@ TAIL = 1e-7
 """Of a binomial count beyond its bound, each side."""
 
 
-def prediction(settings: Settings) -> Outcome:
+def prediction(settings: SuiteSettings) -> Outcome:
     """κ*, B* and B_simple from a made run folder, and over many made series: the errors and the interval's coverage."""
     outcome = Outcome()
     rng = np.random.default_rng([settings.seed, 31])
@@ -71,7 +71,7 @@ def prediction(settings: Settings) -> Outcome:
     return outcome
 
 
-def verdict(settings: Settings) -> Outcome:
+def verdict(settings: SuiteSettings) -> Outcome:
     """Made curves of known limit and distance: the right answers and numbers; and how often intervals hold and err."""
     outcome = Outcome()
     rng = np.random.default_rng([settings.seed, 33])
@@ -136,7 +136,7 @@ def _diverged(rng: np.random.Generator) -> Check:
     return Check("Verdict", "every run of SGD diverged, SVAG none", found.answer, "departs", found.answer == "departs")
 
 
-def _error_rates(settings: Settings) -> list[Check]:
+def _error_rates(settings: SuiteSettings) -> list[Check]:
     """The fit on Gaussian means of 4 l and 12 seeds: coverage, and both wrong answers where they are likeliest."""
     repeats, seeds, ls = settings.choose(4_000, 20_000), 12, np.array(LS)
     rng = np.random.default_rng([settings.seed, 34])
@@ -182,7 +182,7 @@ def _curves(
     return runs
 
 
-def _coverage(settings: Settings) -> list[Check]:
+def _coverage(settings: SuiteSettings) -> list[Check]:
     repeats = settings.choose(250, 500)
     rng = np.random.default_rng([settings.seed, 32])
     held, values, errors = 0, [], []

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from svag_fast.sde import SDE2, SGD, Process, ScaleInvariantToy, mean_and_error, simulate
+from svag_fast.sde import SDE2, Process, ScaleInvariantToy, SGDProcess, mean_and_error, simulate
 from svag_fast.stats.estimate import Estimate
 from svag_fast.theory.closeness import (
     SQRT2,
@@ -24,7 +24,7 @@ from svag_fast.theory.closeness import (
     nsr,
     sde_fails_certificate,
 )
-from svag_fast.verify.check import Check, Outcome, Settings, z_check
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, z_check
 
 LR, DECAY = 1.0, 0.002  # at batch size 1
 BASE = ScaleInvariantToy(4, signal=1.0, noise_std=0.29)  # nsr 16 there
@@ -33,12 +33,12 @@ TIME = 1024.0
 """Four of the norm's relaxation times 1/(4 lambda) twice over; a whole number of the steps of every rate used."""
 
 
-def grid(settings: Settings) -> Outcome:
+def grid(settings: SuiteSettings) -> Outcome:
     """Measured C-closeness and (C, kappa)-LSI against the certificates."""
     kappas = [1.0, 4.0, 16.0, 64.0] if settings.fast else [float(2**k) for k in range(8)]
     n = settings.choose(3_000, 30_000)
     sde = BASE.sde_equilibrium(lr=LR, weight_decay=DECAY)
-    measured = {kappa: _equilibrium(SGD(LR * kappa, DECAY), kappa, n, settings.seed) for kappa in kappas}
+    measured = {kappa: _equilibrium(SGDProcess(LR * kappa, DECAY), kappa, n, settings.seed) for kappa in kappas}
     rows: list[dict[str, Any]] = []
     for kappa, sgd in measured.items():
         at_kappa = _scaled(kappa)
@@ -90,14 +90,14 @@ def grid(settings: Settings) -> Outcome:
     return outcome
 
 
-def order_two(settings: Settings) -> Outcome:
+def order_two(settings: SuiteSettings) -> Outcome:
     """SDE2's equilibrium relation with the term lr G, and its R beside SGD's and the SDE's, over learning rates."""
     outcome = Outcome(data={"curves": []}, checks=[_order_two_dynamics(settings)])
     kappas = [4.0, 16.0] if settings.fast else [1.0, 2.0, 4.0, 8.0, 16.0]
     n, steps = settings.choose(1_000, 5_000), ((2.0, 1.0) if settings.fast else (1.0, 0.5))
     for kappa in kappas:
         lr = LR * kappa
-        sgd = _equilibrium(SGD(lr, DECAY), kappa, settings.choose(3_000, 30_000), settings.seed)
+        sgd = _equilibrium(SGDProcess(lr, DECAY), kappa, settings.choose(3_000, 30_000), settings.seed)
         # Steps well below the time that x takes to relax towards the signal, R/signal = 8.
         coarse, fine = (_equilibrium(SDE2(lr, DECAY, h=h), kappa, n, settings.seed) for h in steps)
         sde = _scaled(kappa).sde_equilibrium(lr=lr, weight_decay=DECAY)
@@ -132,7 +132,7 @@ def order_two(settings: Settings) -> Outcome:
     return outcome
 
 
-def _order_two_dynamics(settings: Settings) -> Check:
+def _order_two_dynamics(settings: SuiteSettings) -> Check:
     """d/dt E|X|² = -(2λ + ηλ²) R + ηG + ηN from a fixed x: one step of time h, its h |drift|² taken off."""
     kappa, h = 4.0, 1e-3
     toy, lr = _scaled(kappa), LR * kappa

@@ -19,7 +19,7 @@ Z_QUANTILE = 1.959963984540054  # of a 95 % interval
 
 
 @dataclass(frozen=True)
-class Settings:
+class SuiteSettings:
     """How hard to look: `fast` takes fewer trajectories, sizes and nets; `seed` is that of every random number."""
 
     fast: bool = False
@@ -55,7 +55,7 @@ class Group:
     """Some checks that run together; `cost` is its share of the battery's time, for the progress bar."""
 
     title: str
-    run: Callable[[Settings], Outcome]
+    run: Callable[[SuiteSettings], Outcome]
     cost: float
 
 

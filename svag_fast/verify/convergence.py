@@ -9,14 +9,14 @@ import torch
 
 from svag_fast.sde import (
     NGD,
-    SGD,
-    SVAG,
     AffineProblem,
     CircleToy,
     Gamma,
     Gaussian,
     LinearRegression,
     ScaleInvariantToy,
+    SGDProcess,
+    SVAGProcess,
     additive_quadratic,
     controlled_mean,
     mean_and_error,
@@ -25,7 +25,7 @@ from svag_fast.sde import (
     sde_moments,
     simulate,
 )
-from svag_fast.verify.check import Check, Outcome, Settings, Slope, log_log_slope, z_check
+from svag_fast.verify.check import Check, Outcome, Slope, SuiteSettings, log_log_slope, z_check
 
 LR, DECAY, START, TIME = 0.25, 0.1, 1.0, 1.0
 TIMES = (0.25, 0.5, 0.75, 1.0)
@@ -38,7 +38,7 @@ CIRCLE = CircleToy((-0.5, -0.5, 2.0, 0.4))  # skewed, with a mean
 POWERS = {1: "x", 2: "x²", 3: "x³", 4: "x⁴"}
 
 
-def exact(settings: Settings) -> Outcome:
+def exact(settings: SuiteSettings) -> Outcome:
     """Closed forms: the largest error over effective steps against l, on two scalar problems and a regression.
 
     On a scale-invariant toy, with weight decay, the error at the end.
@@ -48,13 +48,13 @@ def exact(settings: Settings) -> Outcome:
     for name, problem in SCALAR.items():
         limit = sde_moments(problem, START, TIMES, lr=LR, weight_decay=DECAY)
         gaps = np.stack(
-            [np.abs(process_moments(SVAG(LR, DECAY, l=l), problem, START, TIMES) - limit).max(0) for l in ls]
+            [np.abs(process_moments(SVAGProcess(LR, DECAY, l=l), problem, START, TIMES) - limit).max(0) for l in ls]
         )
         for power, label in POWERS.items():
             _slope_check(outcome, f"{name}, g = {label}, closed form", ls, gaps[:, power])
     regression, start = _regression()
     limit_2 = regression.sde_second_moment(start, TIMES, lr=LR, weight_decay=DECAY)
-    paths = [regression.process_second_moment(SVAG(LR, DECAY, l=l), start, TIMES) - limit_2 for l in ls]
+    paths = [regression.process_second_moment(SVAGProcess(LR, DECAY, l=l), start, TIMES) - limit_2 for l in ls]
     loss = torch.zeros(4, 4, dtype=torch.float64, device="cpu")
     loss[:3, :3] = regression.hessian / 2
     loss[:3, 3] = loss[3, :3] = -regression.features.T @ regression.targets / len(regression.targets) / 2
@@ -64,20 +64,25 @@ def exact(settings: Settings) -> Outcome:
     ls, start = ls[:-2], torch.tensor([0.8, 0.6], dtype=torch.float64, device="cpu")
     for label, function, frequency in (("|x|²", _identity, 0), ("x₁", np.sqrt, 1), ("cos 2θ", np.ones_like, 2)):
         limit_x = CIRCLE.sde_mean(start, TIME, function, lr=LR, weight_decay=DECAY, frequency=frequency)
-        ends = [CIRCLE.process_mean(SVAG(LR, DECAY, l=l), start, TIME, function, frequency=frequency) for l in ls]
+        ends = [
+            CIRCLE.process_mean(SVAGProcess(LR, DECAY, l=l), start, TIME, function, frequency=frequency) for l in ls
+        ]
         errors = [(end - limit_x).real for end in ends]
         _slope_check(outcome, f"scale-invariant toy on the plane, g = {label}, closed form", ls, np.array(errors))
     return outcome
 
 
-def contrast(settings: Settings) -> Outcome:
+def contrast(settings: SuiteSettings) -> Outcome:
     """SGD at lr/l and batch B/l: mean and covariance are SVAG's, but (iii) fails and so E x³ does not converge."""
     outcome = Outcome(data={"curves": []})
     ls = [float(2**k) for k in range(3, 11)]
     for name, problem in SCALAR.items():
         limit = sde_moments(problem, START, [TIME], lr=LR)[0]
         gaps = np.stack(
-            [abs(process_moments(SGD(LR / l), problem.at_batch_size(1 / l), START, [TIME])[0] - limit) for l in ls]
+            [
+                abs(process_moments(SGDProcess(LR / l), problem.at_batch_size(1 / l), START, [TIME])[0] - limit)
+                for l in ls
+            ]
         )
         slope = log_log_slope(ls, list(gaps[:, 3]))
         outcome.data["curves"].append({"name": f"SGD, B/l: {name}, x³", "l": ls, "error": gaps[:, 3].tolist()})
@@ -91,7 +96,7 @@ def contrast(settings: Settings) -> Outcome:
             )
         )
     problem, l, n = SCALAR["Ornstein-Uhlenbeck"], 8.0, settings.choose(50_000, 500_000)
-    scaled, process = problem.at_batch_size(1 / l), SGD(LR / l)
+    scaled, process = problem.at_batch_size(1 / l), SGDProcess(LR / l)
     x = simulate(
         process,
         scaled,
@@ -106,7 +111,7 @@ def contrast(settings: Settings) -> Outcome:
     return outcome
 
 
-def simulated(settings: Settings) -> Outcome:
+def simulated(settings: SuiteSettings) -> Outcome:
     """Simulation with common random numbers: g = cos x on the scalar problems, g = |x|² on the scale-invariant toy."""
     outcome = Outcome(data={"curves": []})
     ls = [float(2**k) for k in range(1, settings.choose(5, 6) + 1)]
@@ -121,23 +126,23 @@ def simulated(settings: Settings) -> Outcome:
     limit = toy.sde_weight_sq_norm(1.75, TIME, lr=LR, weight_decay=DECAY)
     estimates = []
     for l in ls:
-        x = simulate(SVAG(LR, DECAY, l=l), toy, x0, TIME, trajectories=2 * n, seed=settings.seed)
+        x = simulate(SVAGProcess(LR, DECAY, l=l), toy, x0, TIME, trajectories=2 * n, seed=settings.seed)
         estimates.append(mean_and_error(x.square().sum(1)))
     errors = np.array([value - limit for value, _ in estimates])
     _slope_check(outcome, "scale-invariant toy, g = |x|², simulated", ls, errors, np.array([e for _, e in estimates]))
     return outcome
 
 
-def decomposition(settings: Settings) -> Outcome:
+def decomposition(settings: SuiteSettings) -> Outcome:
     """Equation 4: the error of SGD as discretisation plus non-Gaussianity, exact and by coupled simulation."""
     outcome = Outcome()
     n = settings.choose(100_000, 1_000_000)
     start = torch.tensor(START, dtype=torch.float64, device="cpu")
     for name, problem in SCALAR.items():
         # The same seed draws the same normals: SGD's gamma noise is an increasing function of NGD's Gaussian one.
-        sgd = simulate(SGD(LR), problem, start, TIME, trajectories=n, seed=settings.seed)
-        twin = simulate(SGD(LR), problem.with_law(Gaussian()), start, TIME, trajectories=n, seed=settings.seed)
-        by_sgd, by_ngd = (process_moments(p, problem, START, [TIME])[0] for p in (SGD(LR), NGD(LR)))
+        sgd = simulate(SGDProcess(LR), problem, start, TIME, trajectories=n, seed=settings.seed)
+        twin = simulate(SGDProcess(LR), problem.with_law(Gaussian()), start, TIME, trajectories=n, seed=settings.seed)
+        by_sgd, by_ngd = (process_moments(p, problem, START, [TIME])[0] for p in (SGDProcess(LR), NGD(LR)))
         sde = sde_moments(problem, START, [TIME], lr=LR)[0]
         for power in (2, 3):
             mean, error = mean_and_error(twin**power - sgd**power)
@@ -175,7 +180,7 @@ def _slope_check(
 
 def _cosine(problem: AffineProblem, l: float, n: int, seed: int) -> tuple[float, float]:
     """E cos x of SVAG: x..x⁴ and the Gaussian twin's cosine, all of known mean, take most of the noise away."""
-    process, start = SVAG(LR, l=l), torch.tensor(START, dtype=torch.float64, device="cpu")
+    process, start = SVAGProcess(LR, l=l), torch.tensor(START, dtype=torch.float64, device="cpu")
     x = simulate(process, problem, start, TIME, trajectories=n, seed=seed)
     controls = [x**p for p in POWERS]
     expectations = list(process_moments(process, problem, START, [TIME])[0, 1:])

@@ -15,14 +15,14 @@ from svag_fast.theory.closeness import (
     lsi_fails_certificate,
     sde_fails_certificate,
 )
-from svag_fast.verify.check import Check, Outcome, Settings, exact_check
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check
 
 EDGE = 1e-6
 TINY_DECAY = 1e-12
 """The theorems drop lr * weight_decay beside 2; here it is nothing."""
 
 
-def attained(settings: Settings) -> Outcome:
+def attained(settings: SuiteSettings) -> Outcome:
     """Each certificate at the extreme that attains it: on one side it speaks, on the other a close pair exists.
 
     G, N and R of both processes obey their equilibrium equations, and the other process is chosen as close as the

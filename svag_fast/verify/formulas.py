@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.optim.svag import SVAG
-from svag_fast.sde import SGD, AffineProblem, Draws, Gamma, LinearRegression, NetworkProblem, sde_moments
+from svag_fast.sde import AffineProblem, Draws, Gamma, LinearRegression, NetworkProblem, SGDProcess, sde_moments
 from svag_fast.sde.weights import svag_weights
 from svag_fast.theory.scaling_rules import linear_scaling_rule, square_root_scaling_rule
-from svag_fast.verify.check import Check, Outcome, Settings, exact_check, log_log_slope, one_thread
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check, log_log_slope, one_thread
 
 TOLERANCE = 1e-11
 LR, MU, TIME = 0.05, 0.9, 20  # of the heavy ball on x²/2 with noise of variance 1, from x = 1
@@ -22,7 +22,7 @@ MOMENTUM = "Wang et al."
 
 
 @one_thread()
-def momentum(settings: Settings) -> Outcome:
+def momentum(settings: SuiteSettings) -> Outcome:
     """Exact mean and variance of x after 20 effective steps of `SVAG.step` with momentum: slope -1 to each rule's SDE.
 
     "time" goes to dx = -η v dt, dv = (x - (1-μ) v) dt + dW; "fixed" to the SDE of SGD at η/(1-μ).
@@ -70,7 +70,7 @@ def _heavy_ball(rule: str, l: float) -> dict[str, float]:
     return {"mean": float(p.detach()[0]), "variance": l * float(np.square(response).sum())}
 
 
-def scaling_rules(settings: Settings) -> Outcome:
+def scaling_rules(settings: SuiteSettings) -> Outcome:
     """Linear scaling keeps the SDE's moments; the square-root rule the numbers of the adaptive SDE; weights of K."""
     outcome = Outcome()
     problem, times = AffineProblem(1.0, 0.2, 0.3, 0.4, Gamma()), [0.5, 2.0]
@@ -119,7 +119,7 @@ class _OneNormal(Draws):
 
 
 @one_thread()
-def noise_covariance(settings: Settings) -> Outcome:
+def noise_covariance(settings: SuiteSettings) -> Outcome:
     """NGD's noise on a net has the batch gradient's covariance, entry by entry; a regression's over all batches."""
     outcome = Outcome()
     n, batch_size = 6, 2
@@ -167,6 +167,6 @@ def _regression(features: Tensor, targets: Tensor, batch_size: int, replacement:
         z = torch.cat([x - lr * (grad + decay * x), torch.ones(1, dtype=torch.float64, device="cpu")])
         moments.append(torch.outer(z, z))
     expected = torch.stack(moments).mean(0)
-    found = regression.process_second_moment(SGD(lr, decay), x, [lr])[0]
+    found = regression.process_second_moment(SGDProcess(lr, decay), x, [lr])[0]
     off = float((found - expected).abs().max() / expected.abs().max())
     return exact_check("Section 3", f"regression, {how}: second moments after a step, over all batches", off, 1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from svag_fast.experiments.models import build_model, scale_invariance_report
-from svag_fast.verify.check import Check, Outcome, Settings, one_thread
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, one_thread
 
 FAST = ("digits-net", "preresnet8-gn", "preresnet8-bn", "vgg11-gn")
 FULL = (
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 @one_thread()
-def nets(settings: Settings) -> Outcome:
+def nets(settings: SuiteSettings) -> Outcome:
     """Relative violations on one batch in float64; nets without normalisation must be seen to fail."""
     outcome = Outcome(data={"nets": []})
     generator = torch.Generator("cpu").manual_seed(settings.seed)

@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from svag_fast.sde import (
-    SVAG,
     AffineProblem,
     Draws,
     Gamma,
+    SVAGProcess,
     mean_and_error,
     multiplicative_quadratic,
     sde_moments,
     simulate,
 )
 from svag_fast.sde.moments import noise_moments
-from svag_fast.verify.check import Check, Outcome, Settings, z_check
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, z_check
 
 LR, START = 0.5, 1.3
 PROBLEM = AffineProblem(1.1, 0.3, 0.4, -0.9, Gamma())
 LS = (1.0, 2.5, 8.0, 64.0)
 
 
-def lemma_4_7(settings: Settings) -> Outcome:
+def lemma_4_7(settings: SuiteSettings) -> Outcome:
     """EΔ, EΔ², EΔ³, EΔ⁴ of one SVAG step with skewed noise, simulated, against the lemma's formulas."""
     outcome = Outcome()
     n = settings.choose(100_000, 1_000_000)
     for l in LS:
-        process = SVAG(LR, l=l)
+        process = SVAGProcess(LR, l=l)
         start = torch.tensor(START, dtype=torch.float64, device="cpu")
         step = simulate(process, PROBLEM, start, process.step_size, trajectories=n, seed=settings.seed) - start
         for power, expected in enumerate(_lemma_4_7(l), start=1):
@@ -48,7 +48,7 @@ def _lemma_4_7(l: float) -> tuple[float, float, float, float]:
     grad = PROBLEM.curvature * START - PROBLEM.offset
     spread = PROBLEM.noise_slope * START + PROBLEM.noise_offset
     sigma, third = spread**2, spread**3 * PROBLEM.law.third_cumulant
-    _, _, second, noise_3, noise_4 = noise_moments(PROBLEM, SVAG(LR, l=l).estimates[0])
+    _, _, second, noise_3, noise_4 = noise_moments(PROBLEM, SVAGProcess(LR, l=l).estimates[0])
     return (
         -LR / l * grad,
         LR**2 / l * sigma + LR**2 / l**2 * grad**2,
@@ -58,7 +58,7 @@ def _lemma_4_7(l: float) -> tuple[float, float, float, float]:
     )
 
 
-def lemma_4_6(settings: Settings) -> Outcome:
+def lemma_4_6(settings: SuiteSettings) -> Outcome:
     """The SDE over time lr/l: mean and second moment to O(l^-2), third and fourth O(l^-2); and simulated exactly."""
     outcome = Outcome()
     grad = PROBLEM.curvature * START - PROBLEM.offset
@@ -100,7 +100,7 @@ def _increments(problem: AffineProblem, time: float) -> np.ndarray:
     return sde_moments(moved, 0.0, [time], lr=LR)[0, 1:]
 
 
-def _geometric_step(settings: Settings, n: int, l: float) -> Tensor:
+def _geometric_step(settings: SuiteSettings, n: int, l: float) -> Tensor:
     """X_{lr/l} - x0 of ``dX = -X dt + lr^(1/2) X dW``, drawn from its log-normal law."""
     normals = Draws(settings.seed, 1).normal_(torch.empty(n, dtype=torch.float64, device="cpu"))
     time = LR / l

@@ -14,14 +14,14 @@ from svag_fast.noise.running import RunningNoise
 from svag_fast.ops import backends, weight_grad_and_sq_norms
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.sample_norms.context import per_sample_sq_norms
-from svag_fast.verify.check import Check, Outcome, Settings, exact_check, one_thread
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check, one_thread
 
 SOURCE = "Section 5"
 TOLERANCE = 1e-11
 SAMPLES, B = 5, 2
 
 
-def estimators(settings: Settings) -> Outcome:
+def estimators(settings: SuiteSettings) -> Outcome:
     """Means over all batches, with and without replacement, are G, N and Tr Σ_1 of the data, to rounding."""
     outcome = Outcome()
     data = _sample_grads(settings.seed)
@@ -68,7 +68,7 @@ def estimators(settings: Settings) -> Outcome:
 
 
 @one_thread()
-def norms(settings: Settings) -> Outcome:
+def norms(settings: SuiteSettings) -> Outcome:
     """`per_sample_sq_norms` on every kind of layer against one backward pass a sample; and the op on each backend."""
     outcome = Outcome()
     for name, (model, inputs) in _nets(settings.seed).items():

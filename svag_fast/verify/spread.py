@@ -12,13 +12,13 @@ import numpy as np
 from scipy import stats
 
 from svag_fast.verify import convergence, lemmas, steps, tails
-from svag_fast.verify.check import Check, Outcome, Settings
+from svag_fast.verify.check import Check, Outcome, SuiteSettings
 
 SEEDS = 10
 TAIL = 1e-7
 """Of each side: of a whole battery's 100 checks one in 50,000 fails by chance."""
 
-GROUPS: tuple[Callable[[Settings], Outcome], ...] = (
+GROUPS: tuple[Callable[[SuiteSettings], Outcome], ...] = (
     lemmas.lemma_4_7,
     lemmas.lemma_4_6,
     steps.theorem_4_3,
@@ -27,11 +27,11 @@ GROUPS: tuple[Callable[[Settings], Outcome], ...] = (
 )
 
 
-def z_scores(settings: Settings) -> Outcome:
+def z_scores(settings: SuiteSettings) -> Outcome:
     """Σz² of every statistical check of the quick groups over ten seeds, against chi-squared; and of all together."""
     scores: dict[str, list[float]] = {}
     for seed in range(SEEDS):
-        fresh = Settings(fast=True, seed=1000 * (settings.seed + 1) + seed)
+        fresh = SuiteSettings(fast=True, seed=1000 * (settings.seed + 1) + seed)
         for group in GROUPS:
             for check in group(fresh).checks:
                 if check.z is not None:

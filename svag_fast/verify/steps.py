@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from svag_fast.ops import backends, svag_step_, svag_weight_step_
 from svag_fast.optim.svag import SVAG, svag_loss
 from svag_fast.sde import AffineProblem, Draws, Gamma, process_moments, processes, sde_moments
-from svag_fast.verify.check import Check, Outcome, Settings, exact_check, log_log_slope, z_check
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check, log_log_slope, z_check
 
 LR, DECAY = 0.3, 0.2
 LS = (1.0, 2.5, 8.0, 64.0)
@@ -34,7 +34,7 @@ TOLERANCE = 1e-12
 Stepper: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def lemma_4_7(settings: Settings) -> Outcome:
+def lemma_4_7(settings: SuiteSettings) -> Outcome:
     """EΔ, EΔΔᵀ, EΔ⊗³ of one step, enumerated, through every way to take it; and the statistics it brings along."""
     outcome = Outcome()
     for name, step in _ways().items():
@@ -45,7 +45,7 @@ def lemma_4_7(settings: Settings) -> Outcome:
     return outcome
 
 
-def theorem_4_3(settings: Settings) -> Outcome:
+def theorem_4_3(settings: SuiteSettings) -> Outcome:
     """E x..x⁴ after l T steps of `SVAG.step` against the exact moments, and the slope of its distance from the SDE."""
     outcome = Outcome(data={"curves": []})
     problem, time = AffineProblem(1.0, 0.2, 0.1, 0.4, Gamma()), 4
@@ -58,7 +58,7 @@ def theorem_4_3(settings: Settings) -> Outcome:
         gaps, errors = [], []
         for l in ls:
             x = _path(problem, l, round(l * time), n, settings.seed, name)
-            exact = process_moments(processes.SVAG(LR, DECAY, l=l), problem, 1.0, [LR * time])[0]
+            exact = process_moments(processes.SVAGProcess(LR, DECAY, l=l), problem, 1.0, [LR * time])[0]
             for power in (1, 2, 3, 4):
                 values = x**power
                 mean, error = values.mean().item(), values.std().item() / math.sqrt(n)

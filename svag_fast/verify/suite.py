@@ -19,7 +19,7 @@ from svag_fast.verify import (
     tails,
 )
 from svag_fast.verify import equilibrium as norms
-from svag_fast.verify.check import Group, Outcome, Settings
+from svag_fast.verify.check import Group, Outcome, SuiteSettings
 
 GROUPS: dict[str, Group] = {
     "steps-4.7": Group("Lemma 4.7 through SVAG.step and the ops, on every backend here", steps.lemma_4_7, 2),
@@ -52,7 +52,7 @@ GROUPS: dict[str, Group] = {
 
 
 def run(
-    settings: Settings,
+    settings: SuiteSettings,
     names: list[str] | None = None,
     *,
     started: Callable[[Group], None] = lambda group: None,

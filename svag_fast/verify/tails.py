@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svag_fast.sde import Draws
 from svag_fast.theory.tail_index import gaussian_tail_index, tail_index
-from svag_fast.verify.check import Check, Outcome, Settings, one_thread, z_check
+from svag_fast.verify.check import Check, Outcome, SuiteSettings, one_thread, z_check
 from svag_fast.verify.equilibrium import digits_problem
 
 BLOCKS = (10, 100, 1000)
@@ -18,7 +18,7 @@ SOURCE = "App. B.3"
 
 
 @one_thread()
-def known_laws(settings: Settings) -> Outcome:
+def known_laws(settings: SuiteSettings) -> Outcome:
     """I.i.d. Gaussian: 2; Cauchy: 1; Gaussians of log-normal variances: the formula. 1/alpha over repetitions."""
     outcome = Outcome(data={"bars": []})
     size, repeats = settings.choose(50_000, 1_000_000), 16
@@ -51,7 +51,7 @@ def known_laws(settings: Settings) -> Outcome:
     return outcome
 
 
-def network(settings: Settings) -> Outcome:
+def network(settings: SuiteSettings) -> Outcome:
     """The digits net's gradient noise beside Gaussian noise of the same covariance: one "tail index", below 2."""
     outcome = Outcome(data={"bars": []})
     repeats, block = settings.choose(24, 200), 10

@@ -162,7 +162,7 @@ def test_any_kind_of_integer_is_taken(place: str) -> None:
         (lambda: svag_step_(ones(), 1.0, ones(), lr=0.1, l=4), "grads1 is a float"),  # type: ignore[arg-type]
         (lambda: svag_step_([ones()], ones(), ones(), lr=0.1, l=4), r"params\[0\] is a list"),  # type: ignore[list-item]
         (lambda: svag_coefficients("a"), "Invalid l: 'a'"),  # type: ignore[arg-type]
-        (lambda: processes.SGD("a"), "Invalid lr: 'a'"),  # type: ignore[arg-type]
+        (lambda: processes.SGDProcess("a"), "Invalid lr: 'a'"),  # type: ignore[arg-type]
     ],
 )
 def test_lists_and_ranges_are_checked(call: Callable[[], Any], message: str) -> None:
@@ -268,7 +268,7 @@ def test_svag_loss_refuses_what_is_no_vector_of_both_batches(arguments, error, m
         svag_loss(*arguments)
 
 
-@pytest.mark.parametrize("process", [processes.SVAG, processes.OneBatchSVAG])
+@pytest.mark.parametrize("process", [processes.SVAGProcess, processes.OneBatchSVAG])
 def test_a_process_is_refused_where_its_numbers_are_infinite(process: Any) -> None:
     problem = AffineProblem(1.0, 0.5, 0.0, 1.0, law=Gaussian())
     for l in (1e300, 1e60):

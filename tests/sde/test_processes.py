@@ -13,8 +13,6 @@ from svag_fast.sde import (
     GD,
     NGD,
     SDE2,
-    SGD,
-    SVAG,
     AffineProblem,
     Draws,
     EulerMaruyama,
@@ -22,6 +20,8 @@ from svag_fast.sde import (
     Gaussian,
     GradientFlow,
     OneBatchSVAG,
+    SGDProcess,
+    SVAGProcess,
     additive_quadratic,
     constant_poisson_gradient,
     mean_and_error,
@@ -59,7 +59,7 @@ def third(a, b, c):
 def one_step(l, batches=2, decay=0.0):
     torch.manual_seed(1)
     gradients = torch.randn(4, 3, dtype=torch.float64) ** 2 + torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
-    process = SVAG(LR, decay, l=l, batches=batches)
+    process = SVAGProcess(LR, decay, l=l, batches=batches)
     problem = Enumerated(gradients, len(process.estimates[0].weights))
     x = problem.start(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
     return gradients, process.step_(problem, x.clone(), Draws(0)) - x
@@ -136,9 +136,9 @@ PROBLEMS = {
     "both": AffineProblem(1.1, 0.3, 0.4, -0.5, Gamma(2.5)),
 }
 PROCESSES = [
-    SGD(0.25, DECAY),
-    SVAG(0.25, DECAY, l=2.5),
-    SVAG(0.25, DECAY, l=4, batches=3),
+    SGDProcess(0.25, DECAY),
+    SVAGProcess(0.25, DECAY, l=2.5),
+    SVAGProcess(0.25, DECAY, l=4, batches=3),
     OneBatchSVAG(0.25, DECAY, l=4),
     NGD(0.25, DECAY),
     GD(0.25, DECAY),
@@ -183,7 +183,7 @@ def test_skewed_noise_is_coupled_with_the_gaussian_twin():
     """The same seed gives both the same normals: the exponential law is an increasing function of them (0.90)."""
     problem, start = additive_quadratic(1.0, 0.7, Gamma()), torch.tensor(0.0, dtype=torch.float64)
     skewed, twin = (
-        simulate(SGD(0.25), p, start, 0.25, trajectories=20_000, seed=2)
+        simulate(SGDProcess(0.25), p, start, 0.25, trajectories=20_000, seed=2)
         for p in (problem, problem.with_law(Gaussian()))
     )
     assert torch.corrcoef(torch.stack([skewed, twin]))[0, 1] == pytest.approx(0.903, abs=0.01)
@@ -207,7 +207,7 @@ def test_order_two_sde_is_nearer_to_sgd_by_an_order():
             gaps = []
             for lr in (1 / 64, 1 / 128):
                 limit = sde_moments(problem, 1.0, [1.0], lr=lr, order=order)[0]
-                gaps.append(abs(process_moments(SGD(lr), problem, 1.0, [1.0])[0] - limit)[1:3])
+                gaps.append(abs(process_moments(SGDProcess(lr), problem, 1.0, [1.0])[0] - limit)[1:3])
             assert all(low < a / b < high for a, b in zip(*gaps, strict=True)), (problem, order)
 
 
@@ -227,7 +227,7 @@ def test_gradient_flow_follows_the_closed_form_to_order_four():
 def test_the_numbers_do_not_depend_on_the_thread_count():
     start = torch.tensor(1.0, dtype=torch.float64)
     runs = [
-        simulate(SVAG(0.25, l=2), PROBLEMS["both"], start, 0.5, trajectories=50_001, seed=7, threads=threads)
+        simulate(SVAGProcess(0.25, l=2), PROBLEMS["both"], start, 0.5, trajectories=50_001, seed=7, threads=threads)
         for threads in (1, 3)
     ]
     assert torch.equal(*runs)
@@ -237,7 +237,7 @@ def test_the_numbers_do_not_depend_on_the_thread_count():
 def test_ensembles_of_one_and_of_odd_size():
     start = torch.tensor(1.0)
     for n in (1, 17):
-        x = simulate(SGD(0.25), PROBLEMS["additive"], start, 0.5, trajectories=n)
+        x = simulate(SGDProcess(0.25), PROBLEMS["additive"], start, 0.5, trajectories=n)
         assert start.item() == 1.0
         assert x.shape == (n,)
         assert x.isfinite().all()
@@ -246,12 +246,12 @@ def test_ensembles_of_one_and_of_odd_size():
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: SGD(0.0), "lr"),
-        (lambda: SGD(math.nan), "lr"),
-        (lambda: SGD(0.1, -1e-3), "weight_decay"),
-        (lambda: SVAG(0.1, l=0.5), "l"),
+        (lambda: SGDProcess(0.0), "lr"),
+        (lambda: SGDProcess(math.nan), "lr"),
+        (lambda: SGDProcess(0.1, -1e-3), "weight_decay"),
+        (lambda: SVAGProcess(0.1, l=0.5), "l"),
         (lambda: EulerMaruyama(0.1), "step_size"),
-        (lambda: SGD(0.1).steps(0.25), "time"),
+        (lambda: SGDProcess(0.1).steps(0.25), "time"),
         (lambda: PROBLEMS["additive"].at_batch_size(0), "batch_size"),
         (lambda: Gamma(0.0), "shape"),
     ],

@@ -9,7 +9,7 @@ from svag_fast.cli.main import main
 from svag_fast.sde.problems import affine
 from svag_fast.verify import convergence, lemmas
 from svag_fast.verify import suite as battery
-from svag_fast.verify.check import Check, Group, Outcome, Settings
+from svag_fast.verify.check import Check, Group, Outcome, SuiteSettings
 from svag_fast.verify.suite import GROUPS, run
 
 
@@ -42,24 +42,24 @@ def test_wrong_coefficients_fail_lemma_4_7(monkeypatch):
         return mean + 1.05 * (grad - mean)
 
     monkeypatch.setattr(affine.AffineProblem, "batch_grad", wrong)
-    assert not all(check.passed for check in lemmas.lemma_4_7(Settings(fast=True)).checks)
+    assert not all(check.passed for check in lemmas.lemma_4_7(SuiteSettings(fast=True)).checks)
 
 
 def test_a_process_that_does_not_converge_fails_theorem_4_3(monkeypatch):
     """SGD at lr/l with SVAG's name, without the amplified noise: its limit is gradient flow, not the SDE."""
-    real = convergence.SVAG
+    real = convergence.SVAGProcess
 
     class NoNoise(real):
         @property
         def estimates(self):
             return (convergence.NGD(1.0).estimates[0]._replace(noise_scale=0.0),)
 
-    monkeypatch.setattr(convergence, "SVAG", NoNoise)
-    checks = convergence.exact(Settings(fast=True)).checks
+    monkeypatch.setattr(convergence, "SVAGProcess", NoNoise)
+    checks = convergence.exact(SuiteSettings(fast=True)).checks
     assert any(not check.passed for check in checks)
     assert all(check.passed for check in checks if check.name.startswith("Ornstein-Uhlenbeck, g = x,"))
 
 
 def test_unknown_group_is_refused():
     with pytest.raises(ValueError, match="Invalid group"):
-        run(Settings(fast=True), ["lemma-5"])
+        run(SuiteSettings(fast=True), ["lemma-5"])

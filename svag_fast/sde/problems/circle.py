@@ -126,7 +126,7 @@ class CircleToy:
         """Exact ``E[function(R) exp(i frequency theta)]`` of a process with batch gradients, at `time` from `x0` [2].
 
         Args:
-            process: SGD, SVAG, OneBatchSVAG or GD.
+            process: an SGDProcess, SVAGProcess, OneBatchSVAG or GD.
             x0: the start, [2], not the origin.
             time: a whole number of steps.
             function: of R, elementwise and smooth (analytic) on the values that R can take.

@@ -10,12 +10,12 @@ import torch
 from svag_fast.sde import (
     GD,
     NGD,
-    SGD,
-    SVAG,
     CircleToy,
     Draws,
     EulerMaruyama,
     OneBatchSVAG,
+    SGDProcess,
+    SVAGProcess,
     mean_and_error,
     simulate,
 )
@@ -47,7 +47,7 @@ def brute_force(process, steps, function, frequency):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize(("process", "steps"), [(SGD(LR, DECAY), 4), (SVAG(LR, DECAY, l=2.5), 2)])
+@pytest.mark.parametrize(("process", "steps"), [(SGDProcess(LR, DECAY), 4), (SVAGProcess(LR, DECAY, l=2.5), 2)])
 def test_exact_mean_is_that_over_every_path(process, steps, name):
     function, frequency = FUNCTIONS[name]
     exact = TOY.process_mean(process, START, steps * process.step_size, function, frequency=frequency)
@@ -55,7 +55,14 @@ def test_exact_mean_is_that_over_every_path(process, steps, name):
 
 
 @pytest.mark.parametrize(
-    "process", [SGD(LR, DECAY), SVAG(LR, DECAY, l=8), SVAG(LR, l=9, batches=3), OneBatchSVAG(LR, l=4), GD(LR, DECAY)]
+    "process",
+    [
+        SGDProcess(LR, DECAY),
+        SVAGProcess(LR, DECAY, l=8),
+        SVAGProcess(LR, l=9, batches=3),
+        OneBatchSVAG(LR, l=4),
+        GD(LR, DECAY),
+    ],
 )
 def test_ensembles_have_the_exact_means(process):
     """Four functions of each process at |z| < 4.5; GD's to rounding."""
@@ -70,7 +77,7 @@ def test_ensembles_have_the_exact_means(process):
 
 def test_interpolants_are_exact_to_rounding():
     """On the widest interval here, 64 steps of SVAG: the degree makes no difference any more."""
-    process = SVAG(LR, DECAY, l=16)
+    process = SVAGProcess(LR, DECAY, l=16)
     for function, frequency in FUNCTIONS.values():
         coarse, fine = (
             TOY.process_mean(process, START, 1.0, function, frequency=frequency, degree=d) for d in (24, 48)
@@ -84,10 +91,12 @@ def test_sgds_norm_is_not_random_where_the_slopes_size_is_fixed():
     r = 1.0
     for _ in range(8):
         r = (1 - LR * DECAY) ** 2 * r + LR**2 * 1.5**2 / r
-    first, second = (toy.process_mean(SGD(LR, DECAY), START, 2.0, lambda r, p=p: r**p).real for p in (1, 2))
+    first, second = (toy.process_mean(SGDProcess(LR, DECAY), START, 2.0, lambda r, p=p: r**p).real for p in (1, 2))
     assert first == pytest.approx(r, rel=1e-13)
     assert second == pytest.approx(r**2, rel=1e-13)
-    first, second = (toy.process_mean(SVAG(LR, DECAY, l=4), START, 2.0, lambda r, p=p: r**p).real for p in (1, 2))
+    first, second = (
+        toy.process_mean(SVAGProcess(LR, DECAY, l=4), START, 2.0, lambda r, p=p: r**p).real for p in (1, 2)
+    )
     assert second > first**2 + 1e-3
 
 
@@ -98,7 +107,7 @@ def test_svag_converges_to_the_sde_with_order_one(name, decay):
     function, frequency = FUNCTIONS[name]
     limit = TOY.sde_mean(START, 1.0, function, lr=LR, weight_decay=decay, frequency=frequency)
     gaps = [
-        abs((TOY.process_mean(SVAG(LR, decay, l=l), START, 1.0, function, frequency=frequency) - limit).real)
+        abs((TOY.process_mean(SVAGProcess(LR, decay, l=l), START, 1.0, function, frequency=frequency) - limit).real)
         for l in (32.0, 64.0)
     ]
     assert 1.9 < gaps[0] / gaps[1] < 2.1
@@ -140,9 +149,9 @@ def test_gradients_have_the_stated_mean_covariance_and_hessian():
         (lambda: CircleToy(()), "slopes"),
         (lambda: CircleToy((1.0, math.inf)), "slopes"),
         (lambda: TOY.process_mean(NGD(LR), START, 1.0), "process"),
-        (lambda: TOY.process_mean(SGD(1.0, 2.0), START, 1.0), "lr"),
-        (lambda: TOY.process_mean(SGD(LR), torch.zeros(2), 1.0), "x0"),
-        (lambda: TOY.process_mean(SGD(LR), START, 0.3), "time"),
+        (lambda: TOY.process_mean(SGDProcess(1.0, 2.0), START, 1.0), "lr"),
+        (lambda: TOY.process_mean(SGDProcess(LR), torch.zeros(2), 1.0), "x0"),
+        (lambda: TOY.process_mean(SGDProcess(LR), START, 0.3), "time"),
     ],
 )
 def test_bad_arguments_are_refused(make, name):

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from svag_fast.sde import GD, NGD, SDE2, SGD, SVAG, Draws, EulerMaruyama, GradientFlow, NetworkProblem, simulate
+from svag_fast.sde import (
+    GD,
+    NGD,
+    SDE2,
+    Draws,
+    EulerMaruyama,
+    GradientFlow,
+    NetworkProblem,
+    SGDProcess,
+    SVAGProcess,
+    simulate,
+)
 
 SAMPLES = 6
 
@@ -127,9 +138,9 @@ def test_every_process_runs_on_a_net_and_leaves_the_module_alone():
     p = problem()
     x = p.state()
     for process in (
-        SGD(0.1, 0.01),
-        SVAG(0.1, 0.01, l=2),
-        SVAG(0.1, 0.01, l=8, batches=3),
+        SGDProcess(0.1, 0.01),
+        SVAGProcess(0.1, 0.01, l=2),
+        SVAGProcess(0.1, 0.01, l=8, batches=3),
         NGD(0.1, 0.01),
         GD(0.1, 0.01),
         GradientFlow(0.1, 0.01, h=0.05),
@@ -158,7 +169,7 @@ def test_batchnorm_trains_by_svag_but_has_no_gaussian_noise():
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     p = problem(4, model=net)
     x = p.state()
-    assert simulate(SVAG(0.1, l=2), p, x, 0.1).isfinite().all()
+    assert simulate(SVAGProcess(0.1, l=2), p, x, 0.1).isfinite().all()
     assert net[2].num_batches_tracked == 4
     with pytest.raises(ValueError, match="BatchNorm"):
         simulate(NGD(0.1), p, x, 0.1)

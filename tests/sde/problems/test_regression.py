@@ -9,12 +9,12 @@ from svag_fast.sde import (
     GD,
     NGD,
     SDE2,
-    SGD,
-    SVAG,
     EulerMaruyama,
     GradientFlow,
     LinearRegression,
     OneBatchSVAG,
+    SGDProcess,
+    SVAGProcess,
     simulate,
 )
 
@@ -38,7 +38,7 @@ def test_one_sgd_step_by_enumeration_of_all_batches(batch_size, replacement):
     grads = p.features * (p.features @ START - p.targets)[:, None]
     ends = torch.stack([START - LR * (grads[list(b)].mean(0) + DECAY * START) for b in batches])
     z = torch.cat([ends, torch.ones(len(ends), 1, dtype=torch.float64)], dim=1)
-    got = p.process_second_moment(SGD(LR, DECAY), START, [LR])[0]
+    got = p.process_second_moment(SGDProcess(LR, DECAY), START, [LR])[0]
     torch.testing.assert_close(got, z.T @ z / len(z), rtol=1e-12, atol=1e-13)
 
 
@@ -46,9 +46,9 @@ def test_one_sgd_step_by_enumeration_of_all_batches(batch_size, replacement):
 @pytest.mark.parametrize(
     "process",
     [
-        SGD(LR, DECAY),
-        SVAG(LR, DECAY, l=2.5),
-        SVAG(LR, DECAY, l=4, batches=3),
+        SGDProcess(LR, DECAY),
+        SVAGProcess(LR, DECAY, l=2.5),
+        SVAGProcess(LR, DECAY, l=4, batches=3),
         OneBatchSVAG(LR, DECAY, l=4),
         NGD(LR, DECAY),
         GD(LR, DECAY),
@@ -79,7 +79,7 @@ def test_euler_maruyama_tends_to_the_sde_with_order_one(order, process):
 def test_svag_tends_to_the_sde_with_order_one_and_the_one_batch_variant_does_not():
     p = problem()
     limit = p.sde_second_moment(START, [1.0], lr=LR, weight_decay=DECAY)
-    gaps = [(p.process_second_moment(SVAG(LR, DECAY, l=l), START, [1.0]) - limit).norm() for l in (256, 512)]
+    gaps = [(p.process_second_moment(SVAGProcess(LR, DECAY, l=l), START, [1.0]) - limit).norm() for l in (256, 512)]
     assert 1.95 < gaps[0] / gaps[1] < 2.05
     stuck = [(p.process_second_moment(OneBatchSVAG(LR, DECAY, l=l), START, [1.0]) - limit).norm() for l in (256, 512)]
     assert min(stuck) > 20 * max(gaps)
@@ -90,7 +90,7 @@ def test_order_two_sde_is_second_order_near_sgd():
     gaps = []
     for lr in (1 / 32, 1 / 64):
         limit = p.sde_second_moment(START, [1.0], lr=lr, weight_decay=DECAY, order=2)
-        gaps.append((p.process_second_moment(SGD(lr, DECAY), START, [1.0]) - limit).norm())
+        gaps.append((p.process_second_moment(SGDProcess(lr, DECAY), START, [1.0]) - limit).norm())
     assert 3.6 < gaps[0] / gaps[1] < 4.4
 
 

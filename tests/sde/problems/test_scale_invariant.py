@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from svag_fast.sde import SDE2, SGD, SVAG, Draws, EulerMaruyama, Gamma, ScaleInvariantToy, mean_and_error, simulate
+from svag_fast.sde import (
+    SDE2,
+    Draws,
+    EulerMaruyama,
+    Gamma,
+    ScaleInvariantToy,
+    SGDProcess,
+    SVAGProcess,
+    mean_and_error,
+    simulate,
+)
 
 TOY = ScaleInvariantToy(6, signal=1.0, noise_std=1.5, law=Gamma())
 LR, DECAY = 0.1, 0.2
@@ -56,7 +66,7 @@ def test_equation_10_holds_in_every_step():
     """E|x_next|^2 - |x|^2 = lr decay (lr decay - 2) R + lr^2 G + lr^2 N from any x, |z| < 4, for SGD and SVAG."""
     x = states(1).expand(100_000, 6).contiguous()
     g, n, r = (s[0].item() for s in TOY.statistics(x[:1]))
-    for process, l in ((SGD(LR, DECAY), 1), (SVAG(LR, DECAY, l=4), 4)):
+    for process, l in ((SGDProcess(LR, DECAY), 1), (SVAGProcess(LR, DECAY, l=4), 4)):
         h = LR / l
         change = process.step_(TOY, x.clone(), Draws(9)).square().sum(1) - r
         mean, error = mean_and_error(change)
