@@ -12,6 +12,11 @@ OLD_NAMES = [
     ("svag_fast.ops.backends", "backend", "use_backend"),
     ("svag_fast.sample_norms", "UnsupportedModule", "UnsupportedModuleError"),
     ("svag_fast.sample_norms.context", "UnsupportedModule", "UnsupportedModuleError"),
+    ("svag_fast.noise", "MeanError", "Estimate"),
+    ("svag_fast.noise.estimators", "MeanError", "Estimate"),
+    ("svag_fast.sde", "SGD", "SGDProcess"),
+    ("svag_fast.sde", "SVAG", "SVAGProcess"),
+    ("svag_fast.sde.processes", "SVAG", "SVAGProcess"),
 ]
 
 

@@ -1,8 +1,10 @@
 """Estimators of the gradient noise: G = |∇L|² and N = Tr Σ, each with its error."""
 
+from typing import TYPE_CHECKING, Any
+
+from svag_fast import moved
 from svag_fast.noise.estimators import (
     BatchMoments,
-    MeanError,
     NoiseEstimate,
     RunningMean,
     from_batches,
@@ -12,10 +14,11 @@ from svag_fast.noise.estimators import (
     mean_standard_error,
 )
 from svag_fast.noise.running import RunningNoise
+from svag_fast.stats.estimate import Estimate
 
 __all__ = [
     "BatchMoments",
-    "MeanError",
+    "Estimate",
     "NoiseEstimate",
     "RunningMean",
     "RunningNoise",
@@ -25,3 +28,9 @@ __all__ = [
     "from_two_batches_of_samples",
     "mean_standard_error",
 ]
+
+
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        return moved.old_name(__name__, {"MeanError": "Estimate"}, name)

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from svag_fast import moved
 from svag_fast.numeric import integer, real
+from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.sampling import noise_factor, require_drawable
 from svag_fast.stats.series import autocorrelation_time
 
@@ -239,20 +241,12 @@ class BatchMoments:
         return NoiseEstimate(mean_sq_norm - noise / self.batches, noise, _one_sample(noise, batch_size, population))
 
 
-class MeanError(NamedTuple):
-    """A mean with its standard error, and how many independent values would have given the same."""
-
-    mean: float
-    standard_error: float
-    effective_samples: float
-
-
-def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> MeanError:
+def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> Estimate:
     """Mean of a stationary, possibly autocorrelated series, with its standard error and effective sample size.
 
     The variance of the mean is c₀ τ/n, τ the integrated autocorrelation time (`stats.series.autocorrelation_time`).
 
-    effective_samples is n/τ. One value: the error is NaN. A constant series: the error is 0.
+    ``effective_samples`` is n/τ. One value: the error is nan. A constant series: the error is 0.
 
     Raises:
         ValueError: an empty series, or one that is not 1-D.
@@ -266,9 +260,9 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> MeanErr
     n = x.size
     mean = float(x[0] + (x - x[0]).mean())
     if n == 1:
-        return MeanError(mean, math.nan, 1.0)
+        return Estimate(mean, math.nan, effective_samples=1.0)
     tau, variance = autocorrelation_time((x - mean)[None])
-    return MeanError(mean, math.sqrt(variance * tau / n), n / tau)
+    return Estimate(mean, math.sqrt(variance * tau / n), effective_samples=n / tau)
 
 
 class RunningMean:
@@ -332,18 +326,19 @@ class RunningMean:
     @property
     def effective_samples(self) -> float:
         """How many independent values would have given the same standard error."""
-        return self.estimate().effective_samples
+        effective = self.estimate().effective_samples
+        assert effective is not None
+        return effective
 
-    def estimate(self) -> MeanError:
+    def estimate(self) -> Estimate:
         """Mean, standard error and effective samples together."""
         self._fold()
         if self._count < 2:
-            return MeanError(self.mean, math.nan, float(self._count))
+            return Estimate(self.mean, math.nan, effective_samples=float(self._count))
         covered = len(self._blocks) * self._block_size
         error = mean_standard_error(self._blocks).standard_error * math.sqrt(covered / self._count)
-        if error == 0.0:
-            return MeanError(self._mean, 0.0, float(self._count))
-        return MeanError(self._mean, error, self.variance / error**2)
+        effective = self.variance / error**2 if error != 0.0 else float(self._count)
+        return Estimate(self._mean, error, effective_samples=effective)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in plain Python numbers and lists."""
@@ -398,8 +393,7 @@ class RunningMean:
         self._pending = []
 
     def __repr__(self) -> str:
-        mean, error, effective = self.estimate()
-        return f"RunningMean({mean:.6g} ± {error:.2g}, {self.count} values, {effective:.3g} effective)"
+        return f"RunningMean({self.estimate()}, {self.count} values, {self.effective_samples:.3g} effective)"
 
 
 _STATE = ("count", "mean", "scatter", "block_size", "blocks", "open_mean", "open_count")
@@ -487,3 +481,9 @@ def _float64(value: Scalar, name: str, device: torch.device) -> Tensor:
     if out.numel() != 1:
         raise ValueError(f"{name} must be one number, got shape {list(out.shape)}")
     return out.reshape(())
+
+
+if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        return moved.old_name(__name__, {"MeanError": "Estimate"}, name)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svag_fast.noise.estimators import MeanError, RunningMean, mean_standard_error
+from svag_fast.noise.estimators import RunningMean, mean_standard_error
 from svag_fast.numeric import integer, number, real
 from svag_fast.ops.step_stats import StepStats, is_one_batch
+from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.sampling import noise_factor
 
 _SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
@@ -72,26 +74,26 @@ class RunningNoise:
         return self._skipped
 
     @property
-    def grad_sq_norm(self) -> MeanError:
+    def grad_sq_norm(self) -> Estimate:
         """G = |∇L|²: mean of the unbiased ⟨g1, g2⟩."""
         return self._estimate("grad_sq_norm")
 
     @property
-    def noise_trace(self) -> MeanError:
+    def noise_trace(self) -> Estimate:
         """N = Tr Σ of a batch gradient: mean of the unbiased |g1 − g2|²/2.
 
         Its error takes in what rounding may have done to a difference of norms (`StepStats.noise_trace_rounding`).
         """
         N = self._estimate("noise_trace")
-        return N._replace(standard_error=math.hypot(N.standard_error, self._rounding_error()))
+        return replace(N, standard_error=math.hypot(N.standard_error, self._rounding_error()))
 
     @property
-    def weight_sq_norm(self) -> MeanError:
+    def weight_sq_norm(self) -> Estimate:
         """R = |x|² before the steps."""
         return self._estimate("weight_sq_norm")
 
     @property
-    def nsr(self) -> MeanError:
+    def nsr(self) -> Estimate:
         """N/G as the ratio of the two means (a mean of ratios would be biased).
 
         Its error is that of the mean of N_t − nsr G_t, divided by |G| (delta method): trust it where G is several of
@@ -100,10 +102,10 @@ class RunningNoise:
         G, N = self.grad_sq_norm, self.noise_trace
         steps = self.steps
         if steps == 0 or G.mean == 0.0:
-            return MeanError(math.nan, math.nan, float(steps))
+            return Estimate(math.nan, math.nan, effective_samples=float(steps))
         ratio = N.mean / G.mean
         if steps < 2:
-            return MeanError(ratio, math.nan, float(steps))
+            return Estimate(ratio, math.nan, effective_samples=float(steps))
         grad, noise = (self._means[name] for name in _SERIES[:2])
         # Both have the same blocks of steps.
         states = grad.state_dict(), noise.state_dict()
@@ -113,9 +115,9 @@ class RunningNoise:
         covariance = self._co_scatter / (steps - 1)
         variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
         effective = variance / error**2 if error > 0 else float(steps)
-        return MeanError(ratio, math.hypot(error, self._rounding_error()) / abs(G.mean), effective)
+        return Estimate(ratio, math.hypot(error, self._rounding_error()) / abs(G.mean), effective_samples=effective)
 
-    def noise_scale(self, batch_size: int, *, population: int | None = None) -> MeanError:
+    def noise_scale(self, batch_size: int, *, population: int | None = None) -> Estimate:
         """B_simple = Tr Σ₁/|∇L|² = B·N/G (McCandlish et al. 2018), with `nsr`'s error.
 
         Args:
@@ -129,8 +131,7 @@ class RunningNoise:
         factor = noise_factor(batch_size, population)
         if factor == 0:
             raise ValueError("a batch of the whole population has no noise: it can't give B_simple")
-        mean, error, effective = self.nsr
-        return MeanError(mean * batch_size / factor, error * batch_size / factor, effective)
+        return self.nsr.affine(batch_size / factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in plain Python numbers, lists and dicts."""
@@ -175,7 +176,7 @@ class RunningNoise:
             return None
         return f"in {self._one_batch} of {self._one_batch + self.steps} steps {StepStats.ONE_BATCH}"
 
-    def _estimate(self, name: str) -> MeanError:
+    def _estimate(self, name: str) -> Estimate:
         if fault := self._fault():
             raise RuntimeError(fault)
         return self._means[name].estimate()
@@ -208,8 +209,4 @@ class RunningNoise:
     def __repr__(self) -> str:
         if fault := self._fault():
             return f"RunningNoise(no estimates: {fault})"
-        G, N, nsr = self.grad_sq_norm, self.noise_trace, self.nsr
-        return (
-            f"RunningNoise({self.steps} steps: G = {G.mean:.4g} ± {G.standard_error:.2g}, "
-            f"N = {N.mean:.4g} ± {N.standard_error:.2g}, nsr = {nsr.mean:.4g} ± {nsr.standard_error:.2g})"
-        )
+        return f"RunningNoise({self.steps} steps: G = {self.grad_sq_norm}, N = {self.noise_trace}, nsr = {self.nsr})"

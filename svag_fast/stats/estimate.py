@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from svag_fast.numeric import number
+from svag_fast.numeric import number, real
 
+# A standard error is the root of a variance, whose own rounding is the float's: less than this of the value is none.
+_ROUNDING = math.sqrt(sys.float_info.epsilon)
 ENOUGH = 16  # effective samples below which a standard error is itself too uncertain to be relied on
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error (0: exact).
+    """A value, such as a mean, and its standard error (0: exact; nan: unknown, as of one measurement).
 
+    A value that was never measured is nan too; the functions of `svag_fast.theory` refuse what is not finite.
     ``degrees_of_freedom`` are those of the error (None: as good as known; intervals are then a normal distribution's,
     else Student's t). ``effective_samples``: how many independent values the estimate rests on (None: not told).
 
@@ -25,6 +29,12 @@ class Estimate:
     (0.940..., 1.259...)
     >>> print(Estimate(4.2123, 0.104))
     4.21 ± 0.10
+    >>> print(Estimate(4.2123e-9, 0.104e-9))
+    (4.21 ± 0.10)e-09
+
+    Raises:
+        TypeError: the value or the error is no number.
+        ValueError: the error is negative.
     """
 
     value: float
@@ -33,8 +43,16 @@ class Estimate:
     effective_samples: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", number("value", self.value))
-        object.__setattr__(self, "standard_error", number("standard_error", self.standard_error, least=0))
+        object.__setattr__(self, "value", real("value", self.value))
+        error = real("standard_error", self.standard_error)
+        if error < 0:
+            number("standard_error", error, least=0)
+        object.__setattr__(self, "standard_error", error)
+
+    @property
+    def mean(self) -> float:
+        """The value, where it is a mean."""
+        return self.value
 
     @property
     def trusted(self) -> bool:
@@ -55,10 +73,17 @@ class Estimate:
         return replace(self, value=constant + slope * self.value, standard_error=abs(slope) * self.standard_error)
 
     def __str__(self) -> str:
-        if self.standard_error == 0:
-            return f"{self.value:.4g}"
-        digits = max(0, 1 - math.floor(math.log10(self.standard_error)))
-        return f"{self.value:.{digits}f} ± {self.standard_error:.{digits}f}"
+        value, error = self.value, self.standard_error
+        if error <= _ROUNDING * abs(value):
+            return f"{value:.4g}"
+        largest = max(abs(value), error)
+        if not (math.isfinite(value) and math.isfinite(error) and largest > 1e-300):
+            return f"{value:.4g} ± {error:.2g}"
+        power = 0 if 1e-4 <= largest < 1e6 else math.floor(math.log10(largest))
+        value, error = value / 10.0**power, error / 10.0**power
+        digits = max(0, 1 - math.floor(math.log10(error)))
+        text = f"{value:.{digits}f} ± {error:.{digits}f}"
+        return f"({text})e{power:+03d}" if power else text
 
 
 Number: TypeAlias = float | Estimate
@@ -76,8 +101,8 @@ def delta_method(
     )
     uncertain = [e for e in of if e.standard_error > 0]
     return Estimate(
-        value,
-        math.sqrt(max(variance, 0.0)),
+        number("value", value),
+        number("standard_error", math.sqrt(max(variance, 0.0))),
         min((e.degrees_of_freedom for e in uncertain if e.degrees_of_freedom is not None), default=None),
         min((e.effective_samples for e in uncertain if e.effective_samples is not None), default=None),
     )
@@ -97,6 +122,7 @@ def fieller_interval(
     >>> fieller_interval(Estimate(3.0, 0.1), Estimate(0.1, 0.1), 0.0)
     (10.1..., inf)
     """
+    numerator, denominator = as_estimate("numerator", numerator), as_estimate("denominator", denominator)
     freedoms = [e.degrees_of_freedom for e in (numerator, denominator) if e.degrees_of_freedom is not None]
     t2 = quantile(confidence, min(freedoms, default=None)) ** 2
     # t(θ)² <= t²  <=>  a θ² - 2 b θ + c <= 0
@@ -117,8 +143,12 @@ def fieller_interval(
 
 
 def as_estimate(name: str, value: Number) -> Estimate:
-    """Return a plain number as an exact estimate; refuse, by name, what is no finite number."""
-    return value if isinstance(value, Estimate) else Estimate(number(name, value))
+    """Return a plain number as an exact estimate; refuse, by name, a value or an error that is not finite."""
+    if not isinstance(value, Estimate):
+        return Estimate(number(name, value))
+    number(name, value.value)
+    number(f"{name}.standard_error", value.standard_error)
+    return value
 
 
 def require_whole(name: str, value: float) -> int:

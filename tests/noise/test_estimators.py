@@ -369,7 +369,8 @@ def test_running_mean_equals_the_mean_and_variance_of_the_whole_series():
 def test_short_streams_agree_with_the_series_function():
     series = ar1(0.5, 400, 1, seed=5)[0]
     ours, theirs = running(series), noise.mean_standard_error(series)
-    torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-10, atol=1e-15)
+    for name in ("mean", "standard_error", "effective_samples"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-10, abs=1e-15)
 
 
 def test_memory_stays_bounded_and_tensors_are_copied():
@@ -434,10 +435,11 @@ def test_edge_cases_of_the_mean():
     assert empty.mean == 2.0
     assert math.isnan(empty.standard_error)
     empty.add(2.0)
-    assert tuple(empty.estimate()) == (2.0, 0.0, 2.0)
-    assert noise.mean_standard_error([5.0])[::2] == (5.0, 1.0)
-    assert tuple(noise.mean_standard_error([4.0] * 10)) == (4.0, 0.0, 10.0)
-    assert "±" in repr(empty)
+    assert empty.estimate() == noise.Estimate(2.0, 0.0, effective_samples=2.0)
+    one = noise.mean_standard_error([5.0])
+    assert (one.mean, one.effective_samples, str(one)) == (5.0, 1.0, "5 ± nan")
+    assert noise.mean_standard_error([4.0] * 10) == noise.Estimate(4.0, 0.0, effective_samples=10.0)
+    assert repr(empty) == "RunningMean(2, 2 values, 2 effective)"
 
 
 def test_not_a_number_is_not_hidden():

@@ -113,6 +113,29 @@ def test_an_estimate_says_how_far_its_error_can_be_trusted():
 
 
 @pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(6.6213, 0.6281), "6.62 ± 0.63"),
+        (Estimate(-123456.0, 7890.0), "-123456 ± 7890"),
+        (Estimate(0.0, 2.0), "0.0 ± 2.0"),
+        (Estimate(1.5), "1.5"),
+        (Estimate(0.1 + 0.2, 1e-17), "0.3"),  # the error is that of rounding
+        (Estimate(1.0, 1e-6), "1.0000000 ± 0.0000010"),
+        (Estimate(3.14159e12, 2e10), "(3.142 ± 0.020)e+12"),
+        (Estimate(1e-300, 1e-301), "1e-300 ± 1e-301"),
+        (Estimate(-2e-200, 1e-201), "(-2.00 ± 0.10)e-200"),
+        (Estimate(5e-324, 5e-324), "4.941e-324 ± 4.9e-324"),
+        (Estimate(1.7e308, 1.7e308), "(1.7 ± 1.7)e+308"),
+        (Estimate(5.0, math.nan), "5 ± nan"),
+        (Estimate(math.nan, math.nan), "nan ± nan"),
+        (Estimate(math.inf, math.nan), "inf ± nan"),
+    ],
+)
+def test_an_estimate_is_printed_to_two_digits_of_its_error(estimate: Estimate, text: str) -> None:
+    assert str(estimate) == text
+
+
+@pytest.mark.parametrize(
     ("call", "offender"),
     [
         (lambda: joint_means(np.ones(11)), "n at least 12"),
