@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.models import build_model
 from svag_fast.noise.estimators import mean_standard_error
 from svag_fast.sde import (
@@ -159,15 +159,12 @@ def _network_equilibrium(outcome: Outcome, problem: NetworkProblem, settings: Su
 
 
 def digits_problem(settings: SuiteSettings, *, batch_size: int) -> NetworkProblem:
-    """The digits net on 256 of scikit-learn's digits, batches drawn with replacement."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images[:256]).float()[:, None]
-    images = (images - images.mean()) / images.std()
-    model = build_model("digits-net", in_channels=1, num_classes=10, seed=settings.seed)
-    targets = torch.from_numpy(digits.target[:256])
-    return NetworkProblem(
-        model, nn.CrossEntropyLoss(reduction="none"), images, targets, batch_size=batch_size, chunk_size=256
-    )
+    """The digits net on 256 of the digits that `svag-fast run` trains on, batches drawn with replacement."""
+    digits = load_dataset("digits")
+    model = build_model("digits-net", in_channels=1, num_classes=digits.num_classes, seed=settings.seed)
+    images, labels = digits.train_images[:256], digits.train_labels[:256]
+    loss = nn.CrossEntropyLoss(reduction="none")
+    return NetworkProblem(model, loss, images, labels, batch_size=batch_size, chunk_size=256)
 
 
 def sample_noise_trace(problem: NetworkProblem, x: Tensor, mean_grad: Tensor) -> float:
