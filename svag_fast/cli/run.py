@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import rich_click as click
 from rich.console import Console
@@ -18,10 +19,10 @@ from svag_fast.analysis.margins import Margin, choose_margins
 from svag_fast.cli.options import margin_option, metric_option
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
-    INITS,
-    SAMPLINGS,
-    SCHEDULES,
-    TRAIN_SIZES,
+    BOOKKEEPING,
+    HOW,
+    LENGTH,
+    WHAT,
     ConfigError,
     ExperimentConfig,
     check_range,
@@ -42,16 +43,14 @@ from svag_fast.experiments.grid import (
 class NumberList(click.ParamType[list[Any]]):
     """Comma-separated numbers, such as 1,2,4."""
 
-    def __init__(self, kind: Callable[[str], int | float]) -> None:
-        self.kind = kind
-        self.name = "list"
+    name = "list"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
         """Parse the text, or say which part of it isn't a number."""
         numbers = []
         for part in str(value).split(","):
             try:
-                numbers.append(self.kind(part))
+                numbers.append(_number(part))
             except ValueError:
                 self.fail(f"{part.strip()!r} is not a number; expected numbers with commas between, such as 1,2,4")
         return numbers
@@ -64,87 +63,47 @@ def _number(text: str) -> int | float:
         return float(text)
 
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _setting_options(command: Command) -> Command:
+    """Give `run` an option for each of ExperimentConfig's fields: the field has the help text and the default."""
+    types = get_type_hints(ExperimentConfig)
+    for field in reversed(dataclasses.fields(ExperimentConfig)):  # click shows first what was added last
+        about = field.metadata
+        default = field.default if about["shown"] is None else about["shown"]
+        if isinstance(default, tuple):
+            default = ",".join(f"{value:g}" for value in default)
+        text = about["help"] if default is None else f"{about['help']}  [default: {default}]"
+        kind = click.Choice(about["choices"]) if about["choices"] else _kind(types[field.name])
+        command = click.option(_option_name(field), type=kind, metavar=about["metavar"], help=text)(command)
+    return command
+
+
+def _kind(annotation: Any) -> Any:
+    """What click parses into a field of this type: str, int or float, also with None, or a tuple of numbers."""
+    if get_origin(annotation) is tuple:
+        return NumberList()
+    return next(kind for kind in (int, float, str) if kind in (annotation, *get_args(annotation)))
+
+
+def _option_name(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _panel(name: str, *more: str) -> Callable[[Command], Command]:
+    """A panel of the help: the settings whose field names it, then ``more``."""
+    settings = [_option_name(f) for f in dataclasses.fields(ExperimentConfig) if f.metadata["panel"] == name]
+    return click.option_panel(name, options=[*settings, *more])
+
+
 @click.command()
-@click.option_panel(
-    "What to train", options=["--dataset", "--model", "--batch-size", "--lr", "--weight-decay", "--l", "--seeds"]
-)
-@click.option_panel(
-    "How",
-    options=[
-        "--effective-steps",
-        "--epochs",
-        "--schedule",
-        "--init",
-        "--sampling",
-        "--backend",
-        "--device",
-        "--threads",
-    ],
-)
-@click.option_panel("The verdict", options=["--metric", "--margin"])
-@click.option_panel(
-    "Bookkeeping",
-    options=[
-        "--jobs",
-        "--out",
-        "--config",
-        "--resume",
-        "--rows",
-        "--evaluations",
-        "--checkpoint-seconds",
-        "--tensorboard",
-        "--help",
-    ],
-)
-@click.option("--dataset", type=click.Choice(list(TRAIN_SIZES)), help="Data set.  [default: digits]")
-@click.option(
-    "--model",
-    metavar="NAME",
-    help="digits-net, preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.  "
-    "[default: digits-net]",
-)
-@click.option("--batch-size", type=NumberList(int), metavar="B,...", help="Batch sizes.  [default: 8,128]")
-@click.option(
-    "--lr",
-    type=NumberList(float),
-    metavar="LR[,...]",
-    help="Learning rate: one is scaled linearly from the first batch size, a list says each.  [default: 0.1]",
-)
-@click.option("--weight-decay", type=float, metavar="LAMBDA", help="Weight decay.  [default: 0.03]")
-@click.option("--l", type=NumberList(_number), metavar="L,...", help="SVAG's l; 1 is SGD.  [default: 1,2,4,8]")
-@click.option("--seeds", type=int, metavar="N", help="Number of seeds.  [default: 3]")
-@click.option(
-    "--effective-steps",
-    type=int,
-    metavar="N",
-    help="Length at the first batch size; the others train for the same time.  [default: 1008]",
-)
-@click.option("--epochs", type=float, metavar="N", help="Length in passes over the data, instead of effective steps.")
-@click.option(
-    "--schedule",
-    type=click.Choice(list(SCHEDULES)),
-    help="Learning rate over the effective steps; step: a tenth from 80 % on.  [default: step]",
-)
-@click.option(
-    "--init",
-    type=click.Choice(INITS),
-    help="Initial weights: one draw shared by all runs, or each run's own.  [default: shared]",
-)
-@click.option(
-    "--sampling",
-    type=click.Choice(SAMPLINGS),
-    help="Images of a batch: drawn with replacement, or all distinct.  [default: replacement]",
-)
-@click.option("--rows", type=int, metavar="N", help="Rows of metrics a run.  [default: 200]")
-@click.option(
-    "--evaluations",
-    type=int,
-    metavar="N",
-    help="Rows that evaluate the net on the test data, every third on the training data too.  [default: 60]",
-)
-@click.option("--backend", metavar="NAME", help="Of the fused step: auto, or see `svag-fast info`.  [default: auto]")
-@click.option("--device", metavar="NAME", help="Where net and data live: cpu, cuda, cuda:1.  [default: cpu]")
-@click.option("--threads", type=int, metavar="N", help="Threads of each run's process.  [default: 1]")
+@_panel(WHAT)
+@_panel(LENGTH)
+@_panel(HOW)
+@_panel("The verdict", "--metric", "--margin")
+@_panel(BOOKKEEPING, "--jobs", "--out", "--config", "--resume", "--checkpoint-seconds", "--tensorboard", "--help")
+@_setting_options
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/DATASET]"

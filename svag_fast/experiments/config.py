@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ RANGES = {
     "width": Range(1, 100, whole=True),
 }
 MOST_RUNS = 10_000
+EFFECTIVE_STEPS = 1008  # of an experiment that says nothing of its length
 
 
 def check_range(name: str, value: Any) -> Any:
@@ -106,52 +107,74 @@ def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
     return f"b{batch_size}-lr{lr:g}-l{l:g}-seed{seed}"
 
 
+WHAT, LENGTH, HOW, BOOKKEEPING = "What to train", "How long", "How", "Bookkeeping"
+
+
+def _setting(
+    default: Any, panel: str, metavar: str | None, text: str, *, choices: Iterable[str] = (), shown: str | None = None
+) -> Any:
+    """A field that `svag-fast run` has an option for.
+
+    Args:
+        default: its value where none is given.
+        panel: of `svag-fast run --help`.
+        metavar: what the help calls a value; None for choices.
+        text: what it is, one or two sentences, as the help says it.
+        choices: the values that it may have, where these are names; a number's are its `RANGES`.
+        shown: the default as the help says it, where `default` does not.
+    """
+    metadata = {"panel": panel, "metavar": metavar, "help": text, "choices": tuple(choices), "shown": shown}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all runs of an experiment share.
+    """What all runs of an experiment share. `svag-fast run` makes its options from these fields."""
 
-    Attributes:
-        dataset: name for `svag_fast.experiments.data.load_dataset`.
-        model: name for `svag_fast.experiments.models.build_model`.
-        weight_decay: the paper's lambda.
-        schedule: lr's factor as a function of the fraction of effective steps done.
-        init: initial weights: "shared" by all runs, or each run's "own", drawn by its seed; the fixed head is shared.
-        sampling: how a batch's images are drawn, afresh for every batch. "replacement": independently of each other, as
-            the theory's Σ/B has it. "distinct": no image twice, which makes the noise (n - B)/(n - 1) of that.
-        backend: of the fused step.
-        device: where net and data live.
-        threads: of the process that trains a run.
-        rows: rows of metrics, evenly spaced over the effective steps.
-        evaluations: how many of the rows evaluate the net on the test data; every third of them, the last among them,
-            on the training data too.
-    """
-
-    dataset: str = "digits"
-    model: str = "digits-net"
-    weight_decay: float = 0.03
-    schedule: str = "step"
-    init: str = "shared"
-    sampling: str = "replacement"
-    backend: str = "auto"
-    device: str = "cpu"
-    threads: int = 1
-    rows: int = 200
-    evaluations: int = 60
+    dataset: str = _setting("digits", WHAT, None, "Data set.", choices=TRAIN_SIZES)
+    model: str = _setting(
+        "digits-net",
+        WHAT,
+        "NAME",
+        "digits-net, preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.",
+    )
+    weight_decay: float = _setting(0.03, WHAT, "LAMBDA", "Weight decay.")
+    schedule: str = _setting(
+        "step",
+        HOW,
+        None,
+        "Learning rate over the effective steps; step: a tenth from 80 % on.",
+        choices=SCHEDULES,
+    )
+    # The head of the digits net, which is fixed, is shared in any case.
+    init: str = _setting(
+        "shared", HOW, None, "Initial weights: one draw shared by all runs, or each run's own.", choices=INITS
+    )
+    # Independent draws have the theory's noise Σ/B; without an image twice it is (n - B)/(n - 1) of that.
+    sampling: str = _setting(
+        "replacement",
+        HOW,
+        None,
+        "Images of a batch: drawn with replacement, or all distinct.",
+        choices=SAMPLINGS,
+    )
+    backend: str = _setting("auto", HOW, "NAME", "Of the fused step: auto, or see `svag-fast info`.")
+    device: str = _setting("cpu", HOW, "NAME", "Where net and data live: cpu, cuda, cuda:1.")
+    threads: int = _setting(1, HOW, "N", "Threads of each run's process.")
+    rows: int = _setting(200, BOOKKEEPING, "N", "Rows of metrics a run, evenly spaced over the effective steps.")
+    evaluations: int = _setting(
+        60, BOOKKEEPING, "N", "Rows that evaluate the net on the test data, every third on the training data too."
+    )
 
     def __post_init__(self) -> None:
-        choices: dict[str, Collection[str]] = {
-            "dataset": TRAIN_SIZES,
-            "schedule": SCHEDULES,
-            "init": INITS,
-            "sampling": SAMPLINGS,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            _check(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}")
-        for name in ("model", "backend", "device"):
-            _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
-        for name in ("threads", "rows", "evaluations", "weight_decay"):
-            object.__setattr__(self, name, check_range(name, getattr(self, name)))
+        for field in dataclasses.fields(Settings):
+            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
+            if choices:
+                _check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
+            elif name in RANGES:
+                object.__setattr__(self, name, check_range(name, value))
+            else:
+                _check(isinstance(value, str), name, value, "a string")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,23 +249,25 @@ class RunConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(Settings):
-    """A grid of runs: every batch size with its lr, every l, every seed.
+    """A grid of runs: every batch size with its lr, every l, every seed."""
 
-    Attributes:
-        batch_size: batch sizes.
-        lr: one value (scaled linearly with the batch size, from the first) or one for each batch size.
-        l: values of SVAG's hyperparameter.
-        seeds: number of seeds: 0, 1, ...
-        effective_steps: length at the first batch size; the others train for the same time (sum of lr). None: 1008.
-        epochs: instead of effective_steps: each batch size trains for this many passes over the training data.
-    """
-
-    batch_size: tuple[int, ...] = (8, 128)
-    lr: tuple[float, ...] = (0.1,)
-    l: tuple[float, ...] = (1, 2, 4, 8)
-    seeds: int = 3
-    effective_steps: int | None = None
-    epochs: float | None = None
+    batch_size: tuple[int, ...] = _setting((8, 128), WHAT, "B,...", "Batch sizes.")
+    lr: tuple[float, ...] = _setting(
+        (0.1,),
+        WHAT,
+        "LR[,...]",
+        "Learning rate: one is scaled linearly from the first batch size, a list says each.",
+    )
+    l: tuple[float, ...] = _setting((1, 2, 4, 8), WHAT, "L,...", "SVAG's l; 1 is SGD.")
+    seeds: int = _setting(3, WHAT, "N", "Number of seeds: 0, 1, ...")
+    effective_steps: int | None = _setting(
+        None,
+        LENGTH,
+        "N",
+        "Length at the first batch size; the others train for the same time.",
+        shown=str(EFFECTIVE_STEPS),
+    )
+    epochs: float | None = _setting(None, LENGTH, "N", "Length in passes over the data, instead of effective steps.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,7 +305,7 @@ class ExperimentConfig(Settings):
             if self.epochs is not None:
                 length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
             else:
-                length = (self.effective_steps or 1008) * lrs[0] / lr
+                length = (self.effective_steps or EFFECTIVE_STEPS) * lrs[0] / lr
             steps = max(1, round(length))
             runs += [
                 RunConfig(**shared, batch_size=batch_size, lr=lr, l=l, seed=seed, effective_steps=steps)
