@@ -17,7 +17,6 @@
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
 #include "cpu/step_per_sample.h"
-#include "cpu/triad.h"
 #include "cpu/weight_grad.h"
 #include "cpu/weight_gram.h"
 #include "tensor_reader.h"
@@ -275,11 +274,6 @@ PYBIND11_MODULE(_C, m) {
         .def_static("of", &svag::TensorReader::of)
         .def("checked_step", &checked_step);
     m.def("adaptive_step", &adaptive_step);
-    m.def("triad", [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t z, int64_t size, int threads) {
-        py::gil_scoped_release unlocked;
-        raise_for(SVAG_KERNEL(svag_triad)(reinterpret_cast<float*>(x), reinterpret_cast<const float*>(y),
-                                          reinterpret_cast<const float*>(z), size, threads));
-    });
     m.def("step_per_sample", &step_per_sample);
     py::class_<svag::LayerOperands>(m, "LayerOperands")
         .def(py::init(&layer_operands))

@@ -51,7 +51,6 @@ class TensorReader:
         momentum_buffers: list[Tensor] | None,
     ) -> CheckedStep | None: ...
 
-def triad(x: int, y: int, z: int, size: int, threads: int) -> None: ...
 def adaptive_step(
     params: list[int],
     grads1: list[int],
