@@ -189,7 +189,7 @@ def _check_judging(metrics: Sequence[str], margins: dict[str, Margin]) -> None:
 
     numbers = [column for column in COLUMNS if column != "noise_source"]
     if unknown := [metric for metric in metrics if metric not in numbers]:
-        raise ConfigError(f"metric must be a column of metrics.csv, not {unknown[0]!r}: one of {', '.join(numbers)}")
+        raise ConfigError(f"metric must be a column of metrics.csv, got {unknown[0]!r}: one of {', '.join(numbers)}")
     try:
         choose_margins(metrics, margins)
     except ValueError as error:

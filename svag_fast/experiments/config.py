@@ -99,7 +99,7 @@ def check_range(name: str, value: Any) -> Any:
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
+        raise ConfigError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
@@ -356,5 +356,5 @@ def read_settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is not {kind}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
+        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
     return values

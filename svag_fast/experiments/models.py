@@ -37,7 +37,7 @@ def _norm(kind: str, channels: int) -> nn.Module:
         return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS, affine=False)
     if kind == "none":
         return nn.Identity()
-    raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {kind!r}")
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -124,9 +124,9 @@ def preresnet(
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
-        raise ValueError(f"PreResNet's depth must be 6n + 2 (8, 14, 20, ..., 32, ...), not {depth}")
+        raise ValueError(f"PreResNet's depth must be 6n + 2 (8, 14, 20, ..., 32, ...), got {depth}")
     if width < 1:
-        raise ValueError(f"width must be a positive integer, not {width}")
+        raise ValueError(f"width must be a positive integer, got {width}")
     channels = 16 * width
     layers: list[nn.Module] = [_conv(in_channels, channels, 3)]
     for stage in range(3):
@@ -156,9 +156,9 @@ def vgg(
         ValueError: an unknown depth or norm, or width < 1.
     """
     if depth not in VGG_WIDTHS:
-        raise ValueError(f"VGG's depth must be one of {', '.join(map(str, VGG_WIDTHS))}, not {depth}")
+        raise ValueError(f"VGG's depth must be one of {', '.join(map(str, VGG_WIDTHS))}, got {depth}")
     if width < 1:
-        raise ValueError(f"width must be a positive integer, not {width}")
+        raise ValueError(f"width must be a positive integer, got {width}")
     layers: list[nn.Module] = []
     channels = in_channels
     for stage, widths in enumerate(VGG_WIDTHS[depth]):
@@ -242,7 +242,7 @@ def scale_invariance_report(
         ValueError: scale is not positive, or the model has no trained parameter.
     """
     if not scale > 0:
-        raise ValueError(f"scale must be positive, not {scale}")
+        raise ValueError(f"scale must be positive, got {scale}")
     model = copy.deepcopy(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:

@@ -113,21 +113,21 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: no {', '.join(missing)} in it; is this the config of a run?")
     for name, range_ in NEEDED.items():
         if config[name] not in range_:
-            raise ValueError(f"{path}: {name} must be {range_}, not {_short(config[name])}")
+            raise ValueError(f"{path}: {name} must be {range_}, got {_short(config[name])}")
     for name in TEXTS:
         value = config.get(name, "")
         if not isinstance(value, str) or not value.isprintable() or len(value) > 200:
-            raise ValueError(f"{path}: {name} must be a short text, not {_short(value)}")
+            raise ValueError(f"{path}: {name} must be a short text, got {_short(value)}")
     config.setdefault("init", UNSAID["init"])
     size = TRAIN_SIZES.get(config.get("dataset", ""))
     if "sampling" not in config and size is not None and config["batch_size"] <= size:
         config["sampling"] = UNSAID["sampling"]
     sampling = config.get("sampling", "replacement")
     if not isinstance(sampling, str) or sampling not in SAMPLINGS:
-        raise ValueError(f"{path}: sampling must be one of {', '.join(SAMPLINGS)}, not {_short(sampling)}")
+        raise ValueError(f"{path}: sampling must be one of {', '.join(SAMPLINGS)}, got {_short(sampling)}")
     if sampling == "distinct" and size is not None and config["batch_size"] > size:
         raise ValueError(
-            f"{path}: batch_size must be at most {size} where images are distinct, not {config['batch_size']}"
+            f"{path}: batch_size must be at most {size} where images are distinct, got {config['batch_size']}"
         )
     folder = Path(path).parent.name
     said = run_name(*(config[name] for name in ("batch_size", "lr", "l", "seed")))
@@ -238,7 +238,7 @@ def _value(cell: str, range_: Range, where: str, name: str) -> float:
             return math.nan
         return math.inf if math.isnan(value) else math.copysign(math.inf, value)
     if value not in range_:
-        raise ValueError(f"{where} must be {range_}, not {cell[:40]}")
+        raise ValueError(f"{where} must be {range_}, got {cell[:40]}")
     return value
 
 
@@ -248,7 +248,7 @@ def _check_noise(path: str | os.PathLike[str], lines: list[int], G: Array, name:
         wrong = -1e-5 * np.abs(np.nan_to_num(G)) > N
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise ValueError(f"{path}, line {lines[row]}: {name} is a trace and must be at least 0, not {N[row]:g}")
+        raise ValueError(f"{path}, line {lines[row]}: {name} is a trace and must be at least 0, got {N[row]:g}")
 
 
 def _divergence(path: str | os.PathLike[str], columns: Mapping[str, Array], lines: list[int]) -> int | None:

@@ -296,7 +296,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path):
         (["--backend", "nonesuch"], "nonesuch"),
         (["--epochs", "1", "--effective-steps", "3"], "epochs"),
         (["--init", "zero"], "'zero' is not one of"),
-        (["--metric", "accuracy"], "metric must be a column of metrics.csv, not 'accuracy'"),
+        (["--metric", "accuracy"], "metric must be a column of metrics.csv, got 'accuracy'"),
         (["--margin", "nsr=1"], "a margin is given for nsr"),
     ],
     ids=str,

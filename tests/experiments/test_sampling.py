@@ -167,8 +167,8 @@ def test_report_says_where_batch_sizes_differ_in_their_noise_factor(tmp_path, sa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampling": "shuffled"}, "sampling must be one of replacement, distinct, not 'shuffled'"),
-        ({"sampling": ["distinct"]}, "sampling must be one of replacement, distinct, not a list"),
+        ({"sampling": "shuffled"}, "sampling must be one of replacement, distinct, got 'shuffled'"),
+        ({"sampling": ["distinct"]}, "sampling must be one of replacement, distinct, got a list"),
         ({"sampling": "distinct", "batch_size": 1500}, "batch_size must be at most 1437 where images are distinct"),
     ],
     ids=str,
