@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from svag_fast import moved
 
 if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
+    from svag_fast.nn.independence import Independence as Independence
+    from svag_fast.nn.independence import check_independence as check_independence
+    from svag_fast.nn.pair_pass import pair_pass as pair_pass
     from svag_fast.noise.estimators import RunningMean as RunningMean
     from svag_fast.noise.estimators import mean_standard_error as mean_standard_error
     from svag_fast.noise.running import RunningNoise as RunningNoise

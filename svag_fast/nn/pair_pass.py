@@ -96,7 +96,7 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
     Raises:
         TypeError, ValueError: the optimizer is another kind, or the parameters are not the same.
         RuntimeError: a gradient is held already.
-        UnsupportedModule: ``norms=True`` and a module that has none, by name.
+        UnsupportedModuleError: ``norms=True`` and a module that has none, by name.
         CoupledSamples: ``way="joint"`` and a model that can't (in the first call of the model, what only shows there).
     """
 
