@@ -6,7 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -84,22 +85,24 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Return summary.json's content (docs/verdict.md): plain numbers, texts, lists, dicts; None: not measured."""
-        sizes = [verdict.batch_size for verdict in self.verdicts]
+        names = _verdict_names(self.verdicts)
         return {
             "version": SUMMARY_VERSION,
             "headline": headline(self.verdicts),
             "confidence": self.confidence,
             "batch_sizes": {
-                # two rates of one batch size need a longer name
-                f"{v.batch_size}" if sizes.count(v.batch_size) == 1 else f"{v.batch_size} lr {v.lr:g}": {
+                names[v.batch_size, v.lr]: {
                     "answer": v.answer,
-                    "metrics": {m: {p: _cell_dict(cell) for p, cell in ps.items()} for m, ps in v.cells.items()},
+                    "metrics": {
+                        m: {p: _cell_dict(cell, _number_keys(v.total)) for p, cell in ps.items()}
+                        for m, ps in v.cells.items()
+                    },
                     "runs": {
                         "total": sum(v.total.values()),
                         "finished": sum(v.finished.values()),
                         "diverged": sum(map(len, v.diverged.values())),
                     },
-                    "diverged_at": {f"{l:g}": list(at) for l, at in v.diverged.items()},
+                    "diverged_at": {_number_keys(v.total)[l]: list(at) for l, at in v.diverged.items()},
                     "lr": v.lr,
                     "sampling": v.sampling,
                     "noise_factor": v.noise_factor,
@@ -110,7 +113,7 @@ class Report:
             },
             "shared_limit": {
                 "answer": combine([shared.answer for shared in self.shared]) if self.shared else None,
-                "batch_sizes": {str(shared.batch_size): _shared_dict(shared) for shared in self.shared},
+                "batch_sizes": {names[s.batch_size, s.lr]: _shared_dict(s) for s in self.shared},
             },
             "noise": self.noise_sentences(),
             "prediction": None if self.prediction is None else self.prediction.as_dict(),
@@ -214,7 +217,24 @@ def make_report(
     return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
 
 
-def _cell_dict(cell: Cell) -> dict[str, Any]:
+def _number_keys(values: Iterable[float]) -> dict[float, str]:
+    """Name each number so that names differ where numbers do: six digits, or all where six are another's too."""
+    short = {value: f"{value:g}" for value in values}
+    taken = Counter(short.values())
+    return {v: text if taken[text] == 1 or float(text) == v else repr(v) for v, text in short.items()}
+
+
+def _verdict_names(verdicts: Sequence[Verdict]) -> dict[tuple[int, float], str]:
+    """Name each verdict by its batch size, and by its rate too where the batch size has two."""
+    sizes = Counter(v.batch_size for v in verdicts)
+    rates = _number_keys(v.lr for v in verdicts)
+    return {
+        (v.batch_size, v.lr): f"{v.batch_size}" + (f" lr {rates[v.lr]}" if sizes[v.batch_size] > 1 else "")
+        for v in verdicts
+    }
+
+
+def _cell_dict(cell: Cell, keys: Mapping[float, str]) -> dict[str, Any]:
     sgd = cell.sgd
     return {
         "limit": cell.limit,
@@ -228,8 +248,8 @@ def _cell_dict(cell: Cell) -> dict[str, Any]:
         "seeds_needed": sgd.seeds_needed if sgd else None,
         "slope": cell.slope,
         "fitted_l": list(cell.fitted),
-        "distances": {f"{l:g}": _decision_dict(decision) for l, decision in cell.distances.items()},
-        "means": {f"{l:g}": asdict(mean) for l, mean in cell.means.items()},
+        "distances": {keys[l]: _decision_dict(decision) for l, decision in cell.distances.items()},
+        "means": {keys[l]: asdict(mean) for l, mean in cell.means.items()},
         "missing": cell.missing,
     }
 
@@ -238,7 +258,9 @@ def _shared_dict(shared: SharedLimit) -> dict[str, Any]:
     cells = {m: {p: _decision_dict(found) for p, found in parts.items()} for m, parts in shared.cells.items()}
     return {
         "answer": shared.answer,
+        "lr": shared.lr,
         "reference": shared.reference,
+        "reference_lr": shared.reference_lr,
         "noise_ratio": shared.noise_ratio,
         "elsewhere": list(shared.elsewhere),
         "metrics": cells,

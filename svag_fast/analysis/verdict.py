@@ -156,7 +156,9 @@ class SharedLimit:
     """
 
     batch_size: int
+    lr: float
     reference: int
+    reference_lr: float
     answer: Answer
     cells: Mapping[str, Mapping[str, Decision | None]]
     noise_ratio: float | None
@@ -215,7 +217,8 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
         ratio = None
         if verdict.noise_factor is not None and reference.noise_factor is not None:
             ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
-        found.append(SharedLimit(verdict.batch_size, reference.batch_size, combine(answers), cells, ratio, elsewhere))
+        pair = verdict.batch_size, verdict.lr, reference.batch_size, reference.lr
+        found.append(SharedLimit(*pair, combine(answers), cells, ratio, elsewhere))
     return found
 
 

@@ -79,7 +79,9 @@ def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figu
         _limits_and_labels(axes[0, column], group, verdict, metrics[0], lines[column], first)
         for row, metric in enumerate(metrics, 1):
             _law_panel(axes[row, column], verdict, metric, colors)
-        said = _short_verdict(verdict) + [_short_shared(s) for s in shared if s.batch_size == verdict.batch_size]
+        said = _short_verdict(verdict) + [
+            _short_shared(s) for s in shared if (s.batch_size, s.lr) == (verdict.batch_size, verdict.lr)
+        ]
         title = "\n".join(textwrap.fill(line, int(width * 8.5)) for line in said)
         axes[1, column].set_title(title, fontsize=13, weight="normal")
         axes[-1, column].set_xlabel("1/l    (0: the limit,  1: SGD)")

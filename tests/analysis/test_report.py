@@ -73,6 +73,34 @@ def test_two_rates_of_one_batch_size_have_names_of_their_own(tmp_path: Path) -> 
     assert list(make_report(tmp_path).as_dict()["batch_sizes"]) == ["8 lr 0.1", "8 lr 0.2"]
 
 
+def test_every_comparison_of_two_rates_of_one_batch_size_is_kept(tmp_path: Path) -> None:
+    """lr/B is shared by (8, 0.1) and (16, 0.2), and by (8, 0.2), (16, 0.4) and (32, 0.8)."""
+    for batch_size, lr in ((8, 0.1), (8, 0.2), (16, 0.2), (16, 0.4), (32, 0.8)):
+        for l in (1, 2):
+            for seed in range(2):
+                run = write_run(tmp_path / "made", batch_size=batch_size, lr=lr, l=l, seed=seed)
+                run.rename(tmp_path / f"B{batch_size}-lr{lr}-l{l}-seed{seed}")
+    summary = json.loads(json.dumps(make_report(tmp_path).as_dict(), allow_nan=False))
+    found = summary["shared_limit"]["batch_sizes"]
+    assert {key: (f["reference"], f["reference_lr"], f["lr"]) for key, f in found.items()} == {
+        "16 lr 0.2": (8, 0.1, 0.2), "16 lr 0.4": (8, 0.2, 0.4), "32": (8, 0.2, 0.8),
+    }  # fmt: skip
+    assert set(found) <= set(summary["batch_sizes"])
+
+
+def test_numbers_that_differ_have_keys_that_differ(tmp_path: Path) -> None:
+    """Six digits tell neither these rates nor these l apart: then all digits are the key."""
+    for lr in (0.1, 0.1000001):
+        for l in (1, 1.0000001, 2):
+            for seed in range(2):
+                write_run(tmp_path / "made", lr=lr, l=l, seed=seed).rename(tmp_path / f"lr{lr}-l{l}-seed{seed}")
+    sizes = json.loads(json.dumps(make_report(tmp_path).as_dict(), allow_nan=False))["batch_sizes"]
+    assert {key: found["lr"] for key, found in sizes.items()} == {"8 lr 0.1": 0.1, "8 lr 0.1000001": 0.1000001}
+    for found in sizes.values():
+        cell = found["metrics"]["test_loss"]["end"]
+        assert list(cell["means"]) == list(cell["distances"]) == ["1", "1.0000001", "2"]
+
+
 def test_summary_has_every_figure_of_every_l(folder: Path) -> None:
     summary = json.loads(json.dumps(make_report(folder).as_dict(), allow_nan=False))
     assert summary["headline"] == "SGD matches its SDE limit at B = 8 and departs from it at B = 128"
