@@ -30,7 +30,7 @@ def phases(run: Run) -> list[tuple[float, float]]:
 
 
 def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
-    """Return the judged window of each part by its name: "phase 1", ... (its last half) and "end" (the last value).
+    """Return the judged window of each part by its name: "phase 1", ... (its last half) and "end" (the value there).
 
     Raises:
         ValueError: The runs differ in length or phases, so that their parts cannot be compared; two of them are named.
@@ -56,13 +56,13 @@ def part_mean(run: Run, metric: str, part: str, window: tuple[float, float]) -> 
     Raises:
         KeyError: metrics.csv has no such column.
     """
+    if part == END:
+        last = run.final(metric)
+        return last, int(not math.isnan(last))
     steps, values = run.series(metric)
-    if part != END:
-        begin, end = window
-        rounding = 0.5 / run.l + 1e-6  # rows fall on whole steps of 1/l
-        values = values[(steps > begin + rounding) & (steps <= end + rounding)]
-    else:
-        values = values[-1:]
+    begin, end = window
+    rounding = 0.5 / run.l + 1e-6  # rows fall on whole steps of 1/l
+    values = values[(steps > begin + rounding) & (steps <= end + rounding)]
     return (float(values.mean()), len(values)) if len(values) else (math.nan, 0)
 
 

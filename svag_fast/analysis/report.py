@@ -364,9 +364,9 @@ def _noise_cost(run: Run) -> float:
 
 
 def _last(runs: Sequence[Run], column: str) -> list[float]:
-    """The last measured value of each run that has one."""
-    series = [run.series(column)[1] for run in runs if column in run.metrics]
-    return [float(values[-1]) for values in series if len(values)]
+    """The value at the end of each run that measured it there."""
+    finals = [run.final(column) for run in runs if column in run.metrics]
+    return [value for value in finals if not math.isnan(value)]
 
 
 def _median(run: Run, column: str) -> float:

@@ -69,10 +69,24 @@ class Run:
         return self.config.get("sampling") == "distinct" and self.population is None
 
     @property
+    def last_step(self) -> float:
+        """The effective step from which on a row is the run's end: its length, in whole steps of 1/l."""
+        return self.effective_steps - (0.5 + 1e-6) / self.l
+
+    @property
     def finished(self) -> bool:
-        """Whether the last row stands at the length that the run was asked for, in whole steps of 1/l."""
+        """Whether the last row stands at the length that the run was asked for."""
         steps = self.metrics["effective_step"]
-        return len(steps) > 0 and bool(steps[-1] >= self.effective_steps - (0.5 + 1e-6) / self.l)
+        return len(steps) > 0 and bool(steps[-1] >= self.last_step)
+
+    def final(self, column: str) -> float:
+        """Return the value of ``column`` at the run's end, NaN where it was not measured there.
+
+        Raises:
+            KeyError: metrics.csv has no such column.
+        """
+        steps, values = self.series(column)
+        return float(values[-1]) if len(steps) and steps[-1] >= self.last_step else math.nan
 
     def series(self, column: str) -> tuple[Array, Array]:
         """Return the effective steps at which ``column`` was measured, and its values there (see `metrics`).

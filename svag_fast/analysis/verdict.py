@@ -109,8 +109,8 @@ class Verdict:
         batch_size: B.
         lr: SGD's learning rate.
         answer: "matches" where SGD matches in every metric and part. "departs" where it departs in one of them, or
-            where all of its runs diverged and none of the largest l's did. "diverged" where all runs of all l
-            diverged. Else "open".
+            where all of its runs diverged, and of the largest l's some finished and none diverged. "diverged" where all
+            runs of all l diverged. Else "open".
         cells: By metric and part.
         total: Runs, by l.
         finished: Runs that came to their end, by l.
@@ -229,11 +229,11 @@ def combine(answers: Sequence[Answer]) -> Answer:
     return "matches" if answers and set(answers) == {"matches"} else "open"
 
 
-def decide(figure: Figure, margin: float, confidence: float, seeds: int) -> Decision:
-    """Hold one figure against ``margin``; ``seeds`` is the number of runs for each l that it came from."""
+def decide(figure: Figure, margin: float, confidence: float) -> Decision:
+    """Hold one figure against ``margin``."""
     ends = figure.interval(confidence)
     answer: Answer = "matches" if within(ends, margin) else "departs" if outside(ends, margin) else "open"
-    needed = _seeds_needed(figure, margin, confidence, seeds) if answer == "open" else None
+    needed = _seeds_needed(figure, margin, confidence) if answer == "open" else None
     return Decision(float(figure.value), (float(ends[0]), float(ends[1])), margin, answer, needed)
 
 
@@ -247,7 +247,7 @@ def _judge_batch_size(
     # is then only compared with the limit.
     worst = max((l for l, at in diverged.items() if at and l > 1), default=0.0)
     usable = {l: group for l, group in ended.items() if group and not diverged[l] and (l == 1 or l > worst)}
-    lost = _lost(groups, diverged, worst)
+    lost = _lost(groups, ended, diverged, worst)
     cells: dict[str, dict[str, Cell]] = {metric: {} for metric in margins}
     times: dict[str, tuple[float, float]] = {}
     if usable:
@@ -280,7 +280,7 @@ def _answered(verdict: Verdict) -> Verdict:
     if sum(map(len, verdict.diverged.values())) == sum(verdict.total.values()):
         return replace(verdict, answer="diverged")
     largest = max(verdict.total)
-    if verdict.sgd_diverged and largest > 1 and largest not in verdict.diverged:
+    if verdict.sgd_diverged and largest > 1 and verdict.finished[largest] and largest not in verdict.diverged:
         return replace(verdict, answer="departs")
     return replace(verdict, answer=combine([c.answer for parts in verdict.cells.values() for c in parts.values()]))
 
@@ -301,10 +301,9 @@ def _cell(
     if not all(np.isfinite(v).all() for v in values.values()):
         return Cell({}, missing="it is not finite there in every run")
     # Runs may end on the same value by chance, since an accuracy has few: a run's number has at least the variance
-    # that rounding to the column's resolution gives, evaluation by evaluation.
+    # that rounding to the column's resolution gives. A mean over evaluations has no less: a converged run repeats one.
     step = resolution(np.concatenate([run.series(metric)[1] for group in groups.values() for run in group]))
-    evaluations = min(count for pairs in measured.values() for _, count in pairs)
-    floor = step**2 / 12 / evaluations
+    floor = step**2 / 12
     variances = {l: max(float(v.var(ddof=1)), floor) for l, v in values.items() if len(v) > 1}
     means = {
         l: Mean(float(v.mean()), math.sqrt(variances[l] / len(v)) if l in variances else None, len(v))
@@ -321,7 +320,6 @@ def _cell(
     counts = np.array([means[l].runs for l in ls])
     fit = fit_limit(ls, *numbers, counts, size)
     low, high = fit.limit.interval(confidence)
-    seeds = int(counts.max())
     return Cell(
         means=means,
         margin=size,
@@ -329,7 +327,7 @@ def _cell(
         limit_interval=(float(low), float(high)),
         slope=float(fit.slope),
         fitted=tuple(float(l) for l in ls[int(fit.first) :]),
-        distances={float(l): decide(fit.distances.at(i), size, confidence, seeds) for i, l in enumerate(ls)},
+        distances={float(l): decide(fit.distances.at(i), size, confidence) for i, l in enumerate(ls)},
         regime_reached=bool(fit.regime_reached) if fit.testable else None,
         missing=None if ls[0] == 1 else lost["sgd"],
         figure=fit.limit,
@@ -337,21 +335,25 @@ def _cell(
 
 
 def _lost(
-    groups: Mapping[float, Sequence[Run]], diverged: Mapping[float, Sequence[float]], worst: float
+    groups: Mapping[float, Sequence[Run]],
+    ended: Mapping[float, Sequence[Run]],
+    diverged: Mapping[float, Sequence[float]],
+    worst: float,
 ) -> dict[str, str]:
     """Say why there may be no limit, and why there may be no distance of SGD from it."""
     limit = f"runs diverged at l = {worst:g}" if worst else "two l with two finished runs each are needed"
     sgd = "two finished runs of SGD are needed" if 1 in groups else "there is no run at l = 1"
     if diverged.get(1):
         sgd = f"{len(diverged[1])} of {len(groups[1])} runs of SGD diverged"
+        if not ended[largest := max(groups)] and not diverged[largest]:
+            sgd += f", and none of l = {largest:g} has finished"
     return {"limit": limit, "sgd": sgd}
 
 
 def _difference(cell: Cell, reference: Cell | None, confidence: float) -> Decision | None:
     if reference is None or cell.figure is None or reference.figure is None or reference.margin is None:
         return None
-    seeds = max(mean.runs for c in (cell, reference) for mean in c.means.values())
-    return decide(cell.figure.minus(reference.figure), reference.margin, confidence, seeds)
+    return decide(cell.figure.minus(reference.figure), reference.margin, confidence)
 
 
 def same_sde(a: Verdict, b: Verdict) -> bool:
@@ -367,14 +369,13 @@ def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
     return all(abs(a - b) <= room for a, b in zip(reference.times[part], verdict.times[part], strict=True))
 
 
-def _seeds_needed(figure: Figure, margin: float, confidence: float, seeds: int) -> int | None:
-    """Return the least number of seeds whose interval would clear the margin, were the estimates to stay."""
+def _seeds_needed(figure: Figure, margin: float, confidence: float) -> int | None:
+    """Return the least number of seeds for each l whose interval would clear the margin, were the estimates to stay."""
     gap = abs(abs(float(figure.value)) - margin) - float(figure.systematic)
 
     def enough(count: int) -> bool:
-        df = np.asarray(figure.degrees_of_freedom * (count - 1) / (seeds - 1))
-        half = t_quantile(confidence, df) * figure.standard_error * math.sqrt(seeds / count)
-        return bool(half < gap)
+        error, df = figure.with_seeds(count)
+        return bool(t_quantile(confidence, df) * error < gap)
 
     if not enough(_MOST_SEEDS):
         return None

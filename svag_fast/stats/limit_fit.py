@@ -8,7 +8,8 @@ data sets at once: `...` means any leading axes, and the last axis is l, ascendi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import numpy as np
@@ -24,12 +25,16 @@ class Figure:
     """Estimates with what their intervals need; arrays of one shape.
 
     ``systematic`` is what the model may be wrong by, in the same units: it widens the interval to both sides.
+    ``run_variance`` and ``run_spread`` are the sums of the parts of the estimate's variance, one from each l, and of
+    their squares, with one run for each l: they tell what another number of runs, the same for each l, would give.
     """
 
     value: Array
     standard_error: Array
     degrees_of_freedom: Array
     systematic: Array
+    run_variance: Array
+    run_spread: Array
 
     def interval(self, confidence: float = 0.95) -> tuple[Array, Array]:
         """Return the two ends of the t interval, widened by ``systematic``."""
@@ -46,12 +51,18 @@ class Figure:
             np.sqrt(variance),
             _satterthwaite(variance, parts[0] ** 2 / df[0] + parts[1] ** 2 / df[1]),
             self.systematic + other.systematic,
+            self.run_variance + other.run_variance,
+            self.run_spread + other.run_spread,
         )
+
+    def with_seeds(self, count: int) -> tuple[Array, Array]:
+        """Return the standard error and its degrees of freedom with ``count`` runs, at least 2, for each l."""
+        df = _satterthwaite(self.run_variance, self.run_spread / (count - 1))
+        return np.sqrt(self.run_variance / count), df
 
     def at(self, index: int) -> Figure:
         """Return one of the last axis."""
-        fields = (self.value, self.standard_error, self.degrees_of_freedom, self.systematic)
-        return Figure(*(field[..., index] for field in fields))
+        return Figure(*(getattr(self, field.name)[..., index] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -99,22 +110,19 @@ def fit_limit(ls: Array, means: Array, variances: Array, counts: Array, margin: 
     for j in reversed(range(count - 2)):
         held = lack_of_fit(ls[j:], means[..., j:], variances[..., j:], counts[j:]) >= LACK_OF_FIT_LEVEL
         candidate = np.where(held, j, candidate)
-    weights = np.array([_line_weights(ls, counts, first) for first in firsts])  # [candidates, (m_inf, a), K]
-    to_limit, to_slope = weights[candidate, 0], weights[candidate, 1]
     first = np.array(firsts)[candidate]
+    # As they are, and as they would be with equally many runs for each l.
+    (to_limit, to_slope, to_distances), (equal_limit, _, equal_distances) = (
+        _contrasts(ls, runs, firsts, candidate) for runs in (counts, np.ones_like(counts))
+    )
     slope = (to_slope * means).sum(-1)
     extrapolation = np.abs(slope) / ls[-1]
     regime = (candidate == 0) & (count > 2) & (extrapolation <= margin)
     systematic = np.where(regime, 0.0, extrapolation)
-    fitted = np.arange(count) >= first[..., None]
-    to_distances = np.where(
-        fitted[..., None],
-        to_slope[..., None, :] / ls[:, None],
-        np.eye(count) - to_limit[..., None, :],
-    )
-    limit = _contrast(to_limit, means, variances, counts, systematic)
+    limit = _contrast(to_limit, equal_limit, means, variances, counts, systematic)
     distances = _contrast(
         to_distances,
+        equal_distances,
         means[..., None, :],
         variances[..., None, :],
         counts,
@@ -166,6 +174,17 @@ def t_quantile(confidence: float, degrees_of_freedom: Array) -> Array:
     return np.asarray(stdtrit(degrees_of_freedom, 0.5 + confidence / 2))
 
 
+def _contrasts(
+    ls: Array, counts: Array, firsts: Sequence[int], candidate: NDArray[np.int64]
+) -> tuple[Array, Array, Array]:
+    """Weights on the means: of m_inf and of a [..., K], and of each l's distance [..., K, K], for the chosen fits."""
+    weights = np.array([_line_weights(ls, counts, first) for first in firsts])  # [candidates, (m_inf, a), K]
+    to_limit, to_slope = weights[candidate, 0], weights[candidate, 1]
+    fitted = np.arange(len(ls)) >= np.array(firsts)[candidate][..., None]
+    own = np.eye(len(ls)) - to_limit[..., None, :]
+    return to_limit, to_slope, np.where(fitted[..., None], to_slope[..., None, :] / ls[:, None], own)
+
+
 def _line_weights(ls: Array, counts: Array, first: int) -> Array:
     """Weights [2, K] on the means whose sums are m_inf and a of the least-squares line over the l from ``first`` on."""
     x = np.stack([np.ones(len(ls) - first), 1 / ls[first:]], axis=1)
@@ -175,11 +194,13 @@ def _line_weights(ls: Array, counts: Array, first: int) -> Array:
     return weights
 
 
-def _contrast(weights: Array, means: Array, variances: Array, counts: Array, systematic: Array) -> Figure:
+def _contrast(weights: Array, equal: Array, means: Array, variances: Array, counts: Array, systematic: Array) -> Figure:
+    """Apply ``weights`` to the means; ``equal`` are those that equal counts would give."""
     parts = weights**2 * variances / counts
     variance = parts.sum(-1)
     df = _satterthwaite(variance, (parts**2 / (counts - 1)).sum(-1))
-    return Figure((weights * means).sum(-1), np.sqrt(variance), df, systematic)
+    one = equal**2 * variances
+    return Figure((weights * means).sum(-1), np.sqrt(variance), df, systematic, one.sum(-1), (one**2).sum(-1))
 
 
 def _satterthwaite(variance: Array, spread: Array) -> Array:

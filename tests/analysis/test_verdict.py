@@ -10,7 +10,8 @@ from make_runs import Mean, rising, write_process, write_run
 
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.runs import Run, load_runs
-from svag_fast.analysis.verdict import Verdict, combine, decide, judge, shared_limits
+from svag_fast.analysis.verdict import Decision, Verdict, combine, decide, judge, shared_limits
+from svag_fast.analysis.verdict_text import sentences
 
 LS = (1, 2, 4, 8)
 
@@ -66,6 +67,12 @@ def made(
             }
             runs.append(Run(f"B{batch_size}-l{l}-seed{seed}", config, metrics))
     return runs
+
+
+def exact(mean: float, sd: float, count: int) -> list[float]:
+    """Values with exactly this mean and standard deviation."""
+    values = np.linspace(-1, 1, count)
+    return list(mean + sd * values / values.std(ddof=1))
 
 
 def test_the_same_curve_at_every_l_matches_in_every_part(tmp_path: Path) -> None:
@@ -127,14 +134,34 @@ def test_seeds_needed_is_the_least_number_that_would_do() -> None:
     from svag_fast.stats.limit_fit import Figure
 
     def figure(seeds: int, value: float = 0.3, systematic: float = 0.0) -> Figure:
-        return Figure(*(np.array(x) for x in (value, 1 / math.sqrt(seeds), 3.0 * (seeds - 1), systematic)))
+        of_one_run = (1.0, 1 / 3)  # a sum of three equal parts
+        return Figure(*(np.array(x) for x in (value, seeds**-0.5, 3.0 * (seeds - 1), systematic, *of_one_run)))
 
-    needed = decide(figure(4), 1.0, 0.95, 4).seeds_needed
+    needed = decide(figure(4), 1.0, 0.95).seeds_needed
     assert needed is not None
-    assert decide(figure(needed), 1.0, 0.95, needed).answer == "matches"
-    assert decide(figure(needed - 1), 1.0, 0.95, needed - 1).answer == "open"
-    assert decide(figure(4, value=1.0), 1.0, 0.95, 4).seeds_needed is None  # the margin itself
-    assert decide(figure(4, systematic=0.8), 1.0, 0.95, 4).seeds_needed is None  # the doubt is not about noise
+    assert decide(figure(needed), 1.0, 0.95).answer == "matches"
+    assert decide(figure(needed - 1), 1.0, 0.95).answer == "open"
+    assert decide(figure(4, value=1.0), 1.0, 0.95).seeds_needed is None  # the margin itself
+    assert decide(figure(4, systematic=0.8), 1.0, 0.95).seeds_needed is None  # the doubt is not about noise
+
+
+@pytest.mark.parametrize("counts", [(3, 20, 20, 20), (12, 3, 3, 3), (5, 5, 5, 5)])
+def test_so_many_seeds_for_each_l_settle_it_and_one_fewer_do_not(counts: tuple[int, ...]) -> None:
+    """Made runs with exact means and variances, so that more seeds leave the estimates as they are."""
+
+    def end(seeds: Sequence[int]) -> Decision:
+        levels = {l: exact(0.9 - 0.01 * (l == 1), 0.012, n) for l, n in zip(LS, seeds, strict=True)}
+        (verdict,) = judge(made(levels), metrics=["test_accuracy"])
+        sgd = verdict.cells["test_accuracy"]["end"].sgd
+        assert sgd is not None
+        return sgd
+
+    now = end(counts)
+    assert now.answer == "open"
+    assert now.seeds_needed is not None
+    assert end([now.seeds_needed] * 4).answer == "matches"
+    assert end([now.seeds_needed - 1] * 4).answer == "open"
+    assert now.seeds_needed == 15
 
 
 def test_a_noisier_test_set_makes_no_agreement(tmp_path: Path) -> None:
@@ -170,6 +197,21 @@ def test_diverged_sgd_departs_and_is_in_no_mean(tmp_path: Path) -> None:
     assert list(cell.means) == [2, 4, 8]
     assert cell.limit == pytest.approx(0.149, abs=0.003)
     assert (cell.sgd, cell.missing) == (None, "3 of 3 runs of SGD diverged")
+
+
+def test_diverged_sgd_is_open_until_the_largest_l_has_finished_runs(tmp_path: Path) -> None:
+    """Whether the largest l diverges too is not known while it trains."""
+    write_sequence(tmp_path, {2: rising(), 4: rising()})
+    for seed in range(3):
+        write_run(tmp_path, l=1, seed=seed, fraction=0.3, diverged=True)
+        write_run(tmp_path, l=8, seed=seed, fraction=0.2)
+    verdict = verdict_of(tmp_path)
+    assert verdict.answer == "open"
+    why = "3 of 3 runs of SGD diverged, and none of l = 8 has finished"
+    assert verdict.cells["test_loss"]["end"].missing == why
+    assert why in sentences(verdict)[0]
+    write_run(tmp_path, l=8, seed=0)
+    assert verdict_of(tmp_path).answer == "departs"
 
 
 def test_survivors_of_a_diverging_process_make_no_agreement(tmp_path: Path) -> None:
@@ -244,6 +286,20 @@ def test_a_metric_that_a_part_lacks_leaves_it_open(tmp_path: Path) -> None:
     assert cell.missing == "it was not measured there in every run: ask for more evaluations"
 
 
+def test_a_value_from_before_the_end_is_not_the_end(tmp_path: Path) -> None:
+    """SGD's accuracy was last measured at 85 % of the run, where it was as high as the others end."""
+    write_sequence(tmp_path, dict.fromkeys(LS, rising()))
+    runs = load_runs(tmp_path)
+    for run in runs:
+        if run.l == 1:
+            run.metrics["test_accuracy"][35:] = math.nan
+    (verdict,) = judge(runs)
+    cells = verdict.cells["test_accuracy"]
+    assert (cells["end"].answer, cells["phase 1"].answer) == ("open", "matches")
+    assert cells["end"].missing == "it was not measured there in every run: ask for more evaluations"
+    assert verdict.answer == "open"
+
+
 def test_runs_that_end_alike_by_chance_are_not_without_noise() -> None:
     """Accuracies are counts of 360 images: where all seeds of all l agree, rounding alone leaves an interval."""
     images = 360
@@ -256,6 +312,25 @@ def test_runs_that_end_alike_by_chance_are_not_without_noise() -> None:
     expected = math.sqrt(2.5 / 3) / images / math.sqrt(12)  # the contrast's weights squared sum to 2.5
     half = (sgd.interval[1] - sgd.interval[0]) / 2
     assert 2 * expected < half < 5 * expected
+
+
+def test_a_smaller_test_set_makes_no_agreement_of_converged_runs() -> None:
+    """Runs that repeat one value over the window: SGD misses one image, as often as makes D = -0.025, margin 0.02."""
+    rng, steps, total = np.random.default_rng(0), np.linspace(0, 1000, 41), 20
+    found: dict[int, list[str]] = {images: [] for images in (10, 20, 40)}
+    for images, said in found.items():
+        for _ in range(total):
+            runs = []
+            for l in LS:
+                for run in made({l: [0.0] * 3}):
+                    missed = l == 1 and rng.random() < 0.025 * images
+                    accuracy = np.full(41, (images - 1 - missed) / images)
+                    accuracy[:3] = np.array([0.1, 0.5, 0.8]).round(1)
+                    metrics = {"effective_step": steps, "lr": np.full(41, 0.1), "test_accuracy": accuracy}
+                    runs.append(Run(run.name, run.config | {"effective_steps": 1000}, metrics))
+            (verdict,) = judge(runs, metrics=["test_accuracy"])
+            said.append(verdict.cells["test_accuracy"]["phase 1"].answer)
+    assert all(said.count("matches") <= 0.025 * total for said in found.values()), found
 
 
 @pytest.mark.parametrize("sd", [0.1, 0.3, 1.0])
