@@ -68,8 +68,10 @@ def part_mean(run: Run, metric: str, part: str, window: tuple[float, float]) -> 
 
 def resolution(values: Array) -> float:
     """Return the least gap between two values: an accuracy's is one over the number of test images."""
-    distinct = np.unique(values)
-    return float(np.diff(distinct).min()) if len(distinct) > 1 else 0.0
+    finite = np.unique(values[np.isfinite(values)])  # N/G may be infinite
+    gaps = np.diff(finite)
+    gaps = gaps[gaps > 1e-9 * np.abs(finite).max(initial=0.0)]  # less is one value that was rounded in two ways
+    return float(gaps.min()) if len(gaps) else 0.0
 
 
 def _words(run: Run, found: Sequence[tuple[float, float]]) -> str:

@@ -61,3 +61,6 @@ def test_what_was_not_measured_has_no_mean() -> None:
 def test_resolution_is_the_least_gap_between_values() -> None:
     assert resolution(np.array([353, 353, 350, 351, 90]) / 360) == pytest.approx(1 / 360)
     assert resolution(np.array([0.5, 0.5])) == 0
+    assert resolution(np.array([0.5, math.inf, 0.75])) == 0.25
+    assert 0.95 - 1 / 40 != 37 / 40  # the same count of images, differently rounded
+    assert resolution(np.array([0.95, 0.95 - 1 / 40, 37 / 40])) == pytest.approx(1 / 40)
