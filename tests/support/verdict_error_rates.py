@@ -127,6 +127,61 @@ def curved_table(repetitions: int) -> Iterator[str]:
             yield f"| {name} (D = {truth[0]:.3g} δ) | {seeds} | " + " | ".join(f"{100 * f:.1f}" for f in figures) + " |"
 
 
+@dataclass(frozen=True)
+class Trap:
+    """What runs can't show: the true D in margins, the means by l less the limit, and SGD's noise if it is odd."""
+
+    name: str
+    distance: float
+    truth: Sequence[float]
+    sgd: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None
+
+
+def _lognormal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Of mean 0 and standard deviation SD, with a long tail upwards."""
+    return SD * (np.exp(rng.standard_normal(shape)) - np.exp(0.5)) / np.sqrt((np.e - 1) * np.e)
+
+
+def _rare(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Of mean 0 and standard deviation SD: one run in ten is above by 3 SD, the others below by SD/3."""
+    return SD * ((rng.random(shape) < 0.1) - 0.1) / 0.3
+
+
+def _failing(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """About a mean of -1.5: one run in ten ends 15 margins below the limit, the others at it."""
+    return 1.5 - 15.0 * (rng.random(shape) < 0.1)
+
+
+TRAPS = (
+    Trap("D tanh(4/l)/tanh 4", 1.0, [np.tanh(4 / l) / np.tanh(4) for l in LS]),
+    Trap("SGD lognormal, away from the limit", 1.0, [1 / l for l in LS], _lognormal),
+    Trap("SGD lognormal, towards the limit", -1.0, [-1 / l for l in LS], _lognormal),
+    Trap("SGD off in 1 run of 10, away", 1.0, [1 / l for l in LS], _rare),
+    Trap("SGD off in 1 run of 10, towards", -1.0, [-1 / l for l in LS], _rare),
+    Trap("SGD fails in 1 run of 10", -1.5, [-1.5, 0.0, 0.0, 0.0], _failing),
+)
+
+
+def trap_rates(trap: Trap, seeds: int, repetitions: int, seed: Sequence[int]) -> tuple[float, float, float]:
+    """:func:`rates` with normal noise of SD at every l; where SGD's own is odd, of SD/5 at the others."""
+    rng = np.random.default_rng(seed)
+    runs = (SD if trap.sgd is None else SD / 5) * rng.standard_normal((repetitions, len(LS), seeds))
+    if trap.sgd is not None:
+        runs[:, 0] = 0.01 * SD * rng.standard_normal((repetitions, seeds)) + trap.sgd(rng, (repetitions, seeds))
+    means = runs.mean(-1) + np.array(trap.truth)
+    return rates(fitted(means, runs.var(-1, ddof=1), seeds), trap.distance)
+
+
+def traps_table(repetitions: int) -> Iterator[str]:
+    yield "| what is not seen | seeds | D held | matches | departs |"
+    yield "| --- | --- | --- | --- | --- |"
+    for i, trap in enumerate(TRAPS):
+        for seeds in SEEDS:
+            found = trap_rates(trap, seeds, repetitions, [300 + i, seeds])
+            name = f"{trap.name} (D = {trap.distance:g} δ)"
+            yield f"| {name} | {seeds} | " + " | ".join(f"{100 * f:.1f}" for f in found) + " |"
+
+
 def others_table(repetitions: int) -> Iterator[str]:
     """What else the distance could be estimated by: the slope of the line through all l, own and pooled variances."""
     from svag_fast.stats.limit_fit import t_quantile
@@ -193,7 +248,7 @@ def questions_table(repetitions: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    for table in (main_table, questions_table, curved_table, others_table):
+    for table in (main_table, questions_table, curved_table, traps_table, others_table):
         for line in table(repetitions):
             print(line, flush=True)
         print()
