@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from svag_fast.analysis.runs import Run
 from svag_fast.experiments.run_folder import Array
@@ -15,18 +16,27 @@ _LEAST = 0.1  # of the run: a shorter stretch of constant rate is no phase (a wa
 SAME = 0.02  # of the run: two runs' phases may begin and end so far apart, since milestones fall on whole steps
 
 
-def phases(run: Run) -> list[tuple[float, float]]:
-    """Return the effective steps at which each phase of constant learning rate begins and ends.
+def same_rate(a: Array, b: Array) -> npt.NDArray[np.bool_]:
+    """Return where two learning rates are one, whatever a schedule's rounding."""
+    return np.abs(a - b) <= 1e-9 * np.abs(b)
 
-    A row holds the rate of the step before it, so a phase begins at the last row of the one before.
+
+def constant_stretches(lr: Array, steps: Array) -> list[tuple[int, int, float, float]]:
+    """Return each stretch of constant rate: its first and last row, and the steps at which it begins and ends.
+
+    A row holds the rate of the step before it, so a stretch begins at the last row of the one before.
     """
-    lr, steps = run.metrics["lr"], run.metrics["effective_step"]
     if len(steps) == 0:
         return []
-    changes = np.flatnonzero(np.abs(np.diff(lr)) > 1e-9 * np.abs(lr[1:])) + 1
-    firsts, lasts = [0, *changes], [*(changes - 1), len(lr) - 1]
-    ends = [(float(steps[max(first - 1, 0)]), float(steps[last])) for first, last in zip(firsts, lasts, strict=True)]
-    return [(begin, end) for begin, end in ends if end - begin >= _LEAST * run.effective_steps]
+    changes = (np.flatnonzero(~same_rate(lr[:-1], lr[1:])) + 1).tolist()
+    bounds = zip([0, *changes], [*(change - 1 for change in changes), len(lr) - 1], strict=True)
+    return [(first, last, float(steps[max(first - 1, 0)]), float(steps[last])) for first, last in bounds]
+
+
+def phases(run: Run) -> list[tuple[float, float]]:
+    """Return the effective steps at which each phase of constant learning rate begins and ends."""
+    stretches = constant_stretches(run.metrics["lr"], run.metrics["effective_step"])
+    return [(begin, end) for _, _, begin, end in stretches if end - begin >= _LEAST * run.effective_steps]
 
 
 def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from svag_fast.analysis.phases import constant_stretches, same_rate
 from svag_fast.analysis.runs import Run, group_by_batch_size, load_run, load_runs
 from svag_fast.experiments.run_folder import Array, read_log
 from svag_fast.numeric import integer, number
@@ -236,9 +237,9 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
     for steps in measured[1:]:
         common = np.intersect1d(common, steps)
     lr = _at(first, first.lr, common)
-    if any(not np.array_equal(_at(s, s.lr, common), lr) for s in series):
+    if not all(same_rate(_at(s, s.lr, common), lr).all() for s in series):
         raise ValueError(f"{name}: these differ in learning rate and can't be averaged")
-    begin, end = _longest_phase(lr)
+    begin, end = _longest_phase(lr, common)
     rows = max(math.floor(last * (end - begin)), LEAST)
     start = end - rows
     if rows > max(last, 0.5) * (end - begin):
@@ -329,7 +330,7 @@ def from_runs(
 
     Raises:
         FileNotFoundError: no run there.
-        ValueError: no SGD run (l = 1) there, an unreadable file, or too few rows.
+        ValueError: no SGD run (l = 1) there, one of the smallest batch's diverged, an unreadable file, or too few rows.
     """
     folder = Path(folder)
     runs = [load_run(folder)] if (folder / "config.json").is_file() else load_runs(folder)
@@ -339,7 +340,10 @@ def from_runs(
 
 
 def predict_if_possible(runs: Sequence[Run], *, C: float = SQRT2, confidence: float = 0.95) -> Prediction | str:
-    """Return what :func:`from_runs` says of runs that are read already, or in words why nothing can be predicted."""
+    """Return what :func:`from_runs` says of runs that are read already, or in words why nothing can be predicted.
+
+    Give it all of them, also those that diverged: without these, the others are a biased sample.
+    """
     if not any(run.l == 1 for run in runs):
         return "there is no SGD run (l = 1) to predict from"
     try:
@@ -351,6 +355,7 @@ def predict_if_possible(runs: Sequence[Run], *, C: float = SQRT2, confidence: fl
 def _from_sgd_runs(runs: Sequence[Run], *, C: float, last: float, tolerance: float, confidence: float) -> Prediction:
     groups = group_by_batch_size(run for run in runs if run.l == 1)
     (batch_size, lr), group = next(iter(groups.items()))
+    _require_all_finite(group)
     baseline = measure([_series(run) for run in group], last=last, tolerance=tolerance)
     others: list[tuple[int, Baseline | None]] = []
     for (other_size, other_lr), other in groups.items():
@@ -416,6 +421,17 @@ def _require_finite(name: str, diverged_at: float | None) -> None:
         raise TooFewRowsError(f"{name} diverged: not finite from step {diverged_at:g} on, so it has no equilibrium")
 
 
+def _require_all_finite(runs: Sequence[Run]) -> None:
+    """Refuse runs of which some diverged: what the others measure is not what a run measures on average."""
+    diverged = [run for run in runs if run.diverged_at is not None]
+    if diverged and len(runs) > 1:
+        names = ", ".join(run.name for run in diverged)
+        left = "" if len(diverged) == len(runs) else ": those left are a biased sample, and predict nothing"
+        raise TooFewRowsError(
+            f"{len(diverged)} of {len(runs)} SGD runs at B = {runs[0].batch_size} diverged ({names}){left}"
+        )
+
+
 def _series(run: Run) -> Series:
     _require_finite(run.name, run.diverged_at)
 
@@ -461,11 +477,10 @@ def _at(series: Series, values: Array, steps: Array) -> Array:
     return values[np.searchsorted(series.step, steps)]
 
 
-def _longest_phase(lr: Array) -> tuple[int, int]:
-    """Return the rows [begin, end) of the longest stretch of constant learning rate."""
-    if len(lr) == 0:
+def _longest_phase(lr: Array, steps: Array) -> tuple[int, int]:
+    """Return the rows [begin, end) of the stretch of constant learning rate that is the longest in steps."""
+    stretches = constant_stretches(lr, steps)
+    if not stretches:
         return 0, 0
-    edges = np.flatnonzero(np.diff(lr)) + 1
-    bounds = np.concatenate([[0], edges, [len(lr)]])
-    longest = int(np.argmax(np.diff(bounds)))
-    return int(bounds[longest]), int(bounds[longest + 1])
+    first, last, _, _ = max(stretches, key=lambda stretch: stretch[3] - stretch[2])
+    return first, last + 1

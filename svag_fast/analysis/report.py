@@ -212,7 +212,7 @@ def make_report(
     runs = load_runs(folder)
     verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
     rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
-    found = predict_if_possible([run for run in runs if run.diverged_at is None], confidence=confidence)
+    found = predict_if_possible(runs, confidence=confidence)
     prediction, missing = (None, found) if isinstance(found, str) else (found, None)
     return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
 

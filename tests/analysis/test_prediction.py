@@ -124,6 +124,29 @@ def test_the_window_is_the_last_part_of_the_phase_before_the_decay(runs):
     assert baseline.relaxation_times == pytest.approx(4 * LR * WEIGHT_DECAY * 725)
 
 
+def noisy(lr, step, seed=0):
+    """A series with G = 2 and N = 3 and noise, at the given rates and steps."""
+    rng, n = np.random.default_rng(seed), len(step)
+    G, N = 2 + 0.1 * rng.standard_normal(n), 3 + 0.1 * rng.standard_normal(n)
+    return predict.Series(str(seed), 8, 0.0, np.asarray(step, float), np.asarray(lr, float), G, N, None)
+
+
+def test_the_longest_phase_is_so_in_steps_however_dense_its_rows():
+    step = np.concatenate([np.arange(200, 8001, 200), np.arange(8010, 10001, 10)])
+    found = predict.measure([noisy(np.where(step <= 8000, 0.1, 0.01), step)])
+    assert (found.lr, found.last_step, found.rows) == (0.1, 8000, 12)
+
+
+def test_rates_that_differ_by_rounding_are_one_phase_and_one_rate():
+    step = np.arange(1, 101)
+    rate = np.where(step <= 80, 0.1, 0.01)
+    jitter = [rate * (1 + 3e-16 * ((step + seed) % 2)) for seed in range(2)]
+    found = predict.measure([noisy(lr, step, seed) for seed, lr in enumerate(jitter)])
+    assert (found.first_step, found.last_step, found.rows) == (61, 80, 20)
+    with pytest.raises(ValueError, match="differ in learning rate"):
+        predict.measure([noisy(rate, step), noisy(rate * (1 + 1e-8), step)])
+
+
 def test_rows_without_noise_are_left_out(tmp_path):
     write_run(tmp_path, skip=range(0, 240, 2))
     assert from_runs(tmp_path).baseline.rows == 24

@@ -368,6 +368,26 @@ def test_what_cannot_be_predicted_is_said_and_everything_else_is_reported(tmp_pa
     assert summary["batch_sizes"]["8"]["runs"]["finished"] == 4
 
 
+@pytest.mark.parametrize("survivors", [0, 1])
+def test_where_sgd_runs_diverged_neither_command_predicts(tmp_path: Path, survivors: int) -> None:
+    """Not from those left, a biased sample, and not from the next batch size."""
+    for seed in range(3):
+        write_run(tmp_path, seed=seed, diverged=seed >= survivors)
+        write_run(tmp_path, seed=seed, l=2)
+        write_run(tmp_path, seed=seed, batch_size=16)
+    found = make_report(tmp_path)
+    assert found.prediction is None
+    assert found.no_prediction is not None
+    assert f"{3 - survivors} of 3 SGD runs at B = 8 diverged" in found.no_prediction
+    assert ("biased sample" in found.no_prediction) == (survivors > 0)
+    console = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    found.print(console)
+    assert found.no_prediction in console.export_text()
+    refused = CliRunner().invoke(main, ["predict", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert found.no_prediction.split(" (")[0] in " ".join(refused.output.replace("│", " ").split())
+
+
 def test_a_run_that_has_written_no_metrics_yet_is_reported_all_the_same(tmp_path: Path) -> None:
     """An early report may find SGD runs of which only config.json is there."""
     for batch_size in (8, 128):
