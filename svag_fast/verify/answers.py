@@ -57,7 +57,6 @@ def prediction(settings: SuiteSettings) -> Outcome:
     ):
         name = f"predict on a made folder: {label} of the window's means"
         outcome.checks.append(exact_check(SOURCE, name, abs(value / right - 1), 1e-12))
-    outcome.checks.append(z_check(SOURCE, "predict on a made folder: κ*", kappa.value, kappa.standard_error, KAPPA))
     outcome.checks.append(
         Check(
             SOURCE,

@@ -214,17 +214,25 @@ def test_the_headline_names_both_numbers_and_the_state_of_the_equilibrium(runs):
         assert part in found.headline()
 
 
-@pytest.mark.parametrize(("runs", "n", "phi"), [(1, 240, 0.0), (1, 480, 0.6), (3, 240, 0.6), (8, 120, 0.5)])
-def test_batch_size_intervals_cover_at_the_stated_rate(runs, n, phi):
+@pytest.mark.parametrize(
+    ("runs", "n", "phi", "level"),
+    [
+        *((1, 240, 0.0, 0.0), (1, 480, 0.6, 0.0), (3, 240, 0.6, 0.0), (8, 120, 0.5, 0.0)),
+        *((2, 200, 0.5, 0.5), (3, 200, 0.5, 0.3), (5, 200, 0.5, 1.0)),
+    ],
+)
+def test_batch_size_intervals_cover_at_the_stated_rate(runs, n, phi, level):
     """The 95 % interval of B* holds the truth in 93 to 97 % of made runs, 20 independent values a run in the window
-    or more, G noisy, G and N correlated (binomial, 1 in 10⁴ on either side)."""
+    or more, G noisy, G and N correlated (binomial, 1 in 10⁴ on either side). Each run's G has a level of its own:
+    ``level`` times a run's standard deviation."""
     rng = np.random.default_rng(runs + n)
     draws, truth, covered = 400, 16 * (1 + 1.5), 0
+    spread = 0.6 if level == 0 else 0.2  # G stays positive: below 0 intervals cover more
     for _ in range(draws):
         made = []
         for seed in range(runs):
-            shared = ar1(rng, n, phi)
-            G, N = 2 * (1 + 0.6 * shared), 3 * (1 + 0.2 * shared + 0.1 * ar1(rng, n, phi))
+            shared, own = ar1(rng, n, phi), level * rng.standard_normal()
+            G, N = 2 * (1 + spread * (shared + own)), 3 * (1 + 0.2 * shared + 0.1 * ar1(rng, n, phi))
             made.append(predict.Series(f"{seed}", 8, 0.0, np.arange(n) + 1.0, np.full(n, 0.1), G, N, None))
         found = predict.from_baseline(predict.measure(made, last=0.25 if phi == 0 else 0.5))
         covered += found.batch_size_interval[0] <= truth <= found.batch_size_interval[1]

@@ -492,10 +492,10 @@ MUTANTS = (
         "tail-known",
     ),
     Mutant(
-        "batch means: count for count - 1",
+        "means: the values' variance for their mean's",
         "stats/series.py",
-        "covariance = centred @ centred.T / (freedom * runs * count)",
         "covariance = centred @ centred.T / (freedom * count)",
+        "covariance = centred @ centred.T / freedom",
         "prediction",
     ),
 )
