@@ -42,7 +42,7 @@ Array = NDArray[np.float64]
 class JointMeans:
     """Means of q quantities measured on the same rows: ``covariance`` [q, q] is that of the means.
 
-    ``effective_samples`` [q]: how many independent values each mean is worth, over all runs.
+    ``effective_samples`` [q]: how many independent values each mean rests on, over all runs.
     """
 
     values: tuple[float, ...]
@@ -98,23 +98,27 @@ def runs_of(name: str, series: ArrayLike) -> Array:
 
 
 def effective_samples(x: Array) -> float:
-    """How many independent values the mean of ``x`` [runs, n] is worth, over all runs."""
-    return x.size / autocorrelation_time(x - x.mean())[0]
+    """How many independent values there are in ``x`` [runs, n], over all runs; levels of their own don't matter.
+
+    If they did, runs that happen to be close would count as more values just where their scatter is too small.
+    """
+    return x.size / autocorrelation_time(x - x.mean(axis=1, keepdims=True), means=len(x))[0]
 
 
-def autocorrelation_time(centred: Array) -> tuple[float, float]:
-    """Integrated autocorrelation time τ = 1 + 2 Σ ρ_k and unbiased variance of runs that fluctuate about one mean.
+def autocorrelation_time(centred: Array, *, means: int = 1) -> tuple[float, float]:
+    """Integrated autocorrelation time τ = 1 + 2 Σ ρ_k and unbiased variance of runs about one mean or their own.
 
     τ is summed over Geyer's initial monotone sequence (C. Geyer, "Practical Markov Chain Monte Carlo", Stat. Sci. 7,
     1992: pairs ρ_2k + ρ_2k+1 while they are positive, made non-increasing), which also serves negative correlation. As
-    the mean is estimated too, every autocovariance is low by about c₀ τ over the number of values: the sum over W lags
-    (both signs) is put right by 1/(1 − W/values), at most 2.
+    the mean is estimated too, every autocovariance is low by about c₀ τ over the number of values a mean: the sum over
+    W lags (both signs) is put right by 1/(1 − W/values), at most 2.
 
     Args:
-        centred: [runs, n], the common mean taken off; at least two values in all.
+        centred: [runs, n], the mean taken off; at least two values in all.
+        means: how many were: 1 for all runs together, or one a run.
     """
     runs, n = centred.shape
-    variance = float((centred**2).sum()) / (centred.size - 1)
+    variance = float((centred**2).sum()) / (centred.size - means)
     if variance == 0.0 or not math.isfinite(variance):
         return 1.0, variance
     size = 1 << (2 * n - 1).bit_length()
@@ -127,7 +131,7 @@ def autocorrelation_time(centred: Array) -> tuple[float, float]:
     tau = 2.0 * float(np.minimum.accumulate(pairs[:length]).sum()) - 1.0
     tau = max(tau, 1.0 / n)  # an alternating series can come out at or below 0
     lags = 4 * length - 1  # both signs of lag
-    return tau / max(1.0 - lags / (runs * n), 0.5), variance
+    return tau / max(1.0 - lags * means / (runs * n), 0.5), variance
 
 
 def batch_count(effective_a_run: float, rows: int, *, least: int, values: int) -> int:

@@ -43,11 +43,14 @@ def test_intervals_cover_whether_or_not_runs_have_levels_of_their_own(runs, offs
     """Levels in units of a run's own standard deviation, 100 rows: a test for them first left 74 to 92 % covered
     (binomial, 1 in 10⁴ on either side)."""
     rng = np.random.default_rng(runs)
-    draws, covered = 600, 0
+    draws, covered, trusted = 600, 0, 0
     for x in 5 + offset * rng.standard_normal((draws, runs, 1)) + ar1(rng, (draws, runs, 100), 0.5):
-        low, high = joint_means(x)[0].interval()
+        found = joint_means(x)[0]
+        low, high = found.interval()
         covered += low <= 5 <= high
+        trusted += found.trusted
     assert likely(covered, draws, 0.94, 0.96)
+    assert trusted > 0.99 * draws  # and not only where the levels happen to be close, where intervals are too narrow
 
 
 def test_a_run_and_its_copies_are_one_run():
