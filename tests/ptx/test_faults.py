@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under the interpreter Triton compiles nothing", allow_module_level=True)
 
+import triton
 from gpu_cases import products, weight_grad
 from layer_cases import bias_z, make
 from ptx.driver import Launch, as_a_gpu
@@ -36,12 +37,15 @@ import svag_fast.kernels
 from svag_fast.kernels import weight_grad as kernels
 from svag_fast.ops import weight_grad_and_sq_norms
 
-# Barriers that Triton 3.9.0 puts before a conversion between layouts, whichever warps read what it writes over.
+EXPLAINED = "3.9.0"  # the version of Triton whose barriers were looked at; another puts others
+# Barriers that it puts before a conversion between layouts, whichever warps read what it writes over.
 OWN_BYTES = {"_finish_layer_kernel": 1}
 
 
 def unseen(dtype: torch.dtype, precision: str, last: bool) -> tuple[list[str], int]:
     """Plant every fault of order in the launches of one layer; return those that show nowhere, and how many in all."""
+    if triton.__version__ != EXPLAINED:
+        pytest.skip(f"Triton {EXPLAINED}'s barriers are explained, not {triton.__version__}'s")
     missed: list[str] = []
     allowed = Counter(OWN_BYTES)
     count = 0
