@@ -31,30 +31,6 @@ from svag_fast.stats.estimate import (
     require_whole,
 )
 from svag_fast.stats.sampling import noise_factor
-from svag_fast.theory.scaling_rules import AdaptiveRates, SGDRates, linear_scaling_rule, square_root_scaling_rule
-
-__all__ = [
-    "AdaptiveRates",
-    "Certificate",
-    "Closeness",
-    "EquilibriumResidual",
-    "Estimate",
-    "Norms",
-    "SGDRates",
-    "c_closeness",
-    "critical_batch_size",
-    "critical_kappa",
-    "critical_kappa_interval",
-    "equilibrium_residual",
-    "equilibrium_sides",
-    "linear_scaling_invariance",
-    "linear_scaling_rule",
-    "lsi_fails_certificate",
-    "nsr",
-    "sde_fails_certificate",
-    "simple_noise_scale",
-    "square_root_scaling_rule",
-]
 
 SQRT2 = math.sqrt(2.0)  # the paper's C in all its experiments
 

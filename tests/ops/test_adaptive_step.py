@@ -16,7 +16,7 @@ from torch import Tensor
 from svag_fast import svag_coefficients
 from svag_fast.ops import svag_adaptive_step_
 from svag_fast.ops.backends import BackendError
-from svag_fast.theory.closeness import square_root_scaling_rule
+from svag_fast.theory import square_root_scaling_rule
 
 SHAPES = [(0,), (1,), (), (3,), (17, 5), (4097,), (31, 0, 2), (65537,), (8, 3, 3, 3)]
 RATES: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from svag_fast.stats import estimate
-from svag_fast.theory import closeness as theory
-from svag_fast.theory import scaling_rules
-from svag_fast.theory.closeness import (
+from svag_fast.theory import (
     Closeness,
     Estimate,
     Norms,
@@ -27,9 +25,11 @@ from svag_fast.theory.closeness import (
     linear_scaling_rule,
     lsi_fails_certificate,
     nsr,
+    scaling_rules,
     sde_fails_certificate,
     square_root_scaling_rule,
 )
+from svag_fast.theory import closeness as theory
 
 positive = st.floats(1e-3, 1e3)
 constants = st.floats(1.05, 6.0)
