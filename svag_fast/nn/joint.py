@@ -22,7 +22,7 @@ from svag_fast.nn.joint_grads import LINEAR, OURS, LayerProduct, Twin
 from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
 from svag_fast.nn.replay import Replay, differ, randomised, rewound, tensors_of
 from svag_fast.sample_norms.dispatch import is_served
-from svag_fast.sample_norms.layers.products import Product, _conv_options, _ConvPlan
+from svag_fast.sample_norms.layers.products import Product, conv_plan
 from svag_fast.sample_norms.tape import Recorder, Rows, hook, in_backward
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -238,7 +238,7 @@ class Joint:
             self._used.add(module)
         product: Product = LINEAR
         if weight.dim() > 2:
-            plan = _ConvPlan.of(_conv_options(module, weight))
+            plan = conv_plan(module, weight)
             product, input = plan.product, plan.padded(input)
         return LayerProduct.apply(input, weight, module.bias, product, self)  # type: ignore[no-untyped-call]
 

@@ -337,7 +337,7 @@ class _Conv(Rule):
             raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, C, ...], batched")
         weight = module.weight
         try:
-            plan = _ConvPlan.of(_conv_options(module, weight))
+            plan = conv_plan(module, weight)
         except ValueError as error:
             raise ValueError(f"{scope.label}: {error}") from None
         if x.dtype.is_complex or weight.dtype.is_complex:
@@ -346,7 +346,7 @@ class _Conv(Rule):
         return _apply(plan.padded(x), weight, module.bias, call)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-        plan = _ConvPlan.of(_conv_options(module, module.weight))
+        plan = conv_plan(module, module.weight)
         return _sample_grads(plan.product, module, plan.padded(inputs[0]), output_grad)
 
 
@@ -358,6 +358,15 @@ def _conv_options(module: Any, weight: Tensor) -> tuple[Any, ...]:
     if list in map(type, options):
         return tuple(tuple(option) if isinstance(option, list) else option for option in options)
     return options
+
+
+def conv_plan(module: Any, weight: Tensor) -> _ConvPlan:
+    """Return how a convolution, with its options as they are now and this weight, is a product.
+
+    Raises:
+        ValueError: PyTorch's forward takes no such padding.
+    """
+    return _ConvPlan.of(_conv_options(module, weight))
 
 
 class _ConvPlan(NamedTuple):
