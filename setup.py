@@ -28,8 +28,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
-# Elementwise kernels round as PyTorch does, the same at every level; products may fuse multiply and add.
-FUSED_MULTIPLY_ADD = "weight_"
+# Elementwise kernels round as PyTorch does, the same at every level; this folder's products may fuse multiply and add.
+PRODUCTS = "weight_grad"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
     *AVX2_FLAGS,
@@ -41,7 +41,7 @@ AVX512_FLAGS = [
 ]
 
 # Each kernel file is compiled once for every level; csrc/cpu/simd_level.cpp chooses one when the module is loaded.
-KERNELS = sorted(str(p) for p in Path("csrc/cpu/kernels").glob("*.cpp"))
+KERNELS = sorted(str(p) for p in Path("csrc/cpu/kernels").rglob("*.cpp"))
 COMMON = ["csrc/bindings.cpp", "csrc/tensor_reader.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
 EXPORTS = "csrc/exports.map"
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
@@ -224,7 +224,7 @@ class BuildExt(build_ext):
         return str(objects[0])
 
     def _compile_kernel(self, ext: Pybind11Extension, source: str, level: str, flags: list[str]) -> str:
-        contract = "fast" if Path(source).name.startswith(FUSED_MULTIPLY_ADD) else "off"
+        contract = "fast" if Path(source).parent.name == PRODUCTS else "off"
         return self._compile(ext, source, level, (*flags, f"-ffp-contract={contract}", f"-DSVAG_SIMD={level}"))
 
     def _compile_cuda(self, cuda: Cuda, source: str) -> str:
@@ -236,7 +236,12 @@ class BuildExt(build_ext):
 
 def _longest_first(sources: list[str]) -> list[str]:
     """Return the sources in the order in which a pool is done soonest: what is long takes long to compile."""
-    return sorted(sources, key=lambda source: -Path(source).stat().st_size)
+
+    # A product is a short file, whose headers hold a template for each size of tile.
+    def key(source: str) -> tuple[bool, int]:
+        return Path(source).parent.name != PRODUCTS, -Path(source).stat().st_size
+
+    return sorted(sources, key=key)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@
 
 #include "cpu/adaptive_step.h"
 #include "cpu/affine_walk.h"
+#include "cpu/kernels/weight_grad/weight_grad.h"
+#include "cpu/kernels/weight_grad/weight_gram.h"
 #include "cpu/philox_normal.h"
 #include "cpu/simd_level.h"
 #include "cpu/step.h"
 #include "cpu/step_per_sample.h"
-#include "cpu/weight_grad.h"
-#include "cpu/weight_gram.h"
 #include "tensor_reader.h"
 #ifdef SVAG_WITH_CUDA
 #include "cuda/error.h"

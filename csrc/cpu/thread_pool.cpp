@@ -9,6 +9,7 @@
 #include <mutex>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <thread>
 
 namespace svag {
@@ -44,10 +45,7 @@ class Pool {
         Job job{chunks, helpers, 0};
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (workers_ < helpers) {
-                std::thread([this] { serve(); }).detach();
-                ++workers_;
-            }
+            while (workers_ < helpers && start_worker()) ++workers_;
             job_ = &job;
         }
         if (helpers == 1)
@@ -62,6 +60,15 @@ class Pool {
     }
 
   private:
+    bool start_worker() {
+        try {
+            std::thread([this] { serve(); }).detach();
+            return true;
+        } catch (const std::system_error&) {
+            return false;  // no memory or no thread left: the caller's own thread does all the work
+        }
+    }
+
     [[noreturn]] void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
@@ -132,7 +139,7 @@ const bool forks_are_seen = pthread_atfork(nullptr, nullptr, [] {
 
 }  // namespace
 
-void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) {
+void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) noexcept {
     Chunks shared{function, context, chunks};
     const OpenMpParallel parallel = openmp();
     if (threads <= 1 || chunks <= 1)

@@ -10,7 +10,8 @@ namespace svag {
 
 using ChunkFunction = void (*)(void* context, int64_t chunk);
 
-// Call function(context, i) for each i in [0, chunks), on at most `threads` threads. Safe after fork().
-void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context);
+// Call function(context, i) for each i in [0, chunks), on at most `threads` threads. Safe after fork(). Where threads
+// can't be started the caller's does the work; so it never throws, and kernels need no code that unwinds.
+void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) noexcept;
 
 }  // namespace svag

@@ -147,7 +147,7 @@ def pixel_gram(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad.cpp)."""
+    """Each sample's product in register tiles: squared, then added (csrc/cpu/kernels/weight_grad/weight_grad.cpp)."""
     x, _, layer = prepared = _prepared(product)
     grad = torch.empty(product.weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format)
     sq_norms = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")

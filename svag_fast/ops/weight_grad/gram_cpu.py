@@ -1,8 +1,8 @@
 """Per-sample squared norms alone, on the CPU: products of rows and of pixels, each pair of positions once.
 
 |b_iᵀ a_i|² = Σ_{t,s} (a_t·a_s)(b_t·b_s), symmetric in t and s. For a convolution a_t·a_s = Σ_k x_{t+k}·x_{s+k}: the
-products of pixels, summed over the taps k (pixel-Gram). csrc/cpu/kernels/weight_gram.cpp forms both in float64, in
-which a product of float32 is exact, or in float32 where nothing cancels: else the form would lose the digits that do.
+products of pixels, summed over the taps k (pixel-Gram). csrc/cpu/kernels/weight_grad/weight_gram.cpp forms both in
+float64, in which a product of float32 is exact, or in float32 where nothing cancels.
 """
 
 from __future__ import annotations

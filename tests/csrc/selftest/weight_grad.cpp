@@ -1,4 +1,4 @@
-#include "cpu/weight_grad.h"
+#include "cpu/kernels/weight_grad/weight_grad.h"
 
 #include <cmath>
 

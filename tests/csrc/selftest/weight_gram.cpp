@@ -1,4 +1,4 @@
-#include "cpu/weight_gram.h"
+#include "cpu/kernels/weight_grad/weight_gram.h"
 
 #include <cmath>
 

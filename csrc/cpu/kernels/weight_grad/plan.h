@@ -1,8 +1,8 @@
 // How the product is cut into register tiles for one shape.
 #pragma once
 
-#include "cpu/weight_grad.h"
-#include "cpu/weight_grad_tile.h"
+#include "cpu/kernels/weight_grad/tile.h"
+#include "cpu/kernels/weight_grad/weight_grad.h"
 
 namespace svag {
 namespace SVAG_SIMD {

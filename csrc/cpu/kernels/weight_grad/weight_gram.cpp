@@ -1,12 +1,11 @@
-#include "cpu/weight_gram.h"
+#include "cpu/kernels/weight_grad/weight_gram.h"
 
-#include <cstdlib>
-
+#include "cpu/kernels/weight_grad/gram_tile.h"
+#include "cpu/kernels/weight_grad/pack.h"
+#include "cpu/kernels/weight_grad/plan.h"
+#include "cpu/scratch_memory.h"
 #include "cpu/scratch_slots.h"
 #include "cpu/thread_pool.h"
-#include "cpu/weight_grad_pack.h"
-#include "cpu/weight_grad_plan.h"
-#include "cpu/weight_gram_tile.h"
 
 namespace svag {
 namespace SVAG_SIMD {
@@ -28,7 +27,6 @@ constexpr double kMostCancelled = 8;
 template <class T>
 class WeightGram {
     static constexpr int64_t W = Simd<double>::width;
-    static constexpr int64_t kAlign = 64;
 
   public:
     explicit WeightGram(const WeightGramArgs& args)
@@ -47,18 +45,19 @@ class WeightGram {
         slot_bytes_ = x_bytes_ + dy_bytes_ + products_bytes_ + aligned((x > dy ? x : dy) * sizeof(T) + kSpill);
         const double work = static_cast<double>(a_.batch * a_.groups) * static_cast<double>(positions_ * (x + dy)) / 2;
         const int64_t threads = a_.threads > 1 && work >= kSerial ? a_.threads : 1;
-        memory_ = static_cast<char*>(std::aligned_alloc(kAlign, threads * slot_bytes_ + aligned(threads)));
-        if (memory_ == nullptr) return kOutOfMemory;
-        slots_ = ScratchSlots(memory_ + threads * slot_bytes_, threads);
+        ScratchMemory memory;
+        const auto slots = memory.reserve<char>(threads * slot_bytes_), busy = memory.reserve<char>(threads);
+        if (!memory.allocate()) return kOutOfMemory;
+        memory_ = memory.at(slots);
+        slots_ = ScratchSlots(memory.at(busy), threads);
         parallel_chunks(
             a_.batch, static_cast<int>(threads),
             [](void* self, int64_t i) { static_cast<WeightGram*>(self)->sum_sample(i); }, this);
-        std::free(memory_);
         return kOk;
     }
 
   private:
-    static int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
+    static int64_t aligned(int64_t bytes) { return ScratchMemory::padded<char>(bytes); }
 
     template <class E>
     static int64_t row_pitch(int64_t channels) {

@@ -1,7 +1,7 @@
 // Every sample's squared norm of a layer's weight gradient from products of rows, without the gradient, on the CPU.
 #pragma once
 
-#include "cpu/layer_operands.h"
+#include "cpu/kernels/weight_grad/layer_operands.h"
 #include "cpu/simd_level.h"
 
 namespace svag {

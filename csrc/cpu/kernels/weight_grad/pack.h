@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "cpu/weight_grad_tile.h"
+#include "cpu/kernels/weight_grad/tile.h"
 
 namespace svag {
 namespace SVAG_SIMD {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/layer_operands.h"
+#include "cpu/kernels/weight_grad/layer_operands.h"
 #include "cpu/simd_level.h"
 
 namespace svag {
