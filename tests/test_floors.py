@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +52,9 @@ def test_every_import_goes_down() -> None:
 def test_every_package_has_its_floor() -> None:
     rooms = {path.stem for path in (ROOT / "svag_fast").iterdir() if path.name.endswith(".py") or path.is_dir()}
     assert rooms - {"__init__", "__pycache__"} <= set(FLOORS)
+
+
+def test_the_wheel_has_every_package() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "svag_fast").rglob("__init__.py")}
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(setuptools["packages"]) == sorted([*(".".join(f.parts) for f in folders), "svag_fast.kernels"])

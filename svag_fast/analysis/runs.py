@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from svag_fast.experiments.config import TRAIN_SIZES
+from svag_fast.experiments.data import TRAIN_SIZES
 from svag_fast.experiments.run_folder import Array, read_config, read_metrics, require_comparable
 
 

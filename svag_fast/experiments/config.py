@@ -16,12 +16,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from svag_fast.experiments.data import TRAIN_SIZES
 from svag_fast.files import read_text
 from svag_fast.numeric import integer, number, shown
 
 SETTINGS_BYTES = 1 << 20
 
-TRAIN_SIZES = {"digits": 1437, "fashion-mnist": 60_000}
 SAMPLINGS = ("replacement", "distinct")
 INITS = ("shared", "own")
 # What the files of a run mean where they don't name a setting, as older versions'.

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import RANGES, SAMPLINGS, TRAIN_SIZES, UNSAID, Range, run_name
+from svag_fast.experiments.config import RANGES, SAMPLINGS, UNSAID, Range, run_name
+from svag_fast.experiments.data import TRAIN_SIZES
 from svag_fast.files import read_text
 
 Array: TypeAlias = NDArray[np.float64]

@@ -96,7 +96,7 @@ def test_fashion_mnist_is_read_from_the_folder_that_the_environment_names(tmp_pa
 
 def test_missing_fashion_mnist_says_where_it_looked_and_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("SVAG_FAST_DATA", str(tmp_path))
-    monkeypatch.setattr("svag_fast.experiments.data.Path.glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr("svag_fast.experiments.data.fashion_mnist.Path.glob", lambda self, pattern: iter(()))
     with pytest.raises(DatasetNotFoundError, match="apt install dataset-fashion-mnist") as refused:
         load_dataset("fashion-mnist")
     assert str(tmp_path) in str(refused.value)
