@@ -7,6 +7,10 @@ ARGS ?=
 export PYTHON ?= python3
 export CXX
 
+ifneq ($(words $(VENV)),1)
+$(error VENV=$(VENV): make takes no folder whose name has a space)
+endif
+
 python := $(VENV)/bin/python
 # A file's tests stay in one process, which builds their fixtures once. pyproject.toml doesn't ask for this: one file
 # alone is done sooner without.

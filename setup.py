@@ -6,7 +6,9 @@ Environment variables:
     SVAG_CUDA        auto (default: CUDA kernels where a working nvcc is found), 0 (never) or 1 (fail without)
     SVAG_CUDA_ARCHS  compute capabilities, by default those of "80 90 100 120" that nvcc knows; the newest is also kept
                      as PTX
-    CXX, CUDA_HOME   the C++ compiler, perhaps behind a launcher ("ccache g++"); CUDA's folder
+    CXX              the C++ compiler, perhaps behind a launcher ("ccache g++")
+    CUDA_HOME        CUDA's folder, or CUDA_PATH, as for PyTorch: its nvcc goes before the PATH's
+    MAX_JOBS         how many compilers run at once; default: the usable cores
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+# CXXFLAGS and CFLAGS come before these. Fast mathematics in them would lose nans. Linked with it, GCC's start-up code
+# makes denormal numbers zero in the whole process.
+NO_FAST_MATH = "-fno-fast-math"
+CXX_FLAGS = ["-std=c++17", "-O3", NO_FAST_MATH, "-fvisibility=hidden", "-fno-math-errno"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 # Elementwise kernels round as PyTorch does, the same at every level; this folder's products may fuse multiply and add.
 PRODUCTS = "weight_grad"
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
@@ -46,7 +52,7 @@ COMMON = ["csrc/bindings.cpp", "csrc/tensor_reader.cpp", *sorted(str(p) for p in
 EXPORTS = "csrc/exports.map"
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 ARCHS = ["80", "90", "100", "120"]
-# Where nvcc is looked for after the PATH and $CUDA_HOME/bin.
+# Where nvcc is looked for after $CUDA_HOME/bin and the PATH.
 CUDA_FOLDERS = ["/usr/local/cuda/bin"]
 # Programs that CXX may name before the compiler itself.
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "buildcache")
@@ -63,6 +69,37 @@ def compiler_of(command: list[str]) -> list[str]:
     """Return the programs that a compiler's command begins with: its launchers, and last the compiler itself."""
     count = next((i for i, word in enumerate(command) if Path(word).name not in LAUNCHERS), len(command) - 1)
     return command[: count + 1]
+
+
+def settle_cxx() -> None:
+    """Make CXX what setuptools can split into words: unset if blank, and quoted if all of it is one program's path.
+
+    Raises:
+        SystemExit: its quotes don't match, or it names launchers alone.
+    """
+    text = os.environ.get("CXX", "").strip()
+    if not text:
+        os.environ.pop("CXX", None)
+        return
+    if shutil.which(text) and Path(text).name not in LAUNCHERS:
+        os.environ["CXX"] = shlex.quote(text)
+        return
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise SystemExit(f"svag_fast: CXX={text}: {error}") from None
+    if all(Path(word).name in LAUNCHERS for word in words):
+        raise SystemExit(f"svag_fast: CXX={text} names no compiler. An example: CXX='{words[0]} g++'")
+
+
+def max_jobs() -> int:
+    """Return how many compilers may run at once."""
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return len(os.sched_getaffinity(0))
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise SystemExit(f"svag_fast: MAX_JOBS must be a number of processes, at least 1, not {text!r}")
+    return int(text)
 
 
 class NoCudaError(Exception):
@@ -85,11 +122,12 @@ class Cuda:
             NoCudaError: there is none, or it can't compile.
             SystemExit: SVAG_CUDA_ARCHS names an architecture that it doesn't know.
         """
-        folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
-        path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders), *CUDA_FOLDERS])
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        folders = [str(Path(home, "bin"))] if home else []
+        path = os.pathsep.join([*folders, os.environ.get("PATH", os.defpath), *CUDA_FOLDERS])
         nvcc = shutil.which("nvcc", path=path)
         if nvcc is None:
-            raise NoCudaError(f"nvcc is neither on the PATH nor in $CUDA_HOME/bin or {' or '.join(CUDA_FOLDERS)}")
+            raise NoCudaError(f"nvcc is neither in $CUDA_HOME/bin nor on the PATH or in {' or '.join(CUDA_FOLDERS)}")
         cuda = cls(nvcc, host, _archs(nvcc))
         cuda.libraries()
         with tempfile.TemporaryDirectory() as folder:
@@ -177,13 +215,14 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Compile every source in one pool, the longest first; link as usual."""
         self._check_tools()
+        jobs_at_once = max_jobs()
         cuda = choose_cuda(compiler_of(self.compiler.compiler_cxx)[-1])
         self.force = True  # file times do not show a changed SVAG_CUDA or CXX
         if cuda is not None:
             ext.define_macros += [("SVAG_WITH_CUDA", None)]
             ext.extra_link_args += [f"-L{folder}" for folder in cuda.libraries()]
             ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(jobs_at_once) as pool:
             jobs = [pool.submit(self._compile_cuda, cuda, source) for source in _longest_first(CUDA) if cuda]
             jobs += [pool.submit(self._compile, ext, source) for source in _longest_first(ext.sources)]
             jobs += [
@@ -245,6 +284,7 @@ def _longest_first(sources: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    settle_cxx()
     setup(
         ext_modules=[
             Pybind11Extension(
@@ -252,7 +292,7 @@ if __name__ == "__main__":
                 COMMON,
                 include_dirs=["csrc"],
                 extra_compile_args=CXX_FLAGS,
-                extra_link_args=["-pthread", f"-Wl,--version-script={EXPORTS}"],
+                extra_link_args=["-pthread", NO_FAST_MATH, f"-Wl,--version-script={EXPORTS}"],
                 cxx_std=17,
             )
         ],

@@ -9,7 +9,6 @@ set -eu
 step=$1
 venv=$2
 python=${PYTHON:-python3}
-cxx=${CXX:-g++}
 here=$(dirname "$0")
 
 fail() {
@@ -29,9 +28,21 @@ Install it (Debian, Ubuntu: apt install python3-venv) or name another Python: ma
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
         fail "'$python' comes without Python.h, which compiling needs. \
 Install it (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
-    # CXX may hold options or a launcher: its first word is the program.
-    command -v "${cxx%% *}" >/dev/null || fail "no C++ compiler '${cxx%% *}' on the PATH. \
-Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or name yours: make CXX=clang++"
+    # CXX may hold a launcher, options and quotes, so it is tried. setup.py splits it in the same way.
+    "$python" -c '
+import os, shlex, shutil, subprocess, sys
+text = os.environ.get("CXX", "").strip() or "g++"
+program = "int main() { if constexpr (sizeof(int) > 1) return 0; }"
+try:
+    words = [text] if shutil.which(text) else shlex.split(text)
+    command = [*words, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    why = done.returncode and (done.stderr.strip().splitlines() or ["exit status %d" % done.returncode])[0]
+except (OSError, ValueError) as error:
+    why = error
+sys.exit(why and "svag_fast: the C++ compiler CXX=%s does not compile C++17: %s" % (text, why))' ||
+        fail "Install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) \
+or name yours: make CXX=clang++"
 }
 
 packages() {

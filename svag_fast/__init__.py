@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from svag_fast import moved
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
     from svag_fast.sample_norms.context import register_rule as register_rule
 
 __version__ = "0.1.0"
+
+if importlib.util.find_spec("svag_fast.kernels") is None:  # they lie elsewhere in the sources
+    raise ImportError(
+        f"this svag_fast, in {__path__[0]}, is the source folder: nothing is compiled there, and it hides an installed "
+        "svag_fast. Start Python in another folder, or install with `pip install -e .`"
+    )
 
 moved.install()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_public_names_are_importable() -> None:
     assert [name for name in svag_fast.__all__ if not hasattr(svag_fast, name)] == []
 
 
+def test_the_source_folder_is_no_installed_package_and_says_so(tmp_path: Path) -> None:
+    """As it is found first by a Python that is started in a checkout, after `pip install .` there."""
+    shutil.copytree(ROOT / "svag_fast", tmp_path / "svag_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]; import svag_fast"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: this svag_fast, in {tmp_path / 'svag_fast'}, is the source folder")
+    assert "pip install -e ." in said
+
+
 def test_kernels_are_importable_from_the_editable_install(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", "import svag_fast.kernels as k; print(k.__file__)"],
@@ -107,6 +119,74 @@ def test_unknown_cuda_choice_is_an_error(tmp_path: Path) -> None:
     result = build_extension(tmp_path, SVAG_CUDA="yes")
     assert result.returncode != 0
     assert "SVAG_CUDA must be auto, 0 or 1, not 'yes'" in result.stderr
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two", "2.5", "²"])
+def test_number_of_compilers_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
+    result = build_extension(tmp_path, MAX_JOBS=number, SVAG_CUDA="0")
+    assert result.returncode != 0
+    assert f"MAX_JOBS must be a number of processes, at least 1, not {number!r}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_compilers_run_at_once_as_many_as_max_jobs_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    for text, number in {"1": 1, " 64 ": 64, "": len(os.sched_getaffinity(0))}.items():
+        monkeypatch.setenv("MAX_JOBS", text)
+        assert setup.max_jobs() == number
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", None),
+        ("  ", None),
+        ("g++ -m64", ["g++", "-m64"]),
+        (" ccache g++", ["ccache", "g++"]),
+        ("{}/a b/g++", ["{}/a b/g++"]),
+        ('ccache "{}/a b/g++" -g', ["ccache", "{}/a b/g++", "-g"]),
+        ('"g++', 'CXX="g++: No closing quotation'),
+        ("ccache", "CXX=ccache names no compiler. An example: CXX='ccache g++'"),
+        ("/opt/sccache ccache", "names no compiler"),
+    ],
+)
+def test_cxx_is_what_setuptools_can_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: list[str] | str | None
+) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "g++").symlink_to("/bin/true")
+    (tmp_path / "ccache").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", text.format(tmp_path))
+    setup = load_setup()
+    from distutils.util import split_quoted  # setuptools' own, which has been imported
+
+    if isinstance(words, str):
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            setup.settle_cxx()
+        return
+    setup.settle_cxx()
+    if words is None:
+        assert "CXX" not in os.environ
+    else:
+        assert split_quoted(os.environ["CXX"]) == [word.format(tmp_path) for word in words]
+
+
+def test_fast_mathematics_in_the_users_flags_is_turned_off() -> None:
+    """It would lose the nans that a step looks for."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    setup = load_setup()
+
+    def macros(*flags: str) -> str:
+        command = [compiler, "-ffast-math", *flags, "-x", "c++", "-dM", "-E", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "__FINITE_MATH_ONLY__ 1" in macros("-O3")
+    said = macros(*setup.CXX_FLAGS)
+    assert "__FINITE_MATH_ONLY__ 1" not in said
+    assert "__FAST_MATH__" not in said
 
 
 def test_missing_launcher_and_the_compiler_behind_one_are_named(tmp_path: Path) -> None:
@@ -154,7 +234,7 @@ class Toolkit:
         self.nvcc.write_text(NVCC)
         self.nvcc.chmod(0o755)
         monkeypatch.setattr(self.setup, "CUDA_FOLDERS", [])
-        for name in ("CUDA_HOME", "SVAG_CUDA", "SVAG_CUDA_ARCHS"):
+        for name in ("CUDA_HOME", "CUDA_PATH", "SVAG_CUDA", "SVAG_CUDA_ARCHS"):
             monkeypatch.delenv(name, raising=False)
         variables = {"PATH": "/usr/bin:/bin", "LOG": str(self.log), "TOP": str(self.top), "FAIL": ""}
         for name, value in variables.items():
@@ -184,6 +264,16 @@ def test_nvcc_is_found_on_the_path_in_cuda_home_and_in_the_usual_folder(toolkit:
     assert "-ccbin|my-g++|" in toolkit.log.read_text()
 
 
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+def test_the_cuda_folder_that_is_named_goes_before_the_path(toolkit: Toolkit, tmp_path: Path, name: str) -> None:
+    """As for PyTorch's extensions: of two toolkits it says which one is meant."""
+    other = tmp_path / "nvcc"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    environment = {"CUDA_HOME": "", "PATH": f"{tmp_path}:/usr/bin:/bin", name: str(toolkit.top)}
+    assert toolkit.choose(**environment).nvcc == str(toolkit.nvcc)
+
+
 @pytest.mark.parametrize(
     ("known", "asked", "built"),
     [
@@ -205,7 +295,7 @@ def test_what_nvcc_knows_is_built_and_the_newest_kept_as_ptx(
 
 
 REASONS = {
-    "no nvcc": ({"CUDA_HOME": ""}, "nvcc is neither on the PATH nor in $CUDA_HOME/bin"),
+    "no nvcc": ({"CUDA_HOME": ""}, "nvcc is neither in $CUDA_HOME/bin nor on the PATH"),
     "old": ({"ARCHS": "50 70"}, "knows none of 80, 90, 100, 120; SVAG_CUDA_ARCHS chooses among its 50, 70"),
     "mute": ({"ARCHS": ""}, "nvcc --list-gpu-arch says nothing of use: exit status 0"),
     "host": ({"FAIL": "x.h: error: unsupported GNU version"}, "host compiler my-g++, can't compile: x.h: error: unsup"),

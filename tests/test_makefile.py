@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 # Stands for python3: `-m venv DIR` copies it into DIR/bin; any call fails whose arguments contain what the file
-# named FAIL holds.
-FAKE_PYTHON = """#!/bin/sh
+# named FAIL holds. CXX is tried by the real one.
+FAKE_PYTHON = f"""#!/bin/sh
+case "$*" in *shlex*) exec {shlex.quote(sys.executable)} "$@" ;; esac
 echo "$@" >> "$LOG"
 if [ -s "$FAIL" ]; then
     case "$*" in *"$(cat "$FAIL")"*) exit 1 ;; esac
@@ -141,6 +144,12 @@ def test_environment_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
     assert checkout.make("test", "VENV=other").returncode == 0
 
 
+def test_environment_with_a_space_in_its_name_is_refused(checkout: Checkout) -> None:
+    result = checkout.make("test", "VENV=my env")
+    assert result.returncode != 0
+    assert "VENV=my env: make takes no folder whose name has a space" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("fail_on", "arguments", "message"),
     [
@@ -148,7 +157,11 @@ def test_environment_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
         ("version_info", [], "Python 3.10 or newer is needed"),
         ("Python.h", [], "python3-dev"),
         ("", ["PYTHON=no-such-python"], "no 'no-such-python' on the PATH"),
-        ("", ["CXX=no-such-compiler"], "no C++ compiler 'no-such-compiler' on the PATH"),
+        ("", ["CXX=no-such-compiler"], "CXX=no-such-compiler does not compile C++17: [Errno 2]"),
+        ("", ["CXX=env no-such-compiler"], "CXX=env no-such-compiler does not compile C++17: env:"),
+        ("", ["CXX=/bin/false"], "CXX=/bin/false does not compile C++17: exit status 1"),
+        ("", ["CXX=g++ -std=c++98 -fno-such-option"], "-fno-such-option"),
+        ("", ['CXX="g++'], "No closing quotation"),
     ],
 )
 def test_missing_tool_is_named_with_its_package(
@@ -159,6 +172,20 @@ def test_missing_tool_is_named_with_its_package(
     assert result.returncode != 0
     assert message in result.stderr
     assert not (checkout.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["", "g++ -O1", "ccache g++", "{} -g", "{folder}/a b/g++", "ccache '{folder}/a b/g++' -g"]
+)
+def test_the_compiler_may_have_a_launcher_options_and_spaces_in_its_path(checkout: Checkout, command: str) -> None:
+    gxx = shutil.which("g++")
+    if gxx is None or ("ccache" in command and shutil.which("ccache") is None):
+        pytest.skip("needs g++ (and ccache)")
+    (checkout.folder / "a b").mkdir()
+    (checkout.folder / "a b" / "g++").symlink_to(gxx)
+    checkout.environment["CXX"] = command.format(shlex.quote(gxx), folder=checkout.folder)
+    done = checkout.make(".venv/.packages")
+    assert done.returncode == 0, done.stderr
 
 
 def test_run_passes_its_arguments_on(checkout: Checkout) -> None:

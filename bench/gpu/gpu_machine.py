@@ -28,11 +28,10 @@ TOOLS = [
 
 
 def search_path() -> str:
-    """The PATH, and after it the folders where CUDA's programs usually are."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    patterns = [*(f"{home}/bin" for home in homes), *TOOLS]
-    found = [str(f) for pattern in patterns for f in sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)]
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), *found])
+    """CUDA_HOME's programs, as setup.py prefers them, the PATH, and the folders where CUDA's programs usually are."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = [str(f) for pattern in TOOLS for f in sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)]
+    return os.pathsep.join([*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), *found])
 
 
 def identity(commit: str | None) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def _threads() -> int:
 def _cuda() -> dict[str, Any]:
     import torch
 
-    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))  # where setup.py looks
     version = None
     if nvcc is not None:
         lines = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30).stdout.splitlines()
