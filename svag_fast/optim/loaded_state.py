@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 # Each kind of ours has its own of these; so a group says whose it is.
 _KINDS = frozenset({"betas", "alpha"})
-# Options that a torch optimizer and ours share, and what schedulers keep in a group.
-_SHARED = frozenset({"lr", "weight_decay", "maximize", "betas", "alpha", "eps", "params", "param_names", "initial_lr"})
+# What a torch optimizer's group has beside its options.
+_BESIDE = frozenset({"params", "param_names", "initial_lr"})
 
 
 class TorchKin(NamedTuple):
@@ -25,7 +25,7 @@ class TorchKin(NamedTuple):
     off: tuple[str, ...]
     """Options that ours lacks, which must be off."""
     any_l: bool
-    """Whether its state means the same at every l."""
+    """Whether it has no state, and so means the same at every l, without momentum."""
 
 
 def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +39,9 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
         return state_dict  # torch has its own words for this
     state_dict = {**state_dict, "param_groups": [_group(optimizer, i, group) for i, group in enumerate(saved)]}
     if any("l" not in group for group in saved) and optimizer.torch_kin.any_l:
-        state_dict["state"] = {}
+        moving = {number for group in saved if group["momentum"] for number in group["params"]}
+        buffers = {number: of.get("momentum_buffer") for number, of in state_dict["state"].items() if number in moving}
+        state_dict["state"] = {k: {"momentum_buffer": buffer} for k, buffer in buffers.items() if buffer is not None}
     merged = [{**now, **loaded} for now, loaded in zip(groups, state_dict["param_groups"], strict=True)]
     for i, group in enumerate(merged):
         try:
@@ -74,9 +76,9 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
     if more := [k for k in kin.off if saved.get(k)]:
         had = ", ".join(f"{k}={saved[k]!r}" for k in more)
         raise ValueError(f"the loaded state is of torch's {kin.name} with {had}, which {name} doesn't take over")
-    if not kin.any_l and now["l"] != 1:
+    if now["l"] != 1 and (not kin.any_l or saved["momentum"]):
         raise ValueError(f"the loaded state is of torch's {kin.name}, whose moments are not those at l = {now['l']:g}")
-    return {**now, **{k: v for k, v in saved.items() if k in _SHARED}}
+    return {**now, **{k: v for k, v in saved.items() if k in now or k in _BESIDE}}
 
 
 def _check_state(what: str, state: dict[str, Any], p: Tensor, names: frozenset[str]) -> None:

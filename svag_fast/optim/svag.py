@@ -125,7 +125,7 @@ class SVAG(TwoBatchOptimizer):
     """
 
     torch_kin = TorchKin(
-        "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("momentum", "dampening", "nesterov"), any_l=True
+        "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("dampening", "nesterov"), any_l=True
     )
     state_names = frozenset(_BUFFERS)
     values = operator.itemgetter(

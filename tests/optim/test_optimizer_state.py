@@ -315,6 +315,7 @@ def test_moments_that_do_not_fit_are_refused(case: Any) -> None:
 
 KIN: list[tuple[Any, Any, dict[str, Any]]] = [
     (SVAG, torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.1}),
+    (SVAG, torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.1, "momentum": 0.9}),
     (SVAGAdam, torch.optim.Adam, {"lr": 0.3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}),
     (SVAGRMSprop, torch.optim.RMSprop, {"lr": 0.3, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.1}),
 ]
@@ -331,9 +332,10 @@ def test_a_checkpoint_of_torchs_own_kin_is_gone_on_from(ours: Any, theirs: Any, 
     opt = ours([b], lr=0.9)
     opt.load_state_dict(copy.deepcopy(kin.state_dict()))
     assert opt.param_groups[0]["weight_decay"] == 0.1
-    for p, optimizer in ((a, kin), (b, opt)):
-        p.grad = torch.full((3,), 0.5, dtype=torch.float64)
-        optimizer.step()
+    for _ in range(2):
+        for p, optimizer in ((a, kin), (b, opt)):
+            p.grad = torch.full((3,), 0.5, dtype=torch.float64)
+            optimizer.step()
     torch.testing.assert_close(b, a, rtol=1e-12, atol=0)
 
 
@@ -353,7 +355,8 @@ def test_maximize_is_taken_over() -> None:
 
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
-    "SGD with momentum": (SVAG, lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9), "SGD with momentum=0.9"),
+    "Nesterov": (SVAG, lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, nesterov=True), "SGD with nesterov=True"),
+    "dampening": (SVAG, lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5), "with dampening=0.5"),
     "Adam for SVAG": (SVAG, lambda p: torch.optim.Adam([p]), "another optimizer's, not SVAG's: .* has .*betas"),
     "AMSGrad": (SVAGAdam, lambda p: torch.optim.Adam([p], amsgrad=True), "Adam with amsgrad=True"),
     "AdamW": (SVAGAdam, lambda p: torch.optim.AdamW([p]), "decoupled_weight_decay=True|another optimizer's"),
@@ -378,11 +381,35 @@ def test_another_optimizers_checkpoint_is_refused(case: Any) -> None:
     assert everything(opt) == before
 
 
-def test_adams_checkpoint_is_refused_at_another_l() -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"), [(SVAGAdam, torch.optim.Adam, {}), (SVAG, torch.optim.SGD, {"momentum": 0.9})]
+)
+def test_moments_of_torchs_checkpoint_are_refused_at_another_l(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     p = ones(3)
-    opt = SVAGAdam([p], l=4)
+    opt = ours([p], lr=0.1, l=4)
     with pytest.raises(ValueError, match="whose moments are not those at l = 4"):
-        opt.load_state_dict(torch.optim.Adam([p]).state_dict())
+        opt.load_state_dict(theirs([p], lr=0.1, **options).state_dict())
+
+
+def test_buffers_of_sgds_checkpoint_go_with_the_groups_that_have_momentum() -> None:
+    """torch keeps the buffer of a group whose momentum has become 0."""
+    params = [ones(2), ones(2), ones(2)]
+    kin = torch.optim.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
+    params[2].grad = None
+    kin.step()
+    kin.param_groups[1]["momentum"] = 0.0
+    opt = SVAG([{"params": [p]} for p in params], lr=0.5)
+    opt.load_state_dict(kin.state_dict())
+    assert [group["momentum"] for group in opt.param_groups] == [0.9, 0.0, 0.9]
+    assert [list(opt.state.get(p, {})) for p in params] == [["momentum_buffer"], [], []]
+
+
+def test_rmsprops_checkpoint_brings_no_option_that_ours_lacks() -> None:
+    p = ones(3)
+    opt = SVAGRMSprop([p], lr=0.1)
+    before = set(opt.param_groups[0])
+    opt.load_state_dict(torch.optim.RMSprop([p], lr=0.1).state_dict())
+    assert set(opt.param_groups[0]) == before
 
 
 # ---- torch.distributed.checkpoint, which steps as a formality
