@@ -243,10 +243,33 @@ def a_path(optimizer: Any) -> Any:
 
 
 @row()
-def a_path_of_parameters_with_gaps(optimizer: Any) -> Any:
+def a_path_of_a_transposed_parameter(optimizer: Any) -> Any:
     base = torch.arange(12.0, dtype=torch.float64).reshape(6, 2) / 10
     p = nn.Parameter(base.T.contiguous().T)
     return train(optimizer([p], lr=0.02), p)
+
+
+@row(ours=(ValueError, "has gaps or repeated elements in memory"))
+def a_path_of_a_parameter_with_gaps(optimizer: Any) -> Any:
+    p = nn.Parameter(torch.ones(6, 2, dtype=torch.float64)[:, 0])
+    return train(optimizer([p], lr=0.02), p)
+
+
+@row(ours=(ValueError, "Invalid learning rate: -1.0"))
+def an_lr_that_becomes_negative(optimizer: Any) -> Any:
+    p = param()
+    opt = optimizer([p], lr=0.1)
+    opt.param_groups[0]["lr"] = -1.0
+    return train(opt, p)
+
+
+@row(ours=(TypeError, "expected torch.float64"), only=("SVAGAdam", "SVAGRMSprop"))
+def a_model_whose_dtype_changes_after_a_step(optimizer: Any) -> Any:
+    p = param(dtype=torch.float32)
+    opt = optimizer([p], lr=0.02)
+    train(opt, p)
+    p.grad, p.data = None, p.data.double()
+    return train(opt, p)
 
 
 @row()
