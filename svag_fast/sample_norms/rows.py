@@ -31,24 +31,30 @@ class LayerCall(NamedTuple):
 def check_rows(calls: list[LayerCall], outputs: list[Tensor], batch_size: int) -> None:
     """Row i of every layer's input, and of the model's output, must depend on row i alone of the layers before.
 
-    One backward pass from one row of them all. It finds rows that only happen to be B (positions before the samples,
-    tokens sorted by expert) and models that mix the samples.
+    It finds rows that only happen to be B (positions before the samples, tokens sorted by expert), rows in another
+    order, and models that mix the samples. One backward pass for each bit of the rows' numbers, from the rows that have
+    it: whatever the order, a row is then exchanged for one without some bit of its number.
     """
-    row = batch_size // 2
-    ends = {id(x): (x, f"{call.scope.label}: row {row} of its input") for call in calls for x in call.inputs}
-    ends |= {id(x): (x, f"row {row} of the model's output") for x in outputs if id(x) not in ends}
+    ends = {id(x): (x, f"{call.scope.label}: {{}} of its input") for call in calls for x in call.inputs}
+    ends |= {id(x): (x, "{} of the model's output") for x in outputs if id(x) not in ends}
     ends = {
         key: end
         for key, end in ends.items()
         if end[0].requires_grad and end[0].dim() > 0 and end[0].shape[0] == batch_size
     }
-    if _mixes(calls, [x for x, _ in ends.values()], row) is not None:
+    for bit in range((batch_size - 1).bit_length()):
+        rows = [i for i in range(batch_size) if i >> bit & 1]
+        rest = [i for i in range(batch_size) if not i >> bit & 1]
+        if _mixes(calls, [x for x, _ in ends.values()], rows, rest) is None:
+            continue
         for x, name in ends.values():
-            source = _mixes(calls, [x], row)
+            source = _mixes(calls, [x], rows, rest)
             if source is not None:
+                listed = ", ".join(map(str, rows[:4])) + ", ..." * (len(rows) > 4)
                 raise ValueError(
-                    f"{name} depends on other rows of {source}'s output than that one: its rows are not the "
-                    f"{batch_size} samples (positions first, as with batch_first=False; tokens gathered), or the model "
+                    f"{name.format(f'the rows {listed}')} depend on other rows of {source}'s output than those: its "
+                    f"rows are not the {batch_size} samples in their order (positions first, as with "
+                    "batch_first=False; tokens gathered; rows sorted), or the model "
                     "mixes the samples, which then have no gradients of their own. Give the model, and every layer, "
                     "the samples first; where as many positions as samples come first in an output on purpose, begin "
                     "with another number of samples; for a model that mixes samples use "
@@ -62,24 +68,23 @@ def check_rows(calls: list[LayerCall], outputs: list[Tensor], batch_size: int) -
         )
 
 
-def _mixes(calls: list[LayerCall], ends: list[Tensor], row: int) -> str | None:
-    """The first layer of whose output other rows than `row` come into that row of the ends."""
+def _mixes(calls: list[LayerCall], ends: list[Tensor], rows: list[int], rest: list[int]) -> str | None:
+    """The first layer of whose output the rest of the rows comes into those rows of the ends."""
     if not ends:
         return None
     labels = {id(y): (y, call.scope.label) for call in calls for y in call.outputs if y.requires_grad}
     others: dict[int, Tensor] = {}
 
     def look(key: int, grad: Tensor) -> None:
-        grad = grad.detach().nan_to_num()
-        others[key] = grad[:row].count_nonzero() + grad[row + 1 :].count_nonzero()
+        others[key] = grad.detach()[rest].nan_to_num().count_nonzero()
 
     # Looked at on its way and let go: at once these gradients would take the memory of the whole pass. Where no input
     # has a gradient a way through the graph begins.
     hooks = [hook(y, functools.partial(look, key)) for key, (y, _) in labels.items()]
     begin = [y for call in calls if not any(x.requires_grad for x in call.inputs) for y in call.outputs]
     try:
-        _backward(ends, row, [y for y in begin if y.requires_grad])
-        _backward(ends, row, [y for key, (y, _) in labels.items() if key not in others])
+        _backward(ends, rows, [y for y in begin if y.requires_grad])
+        _backward(ends, rows, [y for key, (y, _) in labels.items() if key not in others])
     finally:
         for handle in hooks:
             handle.remove()
@@ -88,16 +93,16 @@ def _mixes(calls: list[LayerCall], ends: list[Tensor], row: int) -> str | None:
     return next(label for key, (_, label) in labels.items() if key in others and bool(others[key] > 0))
 
 
-def _backward(ends: list[Tensor], row: int, begin: list[Tensor]) -> None:
-    """Go back from one row of each of the ends, pseudo-randomly weighted; the graph stays."""
+def _backward(ends: list[Tensor], rows: list[int], begin: list[Tensor]) -> None:
+    """Go back from some rows of each of the ends, pseudo-randomly weighted; the graph stays."""
     if not begin:
         return
     generator = torch.Generator("cpu").manual_seed(0)
-    rows = [x[row] for x in ends]
+    some = [x[rows] for x in ends]
     weights = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x.device, x.dtype) for x in rows
+        torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x.device, x.dtype) for x in some
     ]
-    torch.autograd.grad(rows, begin, weights, retain_graph=True, allow_unused=True)
+    torch.autograd.grad(some, begin, weights, retain_graph=True, allow_unused=True)
 
 
 class RowCheck:

@@ -170,7 +170,7 @@ RIGHT = {
     ),
 }  # fmt: skip
 
-POSITIONS_FIRST = r"depends on other rows of .*positions first.*batch_first=False.*Give the model"
+POSITIONS_FIRST = r"depend on other rows of .*positions first.*batch_first=False.*Give the model"
 
 
 def attend_first(net, x):
@@ -220,7 +220,7 @@ REFUSED = {
         rows(T, C)[:4], r"lstm \(LSTM\) takes the samples second .*got \[4, 5, 6\]"),
     "functorch 296: the batch's mean beside each sample": (
         lambda: Net(with_mean, a=nn.Linear(2 * C, 3), b=nn.Linear(C, C)), rows(C),
-        r"a \(Linear\): row 2 of its input depends on other rows of b \(Linear\)'s output.*mixes the samples"),
+        r"a \(Linear\): the rows 1, 3 of its input depend on other rows of b \(Linear\)'s output.*mixes the samples"),
     "functorch 1106: hooks under vmap": (
         lambda: Net(lambda net, x: torch.func.vmap(net.a)(x), a=nn.Linear(C, 2)), rows(C),
         r"under a transform of torch.func .*outside of the context"),
@@ -265,7 +265,10 @@ def test_a_contrastive_model_is_refused_and_its_towers_are_served():
     torch.manual_seed(0)
     x, y = rows(C), rows(C).flip(0)
     net = Net(contrast, a=nn.Linear(C, 4), b=nn.Linear(C, 4)).double()
-    with per_sample_sq_norms(net), pytest.raises(ValueError, match=r"row 2 of the model's output .*mixes the samples"):
+    with (
+        per_sample_sq_norms(net),
+        pytest.raises(ValueError, match=r"the rows 1, 3 of the model's output .*mixes the samples"),
+    ):
         net(x, y)
     tower = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, 4)).double()
     with torch.no_grad():
@@ -282,11 +285,11 @@ def test_a_contrastive_model_is_refused_and_its_towers_are_served():
 
 
 def test_each_layers_rows_are_checked_once():
-    """Once for a model, in whatever context; where new layers come, once more."""
+    """Once for a model, a pass for each bit of B, in whatever context; where new layers come, once more."""
     net = Net(attend, **attention()).double()
     times = []
     net.qkv.register_full_backward_hook(lambda *_: times.append(1))
-    for expected_times in (2, 1, 1):
+    for expected_times in (4, 1, 1):  # B = 5 has 3 bits
         times.clear()
         with per_sample_sq_norms(net):
             loss(net(rows(T, C))).backward()
@@ -295,7 +298,7 @@ def test_each_layers_rows_are_checked_once():
     times.clear()
     with per_sample_sq_norms(net):
         loss(net(rows(T, C))).backward()
-    assert len(times) == 2
+    assert len(times) == 4
 
 
 def test_a_graph_that_can_not_be_gone_back_through_twice_makes_the_norms_unknown():
@@ -332,5 +335,30 @@ def test_a_graph_that_can_not_be_gone_back_through_twice_makes_the_norms_unknown
 )
 def test_samples_mixed_behind_the_last_layer(mix, check):
     net = Net(lambda net, x: mix(net.a(x)), a=nn.Linear(C, 4)).double()
-    with per_sample_sq_norms(net, check=check), pytest.raises(ValueError, match="row 2 of the model's output depends"):
+    with (
+        per_sample_sq_norms(net, check=check),
+        pytest.raises(ValueError, match="the rows 1, 3 of the model's output depend"),
+    ):
         net(rows(C))
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda B: torch.arange(B).flip(0),  # keeps the middle in its place
+        lambda B: torch.tensor([*range(1, B // 2), 0, *range(B // 2, B)] if B > 3 else [*range(B)][::-1]),
+        lambda B: torch.arange(B).roll(1),
+        lambda B: torch.tensor([k ^ 1 if (k ^ 1) < B else k for k in range(B)]),
+    ],
+    ids=["reversed", "first half turned", "rolled", "neighbours exchanged"],
+)
+def test_rows_in_another_order_than_the_models_input_are_found_out(order, batch_size, check):
+    """Sorted before a layer (by length, by expert) and put back behind it: norms would be other samples'."""
+    places = order(batch_size)
+    net = Net(
+        lambda net, x: net.b(torch.tanh(net.a(x[places])))[places.argsort()], a=nn.Linear(C, 4), b=nn.Linear(4, 2)
+    )
+    with per_sample_sq_norms(net.double(), check=check), pytest.raises(ValueError, match="in their order"):
+        net(rows(C)[torch.arange(batch_size) % B])
