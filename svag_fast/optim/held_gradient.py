@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,8 +43,19 @@ class HeldGradient:
         """Whether one backward pass made both gradients, so that nothing is left to backpropagate."""
         self.clipped = False
         self._params: list[list[Tensor]] = []
-        # How much more often each second gradient may be changed in place than its first; None where that says nothing.
-        self._allowed: list[list[int | None]] = []
+        # How much more often each second gradient was changed in place than its first by what made them; None where
+        # the first's count says nothing.
+        self._more: list[list[int | None]] = []
+        # The second gradients where their backward pass ended, each with how often it had been changed in place.
+        self._made: list[list[tuple[Tensor, int] | None]] = []
+        # How often the parameters had been changed in place where the first gradient was taken.
+        self._moves: list[int] = []
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        handle: torch.utils.hooks.RemovableHandle | None = self.__dict__.pop("_watching", None)
+        if handle is not None:
+            handle.remove()
 
     def take(self, groups: _Groups) -> None:
         """Take the groups' gradients out of ``.grad``, without a copy where nobody else can write to them.
@@ -54,9 +67,13 @@ class HeldGradient:
         if all(g is None for pairs in taken for g, _ in pairs):
             raise RuntimeError("no parameter has a gradient to hold: call backward() on the first batch's loss first")
         self.clear()
-        self.grads, self._allowed = [], []
+        self.grads = []
         for group, pairs in zip(groups, taken, strict=True):
             self._add(group["params"], pairs)
+        self._moves = _counts(self._with_gradient())
+        watched = next((p for p in self._with_gradient() if p.requires_grad), None)
+        if watched is not None:
+            self._watching = watched.register_hook(_AtTheEnd(self))  # type: ignore[no-untyped-call]
 
     def put(self, groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
         """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
@@ -69,10 +86,12 @@ class HeldGradient:
         self.paired = True
         self.grads = [[first.get(p) for p in group["params"]] for group in groups]
         self._params = [list(group["params"]) for group in groups]
-        self._allowed = [
+        self._more = [
             [None if g is None or p.grad is None else p.grad._version - g._version for p, g in zip(*pair, strict=True)]
             for pair in zip(self._params, self.grads, strict=True)
         ]
+        self._moves = _counts(self._with_gradient())
+        self.second_is_made()
 
     def take_group(self, params: list[Tensor]) -> None:
         """Take the gradients of a group that joins while the others' are held.
@@ -92,9 +111,20 @@ class HeldGradient:
         assert self.grads is not None
         self._params.append(list(params))
         self.grads.append([g for g, _ in pairs])
-        self._allowed.append([allowed for _, allowed in pairs])
+        self._more.append([more for _, more in pairs])
         for p in params:
             p.grad = None
+
+    def _with_gradient(self) -> list[Tensor]:
+        pairs = zip(self._params, self.grads or [], strict=True)
+        return [p for params, grads in pairs for p, g in zip(params, grads, strict=True) if g is not None]
+
+    def second_is_made(self) -> None:
+        """Note how often each second gradient was changed in place, at the end of a backward pass."""
+        self._made = [
+            [None if (g := p.grad) is None or g.is_inference() else (g, g._version) for p in params]
+            for params in self._params
+        ]
 
     def first(self) -> list[Tensor]:
         """Return what is held, in one list."""
@@ -123,29 +153,53 @@ class HeldGradient:
             )
         if self._changed_alone(second, _changes_of_a_scaler() if seen_by_scaler else 0):
             raise RuntimeError(
-                "the second gradient was changed in place after its backward pass and the held one was not, as by "
-                "clip_grad_norm_ after hold_gradient(). Clip both by optimizer.clip_grad_norm_(max_norm) before "
+                "the second gradient, or a part of it, was changed in place after its backward pass and the held one was "
+                "not, as by clip_grad_norm_ after hold_gradient(). Clip both by optimizer.clip_grad_norm_(max_norm) before "
                 "step(), under a GradScaler after optimizer.unscale_(scaler); or change each after its own backward "
                 "pass. (Gradients accumulated over several backward passes: as many for the one as for the other.)"
             )
+        moves = _counts(self._with_gradient())
+        if moves and all(map(operator.gt, moves, self._moves)):
+            warnings.warn(
+                "the parameters were changed in place after the first gradient was held. Unless they were put back, "
+                "the two gradients are of different points, and the step, G and N are wrong",
+                stacklevel=6,
+            )
         return second
 
-    def _changed_alone(self, second: list[GroupGrads], more: int) -> bool:
-        """Whether every second gradient was changed in place more often than its first.
-
-        One of several says nothing: accumulation, where a batch reaches some parameters more often (experts).
-        """
+    def _changed_alone(self, second: list[GroupGrads], by_scaler: int) -> bool:
+        """Whether second gradients, all or some, were changed after their backward pass, and none of their first."""
         assert self.grads is not None
-        compared = 0
-        for limits, listed1, listed2 in zip(self._allowed, self.grads, second, strict=True):
-            for allowed, g1, g2 in zip(limits, listed1, listed2, strict=True):
-                if g1 is None or g2 is None:
+        changed = 0
+        for mores, made, listed1, listed2 in zip(self._more, self._made, self.grads, second, strict=False):
+            for more, then, g1, g2 in zip(mores, made, listed1, listed2, strict=True):
+                if then is None or g1 is None or g2 is not then[0] or g2._version <= then[1] + by_scaler:
                     continue
-                if allowed is None or g2.is_inference() or g2._version <= g1._version + allowed + more:
-                    return False  # as a rule at the first of them
-                compared += 1
+                if more is None or g1._version > then[1] - more:  # or it was accumulated over more backward passes
+                    return False
+                changed += 1
         # Views of one buffer count each other's changes.
-        return compared > 0 and not any(_shares_memory(g) for listed in second for g in listed if g is not None)
+        return changed > 0 and not any(_shares_memory(g) for listed in second for g in listed if g is not None)
+
+
+class _AtTheEnd:
+    """A hook that notes the second gradients at the end of each backward pass that it is called in."""
+
+    def __init__(self, pair: HeldGradient) -> None:
+        self._pair = weakref.ref(pair)
+
+    def __call__(self, _: Tensor) -> None:
+        pair = self._pair()
+        if pair is not None:
+            _after_the_pass(functools.partial(_after_the_pass, pair.second_is_made))  # and what others put behind it
+
+
+def _after_the_pass(function: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def _counts(tensors: list[Tensor]) -> list[int]:
+    return [-1 if x.is_inference() else x._version for x in tensors]
 
 
 @functools.cache

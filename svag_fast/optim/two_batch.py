@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 import operator
 import warnings
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from svag_fast.numeric import number
+from svag_fast.numeric import number, real
 from svag_fast.ops.backends import check_name
 from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.memory import check_apart
@@ -239,7 +240,12 @@ class TwoBatchOptimizer(Optimizer):
         Raises:
             RuntimeError: there is no second gradient, it alone was clipped, or a norm is inf or nan and
                 ``error_if_nonfinite``; nothing was clipped.
+            ValueError, TypeError: ``max_norm`` isn't a number >= 0, or ``norm_type`` is nan.
         """
+        if not real("max_norm", max_norm) >= 0:  # a negative one would turn the gradients round
+            raise ValueError(f"Invalid max_norm: {max_norm} (expected a number >= 0)")
+        if math.isnan(real("norm_type", norm_type)):
+            raise ValueError(f"Invalid norm_type: {norm_type} (expected a number, or inf)")
         current = [p for group in self.param_groups for p in group["params"]]
         batches = [current]
         if self._pair.grads is not None:

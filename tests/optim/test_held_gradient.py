@@ -342,6 +342,7 @@ def both_backward(model: nn.Module, opt: Any, scale: Callable[[Tensor], Tensor] 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "norm": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+    "one layer's norm": lambda model: nn.utils.clip_grad_norm_(model[2].parameters(), 1e-3),
     "value": lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.1),
     "scaled": lambda model: [p.grad.mul_(0.5) for p in model.parameters()],
 }
@@ -400,6 +401,83 @@ def test_clipping_each_after_its_own_backward_is_no_fault(zeros: bool) -> None:
         stats = opt.step()
         assert float(stats.sq_norm1) == pytest.approx(1e-4, rel=1e-3)
         assert float(stats.sq_norm2) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_batches_of_other_lengths_are_no_clipping() -> None:
+    """Autograd adds up a recurrent cell's gradients in place: as often as the sequences are long."""
+    torch.manual_seed(0)
+    cell = nn.GRUCell(3, 4)
+    opt = SVAG(cell.parameters(), lr=0.1, l=2)
+    for lengths in ((2, 6), (6, 2)):
+        opt.zero_grad()
+        for k, length in enumerate(lengths):
+            h = torch.zeros(2, 4)
+            for _ in range(length):
+                h = cell(torch.randn(2, 3), h)
+            h.square().sum().backward()
+            if k == 0:
+                opt.hold_gradient()
+        opt.step()
+
+
+def test_experts_that_few_batches_reach_are_no_clipping() -> None:
+    model = nn.ModuleList(nn.Linear(4, 3, dtype=torch.float64) for _ in range(3))
+    opt = SVAG(model.parameters(), lr=0.1, l=2)
+    for routes in ([(0, 1), (0, 2, 1), (0, 1), (0, 1, 2)], [(0, 2), (0, 1), (0, 1, 2), (0, 1, 2)]):
+        opt.zero_grad()
+        for micro, experts in enumerate(routes):
+            x = torch.randn(5, 4, dtype=torch.float64)
+            sum(model[i](x).square().sum() for i in experts).backward()  # type: ignore[union-attr]
+            if micro == 1:
+                opt.hold_gradient()
+        opt.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_parameters_that_move_between_the_two_gradients_are_told() -> None:
+    """As where another optimizer steps, or averaged weights are put in, between the two backward passes."""
+    model = net()
+    opt, other = SVAG(model.parameters(), lr=0.1, l=2), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        opt.zero_grad()
+        both_backward(model, opt)
+        opt.step()
+    opt.zero_grad()
+    loss(model, 0).backward()
+    other.step()
+    opt.hold_gradient()
+    loss(model, 1).backward()
+    opt.step()
+    opt.zero_grad()
+    loss(model, 0).backward()
+    opt.hold_gradient()
+    loss(model, 1).backward()
+    other.step()
+    with pytest.warns(UserWarning, match="gradients are of different points"):
+        opt.step()
+
+
+def test_nothing_is_left_on_the_parameters() -> None:
+    model = net()
+    opt = SVAG(model.parameters(), lr=0.1, l=2)
+    for end in (opt.step, opt.discard_gradient):
+        opt.zero_grad()
+        both_backward(model, opt)
+        end()
+        assert all(not p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, float("nan"), "1"])
+def test_a_max_norm_that_is_none_is_refused(max_norm: Any) -> None:
+    """torch's own turns the gradients round for a negative one."""
+    model = net()
+    opt = SVAG(model.parameters(), lr=0.1, l=2)
+    both_backward(model, opt)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises((TypeError, ValueError), match="max_norm"):
+        opt.clip_grad_norm_(max_norm)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    opt.clip_grad_norm_(float("inf"))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
