@@ -24,7 +24,7 @@ from svag_fast import moved
 from svag_fast.numeric import integer, real
 from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.sampling import noise_factor, require_drawable
-from svag_fast.stats.series import autocorrelation_time
+from svag_fast.stats.series import mean_estimate
 
 Scalar: TypeAlias = float | Tensor
 
@@ -244,9 +244,11 @@ class BatchMoments:
 def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> Estimate:
     """Mean of a stationary, possibly autocorrelated series, with its standard error and effective sample size.
 
-    The variance of the mean is c₀ τ/n, τ the integrated autocorrelation time (`stats.series.autocorrelation_time`).
+    The variance of the mean is c₀ τ/n, τ the integrated autocorrelation time (`stats.series` says how it is found, and
+    in how many of 100 cases the interval holds the true mean).
 
-    ``effective_samples`` is n/τ. One value: the error is nan. A constant series: the error is 0.
+    ``effective_samples`` is n/τ, ``degrees_of_freedom`` half as many. One value has the error nan,
+    a constant series 0.
 
     Raises:
         ValueError: an empty series, or one that is not 1-D.
@@ -257,12 +259,7 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> Estimat
     x: NDArray[np.float64] = values.astype(np.float64)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"series must be 1-D and not empty, got shape {list(x.shape)}")
-    n = x.size
-    mean = float(x[0] + (x - x[0]).mean())
-    if n == 1:
-        return Estimate(mean, math.nan, effective_samples=1.0)
-    tau, variance = autocorrelation_time((x - mean)[None])
-    return Estimate(mean, math.sqrt(variance * tau / n), effective_samples=n / tau)
+    return mean_estimate(x)
 
 
 class RunningMean:
@@ -336,9 +333,10 @@ class RunningMean:
         if self._count < 2:
             return Estimate(self.mean, math.nan, effective_samples=float(self._count))
         covered = len(self._blocks) * self._block_size
-        error = mean_standard_error(self._blocks).standard_error * math.sqrt(covered / self._count)
+        blocks = mean_estimate(np.array(self._blocks))
+        error = blocks.standard_error * math.sqrt(covered / self._count)
         effective = self.variance / error**2 if error != 0.0 else float(self._count)
-        return Estimate(self._mean, error, effective_samples=effective)
+        return Estimate(self._mean, error, blocks.degrees_of_freedom, effective)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in plain Python numbers and lists."""

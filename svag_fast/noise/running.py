@@ -3,7 +3,7 @@
 noise = svag_fast.RunningNoise()
 for ...:
     noise.update(optimizer.step())
-noise.nsr.mean, noise.nsr.standard_error
+noise.nsr.mean, noise.nsr.interval(), noise.nsr.trusted
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from svag_fast.noise.estimators import RunningMean, mean_standard_error
+from svag_fast.noise.estimators import RunningMean
 from svag_fast.numeric import integer, number, real
 from svag_fast.ops.step_stats import StepStats, is_one_batch
 from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.sampling import noise_factor
+from svag_fast.stats.series import mean_estimate
 
 _SERIES = ("grad_sq_norm", "noise_trace", "weight_sq_norm")
 
@@ -111,11 +113,13 @@ class RunningNoise:
         states = grad.state_dict(), noise.state_dict()
         residuals = [n - ratio * g for g, n in zip(states[0]["blocks"], states[1]["blocks"], strict=True)]
         covered = len(residuals) * states[0]["block_size"]
-        error = mean_standard_error(residuals).standard_error * math.sqrt(covered / steps)
+        of_blocks = mean_estimate(np.array(residuals))
+        error = of_blocks.standard_error * math.sqrt(covered / steps)
         covariance = self._co_scatter / (steps - 1)
         variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
         effective = variance / error**2 if error > 0 else float(steps)
-        return Estimate(ratio, math.hypot(error, self._rounding_error()) / abs(G.mean), effective_samples=effective)
+        error = math.hypot(error, self._rounding_error()) / abs(G.mean)
+        return Estimate(ratio, error, of_blocks.degrees_of_freedom, effective)
 
     def noise_scale(self, batch_size: int, *, population: int | None = None) -> Estimate:
         """B_simple = Tr Σ₁/|∇L|² = B·N/G (McCandlish et al. 2018), with `nsr`'s error.

@@ -369,7 +369,7 @@ def test_running_mean_equals_the_mean_and_variance_of_the_whole_series():
 def test_short_streams_agree_with_the_series_function():
     series = ar1(0.5, 400, 1, seed=5)[0]
     ours, theirs = running(series), noise.mean_standard_error(series)
-    for name in ("mean", "standard_error", "effective_samples"):
+    for name in ("mean", "standard_error", "degrees_of_freedom", "effective_samples"):
         assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-10, abs=1e-15)
 
 
@@ -435,10 +435,10 @@ def test_edge_cases_of_the_mean():
     assert empty.mean == 2.0
     assert math.isnan(empty.standard_error)
     empty.add(2.0)
-    assert empty.estimate() == noise.Estimate(2.0, 0.0, effective_samples=2.0)
+    assert empty.estimate() == noise.Estimate(2.0, 0.0, 1.0, effective_samples=2.0)
     one = noise.mean_standard_error([5.0])
     assert (one.mean, one.effective_samples, str(one)) == (5.0, 1.0, "5 ± nan")
-    assert noise.mean_standard_error([4.0] * 10) == noise.Estimate(4.0, 0.0, effective_samples=10.0)
+    assert noise.mean_standard_error([4.0] * 10) == noise.Estimate(4.0, 0.0, 5.0, effective_samples=10.0)
     assert repr(empty) == "RunningMean(2, 2 values, 2 effective)"
 
 

@@ -494,7 +494,7 @@ MUTANTS = (
     Mutant(
         "means: the values' variance for their mean's",
         "stats/series.py",
-        "covariance = centred @ centred.T / (freedom * count)",
+        "covariance = centred @ centred.T / (freedom * centred.shape[1])",
         "covariance = centred @ centred.T / freedom",
         "prediction",
     ),
