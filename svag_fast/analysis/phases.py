@@ -39,11 +39,21 @@ def phases(run: Run) -> list[tuple[float, float]]:
     return [(begin, end) for _, _, begin, end in stretches if end - begin >= _LEAST * run.effective_steps]
 
 
+def phase_rates(run: Run) -> dict[str, float]:
+    """Return the learning rate of each part by its name."""
+    stretches = constant_stretches(run.metrics["lr"], run.metrics["effective_step"])
+    rows = [last for _, last, begin, end in stretches if end - begin >= _LEAST * run.effective_steps]
+    rates = {f"phase {i}": float(run.metrics["lr"][row]) for i, row in enumerate(rows, 1)}
+    known = run.metrics["lr"][np.isfinite(run.metrics["lr"])]
+    return rates | ({END: float(known[-1])} if len(known) else {END: math.nan})
+
+
 def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Return the judged window of each part by its name: "phase 1", ... (its last half) and "end" (the value there).
 
     Raises:
-        ValueError: The runs differ in length or phases, so that their parts cannot be compared; two of them are named.
+        ValueError: The runs differ in length, phases or their rates, so that their parts cannot be compared; two of
+            them are named.
     """
     first, *others = runs
     found = phases(first)
@@ -56,6 +66,13 @@ def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
                 f"{first.name} has {_words(first, found)} and {other.name} {_words(other, theirs)}: runs that are "
                 "compared must have the same length and schedule"
             )
+        ours, others_rates = phase_rates(first), phase_rates(other)
+        for part, rate in ours.items():
+            if abs(rate - others_rates[part]) > 1e-6 * rate:
+                raise ValueError(
+                    f"{first.name} has the rate {rate:g} in {part} (column lr of metrics.csv) and {other.name} "
+                    f"{others_rates[part]:g}: runs that are compared must have the same schedule"
+                )
     windows = {f"phase {i}": ((begin + end) / 2, end) for i, (begin, end) in enumerate(found, 1)}
     return windows | {END: (math.nan, math.nan)}
 

@@ -187,20 +187,22 @@ class Prediction:
         return "B_simple = B·N/G" if n is None else f"B_simple = B·N/G·(n-1)/(n-B), n = {n},"
 
     def headline(self) -> str:
-        """Return κ*, B* and B_simple in one sentence, which never leaves out whether an equilibrium was found."""
+        """Return κ*, B* and B_simple in one sentence: the interval's confidence, the runs, the equilibrium."""
         base, star = self.baseline, self.batch_size()
         known = f"C = {self.C:.4g}; equilibrium {base.equilibrium.state}"
         low, high = self.batch_size_interval
         percent = f"{100 * self.confidence:g} %"
+        of_runs = f"of {len(base.runs)} runs" if len(base.runs) > 1 else "of one run, without the scatter between runs"
+        scaling = f"Linear scaling from B = {base.batch_size}, lr = {base.lr:g}"
         if star is None or self.noise_scale is None:
             return (
-                f"Linear scaling from B = {base.batch_size}: no B* can be given, because G can't be told from 0 there "
-                f"(B* is above {low:.3g} at {percent}; {known}). Average over more steps."
+                f"{scaling}: no B* can be given, because G can't be told from 0 there "
+                f"(B* is above {low:.3g} at {percent} {of_runs}; {known}). Average over more steps."
             )
         interval = f"interval {low:.3g} to {high:.3g}" if math.isfinite(high) else f"above {low:.3g}, no upper limit"
         return (
-            f"Linear scaling from B = {base.batch_size} must fail beyond B* = {star.value:.3g} "
-            f"({percent} {interval}; {known}): κ* = C²(1 + N/G) = {self.kappa['exact'].value:.3g}; "
+            f"{scaling} must fail beyond B* = {star.value:.3g} "
+            f"({percent} {interval}, {of_runs}; {known}): κ* = C²(1 + N/G) = {self.kappa['exact'].value:.3g}; "
             f"the noise scale {self.noise_scale_formula} is {self.noise_scale.value:.3g}."
         )
 

@@ -149,7 +149,8 @@ class Report:
     def noise_sentences(self) -> list[str]:
         """Say for each batch size what N was estimated from, and what that cost."""
         sentences = []
-        for (batch_size, _), runs in group_by_batch_size(self.runs).items():
+        sizes = _verdict_names(self.verdicts)
+        for key, runs in group_by_batch_size(self.runs).items():
             sources = {run.noise_source for run in runs} - {None}
             measured = [run for run in runs if math.isfinite(_noise_cost(run))]
             sgd = [_noise_cost(run) for run in measured if run.l == 1]
@@ -164,7 +165,7 @@ class Report:
                     added.append(f"{100 * median(svag):.0f} % to SVAG's")
                 costs = " and ".join(added)
                 sentences.append(
-                    f"N at B = {batch_size} from {source}; in time measuring it added {costs}, medians of runs."
+                    f"N at B = {sizes[key]} from {source}; in time measuring it added {costs}, medians of runs."
                 )
         return sentences
 

@@ -125,9 +125,9 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
 
     Raises:
         FileNotFoundError: There is no such folder, or no run in it.
-        ValueError: A file is not what a run writes, or two runs have the same settings and seed. Or the runs differ in
-            dataset, model, weight decay, initial weights or sampling: their curves cannot be compared. The message
-            names the file.
+        ValueError: A file is not what a run writes, or two runs have the same settings and seed, or the same numbers.
+            Or they differ in another setting than batch size, lr, l and seed, such as the weight decay or a momentum:
+            their curves cannot be compared. The message names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -137,6 +137,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
         hint = ", but it is a run itself: name the folder above it" if (folder / "config.json").exists() else ""
         raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json){hint}")
     require_comparable({run.name: run.config for run in runs})
+    _refuse_copies(runs)
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
 
 
@@ -154,6 +155,23 @@ def group_by_l(runs: Iterable[Run]) -> dict[float, list[Run]]:
     for run in sorted(runs, key=lambda run: run.l):
         groups.setdefault(run.l, []).append(run)
     return groups
+
+
+def _refuse_copies(runs: Iterable[Run]) -> None:
+    """Refuse two runs of different seeds with the same numbers: as two values they would have no scatter."""
+    for group in group_by_batch_size(run for run in runs if run.finished and run.diverged_at is None).values():
+        for alike in group_by_l(group).values():
+            seen: dict[bytes, str] = {}
+            for run in alike:
+                if run.population == run.batch_size:
+                    continue  # of all images: nothing in it is drawn
+                columns = sorted(run.metrics.keys() - {"time", "samples_per_second", "noise_cost"})
+                numbers = b"".join(run.metrics[column].tobytes() for column in columns)
+                if numbers in seen:
+                    raise ValueError(
+                        f"{seen[numbers]} and {run.name} have the same numbers in every row: is one the other's copy?"
+                    )
+                seen[numbers] = run.name
 
 
 def load_run(folder: Path) -> Run:

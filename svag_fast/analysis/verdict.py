@@ -7,6 +7,7 @@ docs/verdict.md explains the method, states the level of each answer and gives i
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -14,7 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from svag_fast.analysis.margins import METRICS, Margin, choose_margins
-from svag_fast.analysis.phases import END, SAME, common_phases, part_mean, resolution
+from svag_fast.analysis.phases import END, SAME, common_phases, part_mean, phase_rates, resolution
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
 from svag_fast.stats.limit_fit import Figure, fit_limit, outside, t_quantile, within
 from svag_fast.stats.sampling import noise_factor
@@ -119,6 +120,7 @@ class Verdict:
         sampling: How batches were drawn; None where the runs don't say.
         noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B; None where n isn't known.
         times: Of each part, from when to when it is, as effective steps times lr.
+        rates: Of each part, its learning rate.
     """
 
     batch_size: int
@@ -132,6 +134,7 @@ class Verdict:
     sampling: str | None
     noise_factor: float | None
     times: Mapping[str, tuple[float, float]]
+    rates: Mapping[str, float]
 
     @property
     def sgd_diverged(self) -> bool:
@@ -151,8 +154,8 @@ class SharedLimit:
     ``cells`` holds, by metric and part, its limit minus the reference's; a part that one of them lacks is None.
     ``noise_ratio`` is its noise over what the reference's and 1/B make of it. It is 1 for independent draws, and below
     1 where images of a batch are distinct. Then not even the two SDEs are quite the same. It is None where they are of
-    a data set of unknown size. ``elsewhere`` names the parts that are at other times of the SDE than the reference's,
-    and are not compared.
+    a data set of unknown size. ``elsewhere`` names the parts that are at other times or rates of the SDE than the
+    reference's, and are not compared. ``several_rates``: one of the two batch sizes was run at several learning rates.
     """
 
     batch_size: int
@@ -163,6 +166,7 @@ class SharedLimit:
     cells: Mapping[str, Mapping[str, Decision | None]]
     noise_ratio: float | None
     elsewhere: tuple[str, ...]
+    several_rates: bool = False
 
 
 def judge(
@@ -198,6 +202,7 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
     """Hold each batch size's limits against those of the first one of the same lr/B, where linear scaling applies."""
     found: list[SharedLimit] = []
     references: list[Verdict] = []
+    sizes = Counter(verdict.batch_size for verdict in verdicts)
     for verdict in verdicts:
         reference = next((r for r in references if same_sde(r, verdict)), None)
         if reference is None:
@@ -217,8 +222,9 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
         ratio = None
         if verdict.noise_factor is not None and reference.noise_factor is not None:
             ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
+        several = max(sizes[verdict.batch_size], sizes[reference.batch_size]) > 1
         pair = verdict.batch_size, verdict.lr, reference.batch_size, reference.lr
-        found.append(SharedLimit(*pair, combine(answers), cells, ratio, elsewhere))
+        found.append(SharedLimit(*pair, combine(answers), cells, ratio, elsewhere, several))
     return found
 
 
@@ -250,9 +256,11 @@ def _judge_batch_size(
     lost = _lost(groups, ended, diverged, worst)
     cells: dict[str, dict[str, Cell]] = {metric: {} for metric in margins}
     times: dict[str, tuple[float, float]] = {}
+    rates: dict[str, float] = {}
     if usable:
         parts = common_phases([run for group in usable.values() for run in group])
-        total = next(iter(usable.values()))[0].effective_steps
+        any_run = next(iter(usable.values()))[0]
+        total, rates = any_run.effective_steps, phase_rates(any_run)
         times = {
             part: (lr * (total if part == END else b), lr * (total if part == END else e))
             for part, (b, e) in parts.items()
@@ -272,6 +280,7 @@ def _judge_batch_size(
         runs[0].config.get("sampling"),
         None if runs[0].unsized else noise_factor(batch_size, runs[0].population),
         times,
+        rates,
     )
     return _answered(verdict)
 
@@ -362,10 +371,13 @@ def same_sde(a: Verdict, b: Verdict) -> bool:
 
 
 def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
-    """Whether a part is at the same times of the SDE, but for whole steps; one that only one of them has doesn't."""
+    """Whether a part is at the same times and rate of the SDE, but for whole steps; one that one lacks is not."""
     if part not in reference.times:
         return not reference.times  # it has no usable runs, and no limit
     room = SAME * max(verdict.times[END]) + max(verdict.lr, reference.lr)
+    rates = verdict.rates[part] / verdict.lr, reference.rates[part] / reference.lr
+    if abs(rates[0] - rates[1]) > 1e-6 * rates[0]:
+        return False
     return all(abs(a - b) <= room for a, b in zip(reference.times[part], verdict.times[part], strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from svag_fast.analysis.verdict import Cell, Decision, Interval, SharedLimit, Verdict
@@ -44,14 +45,15 @@ def places(found: Iterable[tuple[str, str, Decision | None]]) -> str:
 
 def headline(verdicts: Sequence[Verdict]) -> str:
     """Return the finding in one line."""
+    names = _names(verdicts)
     said = [
-        f"{verb} {_batch_sizes(sizes)}"
+        f"{verb} {_batch_sizes(found)}"
         for answer, verb in (("matches", "matches its SDE limit at"), ("departs", "departs from it at"))
-        if (sizes := [v.batch_size for v in verdicts if v.answer == answer])
+        if (found := [name for v, name in zip(verdicts, names, strict=True) if v.answer == answer])
     ]
     if len(said) == 1:
         said = [said[0].replace("from it", "from its SDE limit")]
-    still_open = [v.batch_size for v in verdicts if v.answer == "open"]
+    still_open = [name for v, name in zip(verdicts, names, strict=True) if v.answer == "open"]
     if said:
         return "SGD " + " and ".join(said) + (f"; open at {_batch_sizes(still_open)}" if still_open else "")
     if still_open:
@@ -74,7 +76,9 @@ def shared_limit_sentence(shared: SharedLimit) -> str:
     """Say whether two batch sizes have the same limit, and where their draws make them different SDEs."""
     said = _shared_answer(shared)
     if shared.elsewhere:
-        said += f" Not compared: {_listed(shared.elsewhere)}, which are not at the same times of the SDE in both."
+        said += (
+            f" Not compared: {_listed(shared.elsewhere)}, which are not at the same times and rates of the SDE in both."
+        )
     if shared.noise_ratio == 1:
         return said
     if shared.noise_ratio is None:
@@ -90,7 +94,8 @@ def shared_limit_sentence(shared: SharedLimit) -> str:
 
 
 def _shared_answer(shared: SharedLimit) -> str:
-    pair = f"B = {shared.reference} and B = {shared.batch_size}"
+    rates = [f" (lr {lr:g})" if shared.several_rates else "" for lr in (shared.reference_lr, shared.lr)]
+    pair = f"B = {shared.reference}{rates[0]} and B = {shared.batch_size}{rates[1]}"
     found = [(metric, part, d) for metric, parts in shared.cells.items() for part, d in parts.items()]
     if shared.answer == "matches":
         return f"{pair} share their limit, within the margins: linear scaling keeps its promise."
@@ -195,5 +200,11 @@ def _listed(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _batch_sizes(sizes: Sequence[int]) -> str:
-    return "B = " + _listed(str(size) for size in dict.fromkeys(sizes))
+def _names(verdicts: Sequence[Verdict]) -> list[str]:
+    """Each verdict's batch size, with its rate where the batch size has several."""
+    sizes = Counter(v.batch_size for v in verdicts)
+    return [f"{v.batch_size}" + (f" (lr {v.lr:g})" if sizes[v.batch_size] > 1 else "") for v in verdicts]
+
+
+def _batch_sizes(names: Sequence[str]) -> str:
+    return "B = " + _listed(names)

@@ -33,6 +33,11 @@ TABLE_BYTES = 1 << 28
 NEEDED = {name: RANGES[name] for name in ("batch_size", "lr", "weight_decay", "l", "seed")}
 NEEDED["effective_steps"] = Range(1e-6, RANGES["effective_steps"].most)
 TEXTS = ("dataset", "model")
+# What runs that are compared may differ in: what is varied (lengths are compared by the rows themselves), how and how
+# often a run was computed and looked at, and where it comes from. All else decides its curve, known here or not.
+MAY_DIFFER = {"batch_size", "lr", "l", "seed", "effective_steps", "epochs", "steps"}
+MAY_DIFFER |= {"backend", "device", "threads", "jobs", "rows", "evaluations", "checkpoint_seconds"}
+MAY_DIFFER |= {"versions", "platform", "commit"}
 
 _FINITE = Range(-1.8e308, 1.8e308)
 _NOT_NEGATIVE = Range(0, 1.8e308)
@@ -291,7 +296,7 @@ def require_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
         if key in seen:
             raise ValueError(f"{name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
         seen[key] = name
-        for setting in ("dataset", "model", "weight_decay", "init", "sampling"):
+        for setting in sorted((configs[first].keys() | config.keys()) - MAY_DIFFER):
             if config.get(setting) != configs[first].get(setting):
                 raise ValueError(
                     f"{first} has {setting} {configs[first].get(setting)!r} and {name} {config.get(setting)!r}: "

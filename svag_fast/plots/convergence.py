@@ -280,7 +280,9 @@ def _short_shared(shared: SharedLimit) -> str:
         "departs": "not the limit of B = {}",
         "open": "open: the limit of B = {}?",
     }
-    return said[shared.answer].format(shared.reference)
+    return said[shared.answer].format(
+        f"{shared.reference}" + (f", lr {shared.reference_lr:g}" if shared.several_rates else "")
+    )
 
 
 def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:

@@ -101,6 +101,14 @@ def test_the_smallest_batchs_sgd_runs_predict_kappa_and_batch_size(runs):
     assert found.outlook[1].measured.equilibrium.nsr.value == pytest.approx(0.1, rel=0.1)
 
 
+def test_the_sentence_says_what_the_interval_rests_on(runs):
+    """One run shows nothing of what runs differ in."""
+    assert "(95 % interval " in from_runs(runs).headline()
+    assert ", of 3 runs; C = 1.414; equilibrium" in from_runs(runs).headline()
+    alone = from_runs(next(path for path in sorted(runs.iterdir()) if path.name.startswith("b8-lr0.1-l1")))
+    assert ", of one run, without the scatter between runs; C = 1.414" in alone.headline()
+
+
 def test_other_batch_sizes_do_not_enter_the_prediction(runs, tmp_path):
     for seed in range(3):
         write_run(tmp_path / "alone", seed=seed)
@@ -110,11 +118,14 @@ def test_other_batch_sizes_do_not_enter_the_prediction(runs, tmp_path):
 
 
 def test_seeds_are_averaged_so_that_errors_shrink(tmp_path):
-    for seed in range(3):
-        write_run(tmp_path, seed=seed, rows=4000, per=1)
-    one, three = from_runs(tmp_path / "b8-lr0.1-l1-seed0"), from_runs(tmp_path)
-    ratio = one.baseline.equilibrium.nsr.standard_error / three.baseline.equilibrium.nsr.standard_error
-    assert 1.3 < ratio < 2.3  # the square root of 3, but for the errors' own errors
+    seeds = 9
+    for seed in range(seeds):
+        write_run(tmp_path, seed=seed, rows=1000, per=1)
+    one, all_of_them = from_runs(tmp_path / "b8-lr0.1-l1-seed0"), from_runs(tmp_path)
+    errors = [found.baseline.equilibrium.nsr.standard_error for found in (one, all_of_them)]
+    # The root of 9, but for the nine's own error, 8 degrees of freedom, 1 in 1000 on either side, and 20 % for one's.
+    spread = [math.sqrt(stats.chi2.ppf(p, seeds - 1) / (seeds - 1)) for p in (1e-3, 1 - 1e-3)]
+    assert 3 / spread[1] / 1.2 < errors[0] / errors[1] < 3 / spread[0] * 1.2
 
 
 def test_the_window_is_the_last_part_of_the_phase_before_the_decay(runs):

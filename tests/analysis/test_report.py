@@ -86,6 +86,53 @@ def test_every_comparison_of_two_rates_of_one_batch_size_is_kept(tmp_path: Path)
         "16 lr 0.2": (8, 0.1, 0.2), "16 lr 0.4": (8, 0.2, 0.4), "32": (8, 0.2, 0.8),
     }  # fmt: skip
     assert set(found) <= set(summary["batch_sizes"])
+    report = make_report(tmp_path)
+    said = [shared_limit_sentence(shared) for shared in report.shared]
+    assert [s.split(" share")[0] for s in said] == [
+        "B = 8 (lr 0.1) and B = 16 (lr 0.2)",
+        "B = 8 (lr 0.2) and B = 16 (lr 0.4)",
+        "B = 8 (lr 0.2) and B = 32 (lr 0.8)",
+    ]
+    assert "B = 8 (lr 0.1), 8 (lr 0.2), 16 (lr 0.2), 16 (lr 0.4) and 32" in summary["headline"]
+    assert [s.split(" from ")[0] for s in report.noise_sentences()[:2]] == ["N at B = 8 lr 0.1", "N at B = 8 lr 0.2"]
+    assert report.prediction is not None
+    assert report.prediction.headline().startswith("Linear scaling from B = 8, lr = 0.1 must fail")
+
+
+@pytest.mark.parametrize("setting", ["optimizer", "momentum", "schedule", "weight_decay", "label_smoothing"])
+def test_runs_that_differ_in_more_than_l_are_refused_by_name(tmp_path: Path, setting: str) -> None:
+    """Known to this package or not: SGD's distance from the limit would be the other setting's."""
+    for l in (1, 2):
+        for seed in range(2):
+            write_run(tmp_path, l=l, seed=seed, **({setting: 0.9} if l == 2 else {}))
+    with pytest.raises(ValueError, match=rf"has {setting} .* and B8-l2-seed0 0\.9: runs that differ in more than"):
+        make_report(tmp_path)
+
+
+def test_how_runs_were_computed_may_differ(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path, seed=seed, threads=seed + 1, device=["cpu", "cuda"][seed], commit=str(seed))
+    assert len(make_report(tmp_path).runs) == 2
+
+
+def test_a_copy_of_a_run_under_another_seed_is_refused(tmp_path: Path) -> None:
+    """As two values they would have no scatter, and half the variance."""
+    first, second = (write_run(tmp_path, seed=seed) for seed in range(2))
+    (second / "metrics.csv").write_bytes((first / "metrics.csv").read_bytes())
+    with pytest.raises(ValueError, match="B8-l1-seed0 and B8-l1-seed1 have the same numbers in every row"):
+        make_report(tmp_path)
+
+
+def test_another_rate_in_the_rows_than_the_other_runs_is_refused(tmp_path: Path) -> None:
+    """The configs agree, but the second phase is at a fifth of the first one's rate and not at a tenth."""
+    for l in (1, 2):
+        for seed in range(2):
+            run = write_run(tmp_path, l=l, seed=seed)
+    table = (run / "metrics.csv").read_text()
+    assert ",0.010000000000000002," in table
+    (run / "metrics.csv").write_text(table.replace(",0.010000000000000002,", ",0.02,"))
+    with pytest.raises(ValueError, match=r"has the rate 0.01 in phase 2 .* and B8-l2-seed1 0.02: .* the same schedule"):
+        make_report(tmp_path)
 
 
 def test_numbers_that_differ_have_keys_that_differ(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def write_run(
     settings |= {"versions": {"torch": "2.6"}, "commit": "0" * 40} | config
     (run / "config.json").write_text(json.dumps(settings))
     done = np.linspace(0, 1, len(accuracy))
-    rows = [_row(u, a, lr0, total, l, nsr) for u, a in zip(done, accuracy, strict=True)]
+    rows = [_row(u, a, lr0, total, l, nsr, seed) for u, a in zip(done, accuracy, strict=True)]
     rows = rows[: max(1, round(fraction * len(rows)))]
     if diverged:
         rows[-1] |= dict.fromkeys(("train_loss", "test_loss", "grad_sq_norm", "noise_trace", "nsr"), math.nan)
@@ -64,7 +64,9 @@ def write_run(
     return run
 
 
-def _row(u: float, accuracy: float, lr: float, effective_steps: float, l: float, nsr: float) -> dict[str, object]:
+def _row(
+    u: float, accuracy: float, lr: float, effective_steps: float, l: float, nsr: float, seed: int
+) -> dict[str, object]:
     """Return one line of metrics.csv at the fraction ``u`` of the run."""
     accuracy = min(max(accuracy, 0.0), 1.0)  # whatever the noise on it
     G = 0.5 + 2 * np.exp(-10 * u)
@@ -72,7 +74,7 @@ def _row(u: float, accuracy: float, lr: float, effective_steps: float, l: float,
         "step": round(u * effective_steps * l),
         "effective_step": u * effective_steps,
         "time": lr * effective_steps * (min(u, 0.8) + 0.1 * max(u - 0.8, 0)),
-        "train_loss": 2.3 * (1 - accuracy) + 0.05,
+        "train_loss": 2.3 * (1 - accuracy) + 0.05 + 1e-9 * seed,  # no two seeds are copies
         "amplified_loss": "",
         "test_loss": 2.3 * (1 - accuracy) + 0.08,
         "train_accuracy": accuracy,
