@@ -153,9 +153,10 @@ class HeldGradient:
             )
         if self._changed_alone(second, _changes_of_a_scaler() if seen_by_scaler else 0):
             raise RuntimeError(
-                "the second gradient, or a part of it, was changed in place after its backward pass and the held one was "
-                "not, as by clip_grad_norm_ after hold_gradient(). Clip both by optimizer.clip_grad_norm_(max_norm) before "
-                "step(), under a GradScaler after optimizer.unscale_(scaler); or change each after its own backward "
+                "the second gradient, or a part of it, was changed in place after its backward pass and the held one "
+                "was not, as by clip_grad_norm_ after hold_gradient(). Clip both by "
+                "optimizer.clip_grad_norm_(max_norm) before step(), under a GradScaler after "
+                "optimizer.unscale_(scaler); or change each after its own backward "
                 "pass. (Gradients accumulated over several backward passes: as many for the one as for the other.)"
             )
         moves = _counts(self._with_gradient())

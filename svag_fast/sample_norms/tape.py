@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from svag_fast.ops.memory import has_memory
 
@@ -116,7 +117,7 @@ class Recorder:
         self._numels: dict[str, int] = {}
         self._hooked: dict[int, tuple[nn.Parameter, str, torch.utils.hooks.RemovableHandle]] = {}
         self._problem: str | None = None
-        self._doubts: list[tuple[str, Tensor]] = []
+        self._doubts: list[tuple[str, Tensor]] = []  # a problem, and how far it goes: 0 where there is none
         self._pass: _Pass | None = None
 
     def track(self, names: dict[nn.Parameter, str], aliases: dict[str, str]) -> None:
@@ -130,7 +131,7 @@ class Recorder:
                 continue
             if known is not None:
                 known[2].remove()
-            handle = hook(parameter, functools.partial(self._arrive, name))
+            handle = hook(parameter, functools.partial(self._arrive, name, parameter))
             hooks: Any = parameter._backward_hooks
             if len(hooks) > 1:
                 theirs = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
@@ -181,9 +182,9 @@ class Recorder:
 
     def check(self) -> None:
         """Raise what made the norms unknown, if anything did."""
-        for name, error in self._doubts:
+        for problem, error in self._doubts:
             if bool(error > 0):
-                self.fail(_foreign(name))
+                self.fail(problem)
         self._doubts = []
         if self._problem is not None:
             raise RuntimeError(self._problem)
@@ -205,10 +206,12 @@ class Recorder:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(current))
         return self._pass
 
-    def _arrive(self, name: str, grad: Tensor) -> None:
+    def _arrive(self, name: str, parameter: nn.Parameter, grad: Tensor) -> None:
         current = self.open()
         if current is None:
             return
+        if len(parameter._backward_hooks or ()) > 1:  # the user's, which come behind this one
+            self._look_behind_hooks(name, parameter, grad)
         current.arrived.add(name)
         due = current.due.pop(name, None)
         if due is None:
@@ -220,7 +223,25 @@ class Recorder:
         # Sums of the same terms in another order: equal to rounding. Read back only when the norms are.
         rounding = 64 * torch.finfo(grad.dtype).eps
         if grad.numel():
-            self._doubts.append((name, (grad - ours).abs().max() - rounding * ours.abs().max()))
+            self._doubts.append((_foreign(name), (grad - ours).abs().max() - rounding * ours.abs().max()))
+
+    def _look_behind_hooks(self, name: str, parameter: nn.Parameter, before: Tensor) -> None:
+        """Find out whether the parameter's other hooks change the gradient: its norms are those before."""
+        version = before._version
+
+        def look(grads: tuple[Tensor, ...]) -> None:
+            handle.remove()
+            problem = (
+                f"a hook on {name} changed its gradient on the way to .grad, where the per-sample norms are of the "
+                "gradient before: take the hook off, or leave the parameter out with parameters=..."
+            )
+            if before._version != version:
+                self.fail(problem)
+            elif grads[0] is not before and grads[0].numel() and has_memory(grads[0]):
+                self._doubts.append((problem, (grads[0] - before).abs().max()))
+
+        with torch.enable_grad():
+            handle = get_gradient_edge(parameter).node.register_prehook(look)
 
     def _finish(self, current: _Pass) -> None:
         """At the end of a backward pass: cross terms of the shared parameters, then keep the norms."""

@@ -23,13 +23,44 @@ def test_gradient_is_handed_over_not_copied():
     assert model.weight.grad.data_ptr() == seen[0]
 
 
-def test_the_users_own_gradient_hooks_run_and_are_no_foreign_use():
-    model = nn.Linear(3, 2)
-    model.weight.register_hook(lambda grad: 2 * grad)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("harmless", [lambda grad: None, lambda grad: grad, torch.clone])
+def test_the_users_own_gradient_hooks_run_and_are_no_foreign_use(harmless, inside):
+    model, seen = nn.Linear(3, 2), []
+
+    def watch(grad):
+        seen.append(grad)
+        return harmless(grad)
+
+    if not inside:
+        model.weight.register_hook(watch)
     with per_sample_sq_norms(model) as norms:
+        if inside:
+            model.weight.register_hook(watch)
         model(torch.ones(2, 3)).sum().backward()
-    assert norms["weight"].tolist() == pytest.approx([24, 24], rel=1e-6)
+        model(torch.ones(2, 3)).sum().backward()
+    assert norms["weight"].tolist() == pytest.approx([24, 24, 24, 24], rel=1e-6)
     assert (model.weight.grad == 4).all()
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("change", [lambda grad: 2 * grad, lambda grad: grad * (grad > 5), lambda grad: grad.mul_(2)])
+def test_a_hook_that_changes_the_gradient_makes_the_norms_unknown(change, inside):
+    """As one that masks all rows of an embedding but those of new words: norms would be of what isn't trained too."""
+    model = nn.Linear(3, 2)
+    if not inside:
+        model.weight.register_hook(change)
+    with per_sample_sq_norms(model) as norms:
+        if inside:
+            model.weight.register_hook(change)
+        model(torch.ones(2, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match="a hook on weight changed its gradient"):
+            _ = norms.total
+    assert torch.equal(model.weight.grad, change(torch.full((2, 3), 2.0)))
+    with per_sample_sq_norms(model, parameters=[model.bias]) as norms:
+        model(torch.ones(2, 3)).sum().backward()
+    assert norms.total.tolist() == pytest.approx([8, 8], rel=1e-6)
 
 
 @pytest.mark.parametrize("when", ["never", "forward", "backward", "between"])
