@@ -170,6 +170,44 @@ def test_the_benchmark_finds_all_that_it_imports(
     assert result.status == "passed", result.lines
 
 
+def test_a_disk_that_becomes_full_ends_nothing_and_the_report_is_printed(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full stands for the disk once the first section is written."""
+    opens, written = Path.open, tmp_path / "gpu-x.json"
+
+    def open_full(path: Path, mode: str = "r", **options: Any) -> Any:
+        full = path.suffix == ".partial" and written.exists() and '"passed"' in written.read_text()
+        return opens(Path("/dev/full") if full else path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    planned = [python(report, "print('well')", name=name) for name in ("one", "two", "three")]
+    results = report.report(planned, tmp_path / "gpu-x", {"device": "x"}, dry=False, budget_s=60.0)
+    assert [r.status for r in results] == ["passed"] * 3
+    printed = capsys.readouterr().out
+    assert "the report can't be written: [Errno 28]" in printed
+    assert "- **three** passed" in printed
+    assert json.loads((tmp_path / "gpu-x.json").read_text())["sections"][0]["status"] == "passed"
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_where_nothing_can_be_written_nothing_is_run(report: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran = tmp_path / "ran"
+    with pytest.raises(OSError, match="file"):
+        report.report(
+            [python(report, f"open({str(ran)!r}, 'w')")], tmp_path / "file" / "x", {}, dry=False, budget_s=60.0
+        )
+    assert not ran.exists()
+
+
+def test_a_section_that_can_not_be_started_fails_alone(report: ModuleType, tmp_path: Path) -> None:
+    planned = [report.Section("absent", ["/no/such/program"], 0.5), python(report, "")]
+    results = report.report(planned, tmp_path / "gpu-x", {"device": "x"}, dry=False, budget_s=60.0)
+    assert results[0].status.startswith("failed: [Errno 2]")
+    assert results[1].status == "passed"
+
+
 def test_what_can_not_be_read_or_shown_does_not_end_the_report(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

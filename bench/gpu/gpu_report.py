@@ -308,24 +308,46 @@ def write(base: Path, about: dict[str, Any], results: list[Result], *, dry: bool
         to_read = f"The text could not be made of the JSON file beside this one:\n\n{traceback.format_exc()}"
     for ending, content in ((".json", text), (".md", to_read)):
         partial = base.with_name(base.name + ending + ".partial")
-        with partial.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(base.with_name(base.name + ending))
+        try:
+            with partial.open("w") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(base.with_name(base.name + ending))
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def report(planned: list[Section], base: Path, about: dict[str, Any], *, dry: bool, budget_s: float) -> list[Result]:
-    """Run the sections; before and after each, write what is known, and what is still to come as not run."""
+    """Run the sections; before and after each, write what is known, and what is still to come as not run.
+
+    A disk that becomes full ends nothing: what could not be written in the end is printed.
+
+    Raises:
+        OSError: nothing can be written from the first; nothing was run.
+    """
     start, results = time.monotonic(), []
     for i, section in enumerate(planned):
-        print(f"{section.name} ...", end=" ", flush=True)
         running = Result(section.name, "not run: the report was ended during this section")
         to_come = [Result(s.name, "not run: the report was ended before it") for s in planned[i + 1 :]]
-        write(base, about, [*results, running, *to_come], dry=dry)
-        results.append(run(section, budget_s - (time.monotonic() - start), dry=dry))
-        write(base, about, [*results, *to_come], dry=dry)
+        try:
+            write(base, about, [*results, running, *to_come], dry=dry)
+        except OSError:
+            if not results:
+                raise
+        print(f"{section.name} ...", end=" ", flush=True)
+        try:
+            results.append(run(section, budget_s - (time.monotonic() - start), dry=dry))
+        except OSError as error:
+            results.append(Result(section.name, f"failed: {error}"))
         print(f"{results[-1].status} ({results[-1].seconds} s)", flush=True)
+        try:
+            write(base, about, [*results, *to_come], dry=dry)
+        except OSError as error:
+            print(f"the report can't be written: {error}", flush=True)
+            if not to_come:
+                print(markdown(about, [asdict(r) for r in results], dry=dry))
     return results
 
 
@@ -343,7 +365,10 @@ def main() -> None:
     architecture = "80" if arguments.dry else about["capability"].replace(".", "")
     planned = sections(dry=arguments.dry, architecture=architecture)
     budget_s = (DRY_BUDGET_S if arguments.dry else BUDGET_S) - (time.monotonic() - start)
-    results = report(planned, base, about, dry=arguments.dry, budget_s=budget_s)
+    try:
+        results = report(planned, base, about, dry=arguments.dry, budget_s=budget_s)
+    except OSError as error:
+        raise SystemExit(f"the report can't be written, so nothing was run: {error}") from None
     print(base.with_name(base.name + ".md"))
     if any(r.status.startswith(("failed", "not run")) for r in results):
         raise SystemExit(1)
