@@ -24,6 +24,7 @@ import tempfile
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -100,6 +101,13 @@ def max_jobs() -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise SystemExit(f"svag_fast: MAX_JOBS must be a number of processes, at least 1, not {text!r}")
     return int(text)
+
+
+def compile_with_cxx(compiler: Any) -> None:
+    """Have C++ compiled by CXX also where setuptools is older than 72.2 and would take CC."""
+    if not hasattr(compiler, "compiler_so_cxx"):
+        flags = compiler.compiler_so[len(compiler_of(compiler.compiler_so)) :]
+        compiler.compiler_so = [*compiler.compiler_cxx, *flags]
 
 
 class NoCudaError(Exception):
@@ -215,6 +223,7 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Compile every source in one pool, the longest first; link as usual."""
         self._check_tools()
+        compile_with_cxx(self.compiler)
         jobs_at_once = max_jobs()
         cuda = choose_cuda(compiler_of(self.compiler.compiler_cxx)[-1])
         self.force = True  # file times do not show a changed SVAG_CUDA or CXX

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,17 @@ def test_cxx_is_what_setuptools_can_split(
         assert "CXX" not in os.environ
     else:
         assert split_quoted(os.environ["CXX"]) == [word.format(tmp_path) for word in words]
+
+
+def test_an_older_setuptools_compiles_with_cxx_too() -> None:
+    """The GPU report builds with the setuptools that is there."""
+    setup = load_setup()
+    old = types.SimpleNamespace(compiler_cxx=["my g++", "-m64"], compiler_so=["ccache", "gcc", "-O2", "-fPIC"])
+    setup.compile_with_cxx(old)
+    assert old.compiler_so == ["my g++", "-m64", "-O2", "-fPIC"]
+    new = types.SimpleNamespace(compiler_cxx=["g++"], compiler_so=["gcc"], compiler_so_cxx=["g++", "-fPIC"])
+    setup.compile_with_cxx(new)
+    assert new.compiler_so == ["gcc"]
 
 
 def test_fast_mathematics_in_the_users_flags_is_turned_off() -> None:
