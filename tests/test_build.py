@@ -123,11 +123,10 @@ def test_unknown_cuda_choice_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two", "2.5", "²"])
-def test_number_of_compilers_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
-    result = build_extension(tmp_path, MAX_JOBS=number, SVAG_CUDA="0")
-    assert result.returncode != 0
-    assert f"MAX_JOBS must be a number of processes, at least 1, not {number!r}" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_number_of_compilers_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    monkeypatch.setenv("MAX_JOBS", number)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS must be a number of processes, at least 1, not '{number}'"):
+        load_setup().max_jobs()
 
 
 def test_compilers_run_at_once_as_many_as_max_jobs_says(monkeypatch: pytest.MonkeyPatch) -> None:
