@@ -27,6 +27,7 @@ class DeviceCache(Generic[_T]):
         """
         full_key = device, key
         capturing = is_capturing(device)
+        # A graph reads this memory at each replay: it must outlive the cache.
         if capturing and full_key in self._kept:
             self._captured[full_key] = self._kept.pop(full_key)
         if full_key in self._captured:

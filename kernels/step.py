@@ -74,6 +74,7 @@ def _block(
         s2 += g2 * g2
         s12 += g1 * g2
         poison += g2 * 0.0
+        # At l = 1 the second gradient has no weight, and 0 times an inf in it would be nan.
         combined = tl.where(c2 == 0.0, combined, combined + c2 * g2)
     if UPDATE:
         value = x
@@ -83,11 +84,13 @@ def _block(
         direction = combined + weight_decay * value
         if MOMENTUM:
             v = _load(v_ptr, offsets, mask, A, MASKED)
+            # What rounding to float32 takes off mu is a part of 1 - mu that counts when mu is near 1.
             direction = mu * v + (direction + mu_rest * v)
             _store(v_ptr, offsets, direction, mask, MASKED)
         if COMPENSATED:
             step = e - rate * direction
             total = x + step
+            # Knuth's two-sum: `error` is what the addition has lost.
             part = total - x
             error = (x - (total - part)) + (step - part)
             rounded = total.to(x_ptr.dtype.element_ty)
@@ -124,14 +127,17 @@ def _step_kernel(
     GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """One program's share of one tensor; PAIRS has bit 4 * param_code + grad_code set for each pair in the list."""
+    # 64 bits from the start: a tensor may have more elements than 32 can count.
     program = tl.program_id(0).to(tl.int64)
     row = table + tl.load(owners + 2 * program) * 7
     start = tl.load(owners + 2 * program + 1)
     size, code = tl.load(row + 5), tl.load(row + 6)
     go = True
     if GATED:
+        # The second launch of skip_nonfinite: the first has said whether every gradient is finite.
         go = tl.load(stats + 4) != 0.0
     if go:
+        # A branch for each pair of dtypes in the list, compiled once for the list: one launch serves mixed lists.
         for pair in tl.static_range(16):
             if (PAIRS >> pair) & 1:
                 if code == pair:
@@ -157,6 +163,7 @@ def _step_kernel(
                     for k in range(0, tl.minimum(tl.cdiv(size - start, BLOCK), ROUNDS)):
                         first = start + k * BLOCK
                         offsets = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
+                        # Whole blocks without masks, whose loads the compiler can widen.
                         if first + BLOCK <= size:
                             s1, s2, s12, sx, poison = _block(
                                 x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, offsets < size, rate, c1, c2,
@@ -175,6 +182,7 @@ def _step_kernel(
                         total12 = tl.sum(s12).to(tl.float64)
                         finite = tl.sum(poison) == 0.0
                         if A == tl.float32:
+                            # Rare, so the tensor's share is read again rather than summed in float64 always.
                             overflow = (total1 + total2 + total12) * 0.0 != 0.0
                             if finite & overflow:
                                 total1, total2, total12 = _sums_in_float64(
@@ -194,6 +202,7 @@ def _finish_kernel(partials, stats, programs, FINISH: tl.constexpr):
     lanes = tl.arange(0, FINISH)
     total = tl.zeros((FINISH,), dtype=tl.float64)
     least = tl.full((FINISH,), 1.0, dtype=tl.float64)
+    # One program a statistic, in the programs' order: bits that don't depend on the schedule.
     for first in range(0, programs, FINISH):
         inside = first + lanes < programs
         value = tl.load(partials + which * programs + first + lanes, mask=inside, other=0.0)
@@ -269,10 +278,12 @@ def svag_step(
         "GRAD2": grads2 is not None,
         "COMPENSATED": len(compensation) > 0,
         "MOMENTUM": len(momentum_buffers) > 0,
+        # A view may begin anywhere; loads of 16 bytes then trap.
         "ALIGNED": all(t.data_ptr() % 16 == 0 for t in everything),
         "BLOCK": BLOCK,
         "ROUNDS": ROUNDS,
         "num_warps": 4,
+        # The reference's bits: it rounds after each product.
         "enable_fp_fusion": False,
     }
     arguments = (table, owners, coefficients, partials, stats, programs)

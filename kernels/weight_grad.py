@@ -238,6 +238,7 @@ def _finish_layer_kernel(
             _end_tile(
                 total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
             )  # fmt: skip
+            # All of the program's stores, by whichever warp, before it counts itself done.
             tl.debug_barrier()
             last = tl.atomic_add(partials + 5 * programs, 1.0, sem="acq_rel") == ends - 1
         if last:
@@ -318,12 +319,14 @@ def product_tiles(
         M, N, (OUT_H, OUT_W), exact=inputs.dtype == torch.float32 and precision == "ieee", wide=a_strides[1] == 1
     )
     tiles = groups * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    # Samples are cut up only as far as tiles alone would leave the GPU idle.
     CHUNK = max(1, math.ceil(B / max(1, _WARPS // tile.warps // max(1, tiles))))
     chunks = max(1, triton.cdiv(B, CHUNK))
     size = O * N
     ends = 1 if chunks == 1 else triton.cdiv(size, _TILE_END)
     programs = tiles if chunks == 1 else ends
 
+    # A grid of no programs can't be launched.
     if size == 0:
         nothing = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
         return torch.zeros(B, dtype=torch.float64, device=device), nothing
@@ -389,10 +392,8 @@ def tile_of(M: int, N: int, positions: tuple[int, int], *, exact: bool, wide: bo
 
 
 def _positions(height: int, width: int, most: int) -> tuple[int, int]:
-    """Return how many rows and columns of a layer's positions, powers of 2, a turn takes: as few turns as can be.
-
-    So a position's place in its row does not change from turn to turn, and needs no division.
-    """
+    """Return how many rows and columns of a layer's positions a turn takes: as few turns as can be."""
+    # Powers of 2, so that a position's place in its row stays from turn to turn and needs no division.
     shapes = [(most // columns, columns) for columns in (1 << k for k in reversed(range(most.bit_length())))]
     return min(shapes, key=lambda shape: math.ceil(height / shape[0]) * math.ceil(width / shape[1]))
 

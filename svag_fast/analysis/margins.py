@@ -52,5 +52,6 @@ def choose_margins(metrics: Sequence[str], given: Mapping[str, Margin]) -> dict[
         raise ValueError("metrics is empty: at least one column is needed")
     if unknown := sorted(set(given) - set(metrics)):
         raise ValueError(f"a margin is given for {', '.join(unknown)}, but judged are {', '.join(metrics)}")
+    # An accuracy has a scale of its own. A loss may have any level, so its margin is a part of it.
     points, part = Margin(0.02), Margin(0.1, relative=True)
     return {metric: given.get(metric, points if metric.endswith("accuracy") else part) for metric in metrics}

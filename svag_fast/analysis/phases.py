@@ -22,13 +22,11 @@ def same_rate(a: Array, b: Array) -> npt.NDArray[np.bool_]:
 
 
 def constant_stretches(lr: Array, steps: Array) -> list[tuple[int, int, float, float]]:
-    """Return each stretch of constant rate: its first and last row, and the steps at which it begins and ends.
-
-    A row holds the rate of the step before it, so a stretch begins at the last row of the one before.
-    """
+    """Return each stretch of constant rate: its first and last row, and the steps at which it begins and ends."""
     if len(steps) == 0:
         return []
     changes = (np.flatnonzero(~same_rate(lr[:-1], lr[1:])) + 1).tolist()
+    # A row holds the rate of the step before it, so a stretch begins at the last row of the one before.
     bounds = zip([0, *changes], [*(change - 1 for change in changes), len(lr) - 1], strict=True)
     return [(first, last, float(steps[max(first - 1, 0)]), float(steps[last])) for first, last in bounds]
 
@@ -59,6 +57,7 @@ def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     found = phases(first)
     for other in others:
         theirs = phases(other)
+        # Not strict: another number of phases is refused below, with the same words.
         apart = [abs(a - b) for x, y in zip(found, theirs, strict=False) for a, b in zip(x, y, strict=True)]
         total = first.effective_steps
         if other.effective_steps != total or len(theirs) != len(found) or max(apart, default=0.0) > SAME * total + 1:
@@ -73,6 +72,7 @@ def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
                     f"{first.name} has the rate {rate:g} in {part} (column lr of metrics.csv) and {other.name} "
                     f"{others_rates[part]:g}: runs that are compared must have the same schedule"
                 )
+    # The first half is left out: after a drop of the rate a run needs a while to its new equilibrium.
     windows = {f"phase {i}": ((begin + end) / 2, end) for i, (begin, end) in enumerate(found, 1)}
     return windows | {END: (math.nan, math.nan)}
 

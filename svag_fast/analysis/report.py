@@ -197,6 +197,7 @@ class Report:
         Raises:
             OSError: The folder is missing or not writable, or the disk is full; an older file is left as it was.
         """
+        # NaN is not JSON, and other readers refuse it: what was not measured is null.
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
         with replace_file(Path(folder) / "summary.json") as file:
             file.write(text.encode() + b"\n")
@@ -353,6 +354,7 @@ def _norms(runs: Sequence[Run]) -> tuple[Estimate, Estimate, Estimate] | None:
 def _closeness(
     a: tuple[Estimate, Estimate, Estimate] | None, b: tuple[Estimate, Estimate, Estimate] | None
 ) -> Estimate | None:
+    # Estimates of G may fall below 0 by chance: there is no ratio of norms then.
     if a is None or b is None or min(estimate.value for estimate in (*a, *b)) <= 0:
         return None
     sgd, sde = (Norms(weight_sq_norm=R, grad_sq_norm=G, noise_trace=N) for G, N, R in (a, b))
@@ -360,6 +362,7 @@ def _closeness(
 
 
 def _noise_cost(run: Run) -> float:
+    # Measured once, before the first step; older runs don't have it.
     costs = run.metrics.get("noise_cost", np.empty(0))
     return float(costs[0]) if len(costs) else math.nan
 
@@ -379,6 +382,7 @@ def _median(run: Run, column: str) -> float:
 
 def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     finite = np.array([value for value in values if math.isfinite(value)])
+    # All or none: a mean over the runs that were measured is another mean than its row says.
     if len(finite) == 0 or len(finite) < len(values):
         return None, None
     return float(finite.mean()), float(finite.std(ddof=1)) if len(finite) > 1 else None
@@ -391,4 +395,5 @@ def _accuracy(mean: float | None, sd: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
+    # 1e+05 as 1e5: the table has 80 columns.
     return "" if value is None else re.sub(r"e([+-])0*", lambda e: f"e{e[1].strip('+')}", f"{value:.2g}")

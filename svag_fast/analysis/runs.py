@@ -97,6 +97,7 @@ class Run:
         if column not in self.metrics:
             raise KeyError(f"{self.name}: no column {column!r} in metrics.csv; it has {', '.join(self.metrics)}")
         values = self.metrics[column]
+        # Infinite values stay: they were measured, and say that the run diverged.
         measured = ~np.isnan(values)
         return self.metrics["effective_step"][measured], values[measured]
 
@@ -109,6 +110,7 @@ class Run:
         steps, lr = self.metrics["effective_step"], self.metrics["lr"]
         if len(steps) == 0 or np.isnan(lr).all():
             return math.nan
+        # From the peak on, so that a warm-up is not taken for the first drop.
         peak = int(np.nanargmax(lr))
         dropped = np.flatnonzero(lr[peak:] < lr[peak] / 2)
         end = steps[peak + dropped[0]] if len(dropped) else np.inf
@@ -136,6 +138,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     if not runs:
         hint = ", but it is a run itself: name the folder above it" if (folder / "config.json").exists() else ""
         raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json){hint}")
+    # Here, before any mean is taken: curves of two data sets would be averaged without a word.
     require_comparable({run.name: run.config for run in runs})
     _refuse_copies(runs)
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))

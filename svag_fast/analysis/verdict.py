@@ -204,6 +204,7 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
     references: list[Verdict] = []
     sizes = Counter(verdict.batch_size for verdict in verdicts)
     for verdict in verdicts:
+        # The first of its SDE, the smallest batch: the linear scaling rule starts from there.
         reference = next((r for r in references if same_sde(r, verdict)), None)
         if reference is None:
             references.append(verdict)
@@ -221,6 +222,7 @@ def shared_limits(verdicts: Sequence[Verdict]) -> list[SharedLimit]:
         answers = [d.answer if d else "open" for parts in cells.values() for d in parts.values()]
         ratio = None
         if verdict.noise_factor is not None and reference.noise_factor is not None:
+            # Both are 0 where a batch is the whole data set: no noise is as much as no noise.
             ratio = verdict.noise_factor / reference.noise_factor if reference.noise_factor else 1.0
         several = max(sizes[verdict.batch_size], sizes[reference.batch_size]) > 1
         pair = verdict.batch_size, verdict.lr, reference.batch_size, reference.lr
@@ -238,6 +240,7 @@ def combine(answers: Sequence[Answer]) -> Answer:
 def decide(figure: Figure, margin: float, confidence: float) -> Decision:
     """Hold one figure against ``margin``."""
     ends = figure.interval(confidence)
+    # An interval that crosses the margin says neither, so "open" is an answer of its own, not a weak "matches".
     answer: Answer = "matches" if within(ends, margin) else "departs" if outside(ends, margin) else "open"
     needed = _seeds_needed(figure, margin, confidence) if answer == "open" else None
     return Decision(float(figure.value), (float(ends[0]), float(ends[1])), margin, answer, needed)
@@ -259,9 +262,11 @@ def _judge_batch_size(
     rates: dict[str, float] = {}
     if usable:
         parts = common_phases([run for group in usable.values() for run in group])
+        # All have this length and schedule: `common_phases` refuses others.
         any_run = next(iter(usable.values()))[0]
         total, rates = any_run.effective_steps, phase_rates(any_run)
         times = {
+            # In the SDE's own time, in which runs of different batch sizes can be compared.
             part: (lr * (total if part == END else b), lr * (total if part == END else e))
             for part, (b, e) in parts.items()
         }
@@ -288,6 +293,7 @@ def _judge_batch_size(
 def _answered(verdict: Verdict) -> Verdict:
     if sum(map(len, verdict.diverged.values())) == sum(verdict.total.values()):
         return replace(verdict, answer="diverged")
+    # SGD that diverges where the largest l never does is no open question: the limit is finite, and SGD is not.
     largest = max(verdict.total)
     if verdict.sgd_diverged and largest > 1 and verdict.finished[largest] and largest not in verdict.diverged:
         return replace(verdict, answer="departs")
@@ -304,9 +310,11 @@ def _cell(
     lost: Mapping[str, str],
 ) -> Cell:
     measured = {l: [part_mean(run, metric, part, window) for run in group] for l, group in groups.items()}
+    # A mean over the runs that happen to have been measured there would be of another part than the others'.
     if any(count == 0 for pairs in measured.values() for _, count in pairs):
         return Cell({}, missing="it was not measured there in every run: ask for more evaluations")
     values = {l: np.array([value for value, _ in pairs]) for l, pairs in measured.items()}
+    # One infinite run makes a mean infinite, and every distance nan.
     if not all(np.isfinite(v).all() for v in values.values()):
         return Cell({}, missing="it is not finite there in every run")
     # Runs may end on the same value by chance, since an accuracy has few: a run's number has at least the variance
@@ -321,8 +329,10 @@ def _cell(
     ls = np.array(sorted(variances))
     if len(ls) < 2:
         return Cell(means, missing=lost["limit"])
+    # A relative margin is a part of the largest l's mean, the nearest to the limit: the limit itself is not known yet.
     level = means[ls[-1]].value
     size = margin.at(level)
+    # Nothing is inside a margin of 0, so every answer would be "departs" or "open" for no reason in the data.
     if size == 0:
         return Cell(means, missing=f"{margin} of a mean of 0 is no margin: give {metric} one of its own (--margin)")
     numbers = np.array([means[l].value for l in ls]), np.array([variances[l] for l in ls])
@@ -374,6 +384,7 @@ def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
     """Whether a part is at the same times and rate of the SDE, but for whole steps; one that one lacks is not."""
     if part not in reference.times:
         return not reference.times  # it has no usable runs, and no limit
+    # A whole step of either counts as no difference: a milestone falls on one.
     room = SAME * max(verdict.times[END]) + max(verdict.lr, reference.lr)
     rates = verdict.rates[part] / verdict.lr, reference.rates[part] / reference.lr
     if abs(rates[0] - rates[1]) > 1e-6 * rates[0]:
@@ -383,6 +394,7 @@ def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
 
 def _seeds_needed(figure: Figure, margin: float, confidence: float) -> int | None:
     """Return the least number of seeds for each l whose interval would clear the margin, were the estimates to stay."""
+    # More seeds shorten the random part alone; the extrapolation's own length stays.
     gap = abs(abs(float(figure.value)) - margin) - float(figure.systematic)
 
     def enough(count: int) -> bool:
@@ -392,6 +404,7 @@ def _seeds_needed(figure: Figure, margin: float, confidence: float) -> int | Non
     if not enough(_MOST_SEEDS):
         return None
     low, high = 1, _MOST_SEEDS  # one seed is never enough, high always is
+    # By bisection, since more seeds never make the interval longer.
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

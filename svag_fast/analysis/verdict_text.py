@@ -51,6 +51,7 @@ def headline(verdicts: Sequence[Verdict]) -> str:
         for answer, verb in (("matches", "matches its SDE limit at"), ("departs", "departs from it at"))
         if (found := [name for v, name in zip(verdicts, names, strict=True) if v.answer == answer])
     ]
+    # "it" needs an SDE limit that was named before.
     if len(said) == 1:
         said = [said[0].replace("from it", "from its SDE limit")]
     still_open = [name for v, name in zip(verdicts, names, strict=True) if v.answer == "open"]
@@ -133,6 +134,7 @@ def _sgd_sentences(verdict: Verdict) -> list[str]:
     if found := by_answer.get("matches"):
         said.append(f"SGD matches the limit in {places(found)}.")
     if found := by_answer.get("open"):
+        # A dict rather than a set, so that reasons come in the cells' order, each once.
         reasons = dict.fromkeys(cell.missing for _, _, cell in cells if cell.missing)
         why = f": {_listed(reason for reason in reasons if reason)}" if reasons else ""
         said.append(f"Open: whether SGD matches the limit in {places(found)}{why}{_seeds(d for _, _, d in found)}.")
@@ -184,6 +186,7 @@ def _seeds(decisions: Iterable[Decision | None]) -> str:
     needed = [decision.seeds_needed for decision in decisions if decision]
     if not needed:
         return ""
+    # One that no number of seeds settles decides for all of them.
     if any(seeds is None for seeds in needed):
         return "; more seeds alone would not settle it, a larger l might"
     return f"; about {max(seeds for seeds in needed if seeds is not None)} seeds for each l would settle it"

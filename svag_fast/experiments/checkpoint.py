@@ -53,6 +53,7 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     theirs, state = content.get("config"), content.get("state")
     if not isinstance(theirs, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path} is no whole checkpoint: it lacks its config or its state. {ADVICE}")
+    # An older version's checkpoint doesn't name settings that came later, and meant these.
     theirs = {k: v for k, v in UNSAID.items() if k in config} | theirs
     if theirs != config:
         names = sorted((k for k in {*theirs, *config} if theirs.get(k) != config.get(k)), key=str)
@@ -71,6 +72,7 @@ def _content(file: BinaryIO) -> object:
         if damaged := archive.testzip():  # torch itself doesn't compare checksums
             raise ValueError(f"the checksum of its part {damaged} is wrong")
     file.seek(0)
+    # Without weights_only a foreign file could run any code. On the CPU, since the GPU of then may be missing now.
     return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -221,7 +221,8 @@ class RunConfig(Settings):
 
     @property
     def row_steps(self) -> list[int]:
-        """The steps after which a row of metrics is written: at the same effective steps for every l."""
+        """The steps after which a row of metrics is written."""
+        # Rows at the same effective steps for every l, so that curves can be compared row by row.
         count = min(self.rows, self.effective_steps)
         return [self._step_at(round(self.effective_steps * row / count)) for row in range(1, count + 1)]
 
@@ -230,6 +231,7 @@ class RunConfig(Settings):
         """The steps among `row_steps` after which the net is evaluated; the last one always."""
         rows = self.row_steps
         count = min(self.evaluations, len(rows))
+        # Counted so that the last point is the last row: a run's end is always evaluated.
         return {rows[round(len(rows) * point / count) - 1] for point in range(1, count + 1)}
 
     @property
@@ -244,6 +246,7 @@ class RunConfig(Settings):
     @property
     def cost(self) -> float:
         """Relative time that the run takes, for balance and for the progress bar."""
+        # A step costs about as much before its first sample as 20 samples do.
         return self.steps * (20.0 + self.batch_size)
 
 
@@ -289,6 +292,7 @@ class ExperimentConfig(Settings):
                 object.__setattr__(self, name, check_range(name, getattr(self, name)))
         runs = count * len(self.l) * self.seeds
         _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
+        # Each run checks its own values: what is wrong with one is said before anything starts.
         self.runs()
 
     def runs(self) -> list[RunConfig]:
@@ -299,12 +303,14 @@ class ExperimentConfig(Settings):
         """
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
         first = self.batch_size[0]
+        # The linear scaling rule: the same lr for each sample seen.
         lrs = self.lr if len(self.lr) > 1 else [self.lr[0] * b / first for b in self.batch_size]
         runs = []
         for batch_size, lr in zip(self.batch_size, lrs, strict=True):
             if self.epochs is not None:
                 length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
             else:
+                # The same time lr * steps at each batch size: the SDE's own clock.
                 length = (self.effective_steps or EFFECTIVE_STEPS) * lrs[0] / lr
             steps = max(1, round(length))
             runs += [

@@ -76,6 +76,7 @@ class TwoBatchGradients:
             return BatchGradients(torch.cat([loss1, loss2]), grads1, grads2, torch.cat([sq_norms1, sq_norms2]))
         loss1, grads1 = self.one(*first)
         with _running_statistics_frozen(self.model, freeze_statistics):
+            # At l = 1 the second batch measures only: SGD's BatchNorm must not see it.
             loss2, grads2 = self.one(*second)
         return BatchGradients(torch.stack([loss1, loss2]), grads1, grads2, None)
 
@@ -119,6 +120,7 @@ class TwoBatchGradients:
                 start = clock()
                 way()
                 if images.is_cuda:
+                    # A GPU's kernels are only queued when `way` returns.
                     torch.cuda.synchronize(images.device)
                 seconds.append(clock() - start)
         without, with_norms = (median(seconds[1:]) for seconds in times)  # the first round warms up
@@ -131,6 +133,7 @@ class TwoBatchGradients:
             logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none")
         rows = len(labels) // parts
+        # Backward from the losses of all samples, each with the weight 1/rows of its part's mean.
         torch.autograd.backward(losses, torch.full_like(losses, 1 / rows))  # of each part's mean
         grads = [[part[p] for p in self.params] for part in tape.grads]
         return losses.detach().view(parts, -1).mean(1), grads, torch.stack(tape.sq_norms).sum(0) * float(rows) ** 2
@@ -181,6 +184,7 @@ def _taped(convolutions: list[nn.Conv2d], tape: _Tape) -> Iterator[None]:
 
     try:
         for module in convolutions:
+            # On the instance, in front of the class's: other users of the class keep their own.
             module.__dict__["forward"] = MethodType(forward, module)
         yield
     finally:
@@ -194,6 +198,7 @@ def _running_statistics_frozen(model: nn.Module, freeze: bool) -> Iterator[None]
     momenta = [m.momentum for m in norms]
     try:
         for module in norms:
+            # Momentum 0 keeps the running mean as it is; evaluation mode would change what the batch is normalised by.
             module.momentum = 0.0
         yield
     finally:
@@ -209,6 +214,7 @@ def _halves_are_separable(model: nn.Module) -> bool:
         if type(module) is nn.Conv2d:
             if module.bias is not None or module.padding_mode != "zeros" or isinstance(module.padding, str):
                 return False
+            # A weight used twice has a gradient that is a sum over both uses: its norm isn't the sum of their norms.
             if module.weight in seen or len(trained) != 1:
                 return False
             seen.add(module.weight)

@@ -79,6 +79,7 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None
         if not resume:
             raise ExperimentError(f"{out} is not empty: --resume continues it, and --out chooses another folder.")
         theirs, ours = read_experiment(out).to_dict(), config.to_dict()
+        # A resumed experiment with other settings would mix two experiments' runs in one report.
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
@@ -141,6 +142,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     from svag_fast.experiments.data import load_dataset
     from svag_fast.experiments.training import Training
 
+    # One step of the smallest run costs least, and goes through all that may be missing.
     run = min(config.runs(), key=lambda run: run.batch_size)
     try:
         Training(run, load_dataset(run.dataset).to(run.device)).take_step()
@@ -176,6 +178,7 @@ def run_experiment(
     """
     check_range("jobs", jobs)
     check_range("checkpoint_seconds", checkpoint_seconds)
+    # `pop` takes the longest first: a long run that starts last would keep one core busy alone.
     waiting = sorted(config.runs(), key=lambda run: run.cost)
     total, count = sum(run.cost for run in waiting), len(waiting)
     options = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard, "provenance": provenance()}
@@ -201,6 +204,7 @@ def run_experiment(
             while waiting or workers:
                 while waiting and len(workers) < jobs:
                     workers.append(_start(context, waiting.pop(), out, options, lifeline))
+                # A second at most, so that the bar moves between messages.
                 for messages in wait([worker.messages for worker in workers], timeout=1.0):
                     worker = next(w for w in workers if w.messages is messages)
                     if _listen(worker):
@@ -213,6 +217,7 @@ def run_experiment(
                     if not console.is_terminal:
                         console.print(f"{len(done)} of {count} runs: {worker.run.name} is complete")
                     on_run_end()
+                # By cost, not by runs: one at l = 8 takes eight times one at l = 1.
                 progress.update(bar, completed=sum(r.cost for r in done) + sum(w.cost_done for w in workers))
         except KeyboardInterrupt as stop:
             number = stop.args[0] if stop.args else signal.SIGINT
@@ -252,8 +257,12 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
 
     It and its workers are deaf to Ctrl-C and to the terminal's end: their parent stops them.
     """
+    # Not fork, which copies locks that the parent's threads hold; not spawn, which imports torch in each worker, for
+    # seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    # Inherited by the fork server and its workers. A terminal sends Ctrl-C to all of them, and they would die amid a
+    # step.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         multiprocessing.forkserver.ensure_running()
@@ -359,6 +368,7 @@ def _stop(workers: list[_Worker]) -> None:
     try:
         for worker in workers:
             worker.process.terminate()
+        # One deadline for all: they save at the same time.
         deadline = time.monotonic() + PATIENCE
         for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))

@@ -64,22 +64,23 @@ class FixedHeadNet(nn.Module):
         self.features = features
         for module in features.modules():
             if isinstance(module, nn.Conv2d):
+                # He's initial variance, for the ReLU that halves it. Drawn from `generator`, not PyTorch's global
+                # stream.
                 fan_in = module.weight[0].numel()
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in), generator=generator)
+        # A trained head would not be scale-invariant: the logits grow with it.
         head = torch.empty(num_classes, width)
         nn.init.normal_(head, std=head_std / math.sqrt(width), generator=generator)
         self.register_buffer("head", head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, C, H, W]."""
+        # No bias, which would shift the logits by a weight that is not scaled away.
         return nn.functional.linear(self.features(images).mean((2, 3)), self.head)
 
 
 class PreActBlock(nn.Module):
-    """norm, ReLU, 3x3, norm, ReLU, 3x3, added to the input; `project` puts a 1x1 convolution on the normalised input.
-
-    The projection's normalisation has no parameters and sees what the branch's first one sees, so they are one.
-    """
+    """norm, ReLU, 3x3, norm, ReLU, 3x3, added to the input; `project`: by a 1x1 convolution, normalised before."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, norm: str, project: bool) -> None:
         super().__init__()
@@ -87,6 +88,7 @@ class PreActBlock(nn.Module):
         self.conv1 = _conv(channels_in, channels_out, 3, stride)
         self.norm2 = _norm(norm, channels_out)
         self.conv2 = _conv(channels_out, channels_out, 3)
+        # Its normalisation has no parameters and sees what the branch's first one sees, so they are one.
         self.shortcut = _conv(channels_in, channels_out, 1, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +137,7 @@ def preresnet(
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(PreActBlock(channels, channels_out, stride, norm, project=block == 0))
             channels = channels_out
+    # The blocks end in a sum: without this norm the logits would grow with the weights.
     layers.append(_norm(norm, channels))
     return FixedHeadNet(nn.Sequential(*layers), channels, num_classes, math.sqrt(2), generator)
 
@@ -150,8 +153,6 @@ def vgg(
 ) -> FixedHeadNet:
     """VGG-11, 13, 16 or 19 for small images: 3x3 convolution, norm, ReLU; average pooling; one fixed linear layer.
 
-    The pooling that would follow the last stage is left out, since the mean over all pixels contains it.
-
     Raises:
         ValueError: an unknown depth or norm, or width < 1.
     """
@@ -162,6 +163,7 @@ def vgg(
     layers: list[nn.Module] = []
     channels = in_channels
     for stage, widths in enumerate(VGG_WIDTHS[depth]):
+        # Before each stage but the first: the pooling behind the last one is part of the mean over all pixels.
         if stage:
             layers.append(nn.AvgPool2d(2))
         for channels_out in (width * w for w in widths):
@@ -250,6 +252,7 @@ def scale_invariance_report(
 
     def loss_and_gradient() -> tuple[Tensor, Tensor]:
         loss = nn.functional.cross_entropy(model(inputs), targets)
+        # A weight that the loss doesn't use has the gradient 0, and is scale-invariant.
         gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         return loss.detach().double(), torch.cat([g.flatten() for g in gradients]).double()
 

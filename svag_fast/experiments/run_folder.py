@@ -125,6 +125,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(value, str) or not value.isprintable() or len(value) > 200:
             raise ValueError(f"{path}: {name} must be a short text, got {_short(value)}")
     config.setdefault("init", UNSAID["init"])
+    # Older versions drew distinct images, where the data set has as many as a batch; another trainer's say nothing.
     size = TRAIN_SIZES.get(config.get("dataset", ""))
     if "sampling" not in config and size is not None and config["batch_size"] <= size:
         config["sampling"] = UNSAID["sampling"]
@@ -137,6 +138,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     folder = Path(path).parent.name
     said = run_name(*(config[name] for name in ("batch_size", "lr", "l", "seed")))
+    # A run's name says its settings: where the two disagree, one was edited, and a report would mislabel its curve.
     if _RUN_NAME.fullmatch(folder) and folder != said:
         raise ValueError(
             f"{path}: its settings are {said}'s, and its folder is {folder}: was one of them changed? (A folder of any "
@@ -195,8 +197,10 @@ def read_table(
     """
     text = read_text(path, TABLE_BYTES)
     lines = [line.removesuffix("\r") for line in text.split("\n")]
+    # What follows the last line end is empty, or a row that is still being written.
     del lines[-1]
     try:
+        # Line by line, so that a stray quote can't swallow the rest of the file as one cell.
         rows = list(csv.reader(lines, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}: not CSV ({error})") from error
@@ -209,6 +213,7 @@ def read_table(
         raise ValueError(f"{path}: {', '.join(map(repr, twice))} more than once in its first line")
     read = {name: (i, ranges.get(name, others)) for i, name in enumerate(header)}
     texts: dict[str, str] = {}
+    # 8 bytes a cell: lists of Python floats would take four times a large file's size.
     values = {n: array("d") for n, (_, r) in read.items() if r is not None}
     first = next(iter(needed))
     at: list[int] = []
@@ -239,6 +244,7 @@ def _value(cell: str, range_: Range, where: str, name: str) -> float:
     if not _NUMBER.fullmatch(cell):
         raise ValueError(f"{where} is not a number but {_short(cell)}")
     value = float(cell)
+    # Written so that nan takes this branch too.
     if not abs(value) <= _LARGEST and name not in _ALWAYS_FINITE:
         if name == "nsr":  # N/G where G is 0
             return math.nan
@@ -250,6 +256,7 @@ def _value(cell: str, range_: Range, where: str, name: str) -> float:
 
 def _check_noise(path: str | os.PathLike[str], lines: list[int], G: Array, name: str, N: Array) -> None:
     """Refuse a negative trace; one of 0, estimated as a difference of squares, may come out below it by rounding."""
+    # Comparisons with nan are false here, which is meant: unmeasured rows are not wrong.
     with np.errstate(invalid="ignore"):
         wrong = -1e-5 * np.abs(np.nan_to_num(G)) > N
     if wrong.any():
@@ -290,6 +297,7 @@ def require_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
         ValueError: the message names two of them, and in what they are alike or differ.
     """
     seen: dict[tuple[int, float, float, int], str] = {}
+    # Against the first alone: being equal carries over from pair to pair.
     first = next(iter(configs), "")
     for name, config in configs.items():
         key = (int(config["batch_size"]), float(config["lr"]), float(config["l"]), int(config["seed"]))

@@ -54,6 +54,7 @@ def repair(folder: Path, identity: dict[str, Any], provenance: dict[str, Any], r
     if not whole:
         write_config(folder, identity, provenance)
     metrics = folder / "metrics.csv"
+    # Compared by bytes: a file that is right is left alone, with its time.
     if not metrics.is_file() or metrics.read_bytes() != _as_csv(rows):
         write_metrics(metrics, rows)
 
@@ -92,6 +93,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system takes back from a process that dies."""
+    # A lock on the folder itself leaves no lock file behind, and ends with the process however that ends.
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -107,6 +109,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                 RuntimeWarning,
                 stacklevel=4,
             )
+        # Under the lock, or another process's file in the making would be taken for a leftover.
         remove_leftovers(folder)
         yield
     finally:

@@ -63,6 +63,8 @@ class Training:
     def _clear_sums(self) -> None:
         self.steps_summed = 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.config.device)
+        # Sums stay on the device in float64: a `float()` a step would wait for the GPU, and float32 would lose small
+        # terms.
         self.raw_stats = torch.zeros(5, dtype=torch.float64, device=self.config.device)
         self.sample_sq_norms = torch.zeros(2 * self.config.batch_size, dtype=torch.float64, device=self.config.device)
 
@@ -74,6 +76,7 @@ class Training:
         self._hand_over(batches.grads1)
         self.optimizer.hold_gradient()
         self._hand_over(batches.grads2)
+        # Set anew each step rather than by a scheduler: the factor depends on the effective step, and resumes with it.
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
         stats = self.optimizer.step()
         self.losses += batches.losses
@@ -89,6 +92,7 @@ class Training:
             draw_batch(population, self.config.batch_size, replacement=replacement, generator=stream)
             for stream in self.streams
         ]
+        # Drawn on the CPU, so that a run has the same batches on every device.
         indices = torch.cat(drawn).to(self.config.device)
         return self.data.train_images[indices], self.data.train_labels[indices]
 
@@ -103,6 +107,7 @@ class Training:
         config, count = self.config, self.steps_summed
         stats = StepStats(self.raw_stats / count, has_second=True)
         loss1, loss2 = (self.losses / count).tolist()
+        # Of the loss whose gradient the steps followed.
         c1, c2 = svag_coefficients(config.l)
         noise = self._noise(stats)
         row = dict.fromkeys(COLUMNS) | {
@@ -140,6 +145,7 @@ class Training:
         """The time that measuring adds, as a fraction of the time of the gradient that the step itself needs."""
         if self.noise_source == "two_batches":
             return 1.0 if self.config.l == 1 else 0.0  # SGD draws its second batch for the measurement alone
+        # Any samples do, but not the streams' own: a draw here would shift the run's batches.
         some = torch.arange(2 * self.config.batch_size, dtype=torch.int64, device="cpu") % len(self.data.train_labels)
         some = some.to(self.config.device)
         images, labels = self.data.train_images[some], self.data.train_labels[some]
@@ -150,6 +156,8 @@ class Training:
         norms = (stats.sq_norm1, stats.sq_norm2, stats.inner)
         if self.noise_source == "two_batches":
             return from_two_batches(*norms)  # type: ignore[arg-type]
+        # Distinct images have less noise than the theory's, by a factor that the estimator undoes: it needs the
+        # population.
         population = len(self.data.train_labels) if self.config.sampling == "distinct" else None
         sq_norms = self.sample_sq_norms / self.steps_summed
         return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
@@ -190,6 +198,7 @@ class Training:
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.
         """
+        # These are added to, and a sum over another shape would broadcast without a word.
         for name in ("losses", "raw_stats", "sample_sq_norms"):
             theirs, ours = state[name], getattr(self, name)
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
@@ -239,6 +248,7 @@ def train(
         OSError: the folder can't be written or the disk is full; the last checkpoint is as it was.
     """
     check_range("checkpoint_seconds", checkpoint_seconds)
+    # Runs share the machine: PyTorch would take every core for each of them, and they would wait for each other.
     torch.set_num_threads(config.threads)
     folder.mkdir(parents=True, exist_ok=True)
     identity = dataclasses.asdict(config)
@@ -251,6 +261,7 @@ def train(
             provenance = state.get("provenance", provenance)
             repair(folder, identity, provenance or {}, state["rows"])
             if state["step"] == config.steps or _diverged(state["rows"][-1]):
+                # A complete run may have been trained without events.
                 if tensorboard and not any(folder.glob("events.out.tfevents.*")):
                     Events(folder, identity).write(state["rows"])
                 return True
@@ -266,6 +277,7 @@ def train(
         stopped = False
         while training.step < config.steps and not stopped and not training.diverged:
             training.take_step()
+            # Asked after the step, so that what is saved is a whole step's state.
             stopped = should_stop()
             if training.step in row_steps:
                 training.seconds += time.monotonic() - mark
@@ -317,12 +329,14 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
         torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True
     ):
         logits = model(some)
+        # Sums, since the last batch may be smaller: a mean of means would weigh its samples more.
         loss += F.cross_entropy(logits, expected, reduction="sum")
         correct += (logits.argmax(1) == expected).sum()
     model.train(was_training)
     return float(loss) / len(labels), float(correct) / len(labels)
 
 
+# Integers are never nan, and a cell that was not measured holds None.
 def _diverged(row: MetricsRow) -> bool:
     return not all(math.isfinite(value) for name in MUST_BE_FINITE if isinstance(value := row[name], float))
 
@@ -334,6 +348,7 @@ def _initial_model(config: RunConfig, dataset: Dataset) -> FixedHeadNet:
     if config.init == "shared":
         return model
     own = build_model(config.model, **shape, seed=_seed(config, "initial weights"))
+    # The head is part of the problem, not of the initial weights.
     own.head.copy_(model.head)
     return own
 
@@ -341,4 +356,6 @@ def _initial_model(config: RunConfig, dataset: Dataset) -> FixedHeadNet:
 def _seed(config: RunConfig, purpose: str) -> int:
     """Return a seed of this run's own: runs of different seed, batch size or l are independent."""
     name = f"seed {config.seed}, batch size {config.batch_size}, l {config.l:g}, {purpose}"
+    # A hash rather than seed + l + ...: sums of small integers collide. The shift leaves the 63 bits that a generator
+    # takes.
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

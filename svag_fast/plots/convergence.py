@@ -70,10 +70,12 @@ def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figu
     axes = figure.subplots(1 + len(metrics), columns, squeeze=False, height_ratios=[3] + [1.7] * len(metrics))
     colors = l_colors([run.l for run in runs])
     for column in range(1, columns):
+        # One scale for all batch sizes: whether they share a limit is seen by eye.
         axes[0, column].sharey(axes[0, 0])
         axes[0, column].tick_params(labelleft=False)
     shared = shared_limits(verdicts)
     lines = [_curves(a, g, v, metrics[0], colors) for a, g, v in zip(axes[0], groups, verdicts, strict=True)]
+    # In a second pass, since labels and limits are placed on the scale that all curves have set together.
     for column, (group, verdict) in enumerate(zip(groups, verdicts, strict=True)):
         first = verdicts[0] if column and same_sde(verdicts[0], verdict) else None
         _limits_and_labels(axes[0, column], group, verdict, metrics[0], lines[column], first)
@@ -130,7 +132,9 @@ def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colo
             continue
         x, y, sd = mean
         low, high = (
-            np.clip(factor * (y + sign * sd), *((0, 100) if factor == 100 else (None, None))) for sign in (-1, 1)
+            # An accuracy's band must not leave 0 to 100 %.
+            np.clip(factor * (y + sign * sd), *((0, 100) if factor == 100 else (None, None)))
+            for sign in (-1, 1)
         )
         axes.fill_between(x, low, high, color=color, alpha=0.13, lw=0, zorder=2)
         axes.plot(x, factor * y, color=color, lw=3 if l in (1, verdict.largest_l) else 2.2, zorder=3, label=_l_name(l))
@@ -154,6 +158,7 @@ def _limits_and_labels(
     windows = {part: window for part, window in common_phases(ended).items() if part != END} if ended else {}
     if first is not None:
         lines += _limit_bars(axes, windows, first.cells[metric], factor, GREY, f"limit at B = {first.batch_size}", 1e9)
+    # The ranks put both limits' names above the curves', which l ranks.
     lines += _limit_bars(axes, windows, verdict.cells[metric], factor, INK, "limit", 2e9)
     axes.set_xlim(0, total)
     axes.set_xlabel("effective steps  k/l")
@@ -167,6 +172,7 @@ def _unfinished_line(axes: Axes, run: Run, metric: str, color: str) -> None:
         return
     factor, _ = unit(metric)
     x, y = run.series(metric)
+    # Up to its last finite value: from there a dotted line leads to the cross.
     x, y = x[np.isfinite(y)], factor * y[np.isfinite(y)]
     axes.plot(x, y, color=color, lw=0.9, alpha=0.7, zorder=2)
     if run.diverged_at is not None and len(y):
@@ -208,6 +214,7 @@ def _law_panel(axes: Axes, verdict: Verdict, metric: str, colors: Mapping[float,
         return
     levels = [factor * mean.value for cell in cells.values() for mean in cell.means.values()]
     limits = [factor * cell.limit for cell in cells.values() if cell.limit is not None]
+    # The means set the scale. Limits and intervals may be far off, and would squeeze all that was measured into a line.
     room = 0.3 * (max(levels) - min(levels)) or 0.1 * abs(levels[0]) or 1.0
     inside = np.clip([*levels, *limits], min(levels) - room, max(levels) + room)
     bars = max((factor * (m.standard_error or 0) for cell in cells.values() for m in cell.means.values()), default=0.0)
@@ -221,6 +228,7 @@ def _law_panel(axes: Axes, verdict: Verdict, metric: str, colors: Mapping[float,
     names = ["0", *("1" if l == 1 else f"1/{l:g}" for l in ls)]
     for i in reversed(range(1, len(ticks) - 1)):  # names that would touch their neighbour's are left out
         right = next(tick for tick, text in zip(ticks[i + 1 :], names[i + 1 :], strict=True) if text)
+        # A tenth of the axis is about a name's width.
         if ticks[i] < 0.1 or right - ticks[i] < 0.1:
             names[i] = ""
     axes.set_xticks(ticks, names)
@@ -242,6 +250,7 @@ def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: M
         axes.axhspan(limit - margin, limit + margin, color="#DCE9DF", lw=0, zorder=1)
         known, beyond = 1 / cell.fitted[0], 1 / least
         axes.plot([0, known], [limit, limit + slope * known], color=INK, lw=1.6, zorder=2)
+        # Dotted where the line was not fitted: there it is only a comparison.
         axes.plot([known, beyond], [limit + slope * x for x in (known, beyond)], color=INK, lw=1.2, ls=":", zorder=2)
         low, high = (factor * value for value in cell.limit_interval)
         axes.errorbar(

@@ -71,13 +71,12 @@ def l_colors(ls: Sequence[float]) -> dict[float, str]:
 
 
 def _matplotlib() -> ModuleType:
-    """Import matplotlib, whatever MPLBACKEND says: no figure here needs a backend but Agg.
-
-    A command started from a notebook's cell inherits its MPLBACKEND, which names a module that need not be installed
-    for this Python; matplotlib then refuses to be imported at all.
-    """
+    """Import matplotlib, whatever MPLBACKEND says: no figure here needs a backend but Agg."""
+    # Imported by the caller already: its backend is settled, and not ours to change.
     if "matplotlib" in sys.modules:
         return sys.modules["matplotlib"]
+    # A notebook's cell hands its MPLBACKEND to the commands that it starts. It names a module that this Python need not
+    # have, and matplotlib then refuses to be imported at all.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib

@@ -25,6 +25,7 @@ def draw(outcomes: Mapping[str, Outcome], path: str | os.PathLike[str]) -> None:
     with style():
         figure = Figure(figsize=(25, 11.5), layout="constrained")
         axes = figure.subplots(2, 4)
+        # A group that did not run leaves its panel empty, so that each panel keeps its place.
         panels = (_errors, _sides, _order_two, _scores, _certificates, _scaling, _tails, _invariance)
         for ax, panel in zip(axes.flat, panels, strict=True):
             panel(ax, outcomes)
@@ -77,6 +78,7 @@ def _sides(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
         ax.errorbar(row["ratio"], -height, xerr=2 * row["error"], fmt="o", color=color, ms=8, capsize=4, linewidth=1.8)
         _row_label(ax, row["name"], -height)
     _rows(ax, len(rows))
+    # At least 2 %: agreement to many digits should look like agreement, not like scatter.
     widest = max([0.02, *(abs(row["ratio"] - 1) + 2 * row["error"] for row in rows)])
     ax.set(xlim=(1 - 1.2 * widest, 1 + 1.2 * widest), xlabel="λ(2 − ηλ/l)R  over  (η/l)G + ηN   (±2 s.e.)")
 
@@ -194,6 +196,7 @@ def _scores(ax: Axes, outcomes: Mapping[str, Outcome]) -> None:
     scores = np.array([check.z for outcome in outcomes.values() for check in outcome.checks if check.z is not None])
     ax.set_title(f"z-scores of {len(scores)} simulated checks")
     bins = np.linspace(-Z_BOUND - 1, Z_BOUND + 1, 25)
+    # A score beyond the axis stays in sight, in the last bin.
     ax.hist(np.clip(scores, bins[0], bins[-1]), bins=bins.tolist(), color=BLUE)
     z = np.linspace(-4, 4, 200)
     width = bins[1] - bins[0]

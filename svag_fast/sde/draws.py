@@ -38,15 +38,18 @@ class Draws:
         stream = integer("stream", stream, least=0)
         first = integer("first", first, least=0)
         self.device = torch.device(device)
+        # Without `first`: the counter carries the element's own number, so that blocks make what the whole would.
         low, high = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2, np.uint32).tolist()
         self.key: Key = (low, high)
         self._first = first
         self._draw = 0
+        # The other laws come from a generator, which each block needs for itself.
         self._sequence = np.random.SeedSequence(seed, spawn_key=(stream, first))
 
     @cached_property
     def _generator(self) -> torch.Generator:
         generator = torch.Generator(self.device)
+        # manual_seed takes 63 bits.
         generator.manual_seed(int(self._sequence.generate_state(1, np.uint64)[0]) >> 1)
         return generator
 
@@ -58,6 +61,7 @@ class Draws:
         """Fill `out` with independent N(0, 1)."""
         if out.device.type != "cpu" or out.dtype not in (torch.float32, torch.float64):
             return out.normal_(generator=self._generator)
+        # The kernel fills memory in order.
         to = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device="cpu")
         philox_normal_(to, key=self.key, first=self._first, draw=self._draw)
         self._draw += 1
@@ -84,5 +88,6 @@ class Draws:
             return torch.randperm(population, generator=self._generator, dtype=torch.int64, device=self.device)[
                 None, :size
             ]
+        # The order of random keys is a random permutation, for all rows at once.
         keys = torch.rand(rows, population, generator=self._generator, dtype=torch.float32, device=self.device)
         return keys.argsort(dim=1)[:, :size]

@@ -30,11 +30,13 @@ def process_moments(process: Process, problem: AffineProblem, x0: float, times: 
     Each time must be a whole number of steps. All processes but `GradientFlow` (use :func:`sde_moments` with
     ``noise=False``: it has no error of its own).
     """
+    # Its Runge-Kutta step is a polynomial of degree four in h, and not of the form below.
     if isinstance(process, GradientFlow):
         raise ValueError("Invalid process: GradientFlow is not affine in its step; use sde_moments(noise=False)")
     x0 = number("x0", x0)
     matrix = step_matrix(process, problem)
     start = x0 ** np.arange(ORDER + 1)
+    # A power of a 5x5 matrix: a million steps cost twenty products.
     return np.stack([np.linalg.matrix_power(matrix, process.steps(time)) @ start for time in times])
 
 
@@ -85,6 +87,7 @@ def step_matrix(process: Process, problem: AffineProblem) -> Vector:
     matrix = np.zeros((ORDER + 1, ORDER + 1))
     spread = problem.noise_slope * x + problem.noise_offset
     for estimate in process.estimates:
+        # SVAG's weights add to 1; an estimate with other weights scales the mean gradient as well.
         mean_weight = sum(estimate.weights) if estimate.weights else 1.0
         grad_f = mean_weight * (problem.curvature * x - problem.offset) + process.weight_decay * x
         boost = 1 + process.hessian_weight * (problem.curvature + process.weight_decay)

@@ -67,9 +67,11 @@ def simulate(
     trajectories = integer("trajectories", trajectories, least=1)
     states = x0.detach().repeat(trajectories, *[1] * x0.dim())
     process.check_dtype(x0.dtype)
+    # Affine steps need no memory between them: the kernel walks each trajectory in registers.
     step = affine_step(process, problem)
     if step and x0.dim() == 0 and x0.device.type == "cpu" and x0.dtype in (torch.float32, torch.float64):
         return affine_walk_(states, step, steps, key=Draws(seed).key, threads=threads)
+    # A multiple of the generator's group, so that a block begins where a counter does.
     rows = max(1, BLOCK_ELEMENTS // max(1, x0.numel()) // GROUP) * GROUP
     blocks = torch.split(states, rows)
 
@@ -90,10 +92,8 @@ def simulate(
 
 
 def affine_step(process: Process, problem: Problem) -> AffineStep | None:
-    """One step as a map that is affine in x and in Gaussian noise, where it is that; None where it isn't.
-
-    Of the library's own classes alone: a subclass may do something else.
-    """
+    """One step as a map that is affine in x and in Gaussian noise, where it is that; None where it isn't."""
+    # By `type`, since a subclass may do something else in its step.
     if type(process) not in (SGDProcess, SVAGProcess, NGD, EulerMaruyama, SDE2) or type(problem) is not AffineProblem:
         return None
     (estimate,) = process.estimates
@@ -114,6 +114,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of independent `values` [n], n >= 2, and its standard error."""
     if values.dim() != 1 or len(values) < 2:
         raise ValueError(f"Invalid values: shape {list(values.shape)}, expected [n] with n at least 2")
+    # The sum of a million float32 numbers has lost digits that the error still counts.
     values = values.double()
     return values.mean().item(), values.std().item() / math.sqrt(values.numel())
 
@@ -135,6 +136,7 @@ def controlled_mean(values: Tensor, controls: Tensor, expectations: Sequence[flo
     target = values.double().numpy()
     coefficients, *_ = np.linalg.lstsq(design, target, rcond=None)
     residual = target - design @ coefficients
+    # One for the mean, and one for each coefficient.
     freedom = max(1, len(target) - design.shape[1])
     # The fitted constant's own standard error: the ordinary least-squares one.
     cover = np.linalg.inv(design.T @ design)[0, 0]

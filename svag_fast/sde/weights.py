@@ -87,6 +87,8 @@ def _zero_third_moment(l: float, batches: int) -> Iterator[tuple[float, ...]]:
     """Every solution of ``sum w = 1, sum w^2 = l, sum w^3 = 0`` with at most three distinct weights."""
     radius = math.sqrt(l - 1 / batches)
     target = -(1 / batches**2 + 3 * radius**2 / batches)
+    # At a stationary point of sum(w^4) under three constraints each weight is a root of one cubic: at most three
+    # levels.
     for first in range(1, batches - 1):
         for second in range(first, (batches - first) // 2 + 1):
             yield from _on_circle(np.array([first, second, batches - first - second]), radius, target)
@@ -104,6 +106,7 @@ def _on_circle(counts: np.ndarray, radius: float, target: float) -> Iterator[tup
     cos, sin, one = np.poly1d([-1.0, 0, 1]), np.poly1d([2.0, 0]), np.poly1d([1.0, 0, 1])
     cubes = sum((float(counts[j]) * (cos * e1[j] + sin * e2[j]) ** 3 for j in range(3)), np.poly1d([0.0]))
     for root in np.roots((radius**3 * cubes - target * one**3).coeffs):
+        # A double root comes out of roots() as a pair with small imaginary parts.
         if abs(root.imag) < 1e-6 * (1 + abs(root)):
             angle = _polish(2 * math.atan(root.real), counts, e1, e2, radius, target)
             levels = 1 / batches + radius * (math.cos(angle) * e1 + math.sin(angle) * e2)
@@ -115,6 +118,7 @@ def _polish(angle: float, counts: np.ndarray, e1: np.ndarray, e2: np.ndarray, ra
     for _ in range(4):
         u = radius * (math.cos(angle) * e1 + math.sin(angle) * e2)
         slope = 3 * float(counts @ (u**2 * radius * (math.cos(angle) * e2 - math.sin(angle) * e1)))
+        # At a double root Newton's step would divide by nearly nothing.
         if abs(slope) < 1e-12 * radius**3:
             break
         angle -= (float(counts @ u**3) - target) / slope

@@ -56,6 +56,7 @@ def _formula(kind: type[SVAGAdam | SVAGRMSprop], l: float, backend: str) -> Chec
     x = torch.tensor([0.8, -1.1, 0.6], dtype=torch.float64, device="cpu")
     p = nn.Parameter(x.clone())
     options = KINDS[kind]
+    # Decay makes g depend on x, so that a step that reads x too late is seen.
     optimizer = kind([p], l=l, weight_decay=decay, backend=backend, **options)
     rate, eps = options["lr"] / math.sqrt(l), options["eps"] * math.sqrt(l)
     keep1, keep2 = (1 - (1 - beta) / l for beta in options.get("betas", (0.0, options.get("alpha"))))
@@ -78,6 +79,7 @@ def _formula(kind: type[SVAGAdam | SVAGRMSprop], l: float, backend: str) -> Chec
 def _torch(ours: type[SVAGAdam | SVAGRMSprop], theirs: type[torch.optim.Optimizer]) -> Check:
     grads = torch.linspace(-1, 1.5, 60, dtype=torch.float64, device="cpu").sin().view(20, 3)
     p, q = (nn.Parameter(torch.tensor([0.8, -1.1, 0.6], dtype=torch.float64, device="cpu")) for _ in range(2))
+    # At torch's own defaults, which ours must share.
     mine, plain = ours([p], weight_decay=0.2), theirs([q], weight_decay=0.2)  # type: ignore[call-arg]
     worst = 0.0
     for g in grads:
@@ -100,6 +102,7 @@ def _start(settings: SuiteSettings) -> list[Check]:
         name = f"SVAGRMSprop, l = {l:g}: mean of the measured square_avg"
         found.append(z_check(SOURCE, name, mean, error, (CURVATURE * START) ** 2 + l * NOISE**2))
         found.append(exact_check(SOURCE, f"SVAGRMSprop, l = {l:g}: nothing moves while measured", moved, TOLERANCE))
+    # Its noise is curvature times spread: at a curvature of 0 there would be none.
     noise = additive_quadratic(1e-9, NOISE * 1e9)  # no drift: the gradients are noise alone
     for start in (NOISE**2, "measure"):
         for l in (1.0, 16.0, 64.0):
@@ -140,6 +143,7 @@ def _convergence(outcome: Outcome, kind: type[SVAGAdam | SVAGRMSprop], settings:
         outcome.data["curves"].append(
             {"name": name, "l": ls, "error": np.abs(mine).tolist(), "standard_error": standard_errors}
         )
+        # A slope would say that the distance falls; the constant says that it falls to 0.
         value, error = _extrapolated(ls, mine, standard_errors, logarithm=kind is SVAGAdam)
         outcome.checks += [
             Check(

@@ -45,6 +45,7 @@ def prediction(settings: SuiteSettings) -> Outcome:
         np.mean([column[window] for column in columns])
         for columns in ([run.grad_sq_norm for run in runs], [run.noise_trace for run in runs])
     )
+    # Against the window's own means, not the truth: to rounding, so that the arithmetic is checked without statistics.
     kappa, star = found.kappa["exact"], found.batch_size()
     assert star is not None
     assert found.noise_scale is not None
@@ -97,6 +98,7 @@ def verdict(settings: SuiteSettings) -> Outcome:
                     sgd.answer == answer == found.answer and (cell.converged_by == 2) == (answer == "matches"),
                 )
             )
+            # A 95 % interval is at least 1.96 errors long each side: this is not less than the error.
             error = (sgd.interval[1] - sgd.interval[0]) / 2 / 1.9
             level = LIMIT * (0.5 if part == "phase 2" else 1.0)
             limit_error = float(cell.figure.standard_error)
@@ -174,6 +176,7 @@ def _curves(
     runs = []
     for l in LS:
         for seed in range(6):
+            # The curve settles within each phase's first half, which the verdict leaves out.
             level = LIMIT * np.where(done <= 0.8, 1.0, 0.5) + MARGIN * (raised + distance / l)
             loss = level + np.exp(-60 * done) + noise * MARGIN * rng.standard_normal(rows)
             config = {"batch_size": batch_size, "lr": lr[0], "l": l, "seed": seed, "effective_steps": total}
@@ -225,6 +228,7 @@ def _series(rng: np.random.Generator, seed: int) -> Series:
         x: Array = signal.lfilter([1.0], [1.0, -0.5], rng.standard_normal(ROWS + 50))[50:] * math.sqrt(0.75)
         return x
 
+    # G and N of one run move together, as measured ones do: independent errors would be too small or too large.
     shared = noise()
     grad = G * settling * (1 + 0.15 * shared + 0.05 * noise()) * np.where(late, 0.3, 1.0)
     trace = NSR * G * settling * (1 + 0.15 * shared + 0.05 * noise()) * np.where(late, 3.0, 1.0)

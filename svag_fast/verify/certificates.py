@@ -62,8 +62,10 @@ def grid(settings: SuiteSettings) -> Outcome:
     for base in kappas:
         for kappa in kappas:
             ratio = kappa / base
+            # C² of both theorems' C = √2: up to there no certificate speaks.
             if ratio <= 2:
                 continue
+            # What was measured at both sizes; the certificates below see one of them only.
             lsi = linear_scaling_invariance(measured[base], measured[kappa], kappa=ratio)
             at = measured[kappa]
             by_5_5 = lsi_fails_certificate(at.grad_sq_norm, at.noise_trace, kappa=ratio)
@@ -142,6 +144,7 @@ def _order_two_dynamics(settings: SuiteSettings) -> Check:
         SDE2(lr, DECAY, h=h), toy, x, h, trajectories=settings.choose(100_000, 1_000_000), seed=settings.seed
     )
     grad_f = toy.mean_grad(x[None]) + DECAY * x
+    # A step of time h adds h² |drift|² to |X|², which the derivative does not have.
     drift = grad_f + lr / 2 * (toy.hessian_product(x[None], grad_f) + DECAY * grad_f)
     rate = (ends.square().sum(1) - r) / h - h * float(drift.square().sum())
     mean, error = mean_and_error(rate)
@@ -152,6 +155,7 @@ def _order_two_dynamics(settings: SuiteSettings) -> Check:
 
 def _never_contradicted(source: str, prop: str, certificates: tuple[str, ...], rows: list[dict[str, Any]]) -> Check:
     """No row where a certificate says "fails" and the property holds; and rows where each says something."""
+    # Undecided rows contradict nothing: their interval holds the threshold.
     contradictions = [row for row in rows if row[prop] == "holds" and any(row[c] == "fails" for c in certificates)]
     certified = sum(any(row[c] == "fails" for c in certificates) for row in rows)
     held = sum(row[prop] == "holds" for row in rows)
@@ -174,7 +178,9 @@ def _equilibrium(process: Process, kappa: float, n: int, seed: int) -> Norms:
     toy = _scaled(kappa)
     start = toy.sde_equilibrium(lr=LR * kappa, weight_decay=DECAY)
     x0 = torch.zeros(toy.dim, dtype=torch.float64, device="cpu")
+    # At the SDE's R, so that only the direction has to be forgotten.
     x0[0] = math.sqrt(_number(start.weight_sq_norm))
+    # A whole number of steps, as `simulate` asks for.
     time = math.ceil(TIME / process.step_size) * process.step_size
     g, noise, r = toy.statistics(simulate(process, toy, x0, time, trajectories=n, seed=seed))
     return Norms(*(Estimate(*mean_and_error(s)) for s in (r, g, noise)))

@@ -61,6 +61,7 @@ class Group:
 
 def z_check(source: str, name: str, measured: float, error: float, expected: float) -> Check:
     """Pass where `measured`, of standard error `error`, is within Z_BOUND of them from `expected`."""
+    # With no error at all, any distance is infinitely many of them; and nan, which fails, where it is nan itself.
     z = (measured - expected) / error if error > 0 else math.inf * (measured - expected or math.nan)
     if error == 0 and measured == expected:
         z = 0.0
@@ -90,6 +91,7 @@ def log_log_slope(l: Sequence[float], errors: Sequence[float], standard_errors: 
     The interval adds up Z_BOUND standard errors (delta method on the logarithm) and the change of the slope when the
     term in 1/l^2 is left out: the truncation's own size, which is all there is where the errors are exact.
     """
+    # Weights on the logarithm's scale, where an error is a relative one.
     x, y = np.asarray(l, dtype=float), np.log(np.abs(np.asarray(errors, dtype=float)))
     weights = np.ones_like(x) if standard_errors is None else np.abs(np.asarray(errors)) / np.asarray(standard_errors)
     fits = []

@@ -37,6 +37,7 @@ def toy_dynamics(settings: SuiteSettings) -> Outcome:
     n = settings.choose(100_000, 1_000_000)
     x0 = torch.linspace(-1, 1.5, TOY.dim, dtype=torch.float64, device="cpu")
     g, noise, r = (float(s) for s in TOY.statistics(x0[None]))
+    # From a fixed x, so that G, N and R of the equation's right side are exact.
     for process, l in ((SGDProcess(LR, DECAY), 1.0), (SVAGProcess(LR, DECAY, l=4), 4.0)):
         h = LR / l
         change = simulate(process, TOY, x0, h, trajectories=n, seed=settings.seed).square().sum(1) - r
@@ -77,6 +78,7 @@ def toy_equilibrium(settings: SuiteSettings) -> Outcome:
         found = equilibrium_residual(*(s.mean().item() for s in (r, g, noise)), lr=lr, weight_decay=decay, l=l)
         left = (2 - lr * decay / l) * decay * r
         right = lr / l * g + lr * noise
+        # Trajectory by trajectory: G, N and R of one are correlated, and errors of three means would not add up.
         residual, error = mean_and_error((left - right) / found.right.value)
         outcome.data["sides"].append({"name": name, "ratio": found.ratio.value, "error": error})
         outcome.checks.append(
@@ -110,6 +112,7 @@ def _network_step(problem: NetworkProblem, settings: SuiteSettings) -> Check:
     x = problem.state()
     draws = Draws(settings.seed, 1)
     h = LR
+    # float64 from here: R's change is small beside R.
     grads = torch.stack([problem.batch_grad(x, (1.0,), draws) for _ in range(settings.choose(200, 2000))]).double()
     x64 = x.double()
     change = ((1 - h * DECAY) * x64 - h * grads).square().sum(1) - x64.square().sum()
@@ -128,6 +131,7 @@ def _network_equilibrium(outcome: Outcome, problem: NetworkProblem, settings: Su
     rows = []
     for step in range(burn_in + steps):
         g1 = problem.batch_grad(x, (1.0,), draws)
+        # A second batch, which moves nothing: its product with the first estimates G without bias.
         if step >= burn_in:
             g2 = problem.batch_grad(x, (1.0,), draws)
             rows.append((float(x @ x), float(g1 @ g2), float((g1 - g2) @ (g1 - g2)) / 2))
@@ -171,6 +175,7 @@ def sample_noise_trace(problem: NetworkProblem, x: Tensor, mean_grad: Tensor) ->
     """N of a batch, from every sample's gradient by a plain loop: (mean |g_i|² - |mean g|²)/B."""
     total = 0.0
     for i in range(len(problem.inputs)):
+        # By a plain loop: the product's own norms are what is being checked elsewhere.
         total += problem.sample_grad(x, i).double().square().sum().item()
     return (total / len(problem.inputs) - mean_grad.square().sum().item()) / problem.batch_size
 

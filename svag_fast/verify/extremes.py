@@ -49,6 +49,7 @@ def _theorem_5_2(C: float, side: float) -> list[Check]:
     lr, ratio = 0.3, side / (C**2 - 1)
     by_sgd = sde_fails_certificate(2.0, 2.0 * ratio, C=C)
     sgd = _norms(2.0, 2.0 * ratio, lr)
+    # The closest SDE that Definition 5.1 allows: N as large as C times SGD's, and G the same.
     close_to_sgd = c_closeness(sgd, _norms(2.0, C * 2.0 * ratio, lr, sde=True))
     by_sde = sde_fails_certificate(2.0, lr * 2.0 * ratio, C=C, lr=lr)
     close_to_sde = c_closeness(_norms(2.0 / C, 2.0 * ratio / C, lr), _norms(2.0, 2.0 * ratio, lr, sde=True))
@@ -71,6 +72,7 @@ def _theorem_5_6(C: float, kappa: float, side: float) -> Check:
     lr, G = 0.3, 2.0
     N = G * (kappa - C**2) / (C**2 - 1)
     tightened = critical_kappa(G, N, C=C, form="tightened").value
+    # Just beyond κ* for a side below 1, just within for one above.
     at = kappa / side
     lsi = linear_scaling_invariance(_norms(G, N, lr), _norms(G / C, N / C / at, at * lr), kappa=at)
     paper, approximate = (critical_kappa(G, N, C=C, form=form).value for form in ("exact", "approximate"))

@@ -31,6 +31,7 @@ def momentum(settings: SuiteSettings) -> Outcome:
     ls = [float(2**k) for k in range(2, 7)]
     flow = np.array([[0.0, -LR], [1.0, MU - 1]])
     noise = np.array([[0.0, 0.0], [0.0, 1.0]])
+    # Van Loan's block exponential: the flow and the integral of its noise at once.
     block = scipy.linalg.expm(TIME * np.block([[-flow, noise], [np.zeros((2, 2)), flow.T]]))
     ends = block[2:, 2:].T
     rate = LR / (1 - MU)
@@ -61,6 +62,7 @@ def _heavy_ball(rule: str, l: float) -> dict[str, float]:
     optimizer = SVAG([p], lr=LR, l=l, momentum=MU, momentum_rule=rule)
     response = []
     for k in range(round(TIME * l)):
+        # The step is linear in the gradients, so the response to one kick is each later step's as well.
         gradient = p.detach() + kick if k == 0 else p.detach().clone()
         p.grad = gradient
         optimizer.hold_gradient()
@@ -142,6 +144,7 @@ def noise_covariance(settings: SuiteSettings) -> Outcome:
         batches = [range(n)] * batch_size if replacement else [range(n), batch_size]
         means = torch.stack([grads[list(batch)].mean(0) for batch in draws(*batches)])
         centred = means - grads.mean(0)
+        # One basis vector at a time: the noise is linear in its normals, and its covariance is the columns' product.
         columns = torch.stack([problem.mean_grad_and_noise(x, _OneNormal(i))[1] for i in range(n)])
         off = columns.T @ columns - centred.T @ centred / len(centred)
         scale = float((centred**2).mean(0).max())

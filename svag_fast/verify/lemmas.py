@@ -64,6 +64,7 @@ def lemma_4_6(settings: SuiteSettings) -> Outcome:
     grad = PROBLEM.curvature * START - PROBLEM.offset
     sigma = (PROBLEM.noise_slope * START + PROBLEM.noise_offset) ** 2
     remainders = []
+    # Two of them: l² times a remainder of order l^-2 is one constant, and of a lower order it would double.
     for l in (4096.0, 8192.0):
         moments = _increments(PROBLEM, LR / l)
         leading = np.array([-LR / l * grad, LR**2 / l * sigma, 0.0, 0.0])
@@ -91,6 +92,7 @@ def lemma_4_6(settings: SuiteSettings) -> Outcome:
 
 def _increments(problem: AffineProblem, time: float) -> np.ndarray:
     """Exact E (X_t - x0)^p, p = 1..4, from a start moved to the origin (no cancellation)."""
+    # From the origin: E (X - x0)^4 as a difference of moments of X would lose all its digits to cancellation.
     moved = AffineProblem(
         problem.curvature,
         problem.offset - problem.curvature * START,

@@ -26,11 +26,13 @@ def estimators(settings: SuiteSettings) -> Outcome:
     outcome = Outcome()
     data = _sample_grads(settings.seed)
     for replacement in (True, False):
+        # Five samples in batches of two: few enough that a mean over all batches is a sum, with no error but rounding.
         truth = _truth(data, replacement)
         population = None if replacement else SAMPLES
         how = "with replacement" if replacement else "distinct samples"
         batches = [data[list(indices)] for indices in _draws(replacement)]
         means = [g.mean(0) for g in batches]
+        # Every pair, also of a batch with itself: the two are independent, so it has the same probability.
         pairs = list(itertools.product(range(len(means)), repeat=2))
         found = {
             "from_sample_norms": _mean(
@@ -169,6 +171,7 @@ class _Words(nn.Module):
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.norm = nn.LayerNorm(6)
         self.head = nn.Linear(6, 7, bias=False)
+        # One parameter used twice: the norm of the sum isn't the sum of the norms.
         self.head.weight = self.words.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -180,6 +183,7 @@ class _Words(nn.Module):
 
 def _nets(seed: int) -> dict[str, tuple[nn.Module, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
+    # Modules draw their weights from the global stream, which is the caller's.
     torch_state = torch.get_rng_state()
     torch.manual_seed(seed)
     images = torch.randn(4, 4, 6, 5, dtype=torch.float64, generator=generator, device="cpu")
@@ -212,6 +216,7 @@ def _nets(seed: int) -> dict[str, tuple[nn.Module, Tensor]]:
 def _net_checks(name: str, model: nn.Module, inputs: Tensor) -> list[Check]:
     def loss(x: Tensor) -> Tensor:
         output: Tensor = model(x)
+        # Not linear in the output, so that each sample has output gradients of its own.
         return output.sin().flatten(1).sum(1).mean()
 
     parameters = list(model.parameters())
@@ -265,6 +270,7 @@ def _op_checks(seed: int) -> list[Check]:
         weight = torch.zeros(shape, dtype=torch.float64, requires_grad=True, device="cpu")
         rows = [torch.autograd.grad((apply(x[i : i + 1], weight) * b[i : i + 1]).sum(), weight)[0] for i in range(5)]
         own = torch.stack(rows)
+        # Gradients written out sample by sample: the definition, by nothing of ours.
         weighted = own * weights.reshape(-1, *[1] * len(shape))
         parts = torch.stack([weighted[[i for i in range(5) if segments[i] == s]].sum(0).flatten() for s in (0, 1)])
         for backend in backends.BACKENDS:

@@ -47,6 +47,7 @@ class AffineProblem:
         ratio = batch_size / self.batch_size
         return replace(
             self,
+            # A mean over `ratio` times the samples has its variance divided by `ratio`.
             noise_slope=self.noise_slope / ratio**0.5,
             noise_offset=self.noise_offset / ratio**0.5,
             law=self.law.averaged(ratio),
@@ -60,6 +61,7 @@ class AffineProblem:
     def batch_grad(self, x: Tensor, weights: Sequence[float], draws: Draws) -> Tensor:
         """``sum_j weights[j] g_j``: the noises are combined before the state is looked at."""
         noise = self.law.fill_(torch.empty_like(x), draws)
+        # A pass over memory saved for SGD and for each batch that is drawn alone.
         if weights[0] != 1:
             noise.mul_(weights[0])
         for weight in weights[1:]:
@@ -85,6 +87,7 @@ class AffineProblem:
 
     def _combine(self, x: Tensor, noise: Tensor, mean_weight: float, noise_scale: float) -> Tensor:
         """``mean_weight (curvature x - offset) + noise_scale (noise_slope x + noise_offset) noise`` over `noise`."""
+        # Additive noise needs one pass less over the ensemble.
         if self.noise_slope == 0:
             noise.mul_(noise_scale * self.noise_offset).add_(x, alpha=mean_weight * self.curvature)
         else:

@@ -91,6 +91,7 @@ class NetworkProblem:
         batches = [self._batch(draws) for _ in weights]
         factors = x.new_tensor(weights).div_(self.batch_size)
         if self._couples_samples():
+            # A pass a batch: BatchNorm's statistics belong to one, and concatenated they would be normalised together.
             grads = [
                 self._weighted_grad(x, batch, factor.expand(self.batch_size))
                 for batch, factor in zip(batches, factors, strict=True)
@@ -104,6 +105,7 @@ class NetworkProblem:
 
     def gaussian_grad(self, x: Tensor, noise_scale: float, draws: Draws) -> Tensor:
         """``grad L(x) + noise_scale Sigma^(1/2) z`` in one forward and backward pass over the data."""
+        # A sample's weight is 1 for the full gradient, and its noise beside it: one backward pass gives both.
         return self._over_data(x, self.noise_weights(x, draws).mul_(noise_scale).add_(1)[None])[0]
 
     def mean_grad_and_noise(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -119,6 +121,7 @@ class NetworkProblem:
         for rows in self._chunks():
             parameters, losses = self._losses(x, self.inputs[rows], self.targets[rows])
             with torch.enable_grad():
+                # Twice differentiated in a chunk at a time: the graph of all samples' gradients would fill the memory.
                 grads = torch.autograd.grad(losses.sum() / len(self.inputs), parameters, create_graph=True)
                 products = torch.autograd.grad(grads, parameters, self._split(v), materialize_grads=True)
             total += parameters_to_vector(products)
@@ -132,6 +135,7 @@ class NetworkProblem:
     def noise_weights(self, x: Tensor, draws: Draws) -> Tensor:
         """Fresh sample weights [n] whose weighted mean gradient has mean zero and covariance Sigma."""
         xi = draws.normal_(torch.empty(len(self.inputs), dtype=x.dtype, device=x.device))
+        # Without their mean, or the full gradient would be part of the noise.
         return xi.sub_(xi.mean()).mul_(self.noise_scale)
 
     def _batch(self, draws: Draws) -> Tensor:

@@ -65,6 +65,7 @@ class LinearRegression:
             else:
                 rows = draws.subsets(len(self.features), len(x), self.batch_size)
             a = self.features[rows]
+            # From left to right, so that no [d, d] matrix is formed for each trajectory.
             residual = (a @ x[:, :, None]).squeeze(2).sub_(self.targets[rows])
             total.add_((residual[:, None, :] @ a).squeeze(1), alpha=weight / self.batch_size)
         return total
@@ -152,8 +153,10 @@ class LinearRegression:
         """``-(I + hessian_weight Hessian f)(mean_weight A + lambda)`` acting on z, last row zero."""
         mean = self._mean()
         decay = weight_decay * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+        # The last entry of z is the constant 1, which nothing moves.
         decay[-1, -1] = 0
         hessian = mean.clone()
+        # A derivative: the targets' column is constant in x.
         hessian[:, -1] = 0
         boost = torch.eye(len(mean), dtype=torch.float64, device=mean.device) + hessian_weight * (hessian + decay)
         return -boost @ (mean_weight * mean + decay)

@@ -34,6 +34,7 @@ def sde_weight_sq_norm(r0: float, time: float, *, diffusion: float, weight_decay
     time, diffusion = number("time", time, least=0), number("diffusion", diffusion, least=0)
     weight_decay = number("weight_decay", weight_decay, least=0)
     decay = -4 * weight_decay * time
+    # The limit of the other form, which divides by zero. expm1 keeps the digits where decay is small.
     relaxed = 2 * diffusion * time if weight_decay == 0 else -math.expm1(decay) * diffusion / (2 * weight_decay)
     return math.sqrt(r0**2 * math.exp(decay) + relaxed)
 
@@ -125,8 +126,10 @@ class ScaleInvariantToy:
         # E (1 - u_1^2) = (d - 1) A(concentration)/concentration, A the ratio of Bessel functions.
         concentration = 2 * r * self.signal / (lr * self.noise_std**2)
         if concentration == 0:
+            # Without a signal u is uniform, and each coordinate's square has the mean 1/d.
             spread = (self.dim - 1) / self.dim
         else:
+            # Scaled by e^-x: the plain functions overflow, and the factor cancels in the ratio.
             bessel = scipy.special.ive([self.dim / 2, self.dim / 2 - 1], concentration)
             spread = (self.dim - 1) * float(bessel[0] / bessel[1]) / concentration
         return Norms(
