@@ -124,7 +124,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = config.get(name, "")
         if not isinstance(value, str) or not value.isprintable() or len(value) > 200:
             raise ValueError(f"{path}: {name} must be a short text, got {_short(value)}")
-    config.setdefault("init", UNSAID["init"])
+    for name in UNSAID.keys() - {"sampling"}:
+        config.setdefault(name, UNSAID[name])
     # Older versions drew distinct images, where the data set has as many as a batch; another trainer's say nothing.
     size = TRAIN_SIZES.get(config.get("dataset", ""))
     if "sampling" not in config and size is not None and config["batch_size"] <= size:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from svag_fast.experiments.config import SCHEDULES, ConfigError, ExperimentConfig, RunConfig, read_settings
+from svag_fast.experiments.data import DATASETS
 
 RUN = {"batch_size": 8, "lr": 0.1, "l": 2, "seed": 0, "effective_steps": 100}
 
@@ -58,7 +59,7 @@ def test_schedules_have_their_shapes():
     ("values", "message"),
     [
         ({"learning_rate": 0.1}, "unknown setting 'learning_rate': known are backend, batch_size"),
-        ({"dataset": "mnist"}, "dataset must be one of digits, fashion-mnist, got 'mnist'"),
+        ({"dataset": "mnist"}, f"dataset must be one of {', '.join(DATASETS)}, got 'mnist'"),
         ({"batch_size": [8, 8]}, "batch_size must be a list without repetition"),
         ({"batch_size": []}, "batch_size must be a number or a list of numbers"),
         ({"batch_size": ["8"]}, "batch_size must be an integer from 1 to 1,000,000, got '8'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from svag_fast.experiments.data import DatasetNotFoundError, draw_batch, load_dataset, read_idx
+from svag_fast.experiments.data import DATASETS, DatasetNotFoundError, draw_batch, load_dataset, read_idx
 
 
 def idx_bytes(array):
@@ -66,7 +66,7 @@ def test_batches_follow_from_the_generator_alone(replacement):
 
 
 def test_unknown_data_set_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="'mnist': expected digits or fashion-mnist"):
+    with pytest.raises(ValueError, match=f"'mnist': expected {' or '.join(DATASETS)}"):
         load_dataset("mnist")
 
 

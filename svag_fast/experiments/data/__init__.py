@@ -34,11 +34,11 @@ TRAIN_SIZES = {name: source.train_size for name, source in DATASETS.items()}
 
 
 def load_dataset(name: str) -> Dataset:
-    """Load "digits" (scikit-learn's, 1,797 images of 8x8) or "fashion-mnist" (70,000 of 28x28, from IDX files).
+    """Load a data set by its name in `DATASETS`.
 
     Raises:
         ValueError: no data set has that name.
-        DatasetNotFoundError: Fashion-MNIST's files aren't on this machine.
+        DatasetNotFoundError: its files aren't on this machine.
     """
     if name not in DATASETS:
         raise ValueError(f"no data set is called {name!r}: expected {' or '.join(DATASETS)}")
