@@ -2,15 +2,13 @@
 
 #include <cmath>
 
+#include "layer.h"
 #include "selftest.h"
 #include "tensor_list.h"
 
 namespace {
 
-struct Shape {
-    int64_t batch, groups, channels, outputs, height, width, kernel, stride, pad, dilation;
-    int64_t out(int64_t n) const { return (n + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1; }
-};
+using Shape = selftest::LayerShape;
 
 // Tiles that are not full, windows that leave the image, groups, a 1x1 kernel (Linear), an image of one pixel.
 const Shape kShapes[] = {
@@ -21,13 +19,6 @@ const Shape kShapes[] = {
 // Enough work for several threads, and several samples in a chunk.
 const Shape kLarge{40, 2, 16, 12, 7, 6, 3, 1, 1, 1};
 
-// The strides of [n, channels, height, width], dense, channels second or last.
-void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t* strides) {
-    const int64_t second[] = {channels * height * width, height * width, width, 1};
-    const int64_t last[] = {channels * height * width, 1, width * channels, channels};
-    for (int i = 0; i < 4; ++i) strides[i] = channels_last ? last[i] : second[i];
-}
-
 template <class T>
 struct Problem {
     svag::WeightGradArgs args{};
@@ -36,17 +27,15 @@ struct Problem {
     std::vector<int64_t> order, ends, segment_of;
 
     Problem(const Shape& s, bool channels_last, int segments) {
-        const int64_t oh = s.out(s.height), ow = s.out(s.width);
-        const int64_t in_channels = s.groups * s.channels, out_channels = s.groups * s.outputs;
         selftest::Random random(17);
         const auto fill = [&random](auto& v, int64_t n) {
             v.resize(static_cast<size_t>(n));
             for (auto& e : v) e = static_cast<T>(random.uniform());
         };
-        fill(inputs, s.batch * in_channels * s.height * s.width);
-        fill(output_grads, s.batch * out_channels * oh * ow);
+        fill(inputs, s.input_size());
+        fill(output_grads, s.output_size());
         fill(weights, s.batch);
-        grad.assign(static_cast<size_t>(out_channels * s.channels * s.kernel * s.kernel), static_cast<T>(NAN));
+        grad.assign(static_cast<size_t>(s.groups * s.outputs * s.channels * s.kernel * s.kernel), static_cast<T>(NAN));
         sq_norms.assign(static_cast<size_t>(s.batch), NAN);
         gram.assign(static_cast<size_t>(segments * segments), NAN);
         segment_of.resize(static_cast<size_t>(s.batch));
@@ -55,16 +44,8 @@ struct Problem {
             for (int64_t b = k; b < s.batch; b += segments) order.push_back(b);
             ends.push_back(static_cast<int64_t>(order.size()));
         }
-        args.inputs = inputs.data();
-        args.output_grads = output_grads.data();
-        args.is_double = sizeof(T) == sizeof(double);
-        set_strides(in_channels, s.height, s.width, channels_last, args.input_strides);
-        set_strides(out_channels, oh, ow, channels_last, args.output_strides);
-        set_strides(s.channels, s.kernel, s.kernel, channels_last, args.grad_strides);
-        args.batch = s.batch, args.groups = s.groups, args.channels = s.channels, args.outputs = s.outputs;
-        args.height = s.height, args.width = s.width, args.out_height = oh, args.out_width = ow;
-        args.kernel_h = args.kernel_w = s.kernel, args.stride_h = args.stride_w = s.stride;
-        args.pad_h = args.pad_w = s.pad, args.dilation_h = args.dilation_w = s.dilation;
+        selftest::set_layer(args, s, channels_last, inputs.data(), output_grads.data());
+        selftest::set_strides(s.channels, s.kernel, s.kernel, channels_last, args.grad_strides);
         args.weights = weights.data();
         args.order = order.data();
         args.segment_ends = ends.data();

@@ -2,15 +2,13 @@
 
 #include <cmath>
 
+#include "layer.h"
 #include "selftest.h"
 #include "tensor_list.h"
 
 namespace {
 
-struct Shape {
-    int64_t batch, groups, channels, outputs, height, width, kernel, stride, pad, dilation;
-    int64_t out(int64_t n) const { return (n + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1; }
-};
+using Shape = selftest::LayerShape;
 
 // Rows that don't fill a tile or a vector, windows that leave the image, groups, rows that the stride passes over, an
 // image of one pixel, rows longer than a float32 sum runs.
@@ -20,12 +18,6 @@ const Shape kShapes[] = {
     {2, 3, 4, 6, 7, 5, 1, 2, 0, 1},   {2, 1, 4, 3, 2, 3, 1, 2, 1, 1},  {2, 1, 2100, 3, 1, 6, 1, 1, 0, 1},
 };
 
-void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t* strides) {
-    const int64_t second[] = {channels * height * width, height * width, width, 1};
-    const int64_t last[] = {channels * height * width, 1, width * channels, channels};
-    for (int i = 0; i < 4; ++i) strides[i] = channels_last ? last[i] : second[i];
-}
-
 template <class T>
 struct Problem {
     svag::WeightGramArgs args{};
@@ -33,25 +25,15 @@ struct Problem {
     std::vector<double> sq_norms;
 
     Problem(const Shape& s, bool channels_last, double scale = 1) {
-        const int64_t oh = s.out(s.height), ow = s.out(s.width);
-        const int64_t in_channels = s.groups * s.channels, out_channels = s.groups * s.outputs;
         selftest::Random random(23);
         const auto fill = [&random, scale](auto& v, int64_t n) {
             v.resize(static_cast<size_t>(n));
             for (auto& e : v) e = static_cast<T>(scale * random.uniform());
         };
-        fill(inputs, s.batch * in_channels * s.height * s.width);
-        fill(output_grads, s.batch * out_channels * oh * ow);
+        fill(inputs, s.input_size());
+        fill(output_grads, s.output_size());
         sq_norms.assign(static_cast<size_t>(s.batch), NAN);
-        args.inputs = inputs.data();
-        args.output_grads = output_grads.data();
-        args.is_double = sizeof(T) == sizeof(double);
-        set_strides(in_channels, s.height, s.width, channels_last, args.input_strides);
-        set_strides(out_channels, oh, ow, channels_last, args.output_strides);
-        args.batch = s.batch, args.groups = s.groups, args.channels = s.channels, args.outputs = s.outputs;
-        args.height = s.height, args.width = s.width, args.out_height = oh, args.out_width = ow;
-        args.kernel_h = args.kernel_w = s.kernel, args.stride_h = args.stride_w = s.stride;
-        args.pad_h = args.pad_w = s.pad, args.dilation_h = args.dilation_w = s.dilation;
+        selftest::set_layer(args, s, channels_last, inputs.data(), output_grads.data());
         args.sq_norms = sq_norms.data();
     }
 
