@@ -29,7 +29,7 @@ class Margin:
         """Read ``0.02`` or ``10%``; raise ValueError where it is neither."""
         number = text.strip().removesuffix("%")
         try:
-            size = float(number)
+            size = float(number if number.isascii() and "_" not in number else "")  # float() reads 1_0 as 10
         except ValueError:
             raise ValueError(f"{text.strip()!r} is not a margin; expected a number such as 0.02, or 10%") from None
         return cls(size / 100, relative=True) if text.strip().endswith("%") else cls(size)

@@ -24,7 +24,7 @@ from svag_fast import moved
 from svag_fast.numeric import integer, real
 from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.sampling import noise_factor, require_drawable
-from svag_fast.stats.series import mean_estimate
+from svag_fast.stats.series import mean_estimate, refuse_masked
 
 Scalar: TypeAlias = float | Tensor
 
@@ -253,7 +253,12 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> Estimat
     Raises:
         ValueError: an empty series, or one that is not 1-D.
     """
-    values = series.detach().cpu().numpy(force=True) if isinstance(series, Tensor) else np.asarray(series)
+    if isinstance(series, Tensor):
+        series = (
+            series.detach().cpu() if series.is_complex() else series.detach().double().cpu()
+        )  # NumPy has no bfloat16
+    refuse_masked("series", series)
+    values = np.asarray(series)
     if values.dtype.kind not in "fiub":
         raise TypeError(f"series must hold real numbers, got {values.dtype}")
     x: NDArray[np.float64] = values.astype(np.float64)
@@ -335,7 +340,8 @@ class RunningMean:
         covered = len(self._blocks) * self._block_size
         blocks = mean_estimate(np.array(self._blocks))
         error = blocks.standard_error * math.sqrt(covered / self._count)
-        effective = self.variance / error**2 if error != 0.0 else float(self._count)
+        # Not variance / error², of which small values' squares may vanish.
+        effective = (math.sqrt(self.variance) / error) ** 2 if error != 0.0 else float(self._count)
         return Estimate(self._mean, error, blocks.degrees_of_freedom, effective)
 
     def state_dict(self) -> dict[str, Any]:

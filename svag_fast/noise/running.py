@@ -117,7 +117,7 @@ class RunningNoise:
         error = of_blocks.standard_error * math.sqrt(covered / steps)
         covariance = self._co_scatter / (steps - 1)
         variance = noise.variance - 2 * ratio * covariance + ratio**2 * grad.variance
-        effective = variance / error**2 if error > 0 else float(steps)
+        effective = (math.sqrt(max(variance, 0.0)) / error) ** 2 if error > 0 else float(steps)
         error = math.hypot(error, self._rounding_error()) / abs(G.mean)
         return Estimate(ratio, error, of_blocks.degrees_of_freedom, effective)
 

@@ -123,6 +123,15 @@ def fieller_interval(
     (10.1..., inf)
     """
     numerator, denominator = as_estimate("numerator", numerator), as_estimate("denominator", denominator)
+    top, bottom = (max(abs(e.value), e.standard_error) or 1.0 for e in (numerator, denominator))
+    # In units of their own: squares of 1e-160 vanish, those of 1e160 overflow.
+    up = replace(numerator, value=numerator.value / top, standard_error=numerator.standard_error / top)
+    down = replace(denominator, value=denominator.value / bottom, standard_error=denominator.standard_error / bottom)
+    low, high = _fieller(up, down, covariance / top / bottom, confidence)
+    return low * (top / bottom), high * (top / bottom)
+
+
+def _fieller(numerator: Estimate, denominator: Estimate, covariance: float, confidence: float) -> tuple[float, float]:
     freedoms = [e.degrees_of_freedom for e in (numerator, denominator) if e.degrees_of_freedom is not None]
     t2 = quantile(confidence, min(freedoms, default=None)) ** 2
     # t(θ)² <= t²  <=>  a θ² - 2 b θ + c <= 0

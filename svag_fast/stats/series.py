@@ -29,11 +29,13 @@ __all__ = [
     "effective_samples",
     "joint_means",
     "mean_estimate",
+    "refuse_masked",
     "runs_of",
 ]
 
 LEAST = 12  # rows a run
 _MOST_BATCHES = 20
+_SMALLEST = 1e-140
 
 Array = NDArray[np.float64]
 
@@ -67,7 +69,7 @@ def joint_means(*series: ArrayLike) -> JointMeans:
     an independent value.
 
     Raises:
-        ValueError: too short, of different shapes, or not finite.
+        ValueError: too short, of different shapes, not finite, or too large or small to be squared.
     """
     x = np.stack([runs_of(f"series {i}", s) for i, s in enumerate(series)])  # [q, runs, n]
     x = x[:, np.sort(np.unique(x, axis=1, return_index=True)[1])]  # between a run and its copy there is no error
@@ -93,10 +95,14 @@ def mean_estimate(x: Array) -> Estimate:
     mean = float(x[0] + (x - x[0]).mean())
     if n == 1:
         return Estimate(mean, math.nan, effective_samples=1.0)
-    tau, variance = autocorrelation_time((x - mean)[None])
+    if not math.isfinite(mean):
+        return Estimate(mean, math.nan, effective_samples=0.0)
+    centred = x - mean
+    scale = float(np.abs(centred).max()) or 1.0  # squares of 1e-200 vanish, those of 1e200 overflow
+    tau, variance = autocorrelation_time((centred / scale)[None])
     effective = n / tau
     freedom = min(max(effective / 2, 1.0), n - 1.0)
-    return Estimate(mean, math.sqrt(variance / effective), freedom, effective)
+    return Estimate(mean, scale * math.sqrt(variance / effective), freedom, effective)
 
 
 def _correlations(x: Array) -> Array:
@@ -111,6 +117,7 @@ def _correlations(x: Array) -> Array:
 
 def runs_of(name: str, series: ArrayLike) -> Array:
     """Return a series as [runs, n]; refuse one that is too short or not finite."""
+    refuse_masked(name, series)
     x = np.asarray(series, dtype=np.float64)
     if x.ndim not in (1, 2) or x.shape[-1] < LEAST or x.shape[0] == 0:
         raise ValueError(f"{name} must be [n] or [runs, n] with n at least {LEAST}, got shape {list(x.shape)}")
@@ -118,7 +125,18 @@ def runs_of(name: str, series: ArrayLike) -> Array:
     if not np.isfinite(x).all():
         run, row = np.argwhere(~np.isfinite(x))[0].tolist()
         raise ValueError(f"{name} must be finite, but row {row} of run {run} is not")
+    if (largest := float(np.abs(x).max())) and not _SMALLEST < largest < 1 / _SMALLEST:
+        raise ValueError(
+            f"{name} must be of sizes from {_SMALLEST:g} to {1 / _SMALLEST:g}, whose squares are numbers too, "
+            f"but its largest is {largest:g}"
+        )
     return x
+
+
+def refuse_masked(name: str, series: object) -> None:
+    """Refuse a masked array: NumPy's functions would take what is masked for values."""
+    if np.ma.isMaskedArray(series) and np.ma.is_masked(series):
+        raise TypeError(f"{name} has masked values: give those that are there, as series.compressed()")
 
 
 def effective_samples(x: Array) -> float:

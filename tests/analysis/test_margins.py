@@ -28,7 +28,7 @@ def test_a_margin_for_what_is_not_judged_is_refused(metrics: list[str], given: d
         choose_margins(metrics, given)
 
 
-@pytest.mark.parametrize("text", ["", "x", "0", "-1", "nan", "inf", "%", "1 %%"])
+@pytest.mark.parametrize("text", ["", "x", "0", "-1", "nan", "inf", "%", "1 %%", "1_0", "0,02", "٢"])
 def test_what_is_no_margin_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="margin"):
         Margin.parse(text)

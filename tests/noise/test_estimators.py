@@ -448,3 +448,17 @@ def test_not_a_number_is_not_hidden():
         mean.add(value)
     assert math.isnan(mean.mean)
     assert math.isnan(mean.standard_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int32])
+def test_a_series_may_be_a_tensor_of_any_real_dtype(dtype):
+    found = noise.mean_standard_error(torch.tensor([1, 2, 3, 2, 1, 2], dtype=dtype))
+    assert found == noise.mean_standard_error([1.0, 2, 3, 2, 1, 2])
+
+
+def test_the_mean_of_a_stream_of_tiny_values_has_an_error():
+    mean = noise.RunningMean()
+    for value in (1e-200, 2e-200, 4e-200, 3e-200):
+        mean.add(value)
+    assert 0 < mean.standard_error < 4e-200
+    assert not mean.estimate().trusted
