@@ -259,7 +259,10 @@ def _outlook(rng: np.random.Generator) -> list[Check]:
 
 def _weighted(rng: np.random.Generator) -> list[Check]:
     """Samples of weights 1 and 3 in the loss: over all pairs of five samples the estimates' means are the truth."""
-    data, weights = torch.from_numpy(rng.standard_normal((5, 3)) + 1), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    data, weights = (
+        torch.from_numpy(rng.standard_normal((5, 3)) + 1),
+        torch.tensor([1.0, 3.0], dtype=torch.float64, device="cpu"),
+    )
     found = []
     for pair in itertools.product(range(5), repeat=2):
         g = data[list(pair)]

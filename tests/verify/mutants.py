@@ -713,14 +713,6 @@ MUTANTS = (
         "estimators",
     ),
     Mutant(
-        "RunningMean: error of blocks times their length",
-        NOISE,
-        "blocks.standard_error * math.sqrt(covered / self._count)",
-        "blocks.standard_error",
-        None,
-        "tests/noise/test_estimators.py",
-    ),
-    Mutant(
         "RunningNoise: nsr's error over G²",
         "noise/running.py",
         "self._rounding_error()) / abs(G.mean)",
