@@ -267,6 +267,23 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> Estimat
     return mean_estimate(x)
 
 
+def _check_mean(state: Mapping[str, Any]) -> None:
+    """Refuse a mean that isn't that of the blocks: of a stream with a nan or inf both may be nan or inf."""
+    parts = [*state["blocks"], state["open_mean"]] if state["open_count"] else state["blocks"]
+    if not parts or not all(map(math.isfinite, parts)):
+        return
+    of_blocks = math.fsum(block * (state["block_size"] / state["count"]) for block in state["blocks"])
+    of_blocks += state["open_mean"] * (state["open_count"] / state["count"])
+    rounding = 1e-6 * max(map(abs, parts)) + 1e-12 * math.sqrt(max(0.0, state["scatter"]))  # of values that cancelled
+    if math.isnan(state["scatter"]) or not (
+        math.isfinite(state["mean"]) and abs(state["mean"] - of_blocks) <= rounding
+    ):
+        raise ValueError(
+            f"mean and scatter must be those of the values that the blocks hold, whose mean is {of_blocks:g}, but they "
+            f"are {state['mean']} and {state['scatter']}"
+        )
+
+
 class RunningMean:
     """Mean of a stream with its autocorrelation-aware error, in constant memory; `add` never synchronises a device.
 
@@ -375,6 +392,7 @@ class RunningMean:
                 f"count must be block_size times the number of blocks plus open_count, but it is {count}, and they are "
                 f"{size}, {len(state['blocks'])} and {left}"
             )
+        _check_mean(state)
         self._pending = []
         for name in _STATE:
             setattr(self, "_" + name, _copy(state[name]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.noise.estimators import RunningMean
-from svag_fast.numeric import integer, number, real
+from svag_fast.numeric import integer, number
 from svag_fast.ops.step_stats import StepStats, is_one_batch
 from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.sampling import noise_factor
@@ -157,11 +157,13 @@ class RunningNoise:
             )
         for name in ("skipped", "one_batch"):
             integer(name, state[name], least=0)
-        real("co_scatter", state["co_scatter"])
+        number("co_scatter", state["co_scatter"])
         number("rounding", state["rounding"], least=0)
         means = {name: RunningMean() for name in _SERIES}
         for name, mean in means.items():
             mean.load_state_dict(state[name])
+            if mean.count:  # steps with an inf or nan enter none
+                number(f"{name}: mean", mean.mean)
         blocks = {name: (state[name]["count"], state[name]["block_size"]) for name in _SERIES}
         if len(set(blocks.values())) > 1:
             raise ValueError(f"the series must be of the same steps, but their counts and block sizes are {blocks}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 _KINDS = frozenset({"betas", "alpha"})
 # What a torch optimizer's group has beside its options.
 _BESIDE = frozenset({"params", "param_names", "initial_lr"})
+
+
+# Means of squares.
+_SQUARES = frozenset({"exp_avg_sq", "square_avg"})
 
 
 class TorchKin(NamedTuple):
@@ -34,6 +39,7 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
     Raises:
         ValueError, TypeError: it is another optimizer's, or a value in it is out of range, and which.
     """
+    _check_form(state_dict)
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
         return state_dict  # torch has its own words for this
@@ -54,9 +60,36 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
             )
     numbers = [number for group in saved for number in group["params"]]
     params = [p for group in groups for p in group["params"]]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("the loaded state gives several parameters one number")
+    if unknown := [number for number in state_dict["state"] if number not in set(numbers)]:
+        raise ValueError(f"the loaded state has a state of no parameter: {', '.join(map(repr, unknown[:5]))}")
+    for i, (now, loaded) in enumerate(zip(groups, saved, strict=True)):
+        _check_names(i, now.get("param_names"), loaded.get("param_names"))
     for number, p in zip(numbers, params, strict=True):
         _check_state(f"state {number}", state_dict["state"].get(number, {}), p, optimizer.state_names)
     return state_dict
+
+
+def _check_form(state_dict: dict[str, Any]) -> None:
+    for name, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), kind):
+            raise TypeError(f"the loaded state is none of an optimizer: its {name} must be a {kind.__name__}")
+    if not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in state_dict["param_groups"]):
+        raise TypeError("the loaded state is none of an optimizer: each param group must be a dict with a list params")
+    for number, state in state_dict["state"].items():
+        if not isinstance(state, dict):
+            raise TypeError(f"state {number} of the loaded state is {type(state).__name__}, expected a dict")
+
+
+def _check_names(i: int, now: list[str] | None, loaded: list[str] | None) -> None:
+    """Refuse the same names in another order: torch goes by the order. Other names may be a renamed model's."""
+    if now and loaded and now != loaded and sorted(now) == sorted(loaded):
+        name, other = next(pair for pair in zip(now, loaded, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"the loaded state's param group {i} has the parameters in another order: {other!r} stands where this "
+            f"optimizer has {name!r}, and state is given out by the order"
+        )
 
 
 def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +128,11 @@ def _check_state(what: str, state: dict[str, Any], p: Tensor, names: frozenset[s
                 raise ValueError(f"{what} of the loaded state: {name} is {value}, expected a finite number >= 0")
         elif not isinstance(value, Tensor):
             raise TypeError(f"{what} of the loaded state: {name} is {type(value).__name__}, expected a tensor")
+        elif value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
+            kind = "on meta" if value.is_meta else f"{value.layout}, {value.dtype}"
+            raise TypeError(f"{what} of the loaded state: {name} is {kind}, expected a dense floating-point tensor")
+        elif name in _SQUARES and bool((value < 0).any()):
+            raise ValueError(f"{what} of the loaded state: {name} is a mean of squares, but has elements below 0")
         elif value.shape != p.shape:
             raise ValueError(
                 f"{what} of the loaded state: {name} has shape {list(value.shape)}, its parameter {list(p.shape)}"

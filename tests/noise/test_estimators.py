@@ -4,6 +4,7 @@ import itertools
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -421,10 +422,24 @@ def test_a_wrong_state_is_refused_and_nothing_changes():
         (dict(whole, blocks=[1.0] * 600, count=600), "fewer than 512 blocks"),
         (dict(whole, mean="3"), "Invalid mean"),
         (dict(whole, scatter=-1.0), "scatter must be >= 0"),
+        (dict(whole, mean=math.nan), "must be those of the values that the blocks hold, whose mean is 3"),
+        (dict(whole, mean=math.inf), "must be those of the values"),
+        (dict(whole, mean=2.9), "must be those of the values"),
+        (dict(whole, scatter=math.nan), "must be those of the values"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             mean.load_state_dict(state)
         assert mean.state_dict() == whole
+
+
+@pytest.mark.parametrize("count", [1, 5, 600, 1500])
+@pytest.mark.parametrize("special", [[], [math.nan], [math.inf], [1e300, -1e300]])
+def test_every_stream_can_be_gone_on_from(count, special):
+    mean, other = noise.RunningMean(), noise.RunningMean()
+    for value in [*np.random.default_rng(0).standard_normal(count), *special]:
+        mean.add(float(value))
+    other.load_state_dict(mean.state_dict())
+    assert repr(other.estimate()) == repr(mean.estimate())
 
 
 def test_edge_cases_of_the_mean():

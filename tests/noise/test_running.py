@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import svag_fast
+from svag_fast.noise.estimators import RunningMean
 from svag_fast.noise.running import RunningNoise
 from svag_fast.ops import svag_step_
 from svag_fast.ops.step_stats import StepStats
@@ -150,6 +151,9 @@ def test_a_stored_state_goes_on_as_if_never_stopped() -> None:
 def test_a_wrong_state_is_refused_and_nothing_changes() -> None:
     running = feed(RunningNoise(), torch.ones(3), torch.full((3,), 2.0))
     before = running.state_dict()
+    diverged = RunningMean()
+    for value in (math.nan, 1.0, 2.0)[: before["noise_trace"]["count"]]:
+        diverged.add(value)
     shorter = feed(RunningNoise(), torch.ones(2), torch.full((2,), 2.0))
     for change, message in (
         ({"more": 1}, "missing or unknown"),
@@ -157,6 +161,9 @@ def test_a_wrong_state_is_refused_and_nothing_changes() -> None:
         ({"one_batch": -1}, "Invalid one_batch"),
         ({"rounding": -1.0}, "Invalid rounding"),
         ({"co_scatter": "a"}, "Invalid co_scatter"),
+        ({"co_scatter": math.nan}, "Invalid co_scatter"),
+        ({"noise_trace": {**before["noise_trace"], "mean": math.nan}}, "must be those of the values"),
+        ({"noise_trace": diverged.state_dict()}, "Invalid noise_trace: mean: nan"),
         ({"noise_trace": {}}, "missing or unknown"),
         ({"noise_trace": {**before["noise_trace"], "blocks": [1.0]}}, "count must be"),
         ({"noise_trace": shorter.state_dict()["noise_trace"]}, "must be of the same steps"),

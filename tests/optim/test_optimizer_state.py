@@ -297,6 +297,11 @@ MOMENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a moment is missing": (lambda s: s.pop("exp_avg_sq"), "lacks exp_avg_sq"),
     "another shape": (lambda s: s.update(exp_avg=torch.zeros(2)), r"exp_avg has shape \[2\], its parameter \[3\]"),
     "no tensor": (lambda s: s.update(exp_avg=0.5), "exp_avg is float, expected a tensor"),
+    "complex": (lambda s: s.update(exp_avg=torch.zeros(3, dtype=torch.complex64)), "exp_avg is .*complex64, expected"),
+    "integers": (lambda s: s.update(exp_avg=torch.zeros(3, dtype=torch.int64)), "exp_avg is .*int64, expected a dense"),
+    "sparse": (lambda s: s.update(exp_avg_sq=torch.zeros(3).to_sparse()), "exp_avg_sq is torch.sparse_coo"),
+    "no values": (lambda s: s.update(exp_avg_sq=torch.zeros(3, device="meta")), "exp_avg_sq is on meta"),
+    "a negative square": (lambda s: s.update(exp_avg_sq=torch.tensor([1.0, -1e-9, 1.0])), "has elements below 0"),
 }
 
 
@@ -311,6 +316,34 @@ def test_moments_that_do_not_fit_are_refused(case: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         opt.load_state_dict(state)
     assert everything(opt) == before
+
+
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a state of no parameter": (lambda s: s["state"].update({7: s["state"][0]}), "a state of no parameter: 7"),
+    "one number twice": (lambda s: s["param_groups"][0].update(params=[0, 0]), "several parameters one number"),
+    "states in a list": (lambda s: s.update(state=[]), "its state must be a dict"),
+    "no groups": (lambda s: s.pop("param_groups"), "its param_groups must be a list"),
+    "a group that is none": (lambda s: s.update(param_groups=[5]), "each param group must be a dict"),
+    "a state that is none": (lambda s: s["state"].update({0: [1]}), "state 0 of the loaded state is list"),
+    "another order": (lambda s: s["param_groups"][0].update(param_names=["b", "a"]), "'b' stands where .* has 'a'"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS.values(), ids=FORMS.keys())
+def test_a_state_that_is_not_of_these_parameters_is_refused(case: Any) -> None:
+    change, message = case
+    p, q = ones(3), ones(3)
+    opt = SVAGAdam([("a", p), ("b", q)], l=2)
+    q.grad = torch.zeros(3)
+    step(opt, p)
+    state, before = copy.deepcopy(opt.state_dict()), everything(opt)
+    change(state)
+    with pytest.raises((ValueError, TypeError), match=message):
+        opt.load_state_dict(state)
+    assert everything(opt) == before
+    renamed = copy.deepcopy(opt.state_dict())
+    renamed["param_groups"][0]["param_names"] = ["module.a", "module.b"]  # as torch's, which goes by the order
+    opt.load_state_dict(renamed)
 
 
 KIN: list[tuple[Any, Any, dict[str, Any]]] = [
