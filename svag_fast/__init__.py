@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
     from svag_fast.optim.adaptive import SVAGRMSprop as SVAGRMSprop
     from svag_fast.optim.svag import SVAG as SVAG
     from svag_fast.optim.svag import svag_loss as svag_loss
+    from svag_fast.replicas.module import Replicas as Replicas
     from svag_fast.sample_norms.context import SampleNorms as SampleNorms
     from svag_fast.sample_norms.context import UnsupportedModuleError as UnsupportedModuleError
     from svag_fast.sample_norms.context import by_vmap as by_vmap
@@ -54,6 +55,7 @@ _LAZY: dict[str, str] = {
     "svag_loss": "svag_fast.optim.svag",
     "pair_pass": "svag_fast.nn.pair_pass",
     "per_sample_sq_norms": "svag_fast.sample_norms.context",
+    "Replicas": "svag_fast.replicas.module",
     "register_rule": "svag_fast.sample_norms.context",
     "StepStats": "svag_fast.ops.step_stats",
     "svag_coefficients": "svag_fast.ops.step",

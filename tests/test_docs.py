@@ -6,13 +6,14 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentences import pages
 from test_floors import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ["", ".ops", ".optim", ".sample_norms", ".nn", ".noise", ".theory", ".sde"]
+PACKAGES = ["", ".ops", ".optim", ".sample_norms", ".nn", ".replicas", ".noise", ".theory", ".sde"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(#[^)\s]*)?\)")
 PATH = re.compile(r"`((?:svag_fast|tests|bench|csrc|kernels|examples|requirements|docs)/[\w./]*)`")
 ROW = re.compile(r"^\| `(\w+)` \| [^|]+ \| \[[^\]]+\]\(\.\./([^)]+)\) \|$", re.M)
@@ -79,6 +80,15 @@ def test_contributing_shows_the_floors_in_their_order() -> None:
     block = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
     shown = [re.split(r"  +", line)[0].split(", ") for line in block.strip().splitlines()]
     assert [name for floor in reversed(shown) for name in reversed(floor)] == [f for f in FLOORS if f != "__main__"]
+
+
+def test_the_replicas_pages_code_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(
+        compile((ROOT / "docs/replicas.md").read_text().split("```")[1].removeprefix("python"), "replicas.md", "exec"),
+        names,
+    )
+    assert names["out"].shape == (16, 32, 10)
 
 
 def test_the_readmes_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
