@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from svag_fast import SVAG, Replicas
-from svag_fast.replicas import NotReplicable
+from svag_fast.replicas import NotReplicable, stacked
 
 SEEDS = (5, 0, 11)
 ROUNDING = 1e-12  # of the largest value, in float64
@@ -204,6 +204,25 @@ def test_an_index_out_of_range_reads_no_neighbours_row() -> None:
         x[0, 0, 0] = bad
         with pytest.raises(IndexError):
             replicas(x)
+
+
+def layer_norm(*args, **kwargs):
+    return stacked._layer_norm(*args, **kwargs)
+
+
+WRONG_FORMS = {
+    "outputs": (lambda x, *a, **k: 1.001 * layer_norm(x, *a, **k), "its outputs differ from those of a model alone"),
+    "gradients": (lambda x, *a, **k: layer_norm(x, *a, **k).detach(), "its gradient of 0.weight differs"),
+    "neighbours": (lambda x, *a, **k: layer_norm(x, *a, **k) + 1e-12 * x.mean(0), "the model couples samples"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_FORMS)
+def test_the_trial_sees_a_wrong_form(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    form, reason = WRONG_FORMS[fault]
+    monkeypatch.setitem(stacked.FORMS, F.layer_norm, form)
+    with pytest.raises(NotReplicable, match=reason):
+        Replicas(NETS["mlp"].model, SEEDS, engine="stacked")(NETS["mlp"].inputs(len(SEEDS), B))
 
 
 def test_vmap_would_pass_over_a_padding_index() -> None:

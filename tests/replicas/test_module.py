@@ -206,7 +206,9 @@ def test_autocast_is_each_replicas_own(engine: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = replicas(x)
         for s in range(3):
-            torch.testing.assert_close(out[s], replicas.unstack(s)(x[s]))
+            want = replicas.unstack(s)(x[s])
+            assert out.dtype == want.dtype == torch.bfloat16
+            assert (out[s] - want).abs().max() <= 0.03 * want.abs().max()
 
 
 def test_no_parameters_and_no_samples() -> None:
