@@ -48,7 +48,7 @@ class Replicas(nn.Module):
             and shape of input also runs two replicas alone, and all with nan in half of them.
 
     Parameters and buffers are [S, ...], named ``stacked.NAME``. :meth:`memory_needed` says before what they take; the
-    trial in the first call takes up to four times the parameters more.
+    trial in the first call takes up to six times the parameters more.
 
     Not served: random layers such as Dropout (p = 0 is), hooks, and what a model keeps outside parameters and buffers.
 
@@ -74,7 +74,7 @@ class Replicas(nn.Module):
         self.seeds = checked_seeds(seeds)
         self._built = build(build_model, self.seeds)
         self.stacked = self._built.stacked
-        self.train(self._built.model.training)
+        self.training = self._built.model.training
         self._asked: Engine | Literal["auto"] = engine
         self._engine: Engine | None = None
         self._why = ""

@@ -76,6 +76,7 @@ def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
     try:
         tensors = {name: place.stacked.detach().clone() for name, place in built.places.items()}
         found = _pass(built, run, tensors, trial.inputs, replicas)
+        del tensors  # as large as all parameters
         for s, single in trial.singles.items():
             reason = _differs(_of(found, slice(s, s + 1)), _of(single, None))
             if reason is not None:
@@ -87,9 +88,11 @@ def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
         inputs = trial.inputs if trial.shared else tree_map(lambda x: _poisoned(x, half), trial.inputs)
         poisoned = {name: _poisoned(place.stacked, half) for name, place in built.places.items()}
         beside_nan = _pass(built, run, poisoned, inputs, replicas)
-        rest = slice(half, None)
-        reason = _differs(_of(beside_nan, rest), _of(found, rest))
-        return None if reason is None else f"{reason} the same replicas beside others: the model couples samples"
+        for s in range(half, replicas):
+            reason = _differs(_of(beside_nan, slice(s, s + 1)), _of(found, slice(s, s + 1)))
+            if reason is not None:
+                return f"{reason} the same replica beside others: the model couples samples"
+        return None
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -133,6 +133,19 @@ def test_modes_and_dtypes_reach_every_layer() -> None:
     assert replicas.to("meta").stacked.get_submodule("0").weight.is_meta
 
 
+def test_a_layer_that_was_built_in_evaluation_mode_stays_in_it() -> None:
+    def build_model():
+        model = NET.model()
+        model[1].eval()
+        return model
+
+    replicas = Replicas(build_model, SEEDS)
+    replicas(NET.inputs(3, B))
+    assert replicas.training
+    assert not replicas.unstack(0)[1].training
+    assert replicas.stacked.get_submodule("1").num_batches_tracked.tolist() == [0, 0, 0]
+
+
 def test_inference_mode_and_no_grad_may_come_first() -> None:
     x = NET.inputs(3, B)
     for mode in (torch.inference_mode, torch.no_grad):
