@@ -35,8 +35,9 @@ from setuptools.command.build_ext import build_ext
 NO_FAST_MATH = "-fno-fast-math"
 CXX_FLAGS = ["-std=c++17", "-O3", NO_FAST_MATH, "-fvisibility=hidden", "-fno-math-errno"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
-# Elementwise kernels round as PyTorch does, the same at every level; this folder's products may fuse multiply and add.
-PRODUCTS = "weight_grad"
+# Elementwise kernels round as PyTorch does, the same at every level; the products of these
+# folders and files may fuse multiply and add.
+PRODUCTS = {"weight_grad", "replicas"}
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
     *AVX2_FLAGS,
@@ -49,7 +50,11 @@ AVX512_FLAGS = [
 
 # Each kernel file is compiled once for every level; csrc/cpu/simd_level.cpp chooses one when the module is loaded.
 KERNELS = sorted(str(p) for p in Path("csrc/cpu/kernels").rglob("*.cpp"))
-COMMON = ["csrc/bindings.cpp", "csrc/tensor_reader.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+COMMON = [
+    "csrc/bindings.cpp",
+    "csrc/tensor_reader.cpp",
+    *sorted(str(p) for folder in ("csrc/cpu", "csrc/cpu/replicas") for p in Path(folder).glob("*.cpp")),
+]
 EXPORTS = "csrc/exports.map"
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 ARCHS = ["80", "90", "100", "120"]
@@ -272,7 +277,7 @@ class BuildExt(build_ext):
         return str(objects[0])
 
     def _compile_kernel(self, ext: Pybind11Extension, source: str, level: str, flags: list[str]) -> str:
-        contract = "fast" if Path(source).parent.name == PRODUCTS else "off"
+        contract = "fast" if _is_product(source) else "off"
         return self._compile(ext, source, level, (*flags, f"-ffp-contract={contract}", f"-DSVAG_SIMD={level}"))
 
     def _compile_cuda(self, cuda: Cuda, source: str) -> str:
@@ -282,12 +287,16 @@ class BuildExt(build_ext):
         return str(target)
 
 
+def _is_product(source: str) -> bool:
+    return not PRODUCTS.isdisjoint(Path(source).with_suffix("").parts)
+
+
 def _longest_first(sources: list[str]) -> list[str]:
     """Return the sources in the order in which a pool is done soonest: what is long takes long to compile."""
 
     # A product is a short file, whose headers hold a template for each size of tile.
     def key(source: str) -> tuple[bool, int]:
-        return Path(source).parent.name != PRODUCTS, -Path(source).stat().st_size
+        return not _is_product(source), -Path(source).stat().st_size
 
     return sorted(sources, key=key)
 

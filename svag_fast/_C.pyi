@@ -132,6 +132,37 @@ def affine_walk(
     threads: int,
 ) -> None: ...
 
+class ReplicaNet:
+    def __init__(self, layers: list[list[int]], eps: list[float], squared_error: bool) -> None: ...
+    @property
+    def scratch(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+
+class Replicas:
+    def __init__(
+        self,
+        net: ReplicaNet,
+        weights: int,
+        parameters: int,
+        frozen: int,
+        frozen_stride: int,
+        order: list[int],
+        threads: int,
+        scratch: int,
+        slots: int,
+    ) -> None: ...
+    def advance(
+        self,
+        runs: list[tuple[int, int, float, float, float, float, list[int], list[float], int, int, int]],
+        data: tuple[int, int, int],
+        count: int,
+        measure_every: int,
+        sums: int,
+    ) -> list[tuple[int, bool]]: ...
+    def evaluate(self, runs: int, data: tuple[int, int, int], count: int, losses: int, right: int) -> None: ...
+    def gradient(self, runs: int, data: tuple[int, int, int], count: int, indices: list[int], grads: int) -> None: ...
+
 # Only in a build with CUDA:
 def cuda_step(
     params: list[int],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.experiments.config import check_range
+from svag_fast.replicas.chain import FixedLinear, register_chain
 
 NORMS = ("bn", "gn", "none")
 NORM_EPS = 1e-12  # the theory wants 0; this only keeps a constant feature map from dividing by zero
@@ -77,6 +78,17 @@ class FixedHeadNet(nn.Module):
         """Logits [B, num_classes] of images [B, C, H, W]."""
         # No bias, which would shift the logits by a weight that is not scaled away.
         return nn.functional.linear(self.features(images).mean((2, 3)), self.head)
+
+
+register_chain(
+    FixedHeadNet,
+    lambda net: [
+        ("features", net.features),
+        ("mean", nn.AdaptiveAvgPool2d(1)),
+        ("flatten", nn.Flatten()),
+        ("head", FixedLinear("head")),
+    ],
+)
 
 
 class PreActBlock(nn.Module):

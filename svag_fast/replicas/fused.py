@@ -1,0 +1,481 @@
+"""Many replicas of a small chain net trained by a fused CPU kernel: a thread a replica, whole steps without PyTorch.
+
+chain = chain_of(model)
+runs = FusedRuns(
+    chain, torch.stack([chain.flatten(build(seed)).weights for seed in range(16)]),
+    inputs=train_images, targets=train_labels, seeds=range(16), batch_size=4,
+    lr=[(0, 0.4), (4096, 0.04)], l=1, weight_decay=1.25e-3, stat_every=8,
+)
+for step in range(16, 5120 + 1, 16):
+    runs.advance(step)
+    means, test = runs.sums.means(), runs.evaluate(test_images, test_labels)
+    runs.clear_sums()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from svag_fast.numeric import integer, number
+from svag_fast.ops.checks import check_representable
+from svag_fast.ops.memory import address, mark_written
+from svag_fast.ops.step import svag_coefficients
+from svag_fast.replicas.chain import Chain
+from svag_fast.replicas.fused_layers import fused_layers
+
+Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
+Schedule: TypeAlias = "float | Sequence[tuple[int, float]]"
+
+# What one call of the kernel does at most, so that Ctrl-C is answered soon: multiply-adds of a replica, some 0.2 s.
+_CALL_OPERATIONS = 2e9
+_STEP_OPERATIONS = 5e4  # what a step costs beside its products
+
+
+class RunMeans(NamedTuple):
+    """Means over steps, each float64 [S]; nan where there was no such step.
+
+    The losses are those of batch 1 and 2 before each step, over the steps that drew the batch. The others have the
+    meaning that they have in :class:`svag_fast.StepStats`, over the measured steps: ``sq_norm1`` |g1|^2, ``sq_norm2``
+    |g2|^2, ``inner`` <g1, g2>, and ``weight_sq_norm`` |x|^2 before the step, all over the trained parameters.
+    """
+
+    loss1: Tensor
+    loss2: Tensor
+    sq_norm1: Tensor
+    sq_norm2: Tensor
+    inner: Tensor
+    weight_sq_norm: Tensor
+
+
+class RunSums(NamedTuple):
+    """Sums over the steps since :meth:`FusedRuns.clear_sums`, each float64 [S]; see :class:`RunMeans`.
+
+    ``steps1`` and ``steps2`` count the steps that drew batch 1 and 2, ``measured`` those that were measured.
+    """
+
+    loss1: Tensor
+    loss2: Tensor
+    steps1: Tensor
+    steps2: Tensor
+    sq_norm1: Tensor
+    sq_norm2: Tensor
+    inner: Tensor
+    weight_sq_norm: Tensor
+    measured: Tensor
+
+    def means(self) -> RunMeans:
+        """Return the sums over their counts."""
+        measured = (self.sq_norm1, self.sq_norm2, self.inner, self.weight_sq_norm)
+        return RunMeans(self.loss1 / self.steps1, self.loss2 / self.steps2, *(s / self.measured for s in measured))
+
+
+class Evaluation(NamedTuple):
+    """``loss`` float64 [S], the mean over the samples; ``accuracy`` float64 [S], a fraction, None without classes."""
+
+    loss: Tensor
+    accuracy: Tensor | None
+
+
+class FusedRuns:
+    """S training runs of one chain net, which share the data and nothing else.
+
+    A step at learning rate lr is ``x <- x - (lr/l) (c1 g1 + c2 g2 + weight_decay x)`` with the gradients of two batches
+    drawn with replacement (:func:`svag_fast.replicas.sampling.batch_indices`, by seed, step and batch). At l = 1, which
+    is SGD, c2 is 0 and batch 2 is drawn on measured steps alone. Steps 0, k, 2k, ... are measured, k = ``stat_every``.
+
+    A replica's path depends on its own settings, weights, frozen values and the data alone: not on S, the other
+    replicas, the number of threads, or where `advance` paused. At l = 1 it doesn't depend on ``stat_every`` either; at
+    l > 1 measured steps round differently. The SIMD level (``SVAG_FAST_SIMD``) may change the last bits.
+
+    A replica diverges where the loss of a batch is not finite, then that step isn't taken; or where a weight isn't,
+    which is looked at after every 32nd step and at the end of `advance`. It stays where it is; the others go on.
+
+    Args:
+        chain: the net.
+        weights: [S, P] float32, where each replica starts; copied.
+        frozen: [F], or [S, F] for each its own, float32, copied; by default those of the chain's model.
+        inputs: [n, ...] float32 on the CPU, the training data: vectors, or images [n, C, H, W].
+        targets: [n] int64 classes for cross-entropy, [n, outputs] float32 for the squared error.
+        loss: the mean over the batch of "cross_entropy", or of "squared_error" over batch and outputs, as
+            ``F.cross_entropy`` and ``F.mse_loss`` are.
+        seeds: S integers in [0, 2^64), of the batches; equal ones draw the same.
+        batch_size: samples of each of the two batches; an integer, or S of them.
+        lr: the learning rate: a number, or a schedule ``[(0, 0.4), (4096, 0.04)]`` of the steps from which each number
+            holds, or S of either.
+        l: SVAG's l >= 1; a number, or S of them.
+        weight_decay: a number, or S of them.
+        stat_every: which steps are measured; 0 for none.
+        threads: at most so many; by default ``torch.get_num_threads()`` at each call.
+
+    Attributes:
+        weights: [S, P] float32, the present ones.
+        frozen: [F] or [S, F].
+        steps: int64 [S], steps taken.
+        diverged: bool [S].
+
+    Raises:
+        TypeError, ValueError: an argument is none of these, or the layers don't fit the data; it is named.
+        MemoryError: what is needed (see :func:`memory_needed`) is not free; nothing was taken.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        weights: Tensor,
+        frozen: Tensor | None = None,
+        *,
+        inputs: Tensor,
+        targets: Tensor,
+        loss: Loss = "cross_entropy",
+        seeds: Sequence[int],
+        batch_size: int | Sequence[int],
+        lr: Schedule | Sequence[Schedule],
+        l: float | Sequence[float] = 1,
+        weight_decay: float | Sequence[float] = 0.0,
+        stat_every: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        if not isinstance(chain, Chain):
+            raise TypeError(f"chain is a {type(chain).__name__}: expected what chain_of returns")
+        if loss not in ("cross_entropy", "squared_error"):
+            raise ValueError(f"Invalid loss: {loss!r} (expected 'cross_entropy' or 'squared_error')")
+        _check_floats("weights", weights, "[S, P]", weights.dim() == 2 and weights.shape[1] == chain.weight_count)
+        count = len(weights)
+        if not count:
+            raise ValueError("weights has no row: expected one a replica")
+        frozen = chain.initial().frozen if frozen is None else frozen
+        shapes = ((chain.frozen_count,), (count, chain.frozen_count))
+        _check_floats("frozen", frozen, f"one of {shapes}", tuple(frozen.shape) in shapes)
+        self.chain = chain
+        self._loss = loss
+        self._net = _FusedNet(chain, _sample_shape("inputs", inputs), loss)
+        self._net.check(inputs, targets)
+        self._settings = _settings(count, seeds, batch_size, lr, l, weight_decay)
+        self._stat_every = integer("stat_every", stat_every, least=0)
+        self._threads = None if threads is None else integer("threads", threads, least=1, most=2**15)
+        needed = self._net.memory(count, frozen.numel(), self._thread_count(count), len(inputs))
+        if (free := _free_memory()) is not None and needed > free:
+            raise MemoryError(
+                f"{count} replicas need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: expected fewer "
+                "replicas or threads"
+            )
+        self._train = self._net.samples(inputs, targets)
+        self.weights = weights.detach().clone(memory_format=torch.contiguous_format)
+        self.frozen = frozen.detach().clone(memory_format=torch.contiguous_format)
+        self.steps = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.diverged = torch.zeros(count, dtype=torch.bool, device="cpu")
+        self._sums = torch.zeros(count, len(RunSums._fields), dtype=torch.float64, device="cpu")
+        self._scratch = torch.empty(0, device="cpu")
+
+    @property
+    def sums(self) -> RunSums:
+        """Copies of the sums since the last :meth:`clear_sums`."""
+        return RunSums(*self._sums.clone().unbind(1))
+
+    def clear_sums(self) -> None:
+        """Begin the sums anew."""
+        self._sums.zero_()
+
+    def advance(self, to_steps: int | Sequence[int]) -> None:
+        """Take every replica that has not diverged to a step, in calls of the kernel of about 0.2 s.
+
+        After Ctrl-C, which is answered between two calls, each replica stands at a whole step, which ``steps`` says.
+
+        Args:
+            to_steps: an integer, or S of them; a replica that is there already stays.
+
+        Raises:
+            TypeError, ValueError: these are no steps.
+        """
+        targets = [integer("to_steps", t, least=0, most=2**62) for t in _each("to_steps", to_steps, len(self.weights))]
+        while True:
+            steps = self.steps.tolist()
+            behind = [
+                s
+                for s, (step, to, over) in enumerate(zip(steps, targets, self.diverged.tolist(), strict=True))
+                if step < to and not over
+            ]
+            if not behind:
+                return
+            quota = _CALL_OPERATIONS * self._thread_count(len(behind)) / len(behind)
+            fields, costs = [], {}
+            for s, settings in enumerate(self._settings):
+                cost = self._net.operations * settings.batch_size * (1 if settings.l == 1 else 2) + _STEP_OPERATIONS
+                to = min(targets[s], steps[s] + max(1, int(quota / cost)))
+                costs[s] = (to - steps[s]) * cost
+                fields.append(settings.fields(steps[s], to, targets[s]))
+            longest_first = sorted(behind, key=lambda s: -costs[s])
+            ends = self._replicas(longest_first).advance(
+                fields, self._train.addresses, self._train.count, self._stat_every, address(self._sums, "sums")
+            )
+            mark_written([self.weights])
+            for s in behind:
+                self.steps[s], self.diverged[s] = ends[s]
+
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Evaluation:
+        """Return the mean loss of every replica on some data, and, of classes, the accuracy.
+
+        Args:
+            inputs: [m, ...] as the training data.
+            targets: of them.
+        """
+        self._net.check(inputs, targets)
+        data = self._net.samples(inputs, targets)
+        count = len(self.weights)
+        losses = torch.empty(count, dtype=torch.float64, device="cpu")
+        right = torch.empty(count, dtype=torch.int64, device="cpu")
+        self._replicas(range(count)).evaluate(
+            count, data.addresses, data.count, address(losses, "losses"), address(right, "right")
+        )
+        return Evaluation(losses, right / data.count if self._loss == "cross_entropy" else None)
+
+    def gradient(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return the gradient of the mean loss over these training samples for every replica: [S, P] float32."""
+        listed = [integer("indices", i, least=0, most=self._train.count - 1) for i in _listed("indices", indices)]
+        if not listed:
+            raise ValueError("indices is empty: expected at least one sample")
+        grads = torch.empty_like(self.weights)
+        count = len(self.weights)
+        self._replicas(range(count)).gradient(
+            count, self._train.addresses, self._train.count, listed, address(grads, "grads")
+        )
+        return grads
+
+    def unstack(self, s: int) -> nn.Module:
+        """Return replica ``s`` as an ordinary model."""
+        s = integer("s", s, least=0, most=len(self.weights) - 1)
+        return self.chain.unflatten(self.weights[s], self.frozen if self.frozen.dim() == 1 else self.frozen[s])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of all that decides what comes next, beside the arguments."""
+        return {name: getattr(self, name).clone() for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave; a refused state changes nothing.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none of these runs'.
+        """
+        for name in _STATE:
+            ours, theirs = getattr(self, name), state[name]
+            if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+                raise ValueError(f"{name} is {theirs.dtype} {list(theirs.shape)}, not {ours.dtype} {list(ours.shape)}")
+        for name in _STATE:
+            getattr(self, name).copy_(state[name])
+
+    def _thread_count(self, replicas: int) -> int:
+        return max(1, min(replicas, torch.get_num_threads() if self._threads is None else self._threads))
+
+    def _replicas(self, order: Sequence[int]) -> Any:
+        from svag_fast import _C
+
+        threads = self._thread_count(len(order))
+        if len(self._scratch) < threads * self._net.scratch:
+            self._scratch = torch.zeros(threads * self._net.scratch, device="cpu")
+            self._slots = torch.zeros(threads, dtype=torch.int8, device="cpu")
+        return _C.Replicas(
+            self._net.compiled,
+            address(self.weights, "weights"),
+            self.weights.shape[1],
+            address(self.frozen, "frozen"),
+            0 if self.frozen.dim() == 1 else self.frozen.shape[1],
+            list(order),
+            threads,
+            address(self._scratch, "scratch"),
+            address(self._slots, "slots"),
+        )
+
+
+_STATE = ("weights", "steps", "diverged", "_sums")
+
+
+def memory_needed(
+    chain: Chain, inputs: Tensor, *, replicas: int, loss: Loss = "cross_entropy", threads: int | None = None
+) -> int:
+    """Return the bytes that :class:`FusedRuns` takes for these inputs: weights, a copy of the data, work space."""
+    net = _FusedNet(chain, _sample_shape("inputs", inputs), loss)
+    replicas = integer("replicas", replicas, least=1)
+    threads = torch.get_num_threads() if threads is None else integer("threads", threads, least=1)
+    return net.memory(replicas, chain.frozen_count, min(threads, replicas), len(inputs))
+
+
+class _FusedNet:
+    """A chain laid out for samples of one shape."""
+
+    def __init__(self, chain: Chain, sample_shape: tuple[int, ...], loss: Loss) -> None:
+        from svag_fast import _C
+
+        self.layers = fused_layers(chain, sample_shape)
+        self.sample_shape = sample_shape
+        self.loss = loss
+        self.compiled = _C.ReplicaNet(self.layers.fields, self.layers.eps, loss == "squared_error")
+        self.scratch: int = self.compiled.scratch
+        self.operations = 3.0 * sum(self.layers.operations)  # of one sample's step
+        self.weights = chain.weight_count
+
+    def memory(self, replicas: int, frozen: int, threads: int, samples: int) -> int:
+        values = replicas * self.weights + frozen + threads * self.scratch
+        return 4 * (values + samples * (math.prod(self.sample_shape) + self.layers.outputs))
+
+    def check(self, inputs: Tensor, targets: Tensor) -> None:
+        """Refuse samples that the net can't take."""
+        shape, outputs = self.sample_shape, self.layers.outputs
+        fits = isinstance(inputs, Tensor) and inputs.shape[1:] == shape and len(inputs) > 0
+        _check_floats("inputs", inputs, f"[n, {', '.join(map(str, shape))}] with n >= 1", fits)
+        if self.loss == "squared_error":
+            wanted = (len(inputs), outputs)
+            fits = isinstance(targets, Tensor) and tuple(targets.shape) == wanted
+            return _check_floats("targets", targets, str(list(wanted)), fits)
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets is a {type(targets).__name__}: expected a tensor")
+        if targets.dtype != torch.int64 or targets.shape != (len(inputs),) or targets.device.type != "cpu":
+            raise ValueError(
+                f"targets is {targets.dtype} {list(targets.shape)} on {targets.device}: expected torch.int64 "
+                f"[{len(inputs)}] on cpu"
+            )
+        least, most = (int(end) for end in torch.aminmax(targets))
+        if least < 0 or most >= outputs:
+            raise ValueError(f"targets has classes from {least} to {most}: expected 0 to {outputs - 1}")
+        return None
+
+    def samples(self, inputs: Tensor, targets: Tensor) -> _Samples:
+        """Return checked samples as the kernel reads them: images channels last."""
+        channels, height, width = self.layers.input_shape
+        inputs = inputs.detach()
+        if inputs.dim() == 4 and inputs.shape[1:] == (channels, height, width):
+            inputs = inputs.permute(0, 2, 3, 1)
+        inputs, targets = inputs.contiguous(), targets.detach().contiguous()
+        at = (address(inputs, "inputs"), address(targets, "targets"))
+        addresses = (at[0], 0, at[1]) if self.loss == "squared_error" else (*at, 0)
+        return _Samples(inputs, targets, addresses, len(inputs))
+
+
+@dataclass(frozen=True)
+class _Samples:
+    inputs: Tensor  # with the targets, what keeps the addresses alive
+    targets: Tensor
+    addresses: tuple[int, int, int]
+    count: int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """One replica's."""
+
+    seed: int
+    batch_size: int
+    l: float
+    weight_decay: float
+    rate_from: list[int]
+    rates: list[float]
+
+    def fields(self, step: int, to_step: int, last_step: int) -> tuple[Any, ...]:
+        """What the kernel is told of the run."""
+        c1, c2 = svag_coefficients(self.l)
+        settings = (self.seed, self.batch_size, self.l, c1, c2, self.weight_decay, self.rate_from, self.rates)
+        return (*settings, step, to_step, last_step)
+
+
+def _settings(count: int, seeds: Any, batch_size: Any, lr: Any, l: Any, weight_decay: Any) -> list[_Settings]:
+    """Return each replica's settings, checked."""
+    schedules = [_schedule(f"lr[{s}]", value) for s, value in enumerate(_each_schedule(lr, count))]
+    listed = _listed("seeds", seeds)
+    if len(listed) != count:
+        raise ValueError(f"seeds has {len(listed)} entries: expected one for each of the {count} replicas")
+    settings = [
+        _Settings(
+            integer(f"seeds[{s}]", seed, least=0, most=2**64 - 1),
+            integer("batch_size", size, least=1, most=2**31),
+            number("l", own_l, least=1),
+            number("weight_decay", decay, least=0),
+            *schedule,
+        )
+        for s, (seed, size, own_l, decay, schedule) in enumerate(
+            zip(
+                listed,
+                _each("batch_size", batch_size, count),
+                _each("l", l, count),
+                _each("weight_decay", weight_decay, count),
+                schedules,
+                strict=True,
+            )
+        )
+    ]
+    for s, own in enumerate(settings):
+        for rate in own.rates:
+            check_representable(torch.float32, f"replica {s}", rate, own.l, own.weight_decay)
+    return settings
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} is {values!r}: expected a sequence")
+    try:
+        return list(values.tolist() if isinstance(values, Tensor) else values)
+    except TypeError as error:
+        raise TypeError(f"{name} is {values!r}: expected a sequence") from error
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """Return one value for each replica, of one for all or of one each."""
+    if isinstance(value, (int, float)) or not hasattr(value, "__len__"):
+        return [value] * count
+    listed = _listed(name, value)
+    if len(listed) != count:
+        raise ValueError(f"{name} has {len(listed)} entries: expected one for each of the {count} replicas")
+    return listed
+
+
+def _is_piece(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and not any(isinstance(v, (tuple, list)) for v in value)
+
+
+def _each_schedule(lr: Any, count: int) -> list[Any]:
+    shared = isinstance(lr, (tuple, list)) and len(lr) > 0 and all(_is_piece(piece) for piece in lr)
+    return [lr] * count if shared else _each("lr", lr, count)
+
+
+def _schedule(name: str, value: Any) -> tuple[list[int], list[float]]:
+    """Return the steps from which learning rates hold, and these."""
+    pieces = value if isinstance(value, (tuple, list)) else [(0, value)]
+    if not pieces or not all(_is_piece(piece) for piece in pieces):
+        raise TypeError(f"{name} is {value!r}: expected a number or pairs (from step, learning rate)")
+    starts = [integer(f"{name}'s step", start, least=0, most=2**62) for start, _ in pieces]
+    if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+        raise ValueError(f"{name} begins its pieces at {starts}: expected 0 first, then ascending steps")
+    return starts, [number("learning rate", rate, least=0) for _, rate in pieces]
+
+
+def _sample_shape(name: str, inputs: Tensor) -> tuple[int, ...]:
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"{name} is a {type(inputs).__name__}: expected a tensor")
+    if inputs.dim() < 2:
+        raise ValueError(f"{name} has the shape {list(inputs.shape)}: expected [n, ...], a sample a row")
+    return tuple(inputs.shape[1:])
+
+
+def _check_floats(name: str, value: Any, shape: str, fits: bool) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
+    if value.dtype != torch.float32 or value.device.type != "cpu" or value.layout != torch.strided or not fits:
+        raise ValueError(
+            f"{name} is {value.dtype} {list(value.shape)} on {value.device}: expected a dense torch.float32 {shape} "
+            "on cpu"
+        )
+
+
+def _free_memory() -> int | None:
+    """Return the bytes that Linux would hand out without swapping, None where it doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
