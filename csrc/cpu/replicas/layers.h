@@ -13,11 +13,16 @@ typedef int32_t VIntLanes __attribute__((vector_size(kVectorBytes)));
 
 // The lanes' sum, by halves.
 SVAG_INLINE float fold(VFloat v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+#if SVAG_LEVEL == SVAG_LEVEL_avx512
+    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0),
+                                      _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+    const Quad q = (Quad)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif SVAG_LEVEL == SVAG_LEVEL_avx2
+    const Quad q = (Quad)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+    const Quad q = v;
+#endif
+    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 SVAG_INLINE VFloat choose(VIntLanes mask, VFloat a, VFloat b) { return (VFloat)select((VBits)mask, (VBits)a, (VBits)b); }
@@ -116,7 +121,40 @@ SVAG_INLINE void share_in_groups(float* sums, int64_t channels, int64_t groups, 
     for (int64_t c = channels; c < pitch; ++c) sums[c] = 0;
 }
 
+// A norm of one group over one pixel, as a LayerNorm of a vector is.
+SVAG_INLINE bool is_row_norm(const Layer& l) { return l.spec.groups == 1 && l.in.pixels() == 1; }
+
+void row_norm_forward(const Layer& l, float* s, const float* w, int64_t n) {
+    const int64_t pitch = l.in.pitch, C = l.in.channels;
+    const float part = 1.0f / static_cast<float>(C), eps = static_cast<float>(l.spec.eps);
+    for (int64_t i = 0; i < n; ++i) {
+        const float* in = s + l.in_at + i * l.in.sample();
+        float* normalised = s + l.normalised_at + i * l.in.sample();
+        float* out = s + l.out_at + i * l.out.sample() + l.out.at(0, 0);
+        VFloat sum{}, squares{};
+        for (int64_t c = 0; c < pitch; c += W) sum += load(in + c);  // the padding is 0
+        const float mean = fold(sum) * part;
+        for (int64_t c = 0; c < pitch; c += W) {
+            VFloat d = load(in + c) - mean;
+            if (c + W > C) d = choose(channel_mask(c, C), d, VFloat{});
+            squares += d * d;
+            store(normalised + c, d);
+        }
+        const float rstd = 1.0f / __builtin_sqrtf(fold(squares) * part + eps);
+        s[l.rstd_at + i * pitch] = rstd;
+        for (int64_t c = 0; c < pitch; c += W) {
+            VFloat v = load(normalised + c) * rstd;
+            if (c + W > C) v = choose(channel_mask(c, C), v, VFloat{});
+            store(normalised + c, v);
+            if (l.weight_at >= 0) v *= load(w + l.weight_at + c);
+            if (l.bias_at >= 0) v += load(w + l.bias_at + c);
+            store(out + c, l.spec.relu ? rectified(v) : v);
+        }
+    }
+}
+
 void norm_forward(const Layer& l, float* s, float* channels, const float* w, int64_t n) {
+    if (is_row_norm(l)) return row_norm_forward(l, s, w, n);
     const int64_t pitch = l.in.pitch, C = l.in.channels, P = l.in.pixels();
     const float per_group = 1.0f / static_cast<float>(C / l.spec.groups * P), eps = static_cast<float>(l.spec.eps);
     const float* gamma = l.weight_at < 0 ? nullptr : w + l.weight_at;
@@ -157,6 +195,32 @@ void norm_forward(const Layer& l, float* s, float* channels, const float* w, int
     }
 }
 
+// The gradient of the input of a row norm, where its own weight isn't trained; `g` has gone through the ReLU.
+void row_norm_backward(const Layer& l, float* s, const float* w, int64_t n) {
+    const int64_t pitch = l.in.pitch, C = l.in.channels;
+    const float part = 1.0f / static_cast<float>(C);
+    for (int64_t i = 0; i < n; ++i) {
+        float* g = s + l.out_grad_at + i * l.out_grad.sample() + l.out_grad.at(0, 0);
+        const float* out = s + l.out_at + i * l.out.sample() + l.out.at(0, 0);
+        const float* normalised = s + l.normalised_at + i * l.in.sample();
+        float* dx = s + l.in_grad_at + i * l.in_grad.sample() + l.in_grad.at(0, 0);
+        VFloat sum{}, products{};
+        for (int64_t c = 0; c < pitch; c += W) {
+            VFloat v = load(g + c);
+            if (l.spec.relu) v = choose((VIntLanes)(load(out + c) > 0.0f), v, VFloat{});
+            if (l.weight_at >= 0) v *= load(w + l.weight_at + c);
+            store(g + c, v);
+            sum += v;
+            products += v * load(normalised + c);
+        }
+        const float m = fold(sum) * part, q = fold(products) * part, rstd = s[l.rstd_at + i * pitch];
+        for (int64_t c = 0; c < pitch; c += W) {
+            const VFloat v = (load(g + c) - m - load(normalised + c) * q) * rstd;
+            store(dx + c, c + W <= C ? v : choose(channel_mask(c, C), v, VFloat{}));
+        }
+    }
+}
+
 void norm_backward(const Layer& l, float* s, float* channels, float* norm_grad, const float* w, int64_t n,
                    bool input_grad, const Target& target) {
     const int64_t pitch = l.in.pitch, C = l.in.channels, P = l.in.pixels();
@@ -165,6 +229,7 @@ void norm_backward(const Layer& l, float* s, float* channels, float* norm_grad, 
     const int64_t step = l.spec.per_element ? pitch : 0, size = l.spec.per_element ? P * pitch : pitch;
     const bool to_gamma = gamma != nullptr && l.spec.weight_trained;
     const bool to_beta = l.bias_at >= 0 && l.spec.bias_trained;
+    if (is_row_norm(l) && !to_gamma && !to_beta) return row_norm_backward(l, s, w, n);
     float *gamma_grad = norm_grad, *beta_grad = norm_grad + size;
     if (to_gamma || to_beta) std::memset(norm_grad, 0, static_cast<size_t>(2 * size) * sizeof(float));
     float *sums = channels, *products = channels + pitch;
@@ -173,6 +238,7 @@ void norm_backward(const Layer& l, float* s, float* channels, float* norm_grad, 
         const float* out = s + l.out_at + i * l.out.sample();
         const float* normalised = s + l.normalised_at + i * l.in.sample();
         const float* rstd = s + l.rstd_at + i * pitch;
+        const bool one_rstd = is_row_norm(l);
         float* dx = s + l.in_grad_at + i * l.in_grad.sample();
         if (l.spec.relu)
             for (int64_t y = 0; y < l.out.height; ++y)
@@ -203,7 +269,7 @@ void norm_backward(const Layer& l, float* s, float* channels, float* norm_grad, 
         share_in_groups(sums, C, l.spec.groups, pitch, per_group);
         share_in_groups(products, C, l.spec.groups, pitch, per_group);
         for (int64_t c = 0; c < pitch; c += W) {
-            const VFloat m = load(sums + c), q = load(products + c), r = load(rstd + c);
+            const VFloat m = load(sums + c), q = load(products + c), r = one_rstd ? VFloat{} + rstd[0] : load(rstd + c);
             each_pixel(l.in, [&](int64_t p, int64_t y, int64_t x) {
                 const VFloat v = grad_at(p, y, x, c) - m - load(normalised + l.in.at(y, x) + c) * q;
                 store(dx + l.in_grad.at(y, x) + c, v * r);

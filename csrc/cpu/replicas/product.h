@@ -10,6 +10,8 @@ namespace {
 
 constexpr int W = Simd<float>::width;
 
+typedef float Quad __attribute__((vector_size(16)));
+
 SVAG_INLINE VFloat load(const float* p) { return load_raw<VFloat>(p); }
 SVAG_INLINE void store(float* p, VFloat v) { std::memcpy(p, &v, sizeof v); }
 
@@ -108,7 +110,6 @@ void multiply(const Product& p) {
 
 // to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < columns, both multiples of 4.
 void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch) {
-    typedef float Quad __attribute__((vector_size(16)));
     typedef int32_t Places __attribute__((vector_size(16)));
     const auto quad = [](const float* p) {
         Quad q;
