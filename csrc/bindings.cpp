@@ -277,10 +277,10 @@ svag::Walk replica_walk(const Replicas& replicas, std::vector<svag::Run>& runs, 
 using RunFields = std::tuple<uint64_t, int64_t, double, double, double, double, std::vector<int64_t>,
                              std::vector<double>, int64_t, int64_t, int64_t>;
 
-// Returns each replica's step and whether it diverged.
-std::vector<std::pair<int64_t, bool>> replicas_advance(const Replicas& replicas, const std::vector<RunFields>& fields,
-                                                       const SampleAddresses& data, int64_t count,
-                                                       int64_t measure_every, std::uintptr_t sums) {
+// Each replica's step and whether it has diverged are written before a signal's handler may run.
+void replicas_advance(const Replicas& replicas, const std::vector<RunFields>& fields, const SampleAddresses& data,
+                      int64_t count, int64_t measure_every, std::uintptr_t sums, std::uintptr_t steps,
+                      std::uintptr_t diverged) {
     std::vector<svag::Run> runs(fields.size());
     for (std::size_t i = 0; i < runs.size(); ++i) {
         const auto& [seed, batch_size, l, c1, c2, weight_decay, rate_from, rates, step, to_step,
@@ -291,13 +291,12 @@ std::vector<std::pair<int64_t, bool>> replicas_advance(const Replicas& replicas,
     }
     svag::Walk walk = replica_walk(replicas, runs, data, count);
     walk.measure_every = measure_every;
-    {
-        py::gil_scoped_release unlocked;
-        raise_for(SVAG_KERNEL(svag_replicas_advance)(walk));
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_replicas_advance)(walk));
+    for (const int64_t i : replicas.order) {
+        reinterpret_cast<int64_t*>(steps)[i] = runs[static_cast<std::size_t>(i)].step;
+        reinterpret_cast<bool*>(diverged)[i] = runs[static_cast<std::size_t>(i)].diverged;
     }
-    std::vector<std::pair<int64_t, bool>> ends;
-    for (const svag::Run& run : runs) ends.emplace_back(run.step, run.diverged);
-    return ends;
 }
 
 void replicas_evaluate(const Replicas& replicas, int64_t runs_count, const SampleAddresses& data, int64_t count,

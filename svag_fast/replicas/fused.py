@@ -15,6 +15,7 @@ for step in range(16, 5120 + 1, 16):
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -115,12 +116,6 @@ class FusedRuns:
         stat_every: which steps are measured; 0 for none.
         threads: at most so many; by default ``torch.get_num_threads()`` at each call.
 
-    Attributes:
-        weights: [S, P] float32, the present ones.
-        frozen: [F] or [S, F].
-        steps: int64 [S], steps taken.
-        diverged: bool [S].
-
     Raises:
         TypeError, ValueError: an argument is none of these, or the layers don't fit the data; it is named.
         MemoryError: what is needed (see :func:`memory_needed`) is not free; nothing was taken.
@@ -147,13 +142,13 @@ class FusedRuns:
             raise TypeError(f"chain is a {type(chain).__name__}: expected what chain_of returns")
         if loss not in ("cross_entropy", "squared_error"):
             raise ValueError(f"Invalid loss: {loss!r} (expected 'cross_entropy' or 'squared_error')")
-        _check_floats("weights", weights, "[S, P]", weights.dim() == 2 and weights.shape[1] == chain.weight_count)
-        count = len(weights)
+        count = len(weights) if isinstance(weights, Tensor) and weights.dim() else 0
+        _check_floats("weights", weights, f"[S, {chain.weight_count}]", (count, chain.weight_count))
         if not count:
             raise ValueError("weights has no row: expected one a replica")
         frozen = chain.initial().frozen if frozen is None else frozen
         shapes = ((chain.frozen_count,), (count, chain.frozen_count))
-        _check_floats("frozen", frozen, f"one of {shapes}", tuple(frozen.shape) in shapes)
+        _check_floats("frozen", frozen, f"[{shapes[0][0]}] or {list(shapes[1])}", *shapes)
         self.chain = chain
         self._loss = loss
         self._net = _FusedNet(chain, _sample_shape("inputs", inputs), loss)
@@ -168,12 +163,33 @@ class FusedRuns:
                 "replicas or threads"
             )
         self._train = self._net.samples(inputs, targets)
-        self.weights = weights.detach().clone(memory_format=torch.contiguous_format)
-        self.frozen = frozen.detach().clone(memory_format=torch.contiguous_format)
-        self.steps = torch.zeros(count, dtype=torch.int64, device="cpu")
-        self.diverged = torch.zeros(count, dtype=torch.bool, device="cpu")
+        self._weights = weights.detach().clone(memory_format=torch.contiguous_format)
+        self._frozen = frozen.detach().clone(memory_format=torch.contiguous_format)
+        self._steps = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self._diverged = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._sums = torch.zeros(count, len(RunSums._fields), dtype=torch.float64, device="cpu")
         self._scratch = torch.empty(0, device="cpu")
+        self._at_work = threading.Lock()  # the kernels lend their work space to one call at a time
+
+    @property
+    def weights(self) -> Tensor:
+        """The present weights, [S, P] float32; the next step starts from what is in this tensor."""
+        return self._weights
+
+    @property
+    def frozen(self) -> Tensor:
+        """The values that are not trained, [F] or [S, F] float32."""
+        return self._frozen
+
+    @property
+    def steps(self) -> Tensor:
+        """How many steps each replica has taken, int64 [S], a copy."""
+        return self._steps.clone()
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which replicas have stopped because a loss or a weight is not finite, bool [S], a copy."""
+        return self._diverged.clone()
 
     @property
     def sums(self) -> RunSums:
@@ -195,12 +211,12 @@ class FusedRuns:
         Raises:
             TypeError, ValueError: these are no steps.
         """
-        targets = [integer("to_steps", t, least=0, most=2**62) for t in _each("to_steps", to_steps, len(self.weights))]
+        targets = [integer("to_steps", t, least=0, most=2**62) for t in _each("to_steps", to_steps, len(self._weights))]
         while True:
-            steps = self.steps.tolist()
+            steps = self._steps.tolist()
             behind = [
                 s
-                for s, (step, to, over) in enumerate(zip(steps, targets, self.diverged.tolist(), strict=True))
+                for s, (step, to, over) in enumerate(zip(steps, targets, self._diverged.tolist(), strict=True))
                 if step < to and not over
             ]
             if not behind:
@@ -213,12 +229,17 @@ class FusedRuns:
                 costs[s] = (to - steps[s]) * cost
                 fields.append(settings.fields(steps[s], to, targets[s]))
             longest_first = sorted(behind, key=lambda s: -costs[s])
-            ends = self._replicas(longest_first).advance(
-                fields, self._train.addresses, self._train.count, self._stat_every, address(self._sums, "sums")
-            )
-            mark_written([self.weights])
-            for s in behind:
-                self.steps[s], self.diverged[s] = ends[s]
+            with self._at_work:
+                self._replicas(longest_first).advance(
+                    fields,
+                    self._train.addresses,
+                    self._train.count,
+                    self._stat_every,
+                    address(self._sums, "sums"),
+                    address(self._steps, "steps"),
+                    address(self._diverged, "diverged"),
+                )
+            mark_written([self._weights])
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Evaluation:
         """Return the mean loss of every replica on some data, and, of classes, the accuracy.
@@ -229,12 +250,13 @@ class FusedRuns:
         """
         self._net.check(inputs, targets)
         data = self._net.samples(inputs, targets)
-        count = len(self.weights)
+        count = len(self._weights)
         losses = torch.empty(count, dtype=torch.float64, device="cpu")
         right = torch.empty(count, dtype=torch.int64, device="cpu")
-        self._replicas(range(count)).evaluate(
-            count, data.addresses, data.count, address(losses, "losses"), address(right, "right")
-        )
+        with self._at_work:
+            self._replicas(range(count)).evaluate(
+                count, data.addresses, data.count, address(losses, "losses"), address(right, "right")
+            )
         return Evaluation(losses, right / data.count if self._loss == "cross_entropy" else None)
 
     def gradient(self, indices: Sequence[int] | Tensor) -> Tensor:
@@ -242,21 +264,22 @@ class FusedRuns:
         listed = [integer("indices", i, least=0, most=self._train.count - 1) for i in _listed("indices", indices)]
         if not listed:
             raise ValueError("indices is empty: expected at least one sample")
-        grads = torch.empty_like(self.weights)
-        count = len(self.weights)
-        self._replicas(range(count)).gradient(
-            count, self._train.addresses, self._train.count, listed, address(grads, "grads")
-        )
+        grads = torch.empty_like(self._weights)
+        count = len(self._weights)
+        with self._at_work:
+            self._replicas(range(count)).gradient(
+                count, self._train.addresses, self._train.count, listed, address(grads, "grads")
+            )
         return grads
 
     def unstack(self, s: int) -> nn.Module:
         """Return replica ``s`` as an ordinary model."""
-        s = integer("s", s, least=0, most=len(self.weights) - 1)
-        return self.chain.unflatten(self.weights[s], self.frozen if self.frozen.dim() == 1 else self.frozen[s])
+        s = integer("s", s, least=0, most=len(self._weights) - 1)
+        return self.chain.unflatten(self._weights[s], self._frozen if self._frozen.dim() == 1 else self._frozen[s])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of all that decides what comes next, beside the arguments."""
-        return {name: getattr(self, name).clone() for name in _STATE}
+        return {name: getattr(self, f"_{name}").clone() for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state_dict` gave; a refused state changes nothing.
@@ -265,11 +288,13 @@ class FusedRuns:
             KeyError, TypeError, ValueError: it is none of these runs'.
         """
         for name in _STATE:
-            ours, theirs = getattr(self, name), state[name]
+            ours, theirs = getattr(self, f"_{name}"), state[name]
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
                 raise ValueError(f"{name} is {theirs.dtype} {list(theirs.shape)}, not {ours.dtype} {list(ours.shape)}")
+        if int(state["steps"].min()) < 0:
+            raise ValueError(f"steps has {int(state['steps'].min())}: expected 0 or more")
         for name in _STATE:
-            getattr(self, name).copy_(state[name])
+            getattr(self, f"_{name}").copy_(state[name])
 
     def _thread_count(self, replicas: int) -> int:
         return max(1, min(replicas, torch.get_num_threads() if self._threads is None else self._threads))
@@ -283,10 +308,10 @@ class FusedRuns:
             self._slots = torch.zeros(threads, dtype=torch.int8, device="cpu")
         return _C.Replicas(
             self._net.compiled,
-            address(self.weights, "weights"),
-            self.weights.shape[1],
-            address(self.frozen, "frozen"),
-            0 if self.frozen.dim() == 1 else self.frozen.shape[1],
+            address(self._weights, "weights"),
+            self._weights.shape[1],
+            address(self._frozen, "frozen"),
+            0 if self._frozen.dim() == 1 else self._frozen.shape[1],
             list(order),
             threads,
             address(self._scratch, "scratch"),
@@ -294,7 +319,7 @@ class FusedRuns:
         )
 
 
-_STATE = ("weights", "steps", "diverged", "_sums")
+_STATE = ("weights", "steps", "diverged", "sums")
 
 
 def memory_needed(
@@ -319,21 +344,19 @@ class _FusedNet:
         self.compiled = _C.ReplicaNet(self.layers.fields, self.layers.eps, loss == "squared_error")
         self.scratch: int = self.compiled.scratch
         self.operations = 3.0 * sum(self.layers.operations)  # of one sample's step
-        self.weights = chain.weight_count
+        self._weights = chain.weight_count
 
     def memory(self, replicas: int, frozen: int, threads: int, samples: int) -> int:
-        values = replicas * self.weights + frozen + threads * self.scratch
+        values = replicas * self._weights + frozen + threads * self.scratch
         return 4 * (values + samples * (math.prod(self.sample_shape) + self.layers.outputs))
 
     def check(self, inputs: Tensor, targets: Tensor) -> None:
         """Refuse samples that the net can't take."""
         shape, outputs = self.sample_shape, self.layers.outputs
-        fits = isinstance(inputs, Tensor) and inputs.shape[1:] == shape and len(inputs) > 0
-        _check_floats("inputs", inputs, f"[n, {', '.join(map(str, shape))}] with n >= 1", fits)
+        count = max(1, len(inputs)) if isinstance(inputs, Tensor) and inputs.dim() else 1
+        _check_floats("inputs", inputs, f"[n, {', '.join(map(str, shape))}] with n >= 1", (count, *shape))
         if self.loss == "squared_error":
-            wanted = (len(inputs), outputs)
-            fits = isinstance(targets, Tensor) and tuple(targets.shape) == wanted
-            return _check_floats("targets", targets, str(list(wanted)), fits)
+            return _check_floats("targets", targets, str([count, outputs]), (count, outputs))
         if not isinstance(targets, Tensor):
             raise TypeError(f"targets is a {type(targets).__name__}: expected a tensor")
         if targets.dtype != torch.int64 or targets.shape != (len(inputs),) or targets.device.type != "cpu":
@@ -462,10 +485,11 @@ def _sample_shape(name: str, inputs: Tensor) -> tuple[int, ...]:
     return tuple(inputs.shape[1:])
 
 
-def _check_floats(name: str, value: Any, shape: str, fits: bool) -> None:
+def _check_floats(name: str, value: Any, shape: str, *shapes: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
-    if value.dtype != torch.float32 or value.device.type != "cpu" or value.layout != torch.strided or not fits:
+    fits = tuple(value.shape) in shapes and value.layout == torch.strided
+    if value.dtype != torch.float32 or value.device.type != "cpu" or not fits:
         raise ValueError(
             f"{name} is {value.dtype} {list(value.shape)} on {value.device}: expected a dense torch.float32 {shape} "
             "on cpu"

@@ -17,6 +17,7 @@ _FIELDS = (
     *("weight", "weight_trained", "bias", "bias_trained"),
 )
 _LARGEST = 2**24  # values of one sample in one layer
+_LARGEST_WEIGHT = 2**30
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def fused_layers(chain: Chain, sample_shape: tuple[int, ...]) -> FusedLayers:
         rows.append(row)
         eps.append(layer.eps)
         taps = row["kernel_h"] * row["kernel_w"] * row["in_channels"] if row["kind"] == _KINDS["affine"] else 1
+        if taps * row["out_channels"] > _LARGEST_WEIGHT:
+            raise ValueError(f"{layer.path}: its weight is too large for this kernel")
         operations.append(taps * math.prod(image_out))
         shape = out
     if len(shape) != 1 and shape[1:] != (1, 1):
