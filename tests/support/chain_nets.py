@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -113,15 +113,15 @@ def gradient(model: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dty
 
 
 def plain_run(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, seed: int, batch_size: int, l: float, lr: float, steps: int,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """SVAG in plain PyTorch and float64: the weights, and the means over the steps of what RunMeans names."""
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, seed: int, batch_size: int, l: float, lr: float,
+    weight_decay: float, steps: tuple[int, ...],
+) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """SVAG in plain PyTorch and float64. At each of `steps`: it, the weights, the means so far of RunMeans' figures."""
     model, inputs = copy.deepcopy(model).double(), inputs.double()
     params = [p for p in model.parameters() if p.requires_grad]
     c1, c2 = svag_coefficients(l)
     sums = torch.zeros(6, dtype=torch.float64)
-    for step in range(steps):
+    for step in range(steps[-1]):
         grads = []
         for batch in (1, 2):
             some = batch_indices(seed, step, batch, batch_size, len(inputs))
@@ -134,4 +134,5 @@ def plain_run(
         with torch.no_grad():
             for p, value in zip(params, x.split([p.numel() for p in params]), strict=True):
                 p.copy_(value.view_as(p))
-    return torch.cat([p.detach().flatten() for p in params]), sums / steps
+        if step + 1 in steps:
+            yield step + 1, x, sums / (step + 1)
