@@ -1,4 +1,4 @@
-"""The ops' tests once more, with the compiled kernels and their bindings under AddressSanitizer and UBSan."""
+"""The tests of the ops and the replicas once more, with the compiled kernels and their bindings under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 
 
 @pytest.mark.nightly
-def test_the_ops_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
+def test_the_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "g++")
     libraries = [
         run([compiler, f"-print-file-name={name}"], tmp_path).stdout.strip()
@@ -52,5 +52,9 @@ def test_the_ops_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
     caught = run([sys.executable, "-c", overrun], tmp_path, **under)
     assert "heap-buffer-overflow" in caught.stderr
 
-    tests = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops"], tmp_path, **under)
+    tests = run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/replicas"],
+        tmp_path,
+        **under,
+    )
     assert tests.returncode == 0, tests.stdout[-5000:] + tests.stderr[-5000:]
