@@ -1,4 +1,4 @@
-"""The tests of the ops and the replicas once more, with the compiled kernels and their bindings under AddressSanitizer and UBSan."""
+"""The tests of ops and replicas once more, with kernels and bindings under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
