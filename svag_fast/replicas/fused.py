@@ -93,8 +93,11 @@ class FusedRuns:
     is SGD, c2 is 0 and batch 2 is drawn on measured steps alone. Steps 0, k, 2k, ... are measured, k = ``stat_every``.
 
     A replica's path depends on its own settings, weights, frozen values and the data alone: not on S, the other
-    replicas, the number of threads, or where `advance` paused. At l = 1 it doesn't depend on ``stat_every`` either; at
-    l > 1 measured steps round differently. The SIMD level (``SVAG_FAST_SIMD``) may change the last bits.
+    replicas, the number of threads, or where `advance` paused (where a diverging one stops may). At l = 1 it doesn't
+    depend on ``stat_every`` either; at l > 1 measured steps round differently. The SIMD level (``SVAG_FAST_SIMD``) may
+    change the last bits.
+
+    After 100 steps the weights of the nets in the tests are within 1e-6 |x| of those of a PyTorch loop in float64.
 
     A replica diverges where the loss of a batch is not finite, then that step isn't taken; or where a weight isn't,
     which is looked at after every 32nd step and at the end of `advance`. It stays where it is; the others go on.
@@ -103,8 +106,8 @@ class FusedRuns:
         chain: the net.
         weights: [S, P] float32, where each replica starts; copied.
         frozen: [F], or [S, F] for each its own, float32, copied; by default those of the chain's model.
-        inputs: [n, ...] float32 on the CPU, the training data: vectors, or images [n, C, H, W].
-        targets: [n] int64 classes for cross-entropy, [n, outputs] float32 for the squared error.
+        inputs: [n, ...] float32 on the CPU, the training data: vectors, or images [n, C, H, W]; copied.
+        targets: [n] int64 classes for cross-entropy, [n, outputs] float32 for the squared error; copied.
         loss: the mean over the batch of "cross_entropy", or of "squared_error" over batch and outputs, as
             ``F.cross_entropy`` and ``F.mse_loss`` are.
         seeds: S integers in [0, 2^64), of the batches; equal ones draw the same.
@@ -162,7 +165,8 @@ class FusedRuns:
                 f"{count} replicas need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: expected fewer "
                 "replicas or threads"
             )
-        self._train = self._net.samples(inputs, targets)
+        # Copies: what was checked must not change. A label out of range would lead the kernel out of its memory.
+        self._train = self._net.samples(inputs.detach().clone(), targets.detach().clone())
         self._weights = weights.detach().clone(memory_format=torch.contiguous_format)
         self._frozen = frozen.detach().clone(memory_format=torch.contiguous_format)
         self._steps = torch.zeros(count, dtype=torch.int64, device="cpu")
@@ -201,7 +205,7 @@ class FusedRuns:
         self._sums.zero_()
 
     def advance(self, to_steps: int | Sequence[int]) -> None:
-        """Take every replica that has not diverged to a step, in calls of the kernel of about 0.2 s.
+        """Take every replica that has not diverged to a step, in calls of the kernel of about 0.2 s, or one step.
 
         After Ctrl-C, which is answered between two calls, each replica stands at a whole step, which ``steps`` says.
 
