@@ -31,7 +31,7 @@ def test_the_readmes_figures_are_those_of_the_committed_summary() -> None:
     assert f"test loss ends {distance(loss, 1, 3)} above the limit of {loss['limit']:.3f}" in text
     assert f"open whether the final test accuracy matches ({distance(accuracy, 100, 1, '+')} points)" in text
     assert f"SGD ends {distance(far, 100, 1)} points of test accuracy below" in text
-    assert f"must fail beyond B = {summary['prediction']['batch_size']['value']:.0f}," in text
+    assert f"predicts B* = {summary['prediction']['batch_size']['value']:.0f}." in text
 
     assert (small["answer"], large["answer"]) == ("departs", "departs")
     assert [c["answer"] for c in (first, loss, accuracy, far)] == ["departs", "departs", "open", "departs"]
