@@ -18,8 +18,9 @@ from cases import preresnet32_shapes, vgg16_shapes
 from torch import Tensor, nn
 
 from svag_fast import SVAG
-from svag_fast.ops.checked_step import CheckedStep
-from svag_fast.ops.step import StepOptions
+from svag_fast.ops.step import SVAG_STEP
+from svag_fast.ops.step_call import StepCall, StepLists
+from svag_fast.ops.step_options import StepOptions
 
 LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
 OPTIONS = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY}
@@ -38,14 +39,16 @@ class Lists:
             [torch.randn(s, generator=generator, device=device) for s in shapes] for _ in range(3)
         )
         self.bytes_moved = 16 * sum(p.numel() for p in self.params)
-        self.step = CheckedStep.of(
-            self.params, self.grads1, self.grads2, StepOptions.checked(**OPTIONS), backend="auto"
-        )
+        self.step = self.call(StepOptions.checked(**OPTIONS))
         self.leaves = [nn.Parameter(p) for p in self.params]
         self.sgd = torch.optim.SGD(self.leaves, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
         self.svag = SVAG(self.leaves, lr=LR, l=L, weight_decay=WEIGHT_DECAY)
         self.compiled = torch.compile(self.eager)
         self.flat = [torch.cat([t.flatten() for t in ts]) for ts in (self.params, self.grads1, self.grads2)]
+
+    def call(self, options: StepOptions, buffers: list[Tensor] | None = None) -> StepCall | None:
+        lists = StepLists(self.params, self.grads1, self.grads2, None, buffers)
+        return StepCall.by_reader(SVAG_STEP, lists, options, backend="auto")
 
     def kernel(self) -> Tensor:
         assert self.step is not None
@@ -70,10 +73,9 @@ class Lists:
         return plain_steps.foreach(self.params, self.grads1, self.grads2, **OPTIONS)
 
     @cached_property
-    def momentum_step(self) -> CheckedStep | None:
+    def momentum_step(self) -> StepCall | None:
         options = StepOptions.checked(**OPTIONS, momentum=MOMENTUM)
-        buffers = [torch.zeros_like(p) for p in self.params]
-        return CheckedStep.of(self.params, self.grads1, self.grads2, options, momentum_buffers=buffers, backend="auto")
+        return self.call(options, [torch.zeros_like(p) for p in self.params])
 
     @cached_property
     def momentum_svag(self) -> SVAG:

@@ -52,84 +52,107 @@ void raise_for(int status) {
     throw std::runtime_error("svag_fast._C: unknown status " + std::to_string(status));
 }
 
-// An empty list stands for "none": no second gradients, no compensation, no momentum.
-std::vector<svag::StepTensor> step_tensors(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
-                                           const Addresses& compensation, const Addresses& momentum_buffers,
-                                           const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
-                                           const std::vector<int>& grad_dtypes) {
-    std::vector<svag::StepTensor> tensors(params.size());
-    for (std::size_t i = 0; i < params.size(); ++i) {
-        tensors[i] = {reinterpret_cast<void*>(params[i]),
-                      reinterpret_cast<const void*>(grads1[i]),
-                      reinterpret_cast<const void*>(grads2.empty() ? 0 : grads2[i]),
-                      reinterpret_cast<void*>(compensation.empty() ? 0 : compensation[i]),
-                      reinterpret_cast<void*>(momentum_buffers.empty() ? 0 : momentum_buffers[i]),
-                      sizes[i],
-                      static_cast<svag::DType>(param_dtypes[i]),
-                      static_cast<svag::DType>(grad_dtypes[i])};
+// The tensors of a step over lists: read and checked here, which keeps the lists alive, or described by the caller.
+class StepTensors {
+  public:
+    using OptionalList = svag::TensorReader::OptionalList;
+
+    static std::optional<StepTensors> read(const svag::TensorReader& reader, int kind, const py::list& params,
+                                           const py::list& grads1, const OptionalList& grads2,
+                                           const OptionalList& kept1, const OptionalList& kept2) {
+        auto read = reader.read(static_cast<svag::StepKind>(kind), params, grads1, grads2, kept1, kept2);
+        if (!read) return std::nullopt;
+        StepTensors tensors;
+        tensors.read_ = std::move(*read);
+        tensors.lists_ = py::make_tuple(params, grads1, grads2, kept1, kept2);
+        return tensors;
     }
-    return tensors;
-}
 
-void step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
-          const Addresses& momentum_buffers, const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
-          const std::vector<int>& grad_dtypes, double rate, double c1, double c2, double weight_decay,
-          double momentum64, double momentum32, bool skip_nonfinite, int threads, std::uintptr_t stats) {
-    const auto tensors =
-        step_tensors(params, grads1, grads2, compensation, momentum_buffers, sizes, param_dtypes, grad_dtypes);
-    const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads, {momentum64, momentum32}};
-    py::gil_scoped_release unlocked;
-    raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
-                                     reinterpret_cast<double*>(stats)));
-}
+    // An empty list stands for "none": no second gradients, nothing kept.
+    StepTensors(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& kept1,
+                const Addresses& kept2, const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
+                const std::vector<int>& grad_dtypes)
+        : read_{std::vector<svag::ReadTensor>(params.size()), !grads2.empty(), {!kept1.empty(), !kept2.empty()}, 0, 0} {
+        for (std::size_t i = 0; i < params.size(); ++i) {
+            svag::ReadTensor& t = read_.tensors[i];
+            t.param = reinterpret_cast<void*>(params[i]);
+            t.grad1 = reinterpret_cast<const void*>(grads1[i]);
+            if (has_grads2()) t.grad2 = reinterpret_cast<const void*>(grads2[i]);
+            for (int k = 0; k < 2; ++k)
+                if (read_.has_kept[k]) t.kept[k] = reinterpret_cast<void*>((k == 0 ? kept1 : kept2)[i]);
+            t.size = sizes[i];
+            t.param_dtype = static_cast<svag::DType>(param_dtypes[i]);
+            t.grad_dtype = static_cast<svag::DType>(grad_dtypes[i]);
+        }
+    }
 
-// A step whose tensors have been read and checked; the lists keep them alive.
-struct CheckedStep {
-    py::list params, grads1;
-    std::optional<py::list> grads2, momentum_buffers;
-    std::vector<svag::StepTensor> tensors;
+    // What the constructor takes.
+    py::tuple columns() const {
+        py::list params, grads1, grads2, kept1, kept2, sizes, param_dtypes, grad_dtypes;
+        const auto append = [](py::list& list, const void* address, bool given = true) {
+            if (given) list.append(reinterpret_cast<std::uintptr_t>(address));
+        };
+        for (const svag::ReadTensor& t : read_.tensors) {
+            append(params, t.param);
+            append(grads1, t.grad1);
+            append(grads2, t.grad2, has_grads2());
+            append(kept1, t.kept[0], read_.has_kept[0]);
+            append(kept2, t.kept[1], read_.has_kept[1]);
+            sizes.append(t.size);
+            param_dtypes.append(static_cast<int>(t.param_dtype));
+            grad_dtypes.append(static_cast<int>(t.grad_dtype));
+        }
+        return py::make_tuple(params, grads1, grads2, kept1, kept2, sizes, param_dtypes, grad_dtypes);
+    }
 
-    void take(double rate, double c1, double c2, double weight_decay, double momentum64, double momentum32,
+    bool all_float64() const { return read_.all_float64(); }
+
+    // Whether the tensors of several steps, each `apart` in itself, are so together.
+    static bool apart(const std::vector<StepTensors*>& steps) {
+        std::vector<svag::ReadTensor> tensors;
+        for (const StepTensors* step : steps)
+            tensors.insert(tensors.end(), step->read_.tensors.begin(), step->read_.tensors.end());
+        return svag::apart(tensors);
+    }
+
+    void step(double rate, double c1, double c2, double weight_decay, double momentum64, double momentum32,
               bool skip_nonfinite, int threads, std::uintptr_t stats) const {
+        std::vector<svag::StepTensor> tensors(read_.tensors.size());
+        std::transform(read_.tensors.begin(), read_.tensors.end(), tensors.begin(), plain);
         const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads, {momentum64, momentum32}};
         py::gil_scoped_release unlocked;
         raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
                                          reinterpret_cast<double*>(stats)));
     }
+
+    void adaptive_step(const std::vector<double>& step_sizes, const std::vector<double>& bias_corrections2_sqrt,
+                       double c1, double c2, double weight_decay, double one_minus_beta1, double beta2,
+                       double one_minus_beta2, double eps, bool skip_nonfinite, int threads,
+                       std::uintptr_t stats) const {
+        std::vector<svag::AdaptiveTensor> tensors(read_.tensors.size());
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            const svag::ReadTensor& t = read_.tensors[i];
+            tensors[i] = {plain(t), t.kept[0], t.kept[1], step_sizes[i], bias_corrections2_sqrt[i]};
+        }
+        const svag::AdaptiveOptions options{c1,  c2,  weight_decay,   one_minus_beta1, beta2, one_minus_beta2,
+                                            eps, skip_nonfinite, threads};
+        py::gil_scoped_release unlocked;
+        raise_for(SVAG_KERNEL(svag_adaptive_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
+                                                  reinterpret_cast<double*>(stats)));
+    }
+
+  private:
+    StepTensors() = default;
+
+    static svag::StepTensor plain(const svag::ReadTensor& t) {
+        return {t.param, t.grad1, t.grad2, t.kept[0], t.kept[1], t.size, t.param_dtype, t.grad_dtype};
+    }
+
+    bool has_grads2() const { return read_.has_grads2; }
+
+    svag::ReadTensors read_{};
+    py::object lists_;
 };
-
-std::optional<CheckedStep> checked_step(const svag::TensorReader& reader, const py::list& params,
-                                        const py::list& grads1, const std::optional<py::list>& grads2,
-                                        const std::optional<py::list>& momentum_buffers) {
-    auto tensors = reader.step_tensors(params, grads1, grads2, momentum_buffers);
-    if (!tensors) return std::nullopt;
-    return CheckedStep{params, grads1, grads2, momentum_buffers, std::move(*tensors)};
-}
-
-// Whether several steps, each `apart` in itself, are so together.
-bool steps_apart(const std::vector<CheckedStep*>& steps) {
-    std::vector<svag::StepTensor> tensors;
-    for (const CheckedStep* step : steps) tensors.insert(tensors.end(), step->tensors.begin(), step->tensors.end());
-    return svag::apart(tensors);
-}
-
-void adaptive_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& exp_avgs,
-                   const Addresses& exp_avg_sqs, const std::vector<double>& step_sizes,
-                   const std::vector<double>& bias_corrections2_sqrt, const std::vector<int64_t>& sizes,
-                   const std::vector<int>& dtypes, double c1, double c2, double weight_decay, double one_minus_beta1,
-                   double beta2, double one_minus_beta2, double eps, bool skip_nonfinite, int threads,
-                   std::uintptr_t stats) {
-    const auto plain = step_tensors(params, grads1, grads2, {}, {}, sizes, dtypes, dtypes);
-    std::vector<svag::AdaptiveTensor> tensors(plain.size());
-    for (std::size_t i = 0; i < plain.size(); ++i)
-        tensors[i] = {plain[i], reinterpret_cast<void*>(exp_avgs.empty() ? 0 : exp_avgs[i]),
-                      reinterpret_cast<void*>(exp_avg_sqs[i]), step_sizes[i], bias_corrections2_sqrt[i]};
-    const svag::AdaptiveOptions options{c1,  c2,  weight_decay,   one_minus_beta1, beta2, one_minus_beta2,
-                                        eps, skip_nonfinite, threads};
-    py::gil_scoped_release unlocked;
-    raise_for(SVAG_KERNEL(svag_adaptive_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
-                                              reinterpret_cast<double*>(stats)));
-}
 
 void step_per_sample(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
                      const std::vector<int64_t>& sizes, const std::vector<bool>& is_double, int64_t samples1,
@@ -318,6 +341,25 @@ void replicas_gradient(const Replicas& replicas, int64_t runs_count, const Sampl
 }
 
 #ifdef SVAG_WITH_CUDA
+// An empty list stands for "none": no second gradients, no compensation, no momentum.
+std::vector<svag::StepTensor> step_tensors(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
+                                           const Addresses& compensation, const Addresses& momentum_buffers,
+                                           const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
+                                           const std::vector<int>& grad_dtypes) {
+    std::vector<svag::StepTensor> tensors(params.size());
+    for (std::size_t i = 0; i < params.size(); ++i) {
+        tensors[i] = {reinterpret_cast<void*>(params[i]),
+                      reinterpret_cast<const void*>(grads1[i]),
+                      reinterpret_cast<const void*>(grads2.empty() ? 0 : grads2[i]),
+                      reinterpret_cast<void*>(compensation.empty() ? 0 : compensation[i]),
+                      reinterpret_cast<void*>(momentum_buffers.empty() ? 0 : momentum_buffers[i]),
+                      sizes[i],
+                      static_cast<svag::DType>(param_dtypes[i]),
+                      static_cast<svag::DType>(grad_dtypes[i])};
+    }
+    return tensors;
+}
+
 void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
                const Addresses& momentum_buffers, const std::vector<int64_t>& sizes,
                const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes, double rate, double c1,
@@ -365,13 +407,18 @@ PYBIND11_MODULE(_C, m) {
     m.def("simd_level", [] { return std::string(svag::simd_level_name(svag::simd_level())); });
     m.def("best_simd_level", [] { return std::string(svag::simd_level_name(svag::best_simd_level())); });
     m.def("select_simd_level", [](const std::string& name) { return svag::select_simd_level(name.c_str()); });
-    m.def("step", &step);
-    py::class_<CheckedStep>(m, "CheckedStep").def("take", &CheckedStep::take);
-    m.def("steps_apart", &steps_apart);
+    using Numbers = std::vector<int>;
+    py::class_<StepTensors>(m, "StepTensors")
+        .def(py::init<const Addresses&, const Addresses&, const Addresses&, const Addresses&, const Addresses&,
+                      const std::vector<int64_t>&, const Numbers&, const Numbers&>())
+        .def_property_readonly("all_float64", &StepTensors::all_float64)
+        .def_static("apart", &StepTensors::apart)
+        .def("columns", &StepTensors::columns)
+        .def("step", &StepTensors::step)
+        .def("adaptive_step", &StepTensors::adaptive_step);
     py::class_<svag::TensorReader>(m, "TensorReader")
         .def_static("of", &svag::TensorReader::of)
-        .def("checked_step", &checked_step);
-    m.def("adaptive_step", &adaptive_step);
+        .def("read", &StepTensors::read);
     m.def("step_per_sample", &step_per_sample);
     py::class_<svag::LayerOperands>(m, "LayerOperands")
         .def(py::init(&layer_operands))

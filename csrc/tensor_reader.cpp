@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace svag {
 namespace {
 
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 bool dtype_of(const dlpack::Tensor& tensor, DType& dtype) {
@@ -78,16 +78,16 @@ struct Span {
 
 }  // namespace
 
-bool apart(const std::vector<StepTensor>& tensors) {
+bool apart(const std::vector<ReadTensor>& tensors) {
     std::vector<Span> spans;
-    spans.reserve(4 * tensors.size());
-    for (const StepTensor& t : tensors) {
+    spans.reserve(5 * tensors.size());
+    for (const ReadTensor& t : tensors) {
         const auto add = [&](const void* data, DType dtype, Kind kind) {
             const auto begin = reinterpret_cast<std::uintptr_t>(data);
             if (data != nullptr && t.size != 0) spans.push_back({begin, begin + t.size * item_size(dtype), kind});
         };
         add(t.param, t.param_dtype, kWritten);
-        add(t.momentum, t.param_dtype == DType::float64 ? DType::float64 : DType::float32, kWritten);
+        for (int k = 0; k < 2; ++k) add(t.kept[k], t.kept_dtypes[k], kWritten);
         add(t.grad1, t.grad_dtype, kGrad1);
         add(t.grad2, t.grad_dtype, kGrad2);
     }
@@ -106,6 +106,10 @@ bool apart(const std::vector<StepTensor>& tensors) {
         ends[span.kind] = std::max(ends[span.kind], span.end);
     }
     return true;
+}
+
+bool ReadTensors::all_float64() const {
+    return std::all_of(tensors.begin(), tensors.end(), [](const auto& t) { return t.param_dtype == DType::float64; });
 }
 
 std::optional<TensorReader> TensorReader::of(const py::capsule& exchange_api, std::vector<py::object> types,
@@ -134,50 +138,69 @@ bool TensorReader::holds_values(PyObject* object, const dlpack::Tensor& tensor) 
     return answers(is_neg_, object, Py_False);
 }
 
-bool TensorReader::read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const {
+bool TensorReader::read_one(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const {
     const auto is_type = [&](const py::object& type) { return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(object)); };
     if (std::none_of(types_.begin(), types_.end(), is_type)) return false;
     if (read_(object, &tensor) != 0) {
         PyErr_Clear();  // no memory of its own, as of a sparse tensor
         return false;
     }
-    return tensor.device_type == kCpu && dtype_of(tensor, dtype) && holds_values(object, tensor);
+    const bool device = tensor.device_type == kCpu || tensor.device_type == kCuda;
+    return device && dtype_of(tensor, dtype) && holds_values(object, tensor);
 }
 
-std::optional<std::vector<StepTensor>> TensorReader::step_tensors(
-    const py::list& params, const py::list& grads1, const std::optional<py::list>& grads2,
-    const std::optional<py::list>& momentum_buffers) const {
+std::optional<ReadTensors> TensorReader::read(StepKind kind, const py::list& params, const py::list& grads1,
+                                              const OptionalList& grads2, const OptionalList& kept1,
+                                              const OptionalList& kept2) const {
     const std::size_t count = params.size();
-    if (grads1.size() != count || (grads2 && grads2->size() != count)) return std::nullopt;
-    if (momentum_buffers && momentum_buffers->size() != count) return std::nullopt;
-    std::vector<StepTensor> tensors(count);
+    const auto as_long = [&](const OptionalList& list) { return !list || list->size() == count; };
+    if (count == 0 || grads1.size() != count || !as_long(grads2) || !as_long(kept1) || !as_long(kept2))
+        return std::nullopt;
+    ReadTensors found{std::vector<ReadTensor>(count), bool(grads2), {bool(kept1), bool(kept2)}, 0, 0};
     std::vector<std::pair<int64_t, int64_t>> scratch;
     for (std::size_t i = 0; i < count; ++i) {
-        dlpack::Tensor param, grad, buffer;
-        DType dtype, grad_dtype, buffer_dtype;
-        if (!read(PyList_GET_ITEM(params.ptr(), i), param, dtype)) return std::nullopt;
-        const int64_t size = size_of(param);
-        if (!is_dense(param, size, scratch)) return std::nullopt;
-        tensors[i] = {data_of(param), nullptr, nullptr, nullptr, nullptr, size, dtype, dtype};
-        for (const py::list* grads : {&grads1, grads2 ? &*grads2 : nullptr}) {
-            if (grads == nullptr) break;
-            if (!read(PyList_GET_ITEM(grads->ptr(), i), grad, grad_dtype)) return std::nullopt;
-            if (!same_shape_and_order(grad, param, size)) return std::nullopt;
-            const bool first = grads == &grads1;
-            if (first ? grad_dtype != dtype && grad_dtype != DType::float32 : grad_dtype != tensors[i].grad_dtype)
-                return std::nullopt;
-            tensors[i].grad_dtype = grad_dtype;
-            (first ? tensors[i].grad1 : tensors[i].grad2) = data_of(grad);
+        ReadTensor& t = found.tensors[i];
+        dlpack::Tensor param;
+        if (!read_one(PyList_GET_ITEM(params.ptr(), i), param, t.param_dtype)) return std::nullopt;
+        if (i == 0) found.device_type = param.device_type, found.device_id = param.device_id;
+        t.param = data_of(param);
+        t.size = size_of(param);
+        if (!is_dense(param, t.size, scratch)) return std::nullopt;
+        const auto on_device = [&](const dlpack::Tensor& tensor) {
+            return tensor.device_type == found.device_type && tensor.device_id == found.device_id;
+        };
+        if (!on_device(param)) return std::nullopt;
+        // Reads what is beside the param; whether it fits.
+        const auto beside = [&](const py::list& list, DType& dtype, char*& address) {
+            dlpack::Tensor tensor;
+            if (!read_one(PyList_GET_ITEM(list.ptr(), i), tensor, dtype)) return false;
+            address = data_of(tensor);
+            return on_device(tensor) && same_shape_and_order(tensor, param, t.size);
+        };
+        char* address;
+        if (!beside(grads1, t.grad_dtype, address)) return std::nullopt;
+        t.grad1 = address;
+        const bool widened = kind == StepKind::svag && t.grad_dtype == DType::float32;
+        if (t.grad_dtype != t.param_dtype && !widened) return std::nullopt;
+        if (grads2) {
+            DType dtype;
+            if (!beside(*grads2, dtype, address) || dtype != t.grad_dtype) return std::nullopt;
+            t.grad2 = address;
         }
-        if (momentum_buffers) {
-            if (!read(PyList_GET_ITEM(momentum_buffers->ptr(), i), buffer, buffer_dtype)) return std::nullopt;
-            if (buffer_dtype != (dtype == DType::float64 ? DType::float64 : DType::float32)) return std::nullopt;
-            if (!same_shape_and_order(buffer, param, size)) return std::nullopt;
-            tensors[i].momentum = data_of(buffer);
+        const DType arithmetic = t.param_dtype == DType::float64 ? DType::float64 : DType::float32;
+        for (int k = 0; k < 2; ++k) {
+            const OptionalList& kept = k == 0 ? kept1 : kept2;
+            if (!kept) continue;
+            if (!beside(*kept, t.kept_dtypes[k], address)) return std::nullopt;
+            t.kept[k] = address;
+            const bool compensation = kind == StepKind::svag && k == 0;
+            const DType wanted =
+                kind == StepKind::adaptive ? t.param_dtype : compensation ? DType::float32 : arithmetic;
+            if (t.kept_dtypes[k] != wanted || (compensation && arithmetic == DType::float64)) return std::nullopt;
         }
     }
-    if (!apart(tensors)) return std::nullopt;
-    return tensors;
+    if (!apart(found.tensors)) return std::nullopt;
+    return found;
 }
 
 }  // namespace svag

@@ -41,24 +41,49 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
+// One tensor of each list of a step: beside its gradients up to two that the optimizer keeps for it, written in place.
+struct ReadTensor {
+    void* param;
+    const void* grad1;
+    const void* grad2;
+    void* kept[2];
+    int64_t size;
+    DType param_dtype, grad_dtype;
+    DType kept_dtypes[2];
+};
+
+// Whose lists they are, by the dtypes that fit: the step of SVAG (gradients of the param's dtype or float32; kept are
+// float32 compensation, not beside float64, and momentum in the param's arithmetic), or of Adam and RMSprop (all alike).
+enum class StepKind : int { svag = 0, adaptive = 1 };
+
+struct ReadTensors {
+    std::vector<ReadTensor> tensors;
+    bool has_grads2, has_kept[2];
+    int32_t device_type, device_id;  // DLPack's
+
+    bool all_float64() const;
+};
+
 // Whether no two of the tensors share memory of which one is written, or a first and a second gradient; but a gradient
 // may be its param.
-bool apart(const std::vector<StepTensor>& tensors);
+bool apart(const std::vector<ReadTensor>& tensors);
 
 class TensorReader {
 public:
+    using OptionalList = std::optional<pybind11::list>;
+
     // From the types' `__dlpack_c_exchange_api__` and two of their methods; nothing where the interface's major version
     // is not known here.
     static std::optional<TensorReader> of(const pybind11::capsule& exchange_api, std::vector<pybind11::object> types,
                                           pybind11::object is_neg, pybind11::object storage_offset);
 
-    // What a fused step on the CPU may take as it is; nothing where anything needs a copy, another backend or an error:
-    // tensors of exactly the types given, on the CPU, whose address holds their values, params dense in memory,
-    // gradients of their shape and order in memory, both of one dtype: the param's own or float32; momentum buffers
-    // likewise, of float64 beside a param of float64, else float32; all `apart`.
-    std::optional<std::vector<StepTensor>> step_tensors(
-        const pybind11::list& params, const pybind11::list& grads1, const std::optional<pybind11::list>& grads2,
-        const std::optional<pybind11::list>& momentum_buffers) const;
+    // What a fused step may take as it is; nothing where anything needs a copy or an error: tensors of exactly the types
+    // given, all on one device, the CPU or one of CUDA, whose address holds their values, params dense in memory,
+    // gradients and what is kept of their shape and order in memory, both gradients of one dtype, dtypes as the kind
+    // wants them; all `apart`.
+    std::optional<ReadTensors> read(StepKind kind, const pybind11::list& params, const pybind11::list& grads1,
+                                    const OptionalList& grads2, const OptionalList& kept1,
+                                    const OptionalList& kept2) const;
 
 private:
     TensorReader(dlpack::Read read, std::vector<pybind11::object> types, pybind11::object is_neg,
@@ -68,7 +93,7 @@ private:
           is_neg_(std::move(is_neg)),
           storage_offset_(std::move(storage_offset)) {}
 
-    bool read(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const;
+    bool read_one(PyObject* object, dlpack::Tensor& tensor, DType& dtype) const;
     bool holds_values(PyObject* object, const dlpack::Tensor& tensor) const;
     static bool answers(const pybind11::object& method, PyObject* object, PyObject* expected);
 

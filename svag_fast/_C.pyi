@@ -5,29 +5,27 @@ from torch import Tensor
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def select_simd_level(name: str) -> bool: ...
-def step(
-    params: list[int],
-    grads1: list[int],
-    grads2: list[int],
-    compensation: list[int],
-    momentum_buffers: list[int],
-    sizes: list[int],
-    param_dtypes: list[int],
-    grad_dtypes: list[int],
-    rate: float,
-    c1: float,
-    c2: float,
-    weight_decay: float,
-    momentum64: float,
-    momentum32: float,
-    skip_nonfinite: bool,
-    threads: int,
-    stats: int,
-) -> None: ...
-def steps_apart(steps: list[CheckedStep]) -> bool: ...
 
-class CheckedStep:
-    def take(
+class StepTensors:
+    def __init__(
+        self,
+        params: list[int],
+        grads1: list[int],
+        grads2: list[int],
+        kept1: list[int],
+        kept2: list[int],
+        sizes: list[int],
+        param_dtypes: list[int],
+        grad_dtypes: list[int],
+    ) -> None: ...
+    @property
+    def all_float64(self) -> bool: ...
+    @staticmethod
+    def apart(steps: list[StepTensors]) -> bool: ...
+    def columns(
+        self,
+    ) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int], list[int]]: ...
+    def step(
         self,
         rate: float,
         c1: float,
@@ -39,39 +37,35 @@ class CheckedStep:
         threads: int,
         stats: int,
     ) -> None: ...
+    def adaptive_step(
+        self,
+        step_sizes: Sequence[float],
+        bias_corrections2_sqrt: Sequence[float],
+        c1: float,
+        c2: float,
+        weight_decay: float,
+        one_minus_beta1: float,
+        beta2: float,
+        one_minus_beta2: float,
+        eps: float,
+        skip_nonfinite: bool,
+        threads: int,
+        stats: int,
+    ) -> None: ...
 
 class TensorReader:
     @staticmethod
     def of(exchange_api: object, types: list[type], is_neg: object, storage_offset: object) -> TensorReader | None: ...
-    def checked_step(
+    def read(
         self,
+        kind: int,
         params: list[Tensor],
         grads1: list[Tensor],
         grads2: list[Tensor] | None,
-        momentum_buffers: list[Tensor] | None,
-    ) -> CheckedStep | None: ...
+        kept1: list[Tensor] | None,
+        kept2: list[Tensor] | None,
+    ) -> StepTensors | None: ...
 
-def adaptive_step(
-    params: list[int],
-    grads1: list[int],
-    grads2: list[int],
-    exp_avgs: list[int],
-    exp_avg_sqs: list[int],
-    step_sizes: list[float],
-    bias_corrections2_sqrt: list[float],
-    sizes: list[int],
-    dtypes: list[int],
-    c1: float,
-    c2: float,
-    weight_decay: float,
-    one_minus_beta1: float,
-    beta2: float,
-    one_minus_beta2: float,
-    eps: float,
-    skip_nonfinite: bool,
-    threads: int,
-    stats: int,
-) -> None: ...
 def step_per_sample(
     params: list[int],
     grads1: list[int],

@@ -5,7 +5,8 @@ import contextlib
 from svag_fast.ops.adaptive_step import svag_adaptive_step_
 from svag_fast.ops.affine_walk import AffineStep, affine_walk_
 from svag_fast.ops.philox_normal import philox_normal_
-from svag_fast.ops.step import svag_coefficients, svag_step_
+from svag_fast.ops.step import svag_step_
+from svag_fast.ops.step_options import svag_coefficients
 from svag_fast.ops.step_per_sample import PerSampleStep, svag_step_per_sample_
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.ops.weight_grad.op import WeightGrad, weight_grad_and_sq_norms

@@ -6,31 +6,22 @@ the two-batch combination of SVAG, with the square-root scaling rule read at κ 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from svag_fast.numeric import number
-from svag_fast.ops.backends import implements, select
-from svag_fast.ops.checks import (
-    check_decay,
-    check_held,
-    check_like,
-    check_params,
-    check_step_scalars,
-    check_strides,
-    integers,
-    laid_out_like,
-    tensors,
-)
+from svag_fast.ops.backends import implements
+from svag_fast.ops.checks import check_decay, check_held, check_step_scalars, integers
 from svag_fast.ops.library import register_op
-from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
-from svag_fast.ops.step import DTYPE_CODES, svag_coefficients
-from svag_fast.ops.step_stats import StepStats, nothing_stepped, raw_statistics, rounding
+from svag_fast.ops.memory import address
+from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
+from svag_fast.ops.step_options import svag_coefficients
+from svag_fast.ops.step_stats import StepStats, raw_statistics
 from svag_fast.theory.scaling_rules import square_root_scaling_rule
 
 
@@ -87,38 +78,13 @@ def svag_adaptive_step_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend can't serve the call.
     """
-    params = tensors("params", params, written=True)
-    grads1 = tensors("grads1", grads1)
-    grads2 = None if grads2 is None else tensors("grads2", grads2)
-    exp_avgs = None if exp_avgs is None else tensors("exp_avgs", exp_avgs, written=True)
-    exp_avg_sqs = tensors("exp_avg_sqs", exp_avg_sqs, written=True)
     steps = integers("steps", steps)
     options = AdaptiveOptions.checked(lr, l, None if exp_avgs is None else beta1, beta2, eps, weight_decay, maximize)
-    options.check_held(params)
     if grads2 is None and options.l != 1:
-        raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
-    if not params:
-        _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
-        return nothing_stepped(grads2 is not None)
-    with torch.no_grad():
-        raw = _op(
-            params,
-            grads1,
-            grads2,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            options.lr,
-            options.l,
-            options.beta1 or 0.0,
-            options.beta2,
-            options.eps,
-            options.weight_decay,
-            bool(skip_nonfinite),
-            backend,
-            options.maximize,
-        )
-    return StepStats(raw, grads2 is not None, rounding=rounding(params))
+        raise ValueError(f"grads2 must be the second batch's gradients at l = {l}, got None")
+    lists = StepLists(params, grads1, grads2, exp_avgs, exp_avg_sqs)  # type: ignore[arg-type]
+    skip_nonfinite = bool(skip_nonfinite)
+    return take_step(ADAPTIVE_STEP, lists, options, extra=steps, skip_nonfinite=skip_nonfinite, backend=backend)
 
 
 class AdaptiveOptions(NamedTuple):
@@ -168,125 +134,9 @@ def _check_beta(name: str, beta: float, l: float) -> float:
     return beta
 
 
-@dataclass(frozen=True)
-class ReadyAdaptiveStep:
-    """A step on tensors and options that have been checked, each once; what is called takes it."""
-
-    params: list[Tensor]
-    grads1: list[Tensor]
-    grads2: list[Tensor] | None
-    exp_avgs: list[Tensor] | None
-    exp_avg_sqs: list[Tensor]
-    steps: list[int]
-    options: AdaptiveOptions
-    backend: Callable[..., Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        params: list[Tensor],
-        grads1: list[Tensor],
-        grads2: list[Tensor] | None,
-        exp_avgs: list[Tensor] | None,
-        exp_avg_sqs: list[Tensor],
-        *,
-        steps: list[int],
-        options: AdaptiveOptions,
-        backend: str,
-    ) -> ReadyAdaptiveStep:
-        """Refuse lists that :func:`svag_adaptive_step_` would."""
-        _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
-        step = select("svag_adaptive_step_", backend, params)
-        return cls(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps, options, step)
-
-    def spans(self, of: str) -> Spans:
-        """Return where the written tensors and each batch's gradients are; ``of`` ends their names."""
-        return _spans(self.params, self.grads1, self.grads2, self.exp_avgs, self.exp_avg_sqs, of)
-
-    def __call__(self, skip_nonfinite: bool) -> Tensor:
-        """Take the step; return StepStats.raw."""
-        with torch.no_grad():
-            raw = self.backend(
-                self.params,
-                laid_out_like(self.grads1, self.params),
-                None if self.grads2 is None else laid_out_like(self.grads2, self.params),
-                self.exp_avgs,
-                self.exp_avg_sqs,
-                self.steps,
-                _Rates(self.options),
-                skip_nonfinite,
-            )
-        mark_written([*self.params, *(self.exp_avgs or []), *self.exp_avg_sqs])
-        return raw
-
-
-def ready_adaptive_step(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    exp_avgs: list[Tensor] | None,
-    exp_avg_sqs: list[Tensor],
-    *,
-    steps: list[int],
-    options: AdaptiveOptions,
-    backend: str,
-) -> ReadyAdaptiveStep:
-    """Refuse what :func:`svag_adaptive_step_` would; return the step, to be taken once all the others are ready too."""
-    for name, written in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        tensors(name, written or [], written=True)
-    for name, read in (("grads1", grads1), ("grads2", grads2)):
-        tensors(name, read or [])
-    options.check_held(params)
-    step = ReadyAdaptiveStep.of(
-        params, grads1, grads2, exp_avgs, exp_avg_sqs, steps=steps, options=options, backend=backend
-    )
-    if has_memory(params[0]):
-        return step
-
-    def without_memory(*_: object) -> Tensor:  # the dispatcher knows what a meta or fake tensor becomes
-        lr, l, beta1, beta2, eps, weight_decay, maximize = options
-        listed = params, grads1, grads2, exp_avgs, exp_avg_sqs, steps
-        raw: Tensor = _op(*listed, lr, l, beta1 or 0.0, beta2, eps, weight_decay, False, backend, maximize)
-        return raw
-
-    return replace(step, backend=without_memory)
-
-
-def _spans(
-    params: Sequence[Tensor],
-    grads1: Sequence[Tensor],
-    grads2: Sequence[Tensor] | None,
-    exp_avgs: Sequence[Tensor] | None,
-    exp_avg_sqs: Sequence[Tensor],
-    of: str = "",
-) -> Spans:
-    written = [
-        *spans(params, "params", of),
-        *spans(exp_avgs or [], "exp_avgs", of),
-        *spans(exp_avg_sqs, "exp_avg_sqs", of),
-    ]
-    return written, spans(grads1, "grads1", of), spans(grads2 or [], "grads2", of)
-
-
-def _check(
-    params: Sequence[Tensor],
-    grads1: Sequence[Tensor],
-    grads2: Sequence[Tensor] | None,
-    exp_avgs: Sequence[Tensor] | None,
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[int],
-) -> None:
-    check_params(params)
-    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, listed in {"grads1": grads1, "grads2": grads2, **moments}.items():
-        if listed is not None:
-            check_like(name, listed, params, dtypes="same")
-    for name, listed in moments.items():
-        if listed is not None:
-            check_strides(name, listed, params)
-    check_apart(*_spans(params, grads1, grads2, exp_avgs, exp_avg_sqs))
-    if len(steps) != len(params):
-        raise ValueError(f"steps has {len(steps)} numbers, but params has {len(params)}")
+def _check_steps(lists: StepLists, steps: list[int]) -> None:
+    if len(steps) != len(lists.params):
+        raise ValueError(f"steps has {len(steps)} numbers, but params has {len(lists.params)}")
     for i, step in enumerate(steps):
         if step < 1:
             raise ValueError(f"steps[{i}] is {step}: expected a number from 1 on")
@@ -313,7 +163,12 @@ class _Rates:
         return 1.0 if self.beta1 is None else math.sqrt(1 - self.beta2**step)
 
 
-def _run(
+@functools.lru_cache(64)
+def _rates(options: AdaptiveOptions) -> _Rates:
+    return _Rates(options)
+
+
+def _unpacked(
     params: list[Tensor],
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
@@ -329,25 +184,30 @@ def _run(
     skip_nonfinite: bool,
     backend: str,
     maximize: bool = False,
-) -> Tensor:
+) -> tuple[StepLists, AdaptiveOptions, list[int], str, bool]:
+    """Return what :func:`_dispatch` has given to the op."""
+    lists = StepLists(params, grads1, grads2, exp_avgs, exp_avg_sqs)
     options = AdaptiveOptions(lr, l, None if exp_avgs is None else beta1, beta2, eps, weight_decay, maximize)
-    step = ReadyAdaptiveStep.of(
-        params, grads1, grads2, exp_avgs, exp_avg_sqs, steps=steps, options=options, backend=backend
-    )
-    return step(skip_nonfinite)
+    return lists, options, steps, backend, skip_nonfinite
 
 
-def _fake(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    exp_avgs: list[Tensor] | None,
-    exp_avg_sqs: list[Tensor],
-    steps: list[int],
-    *rest: object,
+def _dispatch(
+    lists: StepLists, options: AdaptiveOptions, steps: list[int], backend: str, skip_nonfinite: bool
 ) -> Tensor:
-    _check(params, grads1, grads2, exp_avgs, exp_avg_sqs, steps)
-    return params[0].new_empty(5, dtype=torch.float64)
+    lr, l, beta1, *others, maximize = options
+    raw: Tensor = _op(*lists, steps, lr, l, beta1 or 0.0, *others, skip_nonfinite, backend, maximize)
+    return raw
+
+
+def _run(*arguments: Any) -> Tensor:
+    lists, options, steps, backend, skip_nonfinite = _unpacked(*arguments)
+    return StepCall.by_checks(ADAPTIVE_STEP, lists, options, extra=steps, backend=backend)(skip_nonfinite)
+
+
+def _fake(*arguments: Any) -> Tensor:
+    lists, options, steps, _, _ = _unpacked(*arguments)
+    ADAPTIVE_STEP.check(lists, options, steps)
+    return lists.params[0].new_empty(5, dtype=torch.float64)
 
 
 _op = register_op(
@@ -358,18 +218,23 @@ _op = register_op(
     _fake,
 )
 
+ADAPTIVE_STEP = StepKind(
+    op="svag_adaptive_step_",
+    code=1,
+    kept=("exp_avgs", "exp_avg_sqs"),
+    kept_dtypes=("same", "same"),
+    grad_dtypes="same",
+    check_extra=_check_steps,
+    dispatch=_dispatch,
+)
+
 
 @implements("svag_adaptive_step_", "reference")
-def _reference(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    exp_avgs: list[Tensor] | None,
-    exp_avg_sqs: list[Tensor],
-    steps: list[int],
-    rates: _Rates,
-    skip_nonfinite: bool,
-) -> Tensor:
+@torch.no_grad()
+def _reference(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    params, grads1, grads2, exp_avgs, exp_avg_sqs = call.lists
+    assert exp_avg_sqs is not None
+    steps, rates = call.extra, _rates(call.options)
     raw = raw_statistics(params, grads1, grads2)
     for i, x in enumerate(params):
         grad = rates.c1 * grads1[i]
@@ -397,29 +262,16 @@ def _cpu_why_not(tensors: Sequence[Tensor]) -> str | None:
 
 
 @implements("svag_adaptive_step_", "cpu", why_not=_cpu_why_not)
-def _cpu(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    exp_avgs: list[Tensor] | None,
-    exp_avg_sqs: list[Tensor],
-    steps: list[int],
-    rates: _Rates,
-    skip_nonfinite: bool,
-) -> Tensor:
-    from svag_fast import _C
-
+def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    rates = _rates(call.options)
+    corrections = {step: (rates.step_size(step), rates.bias_correction2_sqrt(step)) for step in set(call.extra)}
+    step_sizes, bias_corrections2_sqrt = zip(*map(corrections.__getitem__, call.extra), strict=True)
     raw = torch.empty(5, dtype=torch.float64, device="cpu")
-    _C.adaptive_step(
-        addresses(params, "params"),
-        addresses(grads1, "grads1"),
-        addresses(grads2 or [], "grads2"),
-        addresses(exp_avgs or [], "exp_avgs"),
-        addresses(exp_avg_sqs, "exp_avg_sqs"),
-        list(map(rates.step_size, steps)),
-        list(map(rates.bias_correction2_sqrt, steps)),
-        list(map(Tensor.numel, params)),
-        [DTYPE_CODES[p.dtype] for p in params],
+    place = raw.data_ptr() if type(raw) is Tensor else address(raw, "raw")
+    tensors = call.described() if call.read is None else call.read
+    tensors.adaptive_step(
+        step_sizes,
+        bias_corrections2_sqrt,
         rates.c1,
         rates.c2,
         rates.weight_decay,
@@ -429,6 +281,6 @@ def _cpu(
         rates.eps,
         skip_nonfinite,
         torch.get_num_threads(),
-        address(raw, "raw"),
+        place,
     )
     return raw

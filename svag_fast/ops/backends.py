@@ -48,7 +48,7 @@ class Backend:
 @dataclass(frozen=True)
 class _Implementation:
     function: Callable[..., Any]
-    why_not: WhyNot
+    why_not: WhyNot | None
 
 
 @functools.cache
@@ -105,8 +105,8 @@ _implementations: dict[str, dict[str, _Implementation]] = {}
 _override: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
 
 
-def implements(op: str, name: str, why_not: WhyNot = lambda tensors: None) -> Callable[[Any], Any]:
-    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)`` says what it can't serve."""
+def implements(op: str, name: str, why_not: WhyNot | None = None) -> Callable[[Any], Any]:
+    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)``, if given, says what it can't serve."""
 
     def decorate(function: Any) -> Any:
         _implementations.setdefault(op, {})[name] = _Implementation(function, why_not)
@@ -139,25 +139,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
     """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
-    row, device_type = BACKENDS[name], _device_type(tensors)
+    row, device_type = BACKENDS[name], tensors[0].device.type if tensors else "cpu"
     if "*" not in row.device_types and device_type not in row.device_types:
         return f"it serves {' and '.join(row.device_types)} tensors, not {device_type}"
     if reason := row.why_unavailable():
         return reason
-    if name not in _implementations[op]:
+    if (implementation := _implementations[op].get(name)) is None:
         return f"it has no {op}"
-    return _implementations[op][name].why_not(tensors)
-
-
-def _device_type(tensors: Sequence[Tensor]) -> str:
-    return tensors[0].device.type if tensors else "cpu"
-
-
-def requested(name: str) -> str:
-    """Replace "auto" by what the ``with`` block or the environment asks for."""
-    if name != "auto":
-        return name
-    return _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+    return None if implementation.why_not is None else implementation.why_not(tensors)
 
 
 @functools.cache
@@ -170,20 +159,26 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
 
     Args:
         op: the op's name.
-        name: "auto" or a row of the table.
+        name: a row of the table, or "auto" for what the ``with`` block or the environment asks for.
         tensors: what the backend will read and write, all on one device.
 
     Raises:
         BackendError: ``name`` is unknown or can't serve the call.
     """
-    name = requested(name)
-    check_name(name)
     if name == "auto":
-        device_type = _device_type(tensors)
+        name = _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+    if name not in ("auto", *BACKENDS):
+        check_name(name)
+    if name == "auto":
+        device_type = tensors[0].device.type if tensors else "cpu"
         for name, row in BACKENDS.items():
+            implementation = _implementations[op].get(name)
+            if implementation is None or device_type not in row.device_types:
+                continue
             if name == "triton" and device_type == "cpu":
                 continue  # the interpreter is for tests: it must be asked for
-            if device_type in row.device_types and why_not(op, name, tensors) is None:
+            unfit = implementation.why_not
+            if row.why_unavailable() is None and (unfit is None or unfit(tensors) is None):
                 break
         else:
             name = "reference"

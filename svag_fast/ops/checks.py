@@ -169,8 +169,8 @@ def check_params(params: Sequence[Tensor]) -> None:
 def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: str = "same or float32") -> None:
     """Refuse a list that doesn't match ``params`` in length, shape, device or dtype.
 
-    ``dtypes``: "same or float32" (gradients), "float32" (compensation buffers), "arithmetic" (float64 for float64, else
-    float32) or "same".
+    ``dtypes``: "same or float32" (gradients), "float32 beside no float64" (compensation), "arithmetic" (float64 for
+    float64, else float32) or "same".
     """
     if len(tensors) != len(params):
         raise ValueError(f"{name} has {len(tensors)} tensors, but params has {len(params)}")
@@ -181,10 +181,14 @@ def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], d
             raise ValueError(f"{name}[{i}] is on {t.device}, but params[{i}] on {p.device}")
         if t.layout != torch.strided:
             raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense (strided) tensor")
-        arithmetic = torch.float64 if p.dtype == torch.float64 else torch.float32
-        allowed = {"float32": (torch.float32,), "arithmetic": (arithmetic,), "same": (p.dtype,)}.get(
-            dtypes, (p.dtype, torch.float32)
-        )
+        if dtypes == "float32 beside no float64" and p.dtype == torch.float64:
+            raise TypeError(f"params[{i}] is torch.float64: {name} serves float32, bfloat16 and float16")
+        allowed = {
+            "same": (p.dtype,),
+            "same or float32": (p.dtype, torch.float32),
+            "arithmetic": (arithmetic(p.dtype),),
+            "float32 beside no float64": (torch.float32,),
+        }[dtypes]
         if t.dtype not in allowed:
             raise TypeError(f"{name}[{i}] is {t.dtype}: expected {' or '.join(dict.fromkeys(map(str, allowed)))}")
 

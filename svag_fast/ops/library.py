@@ -25,3 +25,13 @@ def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"svag_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.svag_fast, name).default
+
+
+def is_watched() -> bool:
+    """Whether PyTorch must see an op's call: it traces, profiles, or is in a dispatch mode or a functorch transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )

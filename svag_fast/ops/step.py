@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svag_fast.kernels.device_cache import DeviceCache
-from svag_fast.ops.backends import device_and_stream, implements, select
-from svag_fast.ops.checks import (
-    check_decay,
-    check_held,
-    check_l,
-    check_like,
-    check_momentum,
-    check_params,
-    check_step_scalars,
-    check_strides,
-    laid_out_like,
-    tensor,
-    tensors,
-)
+from svag_fast.ops.backends import device_and_stream, implements
+from svag_fast.ops.checks import tensor
 from svag_fast.ops.library import register_op
-from svag_fast.ops.memory import Spans, address, addresses, check_apart, has_memory, mark_written, spans
-from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, raw_statistics, rounding
+from svag_fast.ops.memory import address
+from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
+from svag_fast.ops.step_options import (
+    HostScalars,
+    MomentumRule,
+    StepOptions,
+    StepScalars,
+    check_coefficients,
+    constant_coefficients,
+    host_scalars,
+    options_scalars,
+    step_coefficients,
+    step_scalars,
+    svag_coefficients,
+)
+from svag_fast.ops.step_stats import FINITE, StepStats, raw_statistics
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def svag_coefficients(l: float) -> tuple[float, float]:
-    """Return SVAG's ``(c1, c2) = (1 ± sqrt(2l - 1)) / 2``: they sum to 1, and their squares to ``l``.
-
-    Source: Li, Malladi, Arora (NeurIPS 2021), equation 5.
-
-    Raises:
-        TypeError: ``l`` is not a number.
-        ValueError: ``l`` is not a finite number >= 1, or above 2^1022.
-
-    >>> svag_coefficients(1)
-    (1.0, 0.0)
-    >>> svag_coefficients(5)
-    (2.0, -1.0)
-    """
-    root = math.sqrt(2 * check_l(l) - 1)
-    return (1 + root) / 2, (1 - root) / 2
+__all__ = ["SVAG_STEP", "StepOptions", "step_coefficients", "svag_coefficients", "svag_step_"]
 
 
 def svag_step_(
@@ -66,7 +45,7 @@ def svag_step_(
     backend: str = "auto",
     momentum_buffers: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
-    momentum_rule: str = "time",
+    momentum_rule: MomentumRule = "time",
     maximize: bool = False,
 ) -> StepStats:
     """Take one SVAG step in place, ``x -= (lr/l) * (c1*g1 + c2*g2 + weight_decay*x)``, and measure the noise.
@@ -118,273 +97,21 @@ def svag_step_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend can't serve the call.
     """
-    params = tensors("params", params, written=True)
-    grads1 = tensors("grads1", grads1)
-    grads2 = None if grads2 is None else tensors("grads2", grads2)
-    compensation = [] if compensation is None else tensors("compensation", compensation, written=True)
-    if momentum_buffers is not None:
-        momentum_buffers = tensors("momentum_buffers", momentum_buffers, written=True)
     if coefficients is not None:
         tensor("coefficients", coefficients)
     options = StepOptions.checked(lr, l, weight_decay, momentum, momentum_rule, maximize)
-    options.check_held(params)
     if coefficients is None and (options.momentum != 0) != (momentum_buffers is not None):
-        raise ValueError(
-            f"momentum is {momentum}, and momentum_buffers "
-            + ("None: expected a buffer for each of the params" if momentum_buffers is None else "given: expected None")
-        )
+        expected = "None" if options.momentum == 0 else "a buffer for each of the params"
+        found = "None" if momentum_buffers is None else "buffers"
+        raise ValueError(f"momentum_buffers must be {expected} where momentum is {momentum}, got {found}")
     if grads2 is None and options.l != 1:
-        raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
-    if not params:
-        _check_lists(params, grads1, grads2, compensation, momentum_buffers)
-        return nothing_stepped(grads2 is not None)
-    with torch.no_grad():
-        raw = _op(
-            params,
-            grads1,
-            grads2,
-            compensation,
-            *options[:3],
-            bool(skip_nonfinite),
-            coefficients,
-            backend,
-            momentum_buffers,
-            *options[3:],
-        )
-    return StepStats(raw, grads2 is not None, rounding=rounding(params))
+        raise ValueError(f"grads2 must be the second batch's gradients at l = {l}, got None")
+    lists = StepLists(params, grads1, grads2, compensation, momentum_buffers)  # type: ignore[arg-type]
+    skip_nonfinite = bool(skip_nonfinite)
+    return take_step(SVAG_STEP, lists, options, extra=coefficients, skip_nonfinite=skip_nonfinite, backend=backend)
 
 
-class StepOptions(NamedTuple):
-    """A step's options, checked."""
-
-    lr: float
-    l: float
-    weight_decay: float
-    momentum: float
-    momentum_rule: str
-    maximize: bool
-
-    @classmethod
-    def checked(
-        cls,
-        lr: float,
-        l: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        momentum_rule: str = "time",
-        maximize: bool = False,
-    ) -> StepOptions:
-        """Refuse what is no number or out of range; see :func:`svag_step_`."""
-        lr, l, weight_decay = check_step_scalars(lr, l, weight_decay)
-        momentum = check_momentum(momentum, momentum_rule, l)
-        return cls(lr, l, weight_decay, momentum, momentum_rule, bool(maximize))
-
-    def check_held(self, params: Sequence[Tensor]) -> None:
-        """Refuse options that the params' arithmetic can't hold."""
-        check_held(self.lr, self.l, self.weight_decay, params)
-        if self.momentum != 0 and self.momentum_rule == "time":
-            check_decay("momentum", self.momentum, self.l, params)
-
-
-@dataclass(frozen=True)
-class ReadyStep:
-    """A step on tensors and options that have been checked, each once; what is called takes it."""
-
-    params: list[Tensor]
-    grads1: list[Tensor]
-    grads2: list[Tensor] | None
-    compensation: list[Tensor]
-    momentum_buffers: list[Tensor]
-    options: StepOptions
-    coefficients: Tensor | None
-    backend: Callable[..., Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        params: list[Tensor],
-        grads1: list[Tensor],
-        grads2: list[Tensor] | None,
-        options: StepOptions,
-        *,
-        compensation: list[Tensor] | None = None,
-        momentum_buffers: list[Tensor] | None = None,
-        coefficients: Tensor | None = None,
-        backend: str,
-    ) -> ReadyStep:
-        """Refuse lists that :func:`svag_step_` would."""
-        _check_lists(params, grads1, grads2, compensation, momentum_buffers)
-        if coefficients is not None:
-            _check_coefficients(coefficients, params[0].device)
-        step = select("svag_step_", backend, params)
-        return cls(params, grads1, grads2, compensation or [], momentum_buffers or [], options, coefficients, step)
-
-    def spans(self, of: str) -> Spans:
-        """Return where the written tensors and each batch's gradients are; ``of`` ends their names."""
-        return step_spans(self.params, self.grads1, self.grads2, self.compensation, self.momentum_buffers, of)
-
-    def __call__(self, skip_nonfinite: bool) -> Tensor:
-        """Take the step; return StepStats.raw."""
-        with torch.no_grad():
-            raw = self.backend(
-                self.params,
-                laid_out_like(self.grads1, self.params),
-                None if self.grads2 is None else laid_out_like(self.grads2, self.params),
-                self.compensation,
-                self.momentum_buffers,
-                step_scalars(*self.options),
-                skip_nonfinite,
-                self.coefficients,
-            )
-        mark_written([*self.params, *self.compensation, *self.momentum_buffers])
-        return raw
-
-
-def ready_step(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    options: StepOptions,
-    *,
-    compensation: list[Tensor] | None,
-    momentum_buffers: list[Tensor] | None,
-    coefficients: Tensor | None,
-    backend: str,
-) -> ReadyStep:
-    """Refuse what :func:`svag_step_` would; return the step, to be taken once all the others are ready too."""
-    tensors("params", params, written=True)
-    for name, read in (("grads1", grads1), ("grads2", grads2)):
-        tensors(name, read or [])
-    for name, written in (("compensation", compensation), ("momentum_buffers", momentum_buffers)):
-        tensors(name, written or [], written=True)
-    options.check_held(params)
-    step = ReadyStep.of(
-        params,
-        grads1,
-        grads2,
-        options,
-        compensation=compensation,
-        momentum_buffers=momentum_buffers,
-        coefficients=coefficients,
-        backend=backend,
-    )
-    if has_memory(params[0]):
-        return step
-
-    def without_memory(*_: object) -> Tensor:  # the dispatcher knows what a meta or fake tensor becomes
-        listed = params, grads1, grads2, compensation or [], *options[:3]
-        raw: Tensor = _op(*listed, False, coefficients, backend, momentum_buffers, *options[3:])
-        return raw
-
-    return replace(step, backend=without_memory)
-
-
-def _check_lists(
-    params: Sequence[Tensor],
-    grads1: Sequence[Tensor],
-    grads2: Sequence[Tensor] | None,
-    compensation: Sequence[Tensor] | None,
-    momentum_buffers: Sequence[Tensor] | None,
-) -> None:
-    check_params(params)
-    check_like("grads1", grads1, params)
-    if grads2 is not None:
-        check_like("grads2", grads2, params)
-        for i, (g1, g2) in enumerate(zip(grads1, grads2, strict=True)):
-            if g1.dtype != g2.dtype:
-                raise TypeError(f"grads2[{i}] is {g2.dtype}, but grads1[{i}] is {g1.dtype}: expected the same dtype")
-    if compensation:
-        check_like("compensation", compensation, params, dtypes="float32")
-        for i, p in enumerate(params):
-            if p.dtype == torch.float64:
-                raise TypeError(f"params[{i}] is torch.float64: compensation serves float32, bfloat16 and float16")
-        check_strides("compensation", compensation, params)
-    if momentum_buffers is not None:
-        check_like("momentum_buffers", momentum_buffers, params, dtypes="arithmetic")
-        check_strides("momentum_buffers", momentum_buffers, params)
-    check_apart(*step_spans(params, grads1, grads2, compensation, momentum_buffers))
-
-
-def step_spans(
-    params: Sequence[Tensor],
-    grads1: Sequence[Tensor],
-    grads2: Sequence[Tensor] | None,
-    compensation: Sequence[Tensor] | None,
-    momentum_buffers: Sequence[Tensor] | None,
-    of: str = "",
-) -> Spans:
-    """Return where a step's tensors are."""
-    return (
-        [
-            *spans(params, "params", of),
-            *spans(compensation or [], "compensation", of),
-            *spans(momentum_buffers or [], "momentum_buffers", of),
-        ],
-        spans(grads1, "grads1", of),
-        spans(grads2 or [], "grads2", of),
-    )
-
-
-class StepScalars(NamedTuple):
-    """A step's scalars as the kernels read them, in this order; the step is ``lr / divisor`` of the direction."""
-
-    lr: float
-    divisor: float
-    c1: float
-    c2: float
-    weight_decay: float
-    momentum64: float
-    """μ_l for float64 params."""
-    momentum32: float
-    """μ_l for all others, from the float32 that is nearest μ; not rounded itself: near 1 that changes 1 - μ_l."""
-
-
-def step_scalars(
-    lr: float,
-    l: float,
-    weight_decay: float,
-    momentum: float = 0.0,
-    momentum_rule: str = "time",
-    maximize: bool = False,
-) -> StepScalars:
-    """Return the scalars of a step with these options; they must have been checked."""
-    c1, c2 = svag_coefficients(l)
-    if maximize:
-        c1, c2 = -c1, -c2
-    if momentum == 0:
-        return StepScalars(lr, l, c1, c2, weight_decay, 0.0, 0.0)
-    momentum32 = ctypes.c_float(momentum).value
-    if momentum_rule == "fixed" or l == 1:
-        return StepScalars(lr, l, c1, c2, weight_decay, momentum, momentum32)
-    return StepScalars(lr, l * l, c1, c2, weight_decay, 1 - (1 - momentum) / l, 1 - (1 - momentum32) / l)
-
-
-def step_coefficients(
-    lr: float,
-    l: float,
-    weight_decay: float,
-    device: torch.device,
-    *,
-    momentum: float = 0.0,
-    momentum_rule: str = "time",
-    maximize: bool = False,
-) -> Tensor:
-    """Return :func:`step_scalars`, float64 on ``device``, for ``svag_step_(coefficients=...)``."""
-    scalars = step_scalars(lr, l, weight_decay, momentum, momentum_rule, maximize)
-    return torch.tensor(scalars, dtype=torch.float64, device=device)
-
-
-def _check_coefficients(coefficients: Tensor, device: torch.device) -> None:
-    if coefficients.dtype != torch.float64 or coefficients.shape != (7,) or not coefficients.is_contiguous():
-        raise ValueError(
-            f"coefficients is {coefficients.dtype} of shape {list(coefficients.shape)}: expected what "
-            "step_coefficients returns"
-        )
-    if coefficients.device != device:
-        raise ValueError(f"coefficients is on {coefficients.device}, but params[0] on {device}")
-
-
-def _run(
+def _unpacked(
     params: list[Tensor],
     grads1: list[Tensor],
     grads2: list[Tensor] | None,
@@ -399,36 +126,32 @@ def _run(
     momentum: float = 0.0,
     momentum_rule: str = "time",
     maximize: bool = False,
-) -> Tensor:
-    step = ReadyStep.of(
-        params,
-        grads1,
-        grads2,
-        StepOptions(lr, l, weight_decay, momentum, momentum_rule, maximize),
-        compensation=compensation,
-        momentum_buffers=momentum_buffers,
-        coefficients=coefficients,
-        backend=backend,
-    )
-    return step(skip_nonfinite)
+) -> tuple[StepLists, StepOptions, Tensor | None, str, bool]:
+    """Return what :func:`_dispatch` has given to the op."""
+    lists = StepLists(params, grads1, grads2, compensation or None, momentum_buffers)
+    options = StepOptions(lr, l, weight_decay, momentum, momentum_rule, maximize)
+    return lists, options, coefficients, backend, skip_nonfinite
 
 
-def _fake(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    compensation: list[Tensor],
-    lr: float,
-    l: float,
-    weight_decay: float,
-    skip_nonfinite: bool,
-    coefficients: Tensor | None,
-    backend: str,
-    momentum_buffers: list[Tensor] | None = None,
-    *rest: object,
+def _dispatch(
+    lists: StepLists, options: StepOptions, coefficients: Tensor | None, backend: str, skip_nonfinite: bool
 ) -> Tensor:
-    _check_lists(params, grads1, grads2, compensation, momentum_buffers)
-    return params[0].new_empty(5, dtype=torch.float64)
+    params, grads1, grads2, compensation, momentum_buffers = lists
+    lr, l, weight_decay, *momentum = options
+    scalars = lr, l, weight_decay, skip_nonfinite, coefficients, backend
+    raw: Tensor = _op(params, grads1, grads2, compensation or [], *scalars, momentum_buffers, *momentum)
+    return raw
+
+
+def _run(*arguments: Any) -> Tensor:
+    lists, options, coefficients, backend, skip_nonfinite = _unpacked(*arguments)
+    return StepCall.by_checks(SVAG_STEP, lists, options, extra=coefficients, backend=backend)(skip_nonfinite)
+
+
+def _fake(*arguments: Any) -> Tensor:
+    lists, options, coefficients, _, _ = _unpacked(*arguments)
+    SVAG_STEP.check(lists, options, coefficients)
+    return lists.params[0].new_empty(5, dtype=torch.float64)
 
 
 _op = register_op(
@@ -439,35 +162,31 @@ _op = register_op(
     _fake,
 )
 
+SVAG_STEP = StepKind(
+    op="svag_step_",
+    code=0,
+    kept=("compensation", "momentum_buffers"),
+    kept_dtypes=("float32 beside no float64", "arithmetic"),
+    grad_dtypes="same or float32",
+    check_extra=lambda lists, coefficients: check_coefficients(coefficients, lists.params[0].device),
+    dispatch=_dispatch,
+)
 
-@functools.lru_cache(64)
-def options_scalars(options: StepOptions) -> tuple[float, float, float, float, float, float]:
-    """Return the options as :func:`host_scalars` does."""
-    return host_scalars(step_scalars(*options))
 
-
-def host_scalars(
-    scalars: StepScalars, coefficients: Tensor | None = None
-) -> tuple[float, float, float, float, float, float]:
-    """Return ``rate, c1, c2, weight_decay, momentum64, momentum32``, from the tensor if there is one."""
-    read = scalars if coefficients is None else StepScalars(*coefficients.tolist())
-    return read.lr / read.divisor, *read[2:]
+def _host_scalars(call: StepCall) -> HostScalars:
+    """Return the call's scalars, from the coefficients if there are any: then it waits for them."""
+    if call.extra is None:
+        return options_scalars(call.options)
+    return host_scalars(StepScalars(*call.extra.tolist()))
 
 
 @implements("svag_step_", "reference")
-def _reference(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    compensation: list[Tensor],
-    momentum_buffers: list[Tensor],
-    scalars: StepScalars,
-    skip_nonfinite: bool,
-    coefficients: Tensor | None,
-) -> Tensor:
+@torch.no_grad()
+def _reference(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    params, grads1, grads2, compensation, momentum_buffers = call.lists
     raw = raw_statistics(params, grads1, grads2)
     finite = raw[FINITE] != 0
-    rate, c1, c2, weight_decay, momentum64, momentum32 = host_scalars(scalars, coefficients)
+    rate, c1, c2, weight_decay, momentum64, momentum32 = _host_scalars(call)
 
     def write(old: Tensor, new: Tensor) -> None:
         old.copy_(torch.where(finite, new, old) if skip_nonfinite else new)
@@ -504,48 +223,26 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @implements("svag_step_", "cpu")
-def _cpu(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    compensation: list[Tensor],
-    momentum_buffers: list[Tensor],
-    scalars: StepScalars,
-    skip_nonfinite: bool,
-    coefficients: Tensor | None,
-) -> Tensor:
-    from svag_fast import _C
-
+def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    scalars = options_scalars(call.options) if call.extra is None else _host_scalars(call)
     raw = torch.empty(5, dtype=torch.float64, device="cpu")
-    _C.step(
-        *_descriptors(params, grads1, grads2, compensation, momentum_buffers),
-        *host_scalars(scalars, coefficients),
-        skip_nonfinite,
-        torch.get_num_threads(),
-        address(raw, "raw"),
-    )
+    place = raw.data_ptr() if type(raw) is Tensor else address(raw, "raw")
+    tensors = call.described() if call.read is None else call.read
+    tensors.step(*scalars, skip_nonfinite, torch.get_num_threads(), place)
     return raw
 
 
 @implements("svag_step_", "cuda")
-def _cuda(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    compensation: list[Tensor],
-    momentum_buffers: list[Tensor],
-    scalars: StepScalars,
-    skip_nonfinite: bool,
-    coefficients: Tensor | None,
-) -> Tensor:
+def _cuda(call: StepCall, skip_nonfinite: bool) -> Tensor:
     from svag_fast import _C
 
-    described = _descriptors(params, grads1, grads2, compensation, momentum_buffers)
+    tensors = call.described() if call.read is None else call.read
+    described, params, coefficients = tensors.columns(), call.lists.params, call.extra
     raw = params[0].new_empty(5, dtype=torch.float64)
     workspace = params[0].new_empty(_C.cuda_step_workspace(described[5]), dtype=torch.float64)
     _C.cuda_step(
         *described,
-        *host_scalars(scalars),
+        *options_scalars(call.options),
         0 if coefficients is None else address(coefficients, "coefficients"),
         skip_nonfinite,
         *device_and_stream(params[0].device),
@@ -555,54 +252,16 @@ def _cuda(
     return raw
 
 
-_COEFFICIENTS: DeviceCache[Tensor] = DeviceCache(64)
-
-
-def constant_coefficients(scalars: StepScalars, device: torch.device) -> Tensor:
-    """Return the scalars as a tensor, kept on the device: a schedule sets each rate many steps long."""
-
-    def make() -> Tensor:
-        return torch.tensor(scalars, dtype=torch.float64, device=device)
-
-    kept: Tensor = _COEFFICIENTS.get(device, scalars, make, "coefficients")
-    return kept
-
-
 @implements("svag_step_", "triton")
-def _triton(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    compensation: list[Tensor],
-    momentum_buffers: list[Tensor],
-    scalars: StepScalars,
-    skip_nonfinite: bool,
-    coefficients: Tensor | None,
-) -> Tensor:
+def _triton(call: StepCall, skip_nonfinite: bool) -> Tensor:
     from svag_fast.kernels.step import svag_step
 
+    params, grads1, grads2, compensation, momentum_buffers = call.lists
+    coefficients = call.extra
     if coefficients is None:
-        coefficients = constant_coefficients(scalars, params[0].device)
+        coefficients = constant_coefficients(step_scalars(*call.options), params[0].device)
     with torch.cuda.device_of(params[0]):  # type: ignore[no-untyped-call]
-        raw: Tensor = svag_step(params, grads1, grads2, compensation, momentum_buffers, coefficients, skip_nonfinite)
+        raw: Tensor = svag_step(
+            params, grads1, grads2, compensation or [], momentum_buffers or [], coefficients, skip_nonfinite
+        )
     return raw
-
-
-def _descriptors(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    compensation: list[Tensor],
-    momentum_buffers: list[Tensor],
-) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int], list[int], list[int]]:
-    """What the compiled kernels are told of the tensors: addresses, sizes and dtypes."""
-    return (
-        addresses(params, "params"),
-        addresses(grads1, "grads1"),
-        addresses(grads2 or [], "grads2"),
-        addresses(compensation, "compensation"),
-        addresses(momentum_buffers, "momentum_buffers"),
-        list(map(Tensor.numel, params)),
-        [DTYPE_CODES[p.dtype] for p in params],
-        [DTYPE_CODES[g.dtype] for g in grads1],
-    )

@@ -12,7 +12,9 @@ from svag_fast.ops.backends import device_and_stream, implements, select
 from svag_fast.ops.checks import check_params, check_step_scalars, tensors
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import address, addresses, check_apart, mark_written, resolved, spans
-from svag_fast.ops.step import DTYPE_CODES, svag_coefficients, svag_step_
+from svag_fast.ops.step import svag_step_
+from svag_fast.ops.step_call import DTYPE_CODES
+from svag_fast.ops.step_options import svag_coefficients
 from svag_fast.ops.step_stats import StepStats, rounding
 
 

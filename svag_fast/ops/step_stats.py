@@ -113,14 +113,17 @@ def is_one_batch(sq_norm1: float, sq_norm2: float, inner: float, weight_sq_norm:
     return sq_norm1 == sq_norm2 == inner != 0 and finite != 0
 
 
-def rounding(params: Iterable[Tensor]) -> float:
-    """Return ``StepStats.rounding`` of a step over params, whose sums of 4096 elements are in their arithmetic.
+ROUNDING = 256 * 2**-24, 256 * 2**-53
+"""``StepStats.rounding`` where params are computed in float32, and where all are in float64.
 
-    256 units of rounding. The kernels have shown 7 where entries vary and 170 where all are the same, which is when
-    every addition rounds the same way (tests/ops/test_step_stats.py).
-    """
-    double = torch.float64
-    return 256 * (2**-53 if all(p.dtype is double for p in params) else 2**-24)
+256 units of rounding of their sums of 4096 elements. The kernels have shown 7 where entries vary and 170 where all are
+the same, which is when every addition rounds the same way (tests/ops/test_step_stats.py).
+"""
+
+
+def rounding(params: Iterable[Tensor]) -> float:
+    """Return ``StepStats.rounding`` of a step over params."""
+    return ROUNDING[all(p.dtype == torch.float64 for p in params)]
 
 
 def total(raws: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_params, check_step_scalars, tensor
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import check_apart, has_memory, mark_written, spans
-from svag_fast.ops.step import constant_coefficients, step_scalars, svag_coefficients, svag_step_
+from svag_fast.ops.step import svag_step_
+from svag_fast.ops.step_options import constant_coefficients, step_scalars, svag_coefficients
 from svag_fast.ops.step_stats import StepStats, rounding
 from svag_fast.ops.weight_grad import cpu as weight_grad_cpu
 from svag_fast.ops.weight_grad import triton as weight_grad_triton

@@ -8,27 +8,29 @@ optimizer. (The ℓ of that paper is the root of our ``l``.)
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from svag_fast.ops.adaptive_step import AdaptiveOptions, ReadyAdaptiveStep, ready_adaptive_step
+from svag_fast.ops.adaptive_step import ADAPTIVE_STEP, AdaptiveOptions
+from svag_fast.ops.step_call import StepCall, StepLists
 from svag_fast.ops.step_stats import FINITE, raw_statistics
-from svag_fast.optim.grad_lists import Grads, gradients
-from svag_fast.optim.held_gradient import GroupGrads
+from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.initial_square_avg import MEASURE, MEASURED_STEPS, averaged, check_start, filled, second_moment
 from svag_fast.optim.loaded_state import TorchKin
-from svag_fast.optim.two_batch import TwoBatchOptimizer, Work
+from svag_fast.optim.two_batch import MakeCall, TwoBatchOptimizer, Work
 
 
 class _AdaptiveOptimizer(TwoBatchOptimizer):
     """Keeps the moments of each parameter, under torch.optim's own names."""
 
-    _moment_names: tuple[str, ...]
+    _moment_names: tuple[str | None, str]
+    """The first moment's name, if it is kept, and the second's."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -42,44 +44,45 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
         return lr * lr / l  # by the square-root scaling rule
 
     def _work(
-        self, group: dict[str, Any], options: AdaptiveOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> Work:
-        states, step = self._ready(group, options, params, grads1, grads2)
+        self,
+        group: dict[str, Any],
+        options: AdaptiveOptions,
+        params: list[Tensor],
+        grads1: Grads,
+        grads2: Grads | None,
+        call: MakeCall,
+    ) -> list[Work] | None:
+        states = [self.state.get(p) or self._new_state(group, p) for p in params]
+        step = self._call(group, options, StepLists(params, grads1, grads2), states, call)
+        return None if step is None else [Work(step, functools.partial(self._keep, params, states))]
 
-        def keep(raw: Tensor, skip_nonfinite: bool) -> None:
-            taken = bool(raw[FINITE]) if skip_nonfinite else True
-            for p, state in zip(params, states, strict=True):
-                state["step"] += taken
-                self.state[p] = state
+    def _call(
+        self,
+        group: dict[str, Any],
+        options: AdaptiveOptions,
+        lists: StepLists,
+        states: list[dict[str, Any]],
+        call: MakeCall,
+    ) -> StepCall | None:
+        """Return the fused step of the params with these states."""
+        first, second = self._moment_names
+        kept1 = [state[first] for state in states] if first else None
+        lists = lists._replace(kept1=kept1, kept2=[state[second] for state in states])
+        steps = [int(state["step"].item()) + 1 for state in states]
+        return call(ADAPTIVE_STEP, lists, options, extra=steps, backend=group["backend"])
 
-        return Work(step, keep)
-
-    def _ready(
-        self, group: dict[str, Any], options: AdaptiveOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> tuple[list[dict[str, Any]], ReadyAdaptiveStep]:
-        """Return the params' states, and the fused step with them."""
-        states = [self._state_of(group, p) for p in params]
-        first, second = self._moment_names[:-1], self._moment_names[-1]
-        step = ready_adaptive_step(
-            params,
-            grads1,
-            grads2,
-            [state[first[0]] for state in states] if first else None,
-            [state[second] for state in states],
-            steps=[int(state["step"].item()) + 1 for state in states],
-            options=options,
-            backend=group["backend"],
-        )
-        return states, step
+    def _keep(self, params: list[Tensor], states: list[dict[str, Any]], raw: Tensor, skip_nonfinite: bool) -> None:
+        if not skip_nonfinite or bool(raw[FINITE]):
+            torch._foreach_add_([state["step"] for state in states], 1)
+        self.state.update(zip(params, states, strict=True))
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
-            self.state[p] = self._state_of(group, p)
+            self.state[p] = self.state.get(p) or self._new_state(group, p)
 
-    def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        if state := self.state.get(p):
-            return dict(state)
-        moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in self._moment_names}
+    def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        names = filter(None, self._moment_names)
+        moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
         return {"step": torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments}
 
 
@@ -180,7 +183,7 @@ class SVAGRMSprop(_AdaptiveOptimizer):
             as usual), or at ``l > 1`` all of a parameter's were zero. Nothing was written.
     """
 
-    _moment_names = ("square_avg",)
+    _moment_names = (None, "square_avg")
     torch_kin = TorchKin("RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered"), any_l=False)
     state_names = frozenset({"step", "square_avg", "measured"})
     values = operator.itemgetter(
@@ -223,32 +226,47 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         check_start(group["initial_square_avg"], options.l)
         return options
 
-    def _work_of(
-        self, group: dict[str, Any], options: AdaptiveOptions, first: GroupGrads, second: GroupGrads | None
-    ) -> list[Work]:
-        if not any(self._measures(group, p) for p in group["params"]):
-            return super()._work_of(group, options, first, second)
-        work = []
-        for params, grads1, grads2 in gradients(group["params"], first, second):
-            for measured in (True, False):
-                chosen = [i for i, p in enumerate(params) if self._measures(group, p) == measured]
-                if chosen:
-                    lists = ([listed[i] for i in chosen] if listed else None for listed in (params, grads1, grads2))
-                    work.append((self._measuring if measured else self._work)(group, options, *lists))  # type: ignore[arg-type]
+    def _work(
+        self,
+        group: dict[str, Any],
+        options: AdaptiveOptions,
+        params: list[Tensor],
+        grads1: Grads,
+        grads2: Grads | None,
+        call: MakeCall,
+    ) -> list[Work] | None:
+        start = group["initial_square_avg"]
+        measured = [isinstance(start, str) and self._measures(p) for p in params] if start is not None else []
+        if not any(measured):
+            return super()._work(group, options, params, grads1, grads2, call)
+        work: list[Work] = []
+        for measures, part in ((True, self._measuring), (False, super()._work)):
+            if chosen := [i for i, m in enumerate(measured) if m == measures]:
+                first, second = [grads1[i] for i in chosen], grads2 and [grads2[i] for i in chosen]
+                if (works := part(group, options, [params[i] for i in chosen], first, second, call)) is None:
+                    return None
+                work += works
         return work
 
-    def _measures(self, group: dict[str, Any], p: Tensor) -> bool:
+    def _measures(self, p: Tensor) -> bool:
         """Whether the parameter's next step only measures; a state without a count came from elsewhere, complete."""
-        start, state = group["initial_square_avg"], self.state.get(p)
-        if not (isinstance(start, str) and start == MEASURE):
-            return False
+        state = self.state.get(p)
         return not state or int(state.get("measured", MEASURED_STEPS)) < MEASURED_STEPS
 
     def _measuring(
-        self, group: dict[str, Any], options: AdaptiveOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> Work:
+        self,
+        group: dict[str, Any],
+        options: AdaptiveOptions,
+        params: list[Tensor],
+        grads1: Grads,
+        grads2: Grads | None,
+        call: MakeCall,
+    ) -> list[Work] | None:
         """Average the gradients' squares and leave the params alone; what a step refuses is refused here."""
-        states, ready = self._ready(group, options, params, grads1, grads2)
+        states = [self.state.get(p) or self._new_state(group, p) for p in params]
+        ready = self._call(group, options, StepLists(params, grads1, grads2), states, call)
+        if ready is None:
+            return None
 
         @torch.no_grad()
         def measure(skip_nonfinite: bool) -> tuple[Tensor, list[Tensor] | None]:
@@ -264,37 +282,24 @@ class SVAGRMSprop(_AdaptiveOptimizer):
 
         # What is refused must be so before any part of the step is taken; but a GradScaler's scale is in them still.
         scaled = getattr(self, "found_inf", None) is not None
-        step = _Measuring(ready, measure, None if scaled else measure(False))
+        early = None if scaled else measure(False)
+        averages: list[Tensor] | None = None
+
+        def take(skip_nonfinite: bool) -> Tensor:
+            nonlocal averages
+            raw, averages = early or measure(skip_nonfinite)
+            return raw
 
         def keep(raw: Tensor, skip_nonfinite: bool) -> None:
-            averages = step.averages
             for p, state, average in zip(params, states, averages or [], strict=averages is not None):
                 self.state[p] = {**state, "square_avg": average, "measured": state["measured"] + 1}
 
-        return Work(step, keep, moves=False)
+        return [Work(ready, keep, take, moves=False)]
 
-    def _state_of(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        state, start = super()._state_of(group, p), group["initial_square_avg"]
-        if self.state.get(p) or start is None:
+    def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        state, start = super()._new_state(group, p), group["initial_square_avg"]
+        if start is None:
             return state
         if isinstance(start, str):
             return {**state, "measured": 0}
         return {**state, "square_avg": filled(state["square_avg"], start, group["l"])}
-
-
-class _Measuring:
-    """A step that only measures: the statistics and each parameter's new average, with nothing written."""
-
-    def __init__(
-        self,
-        ready: ReadyAdaptiveStep,
-        measure: Callable[[bool], tuple[Tensor, list[Tensor] | None]],
-        early: tuple[Tensor, list[Tensor] | None] | None,
-    ) -> None:
-        self.spans = ready.spans
-        self.averages: list[Tensor] | None = None
-        self._measure, self._early = measure, early
-
-    def __call__(self, skip_nonfinite: bool) -> Tensor:
-        raw, self.averages = self._early or self._measure(skip_nonfinite)
-        return raw

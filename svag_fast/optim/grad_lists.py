@@ -17,11 +17,7 @@ Grads = list[Tensor]
 def gradients(
     params: list[Tensor], first: GroupGrads, second: GroupGrads | None
 ) -> Iterable[tuple[list[Tensor], Grads, Grads | None]]:
-    """Yield a group's ``(params, grads1, grads2)``, one triple for each device."""
-    everywhere = all(g is not None and not g.is_sparse for grads in (first, second or []) for g in grads)
-    if everywhere and params and len(set(map(Tensor.get_device, params))) == 1:
-        yield params, first, second  # type: ignore[misc]
-        return
+    """Yield a group's ``(params, grads1, grads2)`` of those that have any, one triple for each device."""
     devices: dict[torch.device, tuple[list[Tensor], Grads, Grads]] = {}
     for i, p in enumerate(params):
         pair = [first[i]] if second is None else [first[i], second[i]]

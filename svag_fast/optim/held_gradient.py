@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import sys
 import warnings
@@ -42,13 +43,16 @@ class HeldGradient:
         self.paired = False
         """Whether one backward pass made both gradients, so that nothing is left to backpropagate."""
         self.clipped = False
+        self.by_closure = False
+        """Whether ``step(closure)`` holds it itself."""
         self._params: list[list[Tensor]] = []
         # How much more often each second gradient was changed in place than its first by what made them; None where
         # the first's count says nothing.
         self._more: list[list[int | None]] = []
         # The second gradients where their backward pass ended, each with how often it had been changed in place.
         self._made: list[list[tuple[Tensor, int] | None]] = []
-        # How often the parameters had been changed in place where the first gradient was taken.
+        # The parameters with a first gradient, and how often each had been changed in place where it was taken.
+        self._moving: list[Tensor] = []
         self._moves: list[int] = []
         self._stop_watching()
 
@@ -70,8 +74,8 @@ class HeldGradient:
         self.grads = []
         for group, pairs in zip(groups, taken, strict=True):
             self._add(group["params"], pairs)
-        self._moves = _counts(self._with_gradient())
-        watched = next((p for p in self._with_gradient() if p.requires_grad), None)
+        self._note_the_point()
+        watched = next((p for p in self._moving if p.requires_grad), None)
         if watched is not None:
             self._watching = watched.register_hook(_AtTheEnd(self))  # type: ignore[no-untyped-call]
 
@@ -90,7 +94,7 @@ class HeldGradient:
             [None if g is None or p.grad is None else p.grad._version - g._version for p, g in zip(*pair, strict=True)]
             for pair in zip(self._params, self.grads, strict=True)
         ]
-        self._moves = _counts(self._with_gradient())
+        self._note_the_point()
         self.second_is_made()
 
     def take_group(self, params: list[Tensor]) -> None:
@@ -115,9 +119,12 @@ class HeldGradient:
         for p in params:
             p.grad = None
 
-    def _with_gradient(self) -> list[Tensor]:
+    def _note_the_point(self) -> None:
+        """Note how often each parameter with a first gradient was changed in place."""
         pairs = zip(self._params, self.grads or [], strict=True)
-        return [p for params, grads in pairs for p, g in zip(params, grads, strict=True) if g is not None]
+        having = [p for params, grads in pairs for p, g in zip(params, grads, strict=True) if g is not None]
+        self._moving = [p for p in having if not p.is_inference()]  # which keeps no count
+        self._moves = [p._version for p in self._moving]
 
     def second_is_made(self) -> None:
         """Note how often each second gradient was changed in place, at the end of a backward pass."""
@@ -140,18 +147,32 @@ class HeldGradient:
         Raises:
             RuntimeError: there are none, the parameters are others, or they alone were changed after their backward.
         """
-        if len(groups) != len(self._params) or not all(map(_same, groups, self._params)):
+        same = len(groups) == len(self._params)
+        for group, params in zip(groups, self._params, strict=same):
+            same = same and len(group["params"]) == len(params) and all(map(operator.is_, group["params"], params))
+        if not same:
             raise RuntimeError(
                 "the parameters are others than when the gradient was held: call discard_gradient(), then both "
                 "backward passes again"
             )
-        second = [[p.grad for p in params] for params in self._params]
-        if all(g is None for listed in second for g in listed):
+        second: list[GroupGrads] = []
+        seen = False
+        for params in self._params:
+            second.append([p.grad for p in params])
+            seen = seen or any(map(operator.is_not, second[-1], itertools.repeat(None)))
+        if not seen:
             raise RuntimeError(
                 "a gradient is held, but no parameter has one of the second batch: call backward() on the second "
                 "batch's loss after hold_gradient() (a closure: at each of its calls)"
             )
-        if self._changed_alone(second, _changes_of_a_scaler() if seen_by_scaler else 0):
+        by_scaler = _changes_of_a_scaler() if seen_by_scaler else 0
+        changed = [
+            (g1, None if more is None else then[1] - more)
+            for mores, made, listed1, listed2 in zip(self._more, self._made, self.grads or [], second, strict=False)
+            for more, then, g1, g2 in zip(mores, made, listed1, listed2, strict=True)
+            if then is not None and g1 is not None and g2 is then[0] and g2._version > then[1] + by_scaler
+        ]
+        if changed and _alone(changed, second):
             raise RuntimeError(
                 "the second gradient, or a part of it, was changed in place after its backward pass and the held one "
                 "was not, as by clip_grad_norm_ after hold_gradient(). Clip both by "
@@ -159,7 +180,7 @@ class HeldGradient:
                 "optimizer.unscale_(scaler); or change each after its own backward "
                 "pass. (Gradients accumulated over several backward passes: as many for the one as for the other.)"
             )
-        moves = _counts(self._with_gradient())
+        moves = [p._version for p in self._moving]
         if moves and all(map(operator.gt, moves, self._moves)):
             warnings.warn(
                 "the parameters were changed in place after the first gradient was held. Unless they were put back, "
@@ -168,19 +189,22 @@ class HeldGradient:
             )
         return second
 
-    def _changed_alone(self, second: list[GroupGrads], by_scaler: int) -> bool:
-        """Whether second gradients, all or some, were changed after their backward pass, and none of their first."""
-        assert self.grads is not None
-        changed = 0
-        for mores, made, listed1, listed2 in zip(self._more, self._made, self.grads, second, strict=False):
-            for more, then, g1, g2 in zip(mores, made, listed1, listed2, strict=True):
-                if then is None or g1 is None or g2 is not then[0] or g2._version <= then[1] + by_scaler:
-                    continue
-                if more is None or g1._version > then[1] - more:  # or it was accumulated over more backward passes
-                    return False
-                changed += 1
-        # Views of one buffer count each other's changes.
-        return changed > 0 and not any(_shares_memory(g) for listed in second for g in listed if g is not None)
+    def check_scaler(self, *, divides: bool) -> None:
+        """Refuse a step under a GradScaler that would take its scale out of one gradient alone, or too late.
+
+        Args:
+            divides: whether the step itself will take the scale out.
+        """
+        if not divides and not self.unscaled:
+            raise RuntimeError(
+                "GradScaler.unscale_ has divided the current gradient alone: call optimizer.unscale_(scaler) in "
+                "its place, or let GradScaler.step unscale both"
+            )
+        if self.clipped and not self.unscaled:
+            raise RuntimeError(
+                "clip_grad_norm_ has clipped gradients that a GradScaler's scale was in: call discard_gradient(), "
+                "make both again, and call optimizer.unscale_(scaler) before clip_grad_norm_"
+            )
 
 
 class _AtTheEnd:
@@ -199,8 +223,16 @@ def _after_the_pass(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
-def _counts(tensors: list[Tensor]) -> list[int]:
-    return [-1 if x.is_inference() else x._version for x in tensors]
+def _alone(changed: list[tuple[Tensor, int | None]], second: list[GroupGrads]) -> bool:
+    """Whether of these first gradients, whose second was changed, none was, each with the count that says so.
+
+    None says nothing. A higher count: changed too, or accumulated over more backward passes.
+    """
+    if any(count is None or g1._version > count for g1, count in changed):
+        return False
+    # Views of one buffer count each other's changes.
+    return not any(_shares_memory(g) for listed in second for g in listed if g is not None)
+
 
 
 @functools.cache
@@ -210,10 +242,6 @@ def _changes_of_a_scaler() -> int:
     version = g._version
     torch._amp_foreach_non_finite_check_and_unscale_([g], torch.zeros_like(one), one)
     return g._version - version
-
-
-def _same(group: dict[str, Any], params: list[Tensor]) -> bool:
-    return len(group["params"]) == len(params) and all(map(operator.is_, group["params"], params))
 
 
 def _take(p: Tensor) -> tuple[Tensor | None, int | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.numeric import number
-from svag_fast.ops.step import svag_coefficients
+from svag_fast.ops.step_options import svag_coefficients
 
 MEASURE = "measure"
 MEASURED_STEPS = 100

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.kernels.device_cache import is_capturing
-from svag_fast.ops.checked_step import CheckedStep
 from svag_fast.ops.checks import PARAM_DTYPES
-from svag_fast.ops.step import StepOptions, ready_step, step_scalars, svag_coefficients
+from svag_fast.ops.step import SVAG_STEP
+from svag_fast.ops.step_call import StepLists
+from svag_fast.ops.step_options import MomentumRule, StepOptions, step_scalars, svag_coefficients
 from svag_fast.optim.grad_lists import Grads
-from svag_fast.optim.held_gradient import GroupGrads
 from svag_fast.optim.loaded_state import TorchKin
-from svag_fast.optim.two_batch import TwoBatchOptimizer, Work
+from svag_fast.optim.two_batch import MakeCall, TwoBatchOptimizer, Work
 
 __all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
 
@@ -140,7 +140,7 @@ class SVAG(TwoBatchOptimizer):
         l: float = 1,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
-        momentum_rule: str = "time",
+        momentum_rule: MomentumRule = "time",
         maximize: bool = False,
         compensated: bool = False,
         capturable: bool = False,
@@ -194,36 +194,34 @@ class SVAG(TwoBatchOptimizer):
                 for name in (k for k, v in group.items() if isinstance(v, Tensor)):
                     group[name] = group[name].to(group["params"][0].device)
 
-    def _work_of(
-        self, group: dict[str, Any], options: StepOptions, first: GroupGrads, second: GroupGrads | None
-    ) -> list[Work]:
-        if not (group["compensated"] or group["capturable"]):
-            buffers, fresh = self._buffers("momentum_buffer", options.momentum != 0, group["params"])
-            step = CheckedStep.of(
-                group["params"], first, second, options, momentum_buffers=buffers, backend=group["backend"]
-            )
-            if step is not None:
-                return [Work(step, functools.partial(self._keep, fresh) if fresh else None)]
-        return super()._work_of(group, options, first, second)
-
     def _work(
-        self, group: dict[str, Any], options: StepOptions, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> Work:
+        self,
+        group: dict[str, Any],
+        options: StepOptions,
+        params: list[Tensor],
+        grads1: Grads,
+        grads2: Grads | None,
+        call: MakeCall,
+    ) -> list[Work] | None:
         coefficients = self._coefficients(group, options, params[0].device) if group["capturable"] else None
-        kept, fresh = {}, []
-        for name, option, wanted in _kept(group):
-            kept[option], new = self._buffers(name, wanted, params)
-            fresh += new
-        step = ready_step(params, grads1, grads2, options, **kept, coefficients=coefficients, backend=group["backend"])
-        return Work(step, functools.partial(self._keep, fresh) if fresh else None)
+        fresh: list[_Fresh] = []
+        kept: list[list[Tensor] | None] = []
+        for name, wanted in zip(_BUFFERS, (group["compensated"], options.momentum != 0), strict=True):
+            kept.append(self._buffers(name, params, fresh) if wanted else None)
+        lists = StepLists(params, grads1, grads2, *kept)
+        step = call(SVAG_STEP, lists, options, extra=coefficients, backend=group["backend"])
+        return None if step is None else [Work(step, functools.partial(self._keep, fresh) if fresh else None)]
 
     def _keep(self, fresh: list[_Fresh], *_: Any) -> None:
         for p, name, buffer in fresh:
             self.state[p][name] = buffer
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for name, _, wanted in _kept(group):
-            self._keep(self._buffers(name, wanted, params)[1])
+        fresh: list[_Fresh] = []
+        for name, wanted in zip(_BUFFERS, (group["compensated"], group["momentum"] != 0), strict=True):
+            if wanted:
+                self._buffers(name, params, fresh)
+        self._keep(fresh)
 
     def _coefficients(self, group: dict[str, Any], options: StepOptions, device: torch.device) -> Tensor:
         """Return the group's coefficients on the device, with lr copied there by the device itself."""
@@ -235,24 +233,14 @@ class SVAG(TwoBatchOptimizer):
         coefficients[0].copy_(group["lr"])
         return coefficients
 
-    def _buffers(self, name: str, wanted: bool, params: list[Tensor]) -> tuple[list[Tensor] | None, list[_Fresh]]:
-        """Return the params' buffers, and those of them that are new: they are kept once a step has used them."""
-        if not wanted:
-            return None, []
-        fresh: list[_Fresh] = []
+    def _buffers(self, name: str, params: list[Tensor], fresh: list[_Fresh]) -> list[Tensor]:
+        """Return the params' buffers; the new ones join ``fresh``, to be kept once a step has used them."""
         buffers = []
         for p in params:
-            buffer = self.state.get(p, {}).get(name)
+            state = self.state.get(p)
+            buffer = None if state is None else state.get(name)
             if buffer is None:
                 buffer = _new_buffer(p)
                 fresh.append((p, name, buffer))
             buffers.append(buffer)
-        return buffers, fresh
-
-
-def _kept(group: dict[str, Any]) -> tuple[tuple[str, str, bool], ...]:
-    """A parameter's buffers: name in its state, name in the step's options, whether the group has them."""
-    return (
-        ("compensation", "compensation", group["compensated"]),
-        ("momentum_buffer", "momentum_buffers", group["momentum"] != 0),
-    )
+        return buffers

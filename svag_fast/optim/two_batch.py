@@ -7,44 +7,61 @@ import math
 import numbers
 import operator
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from operator import is_not
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as registered
 from torch.optim.optimizer import ParamsT
 
-from svag_fast.numeric import number, real
+from svag_fast.numeric import number
 from svag_fast.ops.backends import check_name
-from svag_fast.ops.checked_step import CheckedStep
-from svag_fast.ops.memory import check_apart
-from svag_fast.ops.step_stats import FINITE, StepStats, nothing_stepped, rounding, total
+from svag_fast.ops.step_call import StepCall, check_calls_apart
+from svag_fast.ops.step_stats import FINITE, StepStats, is_one_batch, nothing_stepped, total
 from svag_fast.optim import loaded_state
 from svag_fast.optim.callers import only_makes_state, tell_scaler
-from svag_fast.optim.grad_lists import Grads, carriers, divide, gradients, sharded
+from svag_fast.optim.grad_lists import divide, gradients, sharded
 from svag_fast.optim.group_options import CLOCKS, count, on_device, start_clocks
 from svag_fast.optim.held_gradient import GroupGrads, HeldGradient
-from svag_fast.optim.optimizer_methods import outside_compiler, plain, seen_by_hooks_and_profilers
+from svag_fast.optim.holding import HoldingOptimizer
+from svag_fast.optim.optimizer_methods import as_torch_wraps, outside_compiler, plain
 
 
 class Work(NamedTuple):
     """A part of a step, checked and ready to be taken."""
 
-    step: Any
-    """Takes it, called with ``skip_nonfinite``, and returns StepStats.raw; ``spans`` says where its tensors are."""
-    keep: Callable[[Tensor, bool], None] | None
+    call: StepCall
+    keep: Callable[[Tensor, bool], None] | None = None
     """Keeps the state that the step has used, called with what it returned and ``skip_nonfinite``."""
+    take: Callable[[bool], Tensor] | None = None
+    """What is called in place of ``call``."""
     moves: bool = True
     """Whether it moves parameters, so that the group's clocks count it."""
 
 
-_IMMUTABLE = frozenset({float, int, bool, str})
+class Checked(NamedTuple):
+    """A group's options when they were set."""
+
+    options: Any
+    """As a step takes them."""
+    time: Any
+    """The SDE's time of a step; None where only a captured step's kernel reads the rate."""
+
+
+MakeCall: TypeAlias = Callable[..., StepCall | None]
+_IMMUTABLE = frozenset({float, int, bool, str, type(None)})
+# By map, not by a comprehension: a step takes a small net's kernel little longer than some function calls.
+_RATE = operator.attrgetter("options.lr")
+_ROUNDING = operator.attrgetter("call.rounding")
+_MOVES = operator.attrgetter("moves")
+_NONES = itertools.repeat(None)
 _add_param_group = plain(Optimizer.add_param_group)
-_zero_grad = plain(Optimizer.zero_grad)
 
 
-class TwoBatchOptimizer(Optimizer):
+class TwoBatchOptimizer(HoldingOptimizer):
     """An optimizer whose step combines the gradients of two batches: what SVAG and its adaptive variants share.
 
     A subclass says in :meth:`_work` how one group's tensors on one device are updated.
@@ -71,11 +88,6 @@ class TwoBatchOptimizer(Optimizer):
         self._checked = {}
         for group in self.param_groups:
             start_clocks(group)
-
-    @property
-    def stats(self) -> StepStats | None:
-        """The last step's statistics."""
-        return self._pair.stats
 
     @property
     def l(self) -> float:
@@ -151,8 +163,8 @@ class TwoBatchOptimizer(Optimizer):
         """Return the options of the group's step at the rate ``lr``, checked."""
         raise NotImplementedError
 
-    def _checked_options(self) -> list[Any]:
-        """Check all groups' options as they are now, and return them."""
+    def _checked_options(self) -> list[Checked]:
+        """Return all groups' options, checked where they are others than at the last step."""
         l = self.param_groups[0]["l"]
         checked = []
         for group in self.param_groups:
@@ -165,126 +177,15 @@ class TwoBatchOptimizer(Optimizer):
             if group["l"] != l:
                 raise ValueError(f"Invalid l: {group['l']} (the first param group has {l}, and all must agree)")
             if kept is None:
-                kept = values, self._check_group(group)
-                if _IMMUTABLE.issuperset(map(type, values)):  # the same objects then are the same values
+                options = self._check_group(group)
+                kept = values, Checked(options, None if on_device(group) else self._time_of(options.lr, options.l))
+                if all(map(_is_immutable, values)):  # the same objects then are the same values
                     self._checked[id(group)] = kept
             checked.append(kept[1])
         return checked
 
-    # ---- the first gradient
-
-    @outside_compiler
-    def hold_gradient(self) -> None:
-        """Keep ``.grad`` as the first batch's gradient and clear it for the second batch's.
-
-        Nothing is copied, except gradients whose memory others see: buckets of DistributedDataParallel, a trainer's
-        own buffers, a variable that refers to the gradient.
-
-        Raises:
-            RuntimeError: a gradient is held already, or there is none to hold.
-        """
-        if self._pair.grads is not None:
-            raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
-        self._pair.take(self.param_groups)
-
-    @outside_compiler
-    def hold_pair(self, first: Mapping[Tensor, Tensor]) -> None:
-        """Keep both batches' gradients where one backward pass made them: what :func:`svag_fast.pair_pass` ends with.
-
-        Then ``step()`` without a closure; clipping, unscaling and :meth:`discard_gradient` are as after
-        :meth:`hold_gradient` and a second backward pass.
-
-        Args:
-            first: the first batch's gradient of each parameter that has one, in memory of its own; the second batch's
-                are in ``.grad``. Replaces a pair that is held already.
-
-        Raises:
-            RuntimeError: a gradient is held by :meth:`hold_gradient`.
-            ValueError: a gradient isn't of its parameter's shape, or isn't of a parameter of this optimizer.
-        """
-        if self._pair.grads is not None and not self._pair.paired:
-            raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
-        known = {p for group in self.param_groups for p in group["params"]}
-        for p, g in first.items():
-            if p not in known or g.shape != p.shape:
-                what = "a parameter that is not the optimizer's" if p not in known else f"a parameter {list(p.shape)}"
-                raise ValueError(f"first has a gradient {list(g.shape)} of {what}")
-        self._pair.put(self.param_groups, first)
-
-    @outside_compiler
-    def discard_gradient(self) -> None:
-        """Forget the held gradient, if any."""
-        self._pair.clear()
-
-    @outside_compiler
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients: as in torch.optim; where a pair is held, both.
-
-        A gradient held by :meth:`hold_gradient` stays: the second batch's is to come.
-        """
-        _zero_grad(self, set_to_none)
-        if self._pair.paired:
-            self._pair.clear()
-
-    @outside_compiler
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clip the held gradient and the current one in place, each by its own norm, to ``max_norm``.
-
-        Call it before ``step()``. Each is what clipped SGD would use for its batch, so SVAG on them converges to the
-        SDE of clipped SGD. The statistics are those of the clipped gradient. Under a GradScaler call :meth:`unscale_`
-        before.
-
-        Returns:
-            The norms before: ``[2]``, held and current, or ``[1]`` where none is held (at ``l = 1``).
-
-        Raises:
-            RuntimeError: there is no second gradient, it alone was clipped, or a norm is inf or nan and
-                ``error_if_nonfinite``; nothing was clipped.
-            ValueError, TypeError: ``max_norm`` isn't a number >= 0, or ``norm_type`` is nan.
-        """
-        if not real("max_norm", max_norm) >= 0:  # a negative one would turn the gradients round
-            raise ValueError(f"Invalid max_norm: {max_norm} (expected a number >= 0)")
-        if math.isnan(real("norm_type", norm_type)):
-            raise ValueError(f"Invalid norm_type: {norm_type} (expected a number, or inf)")
-        current = [p for group in self.param_groups for p in group["params"]]
-        batches = [current]
-        if self._pair.grads is not None:
-            self._pair.second(self.param_groups, seen_by_scaler=False)
-            batches = [carriers(self._pair.first()), current]
-        norms = [
-            nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type, error_if_nonfinite)
-            for params in batches
-        ]
-        self._pair.clipped = True
-        for params, norm in zip(batches, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-        return torch.stack([norm.to(norms[0].device) for norm in norms])
-
-    @outside_compiler
-    def unscale_(self, scaler: torch.amp.GradScaler) -> None:
-        """Divide the held gradient and the current one by the GradScaler's scale, to clip or look at them.
-
-        Takes the place of ``scaler.unscale_(optimizer)``, which sees the current gradient alone; an overflow in either
-        is known to the scaler. Then ``scaler.step(optimizer)``.
-
-        Raises:
-            RuntimeError: there is no second gradient yet, or the scaler refuses.
-        """
-        if self._pair.grads is None:
-            scaler.unscale_(self)
-            return
-        self._pair.second(self.param_groups, seen_by_scaler=False)
-        self.param_groups.append({"params": carriers(self._pair.first())})
-        try:
-            scaler.unscale_(self)
-        finally:
-            self.param_groups.pop()
-        self._pair.unscaled = True
-
     # ---- the step
 
-    @outside_compiler
-    @seen_by_hooks_and_profilers
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step from the held gradient and the current one.
 
@@ -310,116 +211,126 @@ class TwoBatchOptimizer(Optimizer):
 
             In each case nothing was written, in no group.
         """
-        value, holds = None, False
         try:
-            if closure is not None:
-                if self._pair.paired:
-                    raise RuntimeError(
-                        "pair_pass has made both batches' gradients: call step() without a closure, or "
-                        "discard_gradient() first"
-                    )
-                self._checked_options()
-                holds = self._pair.grads is None and self.l != 1
-                with torch.enable_grad():
-                    if holds:
-                        first = _detached(closure())
-                        self.hold_gradient()
-                        value = _mean(first, _detached(closure()))
-                    else:
-                        value = closure()
-            stats = self._step()
+            if (
+                registered._global_optimizer_pre_hooks
+                or registered._global_optimizer_post_hooks
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+                or torch.compiler.is_compiling()
+            ):
+                return _watched_step(self, closure)
+            return self._step(closure)
         except BaseException:
-            if holds:  # or the next call would take it for its own first batch's
+            if self._pair.by_closure:  # or the next call would take it for its own first batch's
                 self._pair.clear()
             # A GradScaler leaves these where a step was refused, and would multiply its scale into what is left.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
-        return stats if value is None else value
 
-    def _step(self) -> StepStats:
-        pair, groups = self._pair, self.param_groups
-        checked = self._checked_options()
-        if all(options.lr == 0 for options in checked) and only_makes_state():
+    step.hooked = True  # type: ignore[attr-defined]  # Optimizer looks for it
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        value = None if closure is None else self._backpropagated(closure)
+        pair, groups, checked = self._pair, self.param_groups, self._checked_options()
+        if not any(map(_RATE, checked)) and only_makes_state():
             for group in groups:
                 self._make_state(group, [p for p in group["params"] if p.grad is not None])
-            return nothing_stepped(False)
+            return nothing_stepped(False) if value is None else value
         scaled = getattr(self, "found_inf", None) is not None
-        lists = self._both_gradients(scaled)
-        if lists is None:
-            pair.stats = nothing_stepped(False)
-            return pair.stats
-        by_group = [
-            self._work_of(group, options, first, second)
-            for group, options, (first, second) in zip(groups, checked, lists, strict=True)
-        ]
-        work = [part for parts in by_group for part in parts]
-        if len(work) > 1:
-            ends = [f" of group {k}" for k, parts in enumerate(by_group) for _ in parts]
-            _check_apart([part.step for part in work], ends)
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
+        if pair.grads is None:
+            lists = self._one_batch()
+        else:
+            if scaled:
+                pair.check_scaler(divides=scale is not None)
+            second = pair.second(groups, seen_by_scaler=scaled and not pair.unscaled)
+            lists = list(zip(pair.grads, second, strict=True))
+        by_group = []
+        for group, (options, _), (grads1, grads2) in zip(groups, checked, lists, strict=True):
+            work, params = None, group["params"]
+            if params and all(map(is_not, grads1, _NONES)) and all(map(is_not, grads2 or (), _NONES)):
+                work = self._work(group, options, params, grads1, grads2, StepCall.by_reader)
+            by_group.append(work or self._work_by_device(group, options, grads1, grads2))
+        works = [part for parts in by_group for part in parts]
+        if len(works) > 1:
+            ends = [f" of group {k}" for k, parts in enumerate(by_group) for _ in parts]
+            check_calls_apart([part.call for part in works], ends)
         if scale is not None:
             divide([g for both in lists for listed in both for g in listed or [] if g is not None], scale)
         raws: list[Tensor] = []
-        for step, keep, _ in work:
-            raws.append(step(scaled))
+        for call, keep, take, _ in works:
+            raws.append((take or call)(scaled))
             if keep is not None:
                 keep(raws[-1], scaled)
+        if not raws:  # no parameter has a gradient
+            pair.stats = nothing_stepped(False)
+            return pair.stats if value is None else value
         held = pair.grads is not None
-        params = itertools.chain.from_iterable(group["params"] for group in groups)
-        stats = StepStats(total(raws), held, held and checked[0].l != 1, rounding(params))
-        if not pair.warned and stats.raw.is_cpu and stats.is_one_batch():
+        two_batches = held and checked[0].options.l != 1
+        raw = raws[0] if len(raws) == 1 else total(raws)
+        pair.stats = StepStats(raw, held, two_batches, max(map(_ROUNDING, works)))
+        if two_batches and not pair.warned and raw.is_cpu and is_one_batch(*raw.tolist()):
             pair.warned = True
-            warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=5)
+            warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=3)
         if scale is not None and held:  # it has looked at the second gradient alone
-            tell_scaler(stats.raw[FINITE])
+            tell_scaler(raw[FINITE])
         pair.clear()
-        pair.stats = stats
-        counted = stats.raw[FINITE] if scaled else 1
-        for group, options, parts in zip(groups, checked, by_group, strict=True):
-            if parts and not any(part.moves for part in parts):
-                continue
-            lr = group["lr"].double() if on_device(group) else options.lr
-            count(group, counted, self._time_of(lr, group["l"]))
-        return stats
+        counted = raw[FINITE] if scaled else 1
+        for group, (_, time), parts in zip(groups, checked, by_group, strict=True):
+            if not parts or any(map(_MOVES, parts)):
+                count(group, counted, self._time_of(group["lr"].double(), group["l"]) if time is None else time)
+        return pair.stats if value is None else value
 
-    def _time_of(self, lr: Any, l: float) -> Any:
-        return lr / l
+    def _backpropagated(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure once a batch that has no gradient yet, and return its value."""
+        if self._pair.paired:
+            raise RuntimeError(
+                "pair_pass has made both batches' gradients: call step() without a closure, or discard_gradient() first"
+            )
+        self._checked_options()
+        with torch.enable_grad():
+            if self._pair.grads is not None or self.l == 1:
+                return closure()
+            first = _detached(closure())
+            self.hold_gradient()
+            self._pair.by_closure = True
+            return _mean(first, _detached(closure()))
 
-    def _both_gradients(self, scaled: bool) -> list[tuple[GroupGrads, GroupGrads | None]] | None:
-        """Return each group's gradients of the first and, where one is held, the second batch; None if none has any."""
-        pair = self._pair
-        if pair.grads is not None:
-            if scaled and getattr(self, "grad_scale", None) is None and not pair.unscaled:
-                raise RuntimeError(
-                    "GradScaler.unscale_ has divided the current gradient alone: call optimizer.unscale_(scaler) in "
-                    "its place, or let GradScaler.step unscale both"
-                )
-            if scaled and pair.clipped and not pair.unscaled:
-                raise RuntimeError(
-                    "clip_grad_norm_ has clipped gradients that a GradScaler's scale was in: call discard_gradient(), "
-                    "make both again, and call optimizer.unscale_(scaler) before clip_grad_norm_"
-                )
-            second = pair.second(self.param_groups, seen_by_scaler=scaled and not pair.unscaled)
-            return list(zip(pair.grads, second, strict=True))
+    def _one_batch(self) -> list[tuple[GroupGrads, GroupGrads | None]]:
+        """Return the groups' gradients where none is held."""
         lists = [[p.grad for p in group["params"]] for group in self.param_groups]
-        if all(g is None for listed in lists for g in listed):
-            return None
-        if self.l != 1:
+        if self.l != 1 and any(g is not None for listed in lists for g in listed):
             raise RuntimeError(
                 f"{type(self).__name__} with l = {self.l:g} combines two batches, and no gradient is held: call "
                 "hold_gradient() between the two backward passes, or pass step() a closure"
             )
         return [(listed, None) for listed in lists]
 
-    def _work_of(self, group: dict[str, Any], options: Any, first: GroupGrads, second: GroupGrads | None) -> list[Work]:
-        """Check a group's gradients; return what updates it."""
-        return [self._work(group, options, *lists) for lists in gradients(group["params"], first, second)]
+    def _work_by_device(
+        self, group: dict[str, Any], options: Any, first: GroupGrads, second: GroupGrads | None
+    ) -> list[Work]:
+        works: list[Work] = []
+        for params, grads1, grads2 in gradients(group["params"], first, second):
+            works += self._work(group, options, params, grads1, grads2, StepCall.of) or []
+        return works
 
     def _work(
-        self, group: dict[str, Any], options: Any, params: list[Tensor], grads1: Grads, grads2: Grads | None
-    ) -> Work:
+        self,
+        group: dict[str, Any],
+        options: Any,
+        params: list[Tensor],
+        grads1: Any,
+        grads2: Any,
+        call: MakeCall,
+    ) -> list[Work] | None:
+        """Return what updates a group's params of one device, all of which have gradients; None where ``call`` does."""
         raise NotImplementedError
+
+    def _time_of(self, lr: Any, l: float) -> Any:
+        return lr / l
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Make the state that a first step would leave, of a parameter that hasn't moved."""
@@ -465,11 +376,11 @@ class TwoBatchOptimizer(Optimizer):
         """Mend what torch's own loading leaves."""
 
 
-def _check_apart(steps: list[Any], ends: list[str]) -> None:
-    """Refuse steps that share memory with one another; ``ends`` tell them apart in the names of their tensors."""
-    if not CheckedStep.together(steps):
-        written, first, second = zip(*(step.spans(end) for step, end in zip(steps, ends, strict=True)), strict=True)
-        check_apart(*(list(itertools.chain(*listed)) for listed in (written, first, second)))
+_watched_step = as_torch_wraps(TwoBatchOptimizer._step)
+
+
+def _is_immutable(value: Any) -> bool:
+    return type(value) in _IMMUTABLE or (type(value) is tuple and all(map(_is_immutable, value)))
 
 
 def _detached(value: Any) -> Any:

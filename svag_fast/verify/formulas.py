@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from svag_fast.ops.step_options import MomentumRule
 from svag_fast.optim.svag import SVAG
 from svag_fast.sde import AffineProblem, Draws, Gamma, LinearRegression, NetworkProblem, SGDProcess, sde_moments
 from svag_fast.sde.weights import svag_weights
@@ -35,7 +36,7 @@ def momentum(settings: SuiteSettings) -> Outcome:
     block = scipy.linalg.expm(TIME * np.block([[-flow, noise], [np.zeros((2, 2)), flow.T]]))
     ends = block[2:, 2:].T
     rate = LR / (1 - MU)
-    limits = {
+    limits: dict[MomentumRule, dict[str, float]] = {
         "time": {"mean": float(ends[0, 0]), "variance": float((ends @ block[:2, 2:])[0, 0])},
         "fixed": {"variance": rate / 2 * -math.expm1(-2 * rate * TIME)},
     }
@@ -55,7 +56,7 @@ def momentum(settings: SuiteSettings) -> Outcome:
     return outcome
 
 
-def _heavy_ball(rule: str, l: float) -> dict[str, float]:
+def _heavy_ball(rule: MomentumRule, l: float) -> dict[str, float]:
     """The mean by a path without noise; the variance by the response to one step's gradient, of which each has l."""
     p = nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu"))
     kick = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")

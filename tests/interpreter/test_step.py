@@ -13,7 +13,7 @@ from svag_fast.kernels import device_cache
 from svag_fast.kernels import step as kernel
 from svag_fast.ops import svag_step_
 from svag_fast.ops.backends import select
-from svag_fast.ops.step import constant_coefficients, step_scalars
+from svag_fast.ops.step_options import constant_coefficients, step_scalars
 from svag_fast.ops.step_stats import StepStats
 
 # Around the block of 1024 and the program's 8 blocks.

@@ -171,7 +171,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"beta2": math.nan}, ValueError, "beta2"),
     ({"eps": -1e-8}, ValueError, "epsilon"),
     ({"weight_decay": -1.0}, ValueError, "weight_decay"),
-    ({"grads2": None}, ValueError, "grads2 is None"),
+    ({"grads2": None}, ValueError, "grads2 must be .* got None"),
     ({"grads1": []}, ValueError, "grads1 has 0"),
     ({"grads1": [torch.ones(4)]}, ValueError, r"grads1\[0\] has shape"),
     ({"grads2": x3(torch.float64)}, TypeError, r"grads2\[0\] is torch.float64"),

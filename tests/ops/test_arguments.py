@@ -22,8 +22,9 @@ from svag_fast.ops import (
     svag_weight_step_,
     weight_grad_and_sq_norms,
 )
-from svag_fast.ops.checked_step import CheckedStep
-from svag_fast.ops.step import StepOptions
+from svag_fast.ops.step import SVAG_STEP
+from svag_fast.ops.step_call import StepCall, StepLists
+from svag_fast.ops.step_options import StepOptions
 from svag_fast.sde import processes
 from svag_fast.sde.laws import Gaussian
 from svag_fast.sde.problems.affine import AffineProblem
@@ -80,7 +81,8 @@ def optimizer(dtype: torch.dtype = torch.float32, **options: Any) -> None:
 
 def checked(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     checked = StepOptions.checked(**{"lr": 0.1, "l": 4, **options})
-    return CheckedStep.of(ones(dtype), ones(dtype), ones(dtype), checked, backend="auto")
+    lists = StepLists(ones(dtype), ones(dtype), ones(dtype))
+    return StepCall.by_reader(SVAG_STEP, lists, checked, backend="auto")
 
 
 STEPS = {
@@ -89,7 +91,7 @@ STEPS = {
     "svag_step_per_sample_": per_sample,
     "svag_weight_step_": weight_step,
     "SVAG": optimizer,
-    "CheckedStep": checked,
+    "StepCall": checked,
 }
 
 NOT_INTEGERS = [1.5, "1", None, [1], 1 + 0j, float("nan")]

@@ -176,11 +176,12 @@ def test_compensated_params_follow_float64_through_many_steps_of_pure_decay(dtyp
     steps, decay = 10**5, 0.1 / l * 0.5
     start = torch.tensor([1.0, -0.37, 3e-3, 0.0, 117.0]).to(dtype)
     x, e, zero = start.clone(), torch.zeros(5), torch.zeros(5, dtype=dtype)
-    args = ([x.data_ptr()], [zero.data_ptr()], [zero.data_ptr()], [e.data_ptr()], [], [5])
     codes = [{torch.float32: 0, torch.bfloat16: 2}[dtype]]
+    places = ([t.data_ptr()] for t in (x, zero, zero, e))
+    tensors = _C.StepTensors(*places, [], [5], codes, codes)
     raw = torch.empty(5, dtype=torch.float64)
     for _ in range(steps):
-        _C.step(*args, codes, codes, 0.1 / l, *svag_coefficients(l), 0.5, 0.0, 0.0, False, 1, raw.data_ptr())
+        tensors.step(0.1 / l, *svag_coefficients(l), 0.5, 0.0, 0.0, False, 1, raw.data_ptr())
     # Each decrement carries float32's relative error of 2^-24 twice or so; the sum keeps them all.
     torch.testing.assert_close(x.double() + e.double(), start.double() * (1 - decay) ** steps, rtol=3e-8, atol=0)
     plain = start.clone()
@@ -317,7 +318,7 @@ def test_coefficients_in_a_tensor_replace_the_arguments(backend: str) -> None:
 @pytest.mark.parametrize("wrong", [torch.ones(4, dtype=torch.float64), torch.ones(5)], ids=["length", "dtype"])
 def test_coefficients_of_the_wrong_form_are_refused(backend: str, wrong: Tensor) -> None:
     x = torch.ones(3)
-    with pytest.raises(ValueError, match="coefficients is"):
+    with pytest.raises(ValueError, match="coefficients must be"):
         svag_step_([x], [x.clone()], None, lr=0.1, l=1, coefficients=wrong, backend=backend)
     assert x.tolist() == [1, 1, 1]
 
@@ -365,7 +366,11 @@ BAD_INPUT = {
     "lr nan": ({"lr": math.nan}, ValueError, r"Invalid learning rate: nan"),
     "weight_decay negative": ({"weight_decay": -1.0}, ValueError, r"Invalid weight_decay value: -1.0"),
     "weight_decay nan": ({"weight_decay": math.nan}, ValueError, r"Invalid weight_decay value: nan"),
-    "second gradient missing": ({"grads2": None}, ValueError, r"grads2 is None, but at l = 2"),
+    "second gradient missing": (
+        {"grads2": None},
+        ValueError,
+        r"grads2 must be the second batch's gradients at l = 2, got None",
+    ),
     "lists of different length": ({"grads2": [torch.ones(3)]}, ValueError, r"grads2 has 1 tensors, but params has 2"),
     "shape": ({"grads1": [torch.ones(3), torch.ones(4)]}, ValueError, r"grads1\[1\] has shape \[4\]"),
     "dtype of a gradient": (
@@ -379,7 +384,7 @@ BAD_INPUT = {
             "grads1": [torch.ones(3).half(), torch.ones(2, 2)],
         },
         TypeError,
-        r"grads2\[0\] is torch.float32, but grads1\[0\] is torch.float16",
+        r"grads2\[0\] must be torch.float16, as grads1\[0\] is, got torch.float32",
     ),
     "device": ({"grads2": [torch.ones(3), torch.ones(2, 2, device="meta")]}, ValueError, r"grads2\[1\] is on meta"),
     "integer params": ({"params": [torch.ones(3).int(), torch.ones(2, 2)]}, TypeError, r"params\[0\] is torch.int32"),

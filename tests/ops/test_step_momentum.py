@@ -164,8 +164,16 @@ BAD_INPUT = {
     "nan": ({"momentum": math.nan}, ValueError, r"Invalid momentum value: nan"),
     "rounds to 1": ({"l": 1e16}, ValueError, r"Invalid l: 1e\+16 \(with it momentum = 0.9 becomes"),
     "rule": ({"momentum_rule": "slow"}, ValueError, r"Invalid momentum_rule: 'slow' \(expected 'time' or 'fixed'\)"),
-    "no buffers": ({"momentum_buffers": None}, ValueError, r"momentum is 0.9, and momentum_buffers None"),
-    "buffers without momentum": ({"momentum": 0.0}, ValueError, r"momentum is 0.0, and momentum_buffers given"),
+    "no buffers": (
+        {"momentum_buffers": None},
+        ValueError,
+        r"momentum_buffers must be .* where momentum is 0.9, got None",
+    ),
+    "buffers without momentum": (
+        {"momentum": 0.0},
+        ValueError,
+        r"momentum_buffers must be None where momentum is 0.0, got buffers",
+    ),
     "length": ({"momentum_buffers": []}, ValueError, r"momentum_buffers has 0 tensors, but params has 1"),
     "shape": ({"momentum_buffers": [torch.ones(4)]}, ValueError, r"momentum_buffers\[0\] has shape \[4\]"),
     "dtype": (

@@ -29,15 +29,15 @@ class Mutant:
     unit_test: str | None = None
 
 
-STEP, NOISE, THEORY = "ops/step.py", "noise/estimators.py", "theory/closeness.py"
+STEP, OPTIONS, NOISE, THEORY = "ops/step.py", "ops/step_options.py", "noise/estimators.py", "theory/closeness.py"
 ADAPTIVE, START, FIT = "ops/adaptive_step.py", "optim/initial_square_avg.py", "stats/limit_fit.py"
 MUTANTS = (
     # the step
-    Mutant("c2's sign", STEP, "(1 - root) / 2", "(root - 1) / 2", "steps-4.7"),
-    Mutant("l for 2l - 1", STEP, "math.sqrt(2 * check_l(l) - 1)", "math.sqrt(check_l(l))", "steps-4.7"),
+    Mutant("c2's sign", OPTIONS, "(1 - root) / 2", "(root - 1) / 2", "steps-4.7"),
+    Mutant("l for 2l - 1", OPTIONS, "math.sqrt(2 * check_l(l) - 1)", "math.sqrt(check_l(l))", "steps-4.7"),
     Mutant(
         "coefficients swapped",
-        STEP,
+        OPTIONS,
         "return (1 + root) / 2, (1 - root) / 2",
         "return (1 - root) / 2, (1 + root) / 2",
         "steps-4.7",
@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "momentum: the time rule at the fixed rule's rate",
-        STEP,
+        OPTIONS,
         "StepScalars(lr, l * l,",
         "StepScalars(lr, l,",
         "steps-momentum",
@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "measured: counted as steps",
         "optim/adaptive.py",
-        "keep, moves=False",
-        "keep, moves=True",
+        "take, moves=False",
+        "take, moves=True",
         "steps-adaptive",
     ),
     Mutant(

@@ -1,0 +1,231 @@
+"""A step over lists of tensors on its way from the caller to a kernel: one :class:`StepCall`, checked once.
+
+C++ reads and checks plain tensors itself (csrc/tensor_reader.h): Python takes some 0.1 ms for 34 of them, more than a
+small net's kernel, DLPack's exchange functions 0.02. What C++ leaves, Python copies, or refuses by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from svag_fast.ops.backends import BACKENDS, select
+from svag_fast.ops.checks import check_like, check_params, check_strides, laid_out_like, tensors
+from svag_fast.ops.library import is_watched
+from svag_fast.ops.memory import Spans, addresses, check_apart, has_memory, mark_written, spans
+from svag_fast.ops.step_stats import ROUNDING, StepStats, nothing_stepped, rounding
+
+if TYPE_CHECKING:
+    from svag_fast import _C
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@functools.cache
+def tensor_reader() -> _C.TensorReader | None:
+    """What reads tensors from C++; None where this PyTorch offers no way to, or another than is known here."""
+    exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange_api is None or BACKENDS["cpu"].why_unavailable() is not None:
+        return None
+    from svag_fast import _C
+
+    return _C.TensorReader.of(exchange_api, [Tensor, torch.nn.Parameter], Tensor.is_neg, Tensor.storage_offset)
+
+
+class StepLists(NamedTuple):
+    """The tensors of a step: lists as long as the params', or None."""
+
+    params: list[Tensor]
+    grads1: list[Tensor]
+    grads2: list[Tensor] | None
+    kept1: list[Tensor] | None = None
+    """What the optimizer keeps for each param and the step writes; :attr:`StepKind.kept` names it."""
+    kept2: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """Which step it is: what its lists are called, and the dtypes that fit (:func:`check_like`)."""
+
+    op: str
+    code: int
+    """C++'s StepKind."""
+    kept: tuple[str, str]
+    kept_dtypes: tuple[str, str]
+    grad_dtypes: str
+    check_extra: Callable[[StepLists, Any], None]
+    """Refuses what is given beside lists and options."""
+    dispatch: Callable[[StepLists, Any, Any, str, bool], Tensor]
+    """Takes the step by PyTorch's dispatcher, given lists, options, what is beside them, backend, skip_nonfinite."""
+
+    def named(self, lists: StepLists) -> StepLists:
+        """Refuse what is no list of tensors with values of their own; to be called before the dispatcher."""
+        params, grads1, grads2, kept1, kept2 = lists
+        return StepLists(
+            tensors("params", params, written=True),
+            tensors("grads1", grads1),
+            None if grads2 is None else tensors("grads2", grads2),
+            None if kept1 is None else tensors(self.kept[0], kept1, written=True),
+            None if kept2 is None else tensors(self.kept[1], kept2, written=True),
+        )
+
+    def check(self, lists: StepLists, options: Any, extra: Any) -> None:
+        """Refuse lists that don't fit together, and options that the params' arithmetic can't hold."""
+        params, grads1, grads2, kept1, kept2 = lists
+        check_params(params)
+        options.check_held(params)
+        check_like("grads1", grads1, params, self.grad_dtypes)
+        if grads2 is not None:
+            check_like("grads2", grads2, params, self.grad_dtypes)
+            for i, (g1, g2) in enumerate(zip(grads1, grads2, strict=True)):
+                if g1.dtype != g2.dtype:
+                    raise TypeError(f"grads2[{i}] must be {g1.dtype}, as grads1[{i}] is, got {g2.dtype}")
+        for name, kept, dtypes in zip(self.kept, (kept1, kept2), self.kept_dtypes, strict=True):
+            if kept is not None:
+                check_like(name, kept, params, dtypes)
+                check_strides(name, kept, params)
+        if extra is not None:
+            self.check_extra(lists, extra)
+        check_apart(*self.spans(lists))
+
+    def spans(self, lists: StepLists, of: str = "") -> Spans:
+        """Return where the written tensors and each batch's gradients are; ``of`` ends their names."""
+        params, grads1, grads2, kept1, kept2 = lists
+        kept = [*spans(kept1 or [], self.kept[0], of), *spans(kept2 or [], self.kept[1], of)]
+        written = [*spans(params, "params", of), *kept]
+        return written, spans(grads1, "grads1", of), spans(grads2 or [], "grads2", of)
+
+
+class StepCall(NamedTuple):
+    """A step on tensors and options that have been checked; what is called takes it. Read-only."""
+
+    kind: StepKind
+    lists: StepLists
+    options: Any
+    """``StepOptions`` or ``AdaptiveOptions``."""
+    extra: Any
+    """What a kind of step has beside them: ``coefficients`` or ``steps``."""
+    backend: Callable[[StepCall, bool], Tensor]
+    rounding: float
+    """As in ``StepStats``."""
+    read: _C.StepTensors | None = None
+    """The tensors as C++ has read them, if it has."""
+
+    @classmethod
+    def by_reader(
+        cls, kind: StepKind, lists: StepLists, options: Any, *, extra: Any = None, backend: str
+    ) -> StepCall | None:
+        """Return the step where C++ reads and checks its tensors, else None."""
+        reader = tensor_reader()
+        if reader is None or (read := reader.read(kind.code, *lists)) is None:
+            return None
+        if not fits_float32(options):
+            options.check_held(lists.params)
+        if extra is not None:
+            kind.check_extra(lists, extra)
+        step = select(kind.op, backend, lists.params)
+        return cls(kind, lists, options, extra, step, ROUNDING[read.all_float64], read)
+
+    @classmethod
+    def by_checks(cls, kind: StepKind, lists: StepLists, options: Any, *, extra: Any = None, backend: str) -> StepCall:
+        """Return the step, checked in Python; of tensors that are :meth:`StepKind.named`."""
+        kind.check(lists, options, extra)
+        step = select(kind.op, backend, lists.params)
+        return cls(kind, lists, options, extra, step, rounding(lists.params))
+
+    @classmethod
+    def of(cls, kind: StepKind, lists: StepLists, options: Any, *, extra: Any = None, backend: str) -> StepCall:
+        """Return the step, or raise what its op does.
+
+        Raises:
+            ValueError, TypeError, BackendError: as the op.
+        """
+        call = cls.by_reader(kind, lists, options, extra=extra, backend=backend)
+        if call is not None:
+            return call
+        call = cls.by_checks(kind, kind.named(lists), options, extra=extra, backend=backend)
+        if has_memory(lists.params[0]):
+            return call
+        # The dispatcher knows what a meta or fake tensor becomes.
+        return call._replace(
+            backend=lambda _, skip_nonfinite: kind.dispatch(lists, options, extra, backend, skip_nonfinite)
+        )
+
+    def __call__(self, skip_nonfinite: bool) -> Tensor:
+        """Take the step; return StepStats.raw."""
+        if self.read is not None:
+            raw = self.backend(self, skip_nonfinite)
+        else:
+            with torch.no_grad():
+                raw = self.backend(self._laid_out(), skip_nonfinite)
+        params, _, _, kept1, kept2 = self.lists
+        mark_written([*params, *(kept1 or ()), *(kept2 or ())])
+        return raw
+
+    def _laid_out(self) -> StepCall:
+        lists = self.lists
+        grads1 = laid_out_like(lists.grads1, lists.params)
+        grads2 = None if lists.grads2 is None else laid_out_like(lists.grads2, lists.params)
+        return self._replace(lists=lists._replace(grads1=grads1, grads2=grads2))
+
+    def described(self) -> _C.StepTensors:
+        """Return the tensors, which C++ hasn't read, as the compiled kernels want them: addresses, sizes and dtypes."""
+        from svag_fast import _C
+
+        params, grads1, grads2, kept1, kept2 = self.lists
+        return _C.StepTensors(
+            addresses(params, "params"),
+            addresses(grads1, "grads1"),
+            addresses(grads2 or [], "grads2"),
+            addresses(kept1 or [], self.kind.kept[0]),
+            addresses(kept2 or [], self.kind.kept[1]),
+            list(map(Tensor.numel, params)),
+            [DTYPE_CODES[p.dtype] for p in params],
+            [DTYPE_CODES[g.dtype] for g in grads1],
+        )
+
+
+def take_step(
+    kind: StepKind, lists: StepLists, options: Any, *, extra: Any = None, skip_nonfinite: bool, backend: str
+) -> StepStats:
+    """Take the step that a public op was called for: at once where C++ reads it, else by PyTorch's dispatcher."""
+    has_second = lists.grads2 is not None
+    if not is_watched() and all(listed is None or type(listed) is list for listed in lists):
+        call = StepCall.by_reader(kind, lists, options, extra=extra, backend=backend)
+        if call is not None:
+            return StepStats(call(skip_nonfinite), has_second, rounding=call.rounding)
+    lists = kind.named(lists)
+    if not lists.params:
+        kind.check(lists, options, extra)
+        return nothing_stepped(has_second)
+    with torch.no_grad():
+        raw = kind.dispatch(lists, options, extra, backend, skip_nonfinite)
+    return StepStats(raw, has_second, rounding=rounding(lists.params))
+
+
+_SINGLE = [torch.empty(0, dtype=torch.float32, device="cpu")]
+
+
+@functools.lru_cache(64)
+def fits_float32(options: Any) -> bool:
+    """Whether float32 arithmetic holds a step's options; all others' then do."""
+    try:
+        options.check_held(_SINGLE)
+    except ValueError:
+        return False
+    return True
+
+
+def check_calls_apart(calls: list[StepCall], ends: Iterable[str]) -> None:
+    """Refuse steps that share memory with one another; ``ends`` tell them apart in the names of their tensors."""
+    read = [call.read for call in calls if call.read is not None]
+    if len(read) == len(calls) and type(read[0]).apart(read):
+        return
+    places = [call.kind.spans(call.lists, end) for call, end in zip(calls, ends, strict=True)]
+    check_apart(*(list(itertools.chain(*listed)) for listed in zip(*places, strict=True)))
