@@ -1,4 +1,4 @@
-"""The step whose tensors C++ reads itself: the bits of the checks in Python, for plain tensors; all else is left to them."""
+"""The step whose tensors C++ reads itself: the bits of Python's checks, for plain tensors; the rest is left to them."""
 
 from __future__ import annotations
 
