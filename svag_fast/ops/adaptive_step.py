@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from svag_fast.numeric import number
 from svag_fast.ops.backends import implements
 from svag_fast.ops.checks import check_decay, check_held, check_step_scalars, integers
-from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import address
 from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
 from svag_fast.ops.step_options import svag_coefficients
@@ -199,25 +198,6 @@ def _dispatch(
     return raw
 
 
-def _run(*arguments: Any) -> Tensor:
-    lists, options, steps, backend, skip_nonfinite = _unpacked(*arguments)
-    return StepCall.by_checks(ADAPTIVE_STEP, lists, options, extra=steps, backend=backend)(skip_nonfinite)
-
-
-def _fake(*arguments: Any) -> Tensor:
-    lists, options, steps, _, _ = _unpacked(*arguments)
-    ADAPTIVE_STEP.check(lists, options, steps)
-    return lists.params[0].new_empty(5, dtype=torch.float64)
-
-
-_op = register_op(
-    "svag_adaptive_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[]? exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, int[] steps, float lr, float l, float beta1, float beta2, float eps, "
-    "float weight_decay, bool skip_nonfinite, str backend, bool maximize=False) -> Tensor",
-    _run,
-    _fake,
-)
-
 ADAPTIVE_STEP = StepKind(
     op="svag_adaptive_step_",
     code=1,
@@ -226,6 +206,13 @@ ADAPTIVE_STEP = StepKind(
     grad_dtypes="same",
     check_extra=_check_steps,
     dispatch=_dispatch,
+)
+
+_op = ADAPTIVE_STEP.register(
+    "svag_adaptive_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[]? exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, int[] steps, float lr, float l, float beta1, float beta2, float eps, "
+    "float weight_decay, bool skip_nonfinite, str backend, bool maximize=False) -> Tensor",
+    _unpacked,
 )
 
 

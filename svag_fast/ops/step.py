@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import device_and_stream, implements
 from svag_fast.ops.checks import tensor
-from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import address
 from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
 from svag_fast.ops.step_options import (
@@ -143,25 +141,6 @@ def _dispatch(
     return raw
 
 
-def _run(*arguments: Any) -> Tensor:
-    lists, options, coefficients, backend, skip_nonfinite = _unpacked(*arguments)
-    return StepCall.by_checks(SVAG_STEP, lists, options, extra=coefficients, backend=backend)(skip_nonfinite)
-
-
-def _fake(*arguments: Any) -> Tensor:
-    lists, options, coefficients, _, _ = _unpacked(*arguments)
-    SVAG_STEP.check(lists, options, coefficients)
-    return lists.params[0].new_empty(5, dtype=torch.float64)
-
-
-_op = register_op(
-    "svag_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[] compensation, float lr, float l, "
-    "float weight_decay, bool skip_nonfinite, Tensor? coefficients, str backend, "
-    'Tensor(c!)[]? momentum_buffers=None, float momentum=0.0, str momentum_rule="time", bool maximize=False) -> Tensor',
-    _run,
-    _fake,
-)
-
 SVAG_STEP = StepKind(
     op="svag_step_",
     code=0,
@@ -170,6 +149,13 @@ SVAG_STEP = StepKind(
     grad_dtypes="same or float32",
     check_extra=lambda lists, coefficients: check_coefficients(coefficients, lists.params[0].device),
     dispatch=_dispatch,
+)
+
+_op = SVAG_STEP.register(
+    "svag_step_(Tensor(a!)[] params, Tensor[] grads1, Tensor[]? grads2, Tensor(b!)[] compensation, float lr, float l, "
+    "float weight_decay, bool skip_nonfinite, Tensor? coefficients, str backend, "
+    'Tensor(c!)[]? momentum_buffers=None, float momentum=0.0, str momentum_rule="time", bool maximize=False) -> Tensor',
+    _unpacked,
 )
 
 

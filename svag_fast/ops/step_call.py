@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svag_fast.ops.backends import BACKENDS, select
 from svag_fast.ops.checks import check_like, check_params, check_strides, laid_out_like, tensors
-from svag_fast.ops.library import is_watched
+from svag_fast.ops.library import is_watched, register_op
 from svag_fast.ops.memory import Spans, addresses, check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step_stats import ROUNDING, StepStats, nothing_stepped, rounding
 
@@ -63,6 +63,20 @@ class StepKind:
     """Refuses what is given beside lists and options."""
     dispatch: Callable[[StepLists, Any, Any, str, bool], Tensor]
     """Takes the step by PyTorch's dispatcher, given lists, options, what is beside them, backend, skip_nonfinite."""
+
+    def register(self, schema: str, unpacked: Callable[..., tuple[StepLists, Any, Any, str, bool]]) -> Any:
+        """Return the op of this step; ``unpacked`` turns its arguments into those of :attr:`dispatch`."""
+
+        def run(*arguments: Any) -> Tensor:
+            lists, options, extra, backend, skip_nonfinite = unpacked(*arguments)
+            return StepCall.by_checks(self, lists, options, extra=extra, backend=backend)(skip_nonfinite)
+
+        def fake(*arguments: Any) -> Tensor:
+            lists, options, extra, _, _ = unpacked(*arguments)
+            self.check(lists, options, extra)
+            return lists.params[0].new_empty(5, dtype=torch.float64)
+
+        return register_op(schema, run, fake)
 
     def named(self, lists: StepLists) -> StepLists:
         """Refuse what is no list of tensors with values of their own; to be called before the dispatcher."""
