@@ -135,10 +135,10 @@ def _check_beta(name: str, beta: float, l: float) -> float:
 
 def _check_steps(lists: StepLists, steps: list[int]) -> None:
     if len(steps) != len(lists.params):
-        raise ValueError(f"steps has {len(steps)} numbers, but params has {len(lists.params)}")
+        raise ValueError(f"steps must be a number for each of the {len(lists.params)} params, got {len(steps)}")
     for i, step in enumerate(steps):
         if step < 1:
-            raise ValueError(f"steps[{i}] is {step}: expected a number from 1 on")
+            raise ValueError(f"steps[{i}] must be >= 1, got {step}")
 
 
 class _Rates:

@@ -29,7 +29,7 @@ class AffineStep:
             object.__setattr__(self, name, number(name, getattr(self, name)))
         weights = tuple(numbers("weights", self.weights))
         if not weights:
-            raise ValueError("Invalid weights: none, expected at least one finite number")
+            raise ValueError("weights must be one finite number or more, got none")
         object.__setattr__(self, "weights", weights)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
@@ -73,16 +73,16 @@ def affine_walk_(
     """
     key, draw = check_stream(x, "x", key=key, draw=draw)
     if not isinstance(step, AffineStep):
-        raise TypeError(f"step is a {type(step).__name__}: expected an AffineStep")
+        raise TypeError(f"step must be an AffineStep, got a {type(step).__name__}")
     step.check_dtype(x.dtype)
     steps = integer("steps", steps)
     threads = torch.get_num_threads() if threads is None else integer("threads", threads)
     if x.numel() > 2**33:
-        raise ValueError(f"Invalid x: {x.numel()} elements, expected at most 2^33")
+        raise ValueError(f"x must have at most 2^33 elements, got {x.numel()}")
     if steps < 0 or draw + steps * len(step.weights) > 2**64:
-        raise ValueError(f"Invalid steps: {steps}, expected at least 0, and fewer than 2^64 draws")
+        raise ValueError(f"steps must be >= 0 and make fewer than 2^64 draws, got {steps}")
     if not 1 <= threads < 2**31:
-        raise ValueError(f"Invalid threads: {threads}, expected at least 1 and below 2^31")
+        raise ValueError(f"threads must be >= 1 and below 2^31, got {threads}")
     walk = select("affine_walk_", backend, [x])
     if has_memory(x):
         walk(x, step, steps, key, draw, threads)

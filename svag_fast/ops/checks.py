@@ -22,7 +22,7 @@ def integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} is {shown(value)}: expected an integer") from error
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from error
 
 
 def integers(name: str, values: Any) -> list[int]:
@@ -30,14 +30,14 @@ def integers(name: str, values: Any) -> list[int]:
     try:
         listed = list(values)
     except TypeError as error:
-        raise TypeError(f"{name} is {shown(values)}: expected integers") from error
+        raise TypeError(f"{name} must be integers, got {shown(values)}") from error
     return [integer(f"{name}[{i}]", value) for i, value in enumerate(listed)]
 
 
 def numbers(name: str, values: Any) -> list[float]:
     """Return ``values`` as floats; see :func:`svag_fast.numeric.number`."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} is {shown(values)}: expected numbers")
+        raise TypeError(f"{name} must be numbers, got {shown(values)}")
     return [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -99,7 +99,7 @@ def tensor(name: str, value: Any, *, written: bool = False) -> Tensor:
         if value.is_nested:
             raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
     elif not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
+        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
     elif is_traceable_wrapper_subclass(value):  # type: ignore[unreachable]
         raise TypeError(f"{name} is a {type(value).__name__}, whose values are in other tensors: expected a plain one")
     if not torch.compiler.is_compiling():  # what is traced has no memory yet; see `address`
@@ -118,11 +118,11 @@ def tensors(name: str, values: Any, *, written: bool = False) -> list[Tensor]:
     ``written``: in place, so none may be a negated view. To be called before the dispatcher, which resolves those.
     """
     if isinstance(values, Tensor):
-        raise TypeError(f"{name} is a tensor: expected a list of tensors")
+        raise TypeError(f"{name} must be a list of tensors, got a tensor")
     try:
         listed = list(values)
     except TypeError as error:
-        raise TypeError(f"{name} is a {type(values).__name__}: expected a list of tensors") from error
+        raise TypeError(f"{name} must be a list of tensors, got a {type(values).__name__}") from error
     return [tensor(f"{name}[{i}]", t, written=written) for i, t in enumerate(listed)]
 
 
@@ -130,7 +130,7 @@ def check_momentum(momentum: float, rule: str, l: float) -> float:
     """Return a momentum as a float; refuse one out of [0, 1), or that ``l`` makes 1, and an unknown rule."""
     momentum = number("momentum value", momentum, least=0, below=1)
     if rule not in ("time", "fixed"):
-        raise ValueError(f"Invalid momentum_rule: {rule!r} (expected 'time' or 'fixed')")
+        raise ValueError(f"momentum_rule must be 'time' or 'fixed', got {rule!r}")
     if rule == "time" and momentum != 0 and 1 - (1 - momentum) / l >= 1:
         raise ValueError(f"Invalid l: {l} (with it momentum = {momentum} becomes 1 - (1 - momentum)/l, which is 1)")
     return momentum

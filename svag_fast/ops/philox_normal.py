@@ -55,7 +55,7 @@ def philox_normal_(out: Tensor, *, key: Key, first: int = 0, draw: int = 0, back
     first = integer("first", first)
     if first < 0 or first % GROUP or first + out.numel() > _LAST_ELEMENT:
         raise ValueError(
-            f"Invalid first: {first} for {out.numel()} elements, expected a multiple of {GROUP}, the last below 2^33"
+            f"first must be a multiple of {GROUP}, the last of {out.numel()} elements below 2^33, got {first}"
         )
     fill = select("philox_normal_", backend, [out])
     if has_memory(out):
@@ -75,9 +75,9 @@ def check_stream(out: Tensor, name: str, *, key: Key, draw: int) -> tuple[Key, i
         raise ValueError(f"{name} has strides {list(out.stride())}: expected a contiguous tensor")
     words, draw = integers("key", key), integer("draw", draw)
     if len(words) != 2 or not all(0 <= word < 2**32 for word in words):
-        raise ValueError(f"Invalid key: {key}, expected two integers in [0, 2^32)")
+        raise ValueError(f"key must be two integers in [0, 2^32), got {key}")
     if not 0 <= draw < 2**64:
-        raise ValueError(f"Invalid draw: {draw}, expected an integer in [0, 2^64)")
+        raise ValueError(f"draw must be an integer in [0, 2^64), got {draw}")
     return (words[0], words[1]), draw
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import device_and_stream, implements
-from svag_fast.ops.checks import tensor
+from svag_fast.ops.checks import check_like, tensor
 from svag_fast.ops.memory import address
 from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
 from svag_fast.ops.step_options import (
@@ -135,6 +135,8 @@ def _dispatch(
     lists: StepLists, options: StepOptions, coefficients: Tensor | None, backend: str, skip_nonfinite: bool
 ) -> Tensor:
     params, grads1, grads2, compensation, momentum_buffers = lists
+    if compensation is not None and not compensation:  # which the op would take for none
+        check_like("compensation", compensation, params)
     lr, l, weight_decay, *momentum = options
     scalars = lr, l, weight_decay, skip_nonfinite, coefficients, backend
     raw: Tensor = _op(params, grads1, grads2, compensation or [], *scalars, momentum_buffers, *momentum)

@@ -66,7 +66,7 @@ def svag_step_per_sample_(
     grads2 = None if grads2 is None else tensors("grads2", grads2)
     lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
     if grads2 is None and l != 1:
-        raise ValueError(f"grads2 is None, but at l = {l} a step needs the gradients of two batches")
+        raise ValueError(f"grads2 must be the second batch's gradients at l = {l}, got None")
     if not params:
         raise ValueError("params is empty: the number of samples is not known without a gradient")
     with torch.no_grad():

@@ -141,7 +141,7 @@ class SVAGAdam(_AdaptiveOptimizer):
     def _check_options(self, group: dict[str, Any], lr: Any) -> AdaptiveOptions:
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ValueError(f"Invalid betas: {betas!r} (expected two numbers)")
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
         named = (group[name] for name in ("eps", "weight_decay", "maximize"))
         names = ("beta parameter at index 0", "beta parameter at index 1")
         return AdaptiveOptions.checked(lr, group["l"], *betas, *named, names=names)

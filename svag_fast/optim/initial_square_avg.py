@@ -24,16 +24,15 @@ def check_start(value: Any, l: float) -> None:
     if value is None:
         if l != 1:
             raise ValueError(
-                f'Invalid initial_square_avg: None (l = {l:g} needs a start, for RMSprop has no bias correction: give "'
-                f"{MEASURE}\", or plain RMSprop's square_avg as a number; the same at l = 1, if paths are to be "
-                "compared)"
+                f'initial_square_avg must be "{MEASURE}" or a number at l = {l:g}, got None (RMSprop has no bias '
+                "correction; the number is plain RMSprop's square_avg, the same at l = 1, if paths are to be compared)"
             )
     elif isinstance(value, str):
         if value != MEASURE:
-            raise ValueError(f'Invalid initial_square_avg: {value!r} (expected None, a number or "{MEASURE}")')
+            raise ValueError(f'initial_square_avg must be None, a number or "{MEASURE}", got {value!r}')
     else:
         if number("initial_square_avg", value, least=0) == 0 and l != 1:
-            raise ValueError(f"Invalid initial_square_avg: {value} (l = {l:g} needs a positive number)")
+            raise ValueError(f"initial_square_avg must be > 0 at l = {l:g}, got {value}")
 
 
 def filled(zeros: Tensor, value: float, l: float) -> Tensor:
@@ -45,8 +44,8 @@ def filled(zeros: Tensor, value: float, l: float) -> Tensor:
     start = zeros + l * float(value)
     if start.numel() and (not start.isfinite().all() or (value and not start.any())):
         raise ValueError(
-            f"Invalid initial_square_avg: {value} (times l = {l:g} it is {float(start.flatten()[0])} in {zeros.dtype}, "
-            f"the dtype of a parameter of shape {list(zeros.shape)})"
+            f"initial_square_avg must be, times l = {l:g}, a finite number above 0 in {zeros.dtype}, the dtype of a "
+            f"parameter of shape {list(zeros.shape)}, got {value}"
         )
     return start
 

@@ -178,7 +178,7 @@ class SVAG(TwoBatchOptimizer):
     def _check_options(self, group: dict[str, Any], lr: Any) -> StepOptions:
         for name in ("compensated", "capturable"):
             if not isinstance(group[name], bool):
-                raise TypeError(f"Invalid {name}: {group[name]!r} (expected a bool)")
+                raise TypeError(f"{name} must be a bool, got {group[name]!r}")
         named = (group[name] for name in ("l", "weight_decay", *_MOMENTUM_DEFAULTS))
         return StepOptions.checked(lr, *named)
 

@@ -156,7 +156,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
                 lr = 0.0
         check_name(group["backend"])
         if not isinstance(group["maximize"], bool):
-            raise TypeError(f"Invalid maximize: {group['maximize']!r} (expected a bool)")
+            raise TypeError(f"maximize must be a bool, got {group['maximize']!r}")
         return self._check_options(group, lr)
 
     def _check_options(self, group: dict[str, Any], lr: Any) -> Any:

@@ -117,13 +117,13 @@ def test_angles_of_pairs_are_uniform():
     [
         (torch.empty(4, dtype=torch.float16), {}, TypeError, "out is torch.float16"),
         (torch.empty(4, 4).T, {}, ValueError, "out has strides"),
-        (torch.empty(4), {"key": (1, 2**32)}, ValueError, "Invalid key"),
-        (torch.empty(4), {"key": (-1, 0)}, ValueError, "Invalid key"),
-        (torch.empty(4), {"draw": -1}, ValueError, "Invalid draw"),
-        (torch.empty(4), {"draw": 2**64}, ValueError, "Invalid draw"),
-        (torch.empty(4), {"first": 32}, ValueError, "Invalid first"),
-        (torch.empty(4), {"first": -64}, ValueError, "Invalid first"),
-        (torch.empty(4), {"first": 2**33}, ValueError, "Invalid first"),
+        (torch.empty(4), {"key": (1, 2**32)}, ValueError, "key must be"),
+        (torch.empty(4), {"key": (-1, 0)}, ValueError, "key must be"),
+        (torch.empty(4), {"draw": -1}, ValueError, "draw must be"),
+        (torch.empty(4), {"draw": 2**64}, ValueError, "draw must be"),
+        (torch.empty(4), {"first": 32}, ValueError, "first must be"),
+        (torch.empty(4), {"first": -64}, ValueError, "first must be"),
+        (torch.empty(4), {"first": 2**33}, ValueError, "first must be"),
     ],
 )
 def test_what_no_stream_can_fill_is_refused_untouched(out, change, error, message):

@@ -408,6 +408,7 @@ BAD_INPUT = {
         ValueError,
         r"params\[0\] and params\[1\] share memory",
     ),
+    "compensation's length": ({"compensation": []}, ValueError, "compensation has 0 tensors, but params has 2"),
     "compensation's dtype": (
         {"compensation": [torch.zeros(3), torch.zeros(2, 2).half()]},
         TypeError,

@@ -163,7 +163,7 @@ BAD_INPUT = {
     "1": ({"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0"),
     "nan": ({"momentum": math.nan}, ValueError, r"Invalid momentum value: nan"),
     "rounds to 1": ({"l": 1e16}, ValueError, r"Invalid l: 1e\+16 \(with it momentum = 0.9 becomes"),
-    "rule": ({"momentum_rule": "slow"}, ValueError, r"Invalid momentum_rule: 'slow' \(expected 'time' or 'fixed'\)"),
+    "rule": ({"momentum_rule": "slow"}, ValueError, r"momentum_rule must be 'time' or 'fixed', got 'slow'"),
     "no buffers": (
         {"momentum_buffers": None},
         ValueError,

@@ -123,7 +123,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "l below 1": (ValueError, "Invalid l: 0.5", {"l": 0.5}),
     "l infinite": (ValueError, "Invalid l: inf", {"l": float("inf")}),
     "weight decay nan": (ValueError, "Invalid weight_decay value: nan", {"weight_decay": float("nan")}),
-    "no second batch": (ValueError, "grads2 is None", {"grads2": None}),
+    "no second batch": (ValueError, "grads2 must be .* got None", {"grads2": None}),
     "lengths": (ValueError, "grads1 has 2 tensors, but params has 1", {"grads1": [G, G]}),
     "shape": (ValueError, r"grads2\[0\] has shape \[5, 4, 3\]", {"grads2": [G.mT]}),
     "no samples": (ValueError, r"grads1\[0\] has 0 samples", {"grads1": [G[:0]]}),

@@ -81,7 +81,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "l below 1": (ValueError, "Invalid l: 0.5", {"l": 0.5}),
     "l nan": (ValueError, "Invalid l: nan", {"l": float("nan")}),
     "weight decay": (ValueError, "Invalid weight_decay value: -1", {"weight_decay": -1.0}),
-    "weight not a tensor": (TypeError, "weight is a list", {"weight": [1.0]}),
+    "weight not a tensor": (TypeError, "weight must be a tensor, got a list", {"weight": [1.0]}),
     "weight's dtype": (TypeError, "weight is torch.float64", {"weight": WEIGHT.double()}),
     "integer weight": (TypeError, "weight is torch.int64", {"weight": WEIGHT.long()}),
     "weight with repeated elements": (ValueError, "weight .* repeated", {"weight": WEIGHT[:1].expand(8, 4, 3, 3)}),

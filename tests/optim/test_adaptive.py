@@ -347,7 +347,7 @@ def test_l_above_1_needs_two_batches() -> None:
         (SVAGAdam, {"lr": -1.0}, "Invalid learning rate: -1.0"),
         (SVAGAdam, {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         (SVAGAdam, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
-        (SVAGAdam, {"betas": (0.9,)}, "Invalid betas"),
+        (SVAGAdam, {"betas": (0.9,)}, "betas must be"),
         (SVAGAdam, {"eps": -1.0}, "Invalid epsilon value: -1.0"),
         (SVAGAdam, {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
         (SVAGAdam, {"l": 0.5}, "Invalid l: 0.5"),

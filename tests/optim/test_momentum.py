@@ -205,7 +205,7 @@ def test_checkpoints_from_before_load_without_momentum(kind: type[TwoBatchOptimi
     [
         ({"momentum": -0.1}, "Invalid momentum value: -0.1"),
         ({"momentum": 1.0}, "Invalid momentum value: 1.0"),
-        ({"momentum": 0.9, "momentum_rule": "slow"}, "Invalid momentum_rule: 'slow'"),
+        ({"momentum": 0.9, "momentum_rule": "slow"}, "momentum_rule must be .* got 'slow'"),
     ],
     ids=str,
 )

@@ -154,7 +154,7 @@ def test_float32_error_is_within_twice_pytorchs(
 X, DY = torch.randn(3, 4, 6, 6), torch.randn(3, 8, 6, 6)
 ROWS, ROW_GRADS = torch.randn(3, 5, 4), torch.randn(3, 5, 8)
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "inputs not a tensor": (TypeError, "inputs is a list", {"inputs": [1.0]}),
+    "inputs not a tensor": (TypeError, "inputs must be a tensor, got a list", {"inputs": [1.0]}),
     "integers": (TypeError, "inputs is torch.int64", {"inputs": X.long()}),
     "dtypes differ": (TypeError, "output_grads is torch.float64", {"output_grads": DY.double()}),
     "sparse": (TypeError, "inputs is torch.sparse_coo", {"inputs": X.to_sparse()}),
