@@ -234,7 +234,6 @@ def _alone(changed: list[tuple[Tensor, int | None]], second: list[GroupGrads]) -
     return not any(_shares_memory(g) for listed in second for g in listed if g is not None)
 
 
-
 @functools.cache
 def _changes_of_a_scaler() -> int:
     """Return how many changes in place a GradScaler's pass over a gradient counts as, in this torch."""
