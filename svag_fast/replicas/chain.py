@@ -21,7 +21,7 @@ from svag_fast.sample_norms.watch import UnsupportedModuleError
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where a parameter, or a buffer that takes its place, lies in the flat vectors.
+    """Where a parameter, or a buffer that takes its place, is in the flat vectors.
 
     Attributes:
         name: its name in the model.
@@ -93,7 +93,7 @@ class Chain:
         return sum(math.prod(p.shape) for p in self.parameters if not p.trained)
 
     def parameter(self, name: str) -> Parameter:
-        """Return where a parameter lies, by its name in the model."""
+        """Return where a parameter is, by its name in the model."""
         return next(p for p in self.parameters if p.name == name)
 
     def flatten(self, model: nn.Module) -> FlatParameters:
@@ -161,7 +161,7 @@ def register_chain(cls: type[nn.Module], rule: ChainRule) -> None:
     Args:
         cls: the class; a subclass of it needs its own rule.
         rule: from a module to what its ``forward`` applies one after the other: pairs of a name and a module, which is
-            the module's child of that name, or a layer without parameters that stands for a function (``("mean",
+            the module's child of that name, or a layer without parameters in place of a function (``("mean",
             nn.AdaptiveAvgPool2d(1))``), or a :class:`FixedLinear`.
     """
     _RULES[cls] = rule

@@ -100,7 +100,7 @@ class FusedRuns:
     After 100 steps the weights of the nets in the tests are within 1e-6 |x| of those of a PyTorch loop in float64.
 
     A replica diverges where the loss of a batch is not finite, then that step isn't taken; or where a weight isn't,
-    which is looked at after every 32nd step and at the end of `advance`. It stays where it is; the others go on.
+    which is looked at after every 32nd step and at the end of `advance`. It stays where it is; the others continue.
 
     Args:
         chain: the net.
@@ -201,7 +201,7 @@ class FusedRuns:
         return RunSums(*self._sums.clone().unbind(1))
 
     def clear_sums(self) -> None:
-        """Begin the sums anew."""
+        """Set the sums to 0."""
         self._sums.zero_()
 
     def advance(self, to_steps: int | Sequence[int]) -> None:

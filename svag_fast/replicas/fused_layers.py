@@ -40,7 +40,7 @@ class FusedLayers:
 
 
 def fused_layers(chain: Chain, sample_shape: tuple[int, ...]) -> FusedLayers:
-    """Lay a chain out for samples of one shape.
+    """Plan a chain for samples of one shape.
 
     Raises:
         ValueError: the shapes don't fit; the message names the layer.
