@@ -1,11 +1,11 @@
 """A replica's step in the fused kernel, beside one net's step: the trainer's, plain PyTorch's, and its products alone.
 
 Run: `python -m pytest bench/test_fused_replicas.py --benchmark-only --benchmark-timer=time.process_time`. All on one
-thread each, both batches, l = 4, nothing measured by ours (the trainer takes its per-sample norms); "ms" is one step of the
-contender, "ours ms" one replica-step, ratio = contender / ours. Two cores run two threads of ours or two processes of
-the trainer, so the ratio is theirs too. "sgemm" is the library's matrix product on the sizes of the step's products,
-unfolded before the clock starts, ten steps' in a row (which is what "ms" is there): its ratio is the part of the
-library's rate that ours reaches with all else included.
+thread each, both batches, l = 4, nothing measured by ours (the trainer takes its per-sample norms); "ms" is one step
+of the contender, "ours ms" one replica-step, ratio = contender / ours. Two cores run two threads of ours or two
+processes of the trainer, so the ratio is theirs too. "sgemm" is the library's matrix product on the sizes of the
+step's products, unfolded before the clock starts, ten steps' in a row (which is what "ms" is there): its ratio is the
+part of the library's rate that ours reaches with all else included.
 Targets: trainer >= 20 at B = 2, >= 8 at B = 8, >= 2 at B = 128; sgemm >= 0.5 at B >= 8.
 """
 

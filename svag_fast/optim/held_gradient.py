@@ -54,9 +54,6 @@ class HeldGradient:
         # The parameters with a first gradient, and how often each had been changed in place where it was taken.
         self._moving: list[Tensor] = []
         self._moves: list[int] = []
-        self._stop_watching()
-
-    def _stop_watching(self) -> None:
         handle: torch.utils.hooks.RemovableHandle | None = self.__dict__.pop("_watching", None)
         if handle is not None:
             handle.remove()
