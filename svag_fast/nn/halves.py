@@ -35,7 +35,7 @@ def row_count(args: Any, kwargs: Any) -> int:
     Raises:
         ValueError: there is none, it is odd, or tensors are in containers that PyTorch can't look into.
     """
-    leaves = tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs)) if kwargs or len(args) != 1 or type(args[0]) is not Tensor else list(args)
     for leaf in leaves:
         hidden = (
             leaf.values() if isinstance(leaf, Mapping) else vars(leaf).values() if hasattr(leaf, "__dict__") else ()

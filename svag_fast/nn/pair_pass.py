@@ -84,9 +84,9 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
             two gradients are averaged after the backward pass, in one message, without its communication hooks).
         optimizer: SVAG, SVAGAdam or SVAGRMSprop.
         norms: every sample's squared gradient norm as well, as ``pair.norms``, a :class:`svag_fast.SampleNorms`; a
-            factor on the losses enters squared. BatchNorm on batch statistics is refused. Jointly where all trained
-            layers are Linear and convolutions, each used once; else by halves, as
-            :class:`svag_fast.per_sample_sq_norms` does it. Not under DistributedDataParallel.
+            factor on the losses enters squared. BatchNorm on batch statistics is refused. Jointly where each trained
+            parameter is used once; else by halves, as :class:`svag_fast.per_sample_sq_norms` does it. Not under
+            DistributedDataParallel.
         way: "joint": one pass over both batches, in which each layer forms its two weight gradients; for models whose
             trained parameters are in Linear, convolutions, normalisations and embeddings with the samples first. The
             first pass checks on a few samples that the batches don't meet. "halves": the model
@@ -200,7 +200,7 @@ class _Run:
             raise _refused(self._joint)
         if norms and not (isinstance(self._joint, Joint) and self._joint.has_norms and self.wanted != "halves"):
             if self.wanted == "joint":
-                raise _refused("norms of layers other than Linear and convolutions, or of a parameter used twice")
+                raise _refused("norms of a layer without a rule for them, or of a parameter used twice")
             self._take_norms_by_halves()  # now: it refuses what has none
         self._undo.append(_patch(self.root, self._forward))
         if self.ddp is not None:

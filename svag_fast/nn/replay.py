@@ -78,6 +78,8 @@ def randomised(model: nn.Module) -> Iterator[None]:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors with a first dimension in what a module takes or returns."""
+    if isinstance(value, Tensor):
+        return [value] if value.dim() > 0 else []
     return [x for x in tree_leaves(value) if isinstance(x, Tensor) and x.dim() > 0]
 
 

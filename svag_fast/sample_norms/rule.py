@@ -218,8 +218,8 @@ class Rule:
                 f"{scope.label} made {list(output.shape)} of {list(inputs[0].shape)}: the first dimension must be the "
                 "samples in both"
             )
-        versions = [x._version for x in inputs]
-        module = _as_it_is(module)
+        seen = Seen(scope.label, module, inputs)
+        module = seen.module
         uses = {name: scope.use(name) for name in shapes}
 
         def sample_grads(name: str, output_grad: Tensor) -> SampleGrads:
@@ -229,12 +229,8 @@ class Rule:
         def deliver(output_grad: Tensor) -> Tensor | None:
             if scope.recorder.paused:
                 return None
-            if [x._version for x in inputs] != versions:
-                raise RuntimeError(
-                    f"an input of {scope.label} was changed by an in-place operation before the backward pass"
-                )
             with torch.no_grad(), in_full_precision(output_grad):
-                for name, sq_norms in self.sq_norms(module, inputs, output_grad, shapes).items():
+                for name, sq_norms in seen.sq_norms(self, output_grad, shapes).items():
                     use = uses[name]
                     assert use is not None
                     use.deliver(sq_norms, sample_grads(name, output_grad))
@@ -248,6 +244,34 @@ class Rule:
 
         hook(output, deliver)
         return output
+
+
+class Seen:
+    """A layer's inputs, options and statistics in a forward pass, for the backward pass, before which they may change.
+
+    Args:
+        label: of the layer, for messages.
+        module: the layer.
+        inputs: what it was called on.
+    """
+
+    def __init__(self, label: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.module = _as_it_is(module)
+        self._label = label
+        self._inputs = inputs
+        self._versions = [x._version for x in inputs]
+
+    def sq_norms(self, rule: Rule, output_grad: Tensor, shapes: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
+        """|g_i|² [B] of each parameter in `shapes`.
+
+        Raises:
+            RuntimeError: an input was changed in place since.
+        """
+        if [x._version for x in self._inputs] != self._versions:
+            raise RuntimeError(
+                f"an input of {self._label} was changed by an in-place operation before the backward pass"
+            )
+        return rule.sq_norms(self.module, self._inputs, output_grad, shapes)
 
 
 def _as_it_is(module: nn.Module) -> nn.Module:

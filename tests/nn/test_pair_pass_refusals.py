@@ -31,6 +31,12 @@ def losses_of(out):
     return F.cross_entropy(out, Y, reduction="none")
 
 
+def tied_to(layer):
+    other = nn.Linear(5, 3).double()
+    other.weight = layer.weight
+    return other
+
+
 class Wrapper:
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -42,10 +48,10 @@ AT_THE_START = {
     "no module": (lambda m: (m.forward, svag(m)), {}, TypeError, "torch.nn.Module"),
     "unknown way": (lambda m: (m, svag(m)), {"way": "fast"}, ValueError, "'fast'"),
     "norms jointly": (
-        lambda m: (m.append(nn.LayerNorm(3).double()), svag(m)),
+        lambda m: (m.append(tied_to(m[2])), svag(m)),
         {"norms": True, "way": "joint"},
         TypeError,
-        'norms of layers other.*way="halves"',
+        'norms of a layer without a rule.*used twice.*way="halves"',
     ),
     "fewer parameters than the model": (lambda m: (m, svag(m[0])), {}, ValueError, r"trained parameter 2\.weight"),
     "more parameters than the model": (lambda m: (m[0], svag(m)), {}, ValueError, "2 of the optimizer's.*ModuleList"),

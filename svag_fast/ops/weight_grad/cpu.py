@@ -155,35 +155,40 @@ def direct(product: LayerProduct, loop_order: int) -> tuple[Tensor, Tensor, Tens
 
 
 def direct_parts(
-    inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
-) -> tuple[Sequence[Tensor], Tensor] | None:
-    """The gradient of each of so many equal parts of the batch, and all norms, by the fewest steps from Python.
+    inputs: Tensor,
+    output_grads: Tensor,
+    weight_shape: Sequence[int],
+    geometry: Geometry,
+    parts: int,
+    *,
+    norms: bool = True,
+) -> tuple[Sequence[Tensor], Tensor | None] | None:
+    """The gradient of each of so many equal parts of the batch, and all norms if asked, in few steps from Python.
 
-    None where another way than the direct one serves the layer, or there is nothing to sum.
+    None where another way than the direct one serves the layer, there are more than two parts, or nothing to sum.
     """
     x, dy, layer = _prepare(inputs, output_grads, weight_shape, geometry)
-    batch = x.shape[0]
-    if layer.loop_order == 0 or x.numel() == 0 or dy.numel() == 0:
+    # Without norms a tile's sum runs on over the samples, so that they may all pass by it.
+    batch, loop_order = x.shape[0], layer.loop_order if norms or layer.way == "gram" else TILES_OUTSIDE
+    if loop_order == 0 or parts > 2 or x.numel() == 0 or dy.numel() == 0:
         return None
-    sq_norms = torch.empty(batch, dtype=torch.float64, device="cpu")
-    grads: Sequence[Tensor]
-    if parts == 1:
-        grads = (torch.empty(weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format),)
-        strides, part, ends = layer.grad_strides, 0, [batch]
-    else:
-        grads = torch.empty((parts, *weight_shape), dtype=x.dtype, device="cpu").unbind()
-        strides, part = _four(grads[0].stride()), grads[0].numel()
-        ends = [batch // parts * (i + 1) for i in range(parts)]
+    sq_norms = torch.empty(batch, dtype=torch.float64, device="cpu") if norms else None
+    # Each in memory of its own, so that a change in place to one alone shows: one is as far from another as it happens.
+    grads = [
+        torch.empty(weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format) for _ in range(parts)
+    ]
+    first = address(grads[0], "grad")  # where this one has memory, the others that were made here have it too
+    apart = (grads[1].data_ptr() - first) // x.itemsize if parts > 1 else 0
     layer.operands.weight_grad(
         address(x, "inputs"),
         address(dy, "output_grads"),
-        ends,
-        address(grads[0], "grad"),
-        strides,
-        address(sq_norms, "sq_norms"),
-        layer.loop_order,
+        [batch] if parts == 1 else [batch // 2, batch],
+        first,
+        layer.grad_strides,
+        0 if sq_norms is None else sq_norms.data_ptr(),
+        loop_order,
         torch.get_num_threads(),
-        part,
+        apart,
     )
     return grads, sq_norms
 

@@ -118,22 +118,32 @@ def unchecked_weight_grad(
     Rows of Linear must be [B, T, p] and [B, T, d]. For small layers the checks would cost more than the kernel.
     """
     (grad,), sq_norms = unchecked_weight_grads(inputs, output_grads, weight_shape, geometry, 1)
+    assert sq_norms is not None
     return grad, sq_norms
 
 
 def unchecked_weight_grads(
-    inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry, parts: int
-) -> tuple[Sequence[Tensor], Tensor]:
-    """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself."""
+    inputs: Tensor,
+    output_grads: Tensor,
+    weight_shape: Sequence[int],
+    geometry: Geometry,
+    parts: int,
+    *,
+    norms: bool = True,
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """As :func:`unchecked_weight_grad`, with the gradient of each of so many equal parts of the batch by itself.
+
+    With ``norms=False`` the squared norms may be left out, where that is faster.
+    """
     operands = (inputs, output_grads)
     # A fake tensor has no address: plain PyTorch makes fakes of it.
     plain = has_memory(inputs) and has_memory(output_grads)
     function = select("weight_grad_and_sq_norms", "auto" if plain else "reference", operands)
     if function is _cpu:
-        inputs, output_grads = in_sum_dtype(inputs, output_grads)
-        served = weight_grad_cpu.direct_parts(inputs, output_grads, weight_shape, geometry, parts)
+        served = weight_grad_cpu.direct_parts(inputs, output_grads, weight_shape, geometry, parts, norms=norms)
         if served is not None:
             return served
+        inputs, output_grads = in_sum_dtype(inputs, output_grads)
     rows = len(inputs) // parts
     shape, results = list(weight_shape), []
     for x, b in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svag_fast.ops.weight_grad.op import unchecked_weight_grad
+from svag_fast.ops.weight_grad.op import unchecked_weight_grad, unchecked_weight_grads
 from svag_fast.ops.weight_grad.shapes import Geometry
 from svag_fast.sample_norms import checks
 from svag_fast.sample_norms.rule import Rule, Scope, in_full_precision, register
@@ -26,6 +26,8 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 
 class LinearProduct:
     """y_t = W a_t + c: weight b_iᵀ a_i = Σ_t b_t a_tᵀ; bias Σ_t b_t (the norm of the sum, not the sum of norms)."""
+
+    geometry: Geometry | None = None  # of the product of images that it is, if it is one
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's forward."""
@@ -61,7 +63,7 @@ class LinearProduct:
         return b.flatten(1, -2).sum(1) if b.dim() > 2 else b
 
 
-_LINEAR = LinearProduct()
+LINEAR = LinearProduct()
 
 
 class ConvProduct:
@@ -78,7 +80,7 @@ class ConvProduct:
         self.padding = padding
         self.dilation = dilation
         self.groups = groups
-        self._geometry = Geometry(stride, padding, dilation, groups) if len(stride) == 2 else None  # type: ignore[arg-type]
+        self.geometry = Geometry(stride, padding, dilation, groups) if len(stride) == 2 else None  # type: ignore[arg-type]
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's forward."""
@@ -98,8 +100,8 @@ class ConvProduct:
         self, b: Tensor, x: Tensor, shape: torch.Size, bias_sq_norms: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The gradient of a weight of the given shape, and |g_i|² [B]."""
-        if self._geometry is not None:
-            return unchecked_weight_grad(x, b, shape, self._geometry)
+        if self.geometry is not None:
+            return unchecked_weight_grad(x, b, shape, self.geometry)
         if len(self.stride) == 3:
             return self._by_depth_taps(b, x, shape)
         flat = ConvProduct((1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
@@ -168,22 +170,41 @@ class ConvProduct:
 Product: TypeAlias = LinearProduct | ConvProduct
 
 
-class _Call(NamedTuple):
-    """One use of a layer: what computes it, whom it delivers to, and whether weight and bias are the parameters
-    themselves, not parts of an alias."""
+def weight_grads_of_halves(
+    product: Product, b: Tensor, x: Tensor, weight: Tensor, *, norms: bool
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The weight's gradient of each half of the rows, and each row's squared norm if asked."""
+    geometry = product.geometry
+    if geometry is not None and (norms or not b.is_cuda):
+        return unchecked_weight_grads(x, b, weight.shape, geometry, 2, norms=norms)
+    rows = b.shape[0] // 2
+    halves = zip(torch.split(b, rows), torch.split(x, rows), strict=True)
+    if not norms:
+        return [product.plain_weight_grad(b_half, x_half, weight) for b_half, x_half in halves], None
+    both = [product.weight_grad(b_half, x_half, weight.shape) for b_half, x_half in halves]
+    return [grad for grad, _ in both], torch.cat([sq_norms for _, sq_norms in both])
 
-    product: Product
-    scope: Scope
-    weight_use: Use | None
-    bias_use: Use | None
-    direct: bool
+
+class Call(Protocol):
+    """One use of a layer in a forward pass: what computes it, and who takes its gradients in the backward pass."""
+
+    @property
+    def product(self) -> Product:
+        """What computes it."""
+
+    def grads(self, ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of :class:`ProductLayer`'s four inputs, of which autograd passes on what is not None.
+
+        ``ctx`` has the input and the weight as saved tensors, and ``dtypes``, of the input and the bias before casts.
+        """
 
 
-class _Layer(torch.autograd.Function):
-    """The layer with its weight gradient replaced; delivers to the uses in the backward pass."""
+class ProductLayer(torch.autograd.Function):
+    """A layer whose call forms its gradients: the one place where a product's weight gradient is replaced."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        """The layer's output, of which `call` forms the gradients."""
         output = call.product.output(x, weight, bias)
         low = x if x.dtype == output.dtype else x.to(output.dtype)  # what the layer saw under autocast
         # Without a weight gradient nothing of x is needed but its shape.
@@ -194,6 +215,22 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
+        """What `call` says."""
+        grads: tuple[Tensor | None, ...] = ctx.call.grads(ctx, b)
+        return grads
+
+
+class _Call(NamedTuple):
+    """One whose uses are delivered to the recorder; `direct`: weight and bias are the parameters themselves, not parts
+    of an alias."""
+
+    product: Product
+    scope: Scope
+    weight_use: Use | None
+    bias_use: Use | None
+    direct: bool
+
+    def grads(self, ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
         return _grads_with_graph(ctx, b) if torch.is_grad_enabled() else _grads(ctx, b)
 
 
@@ -312,11 +349,11 @@ class _Linear(Rule):
         weight = module.weight
         if x.dtype.is_complex or weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
-        call = _Call(_LINEAR, scope, scope.use("weight"), scope.use("bias"), True)
+        call = _Call(LINEAR, scope, scope.use("weight"), scope.use("bias"), True)
         return _apply(x, weight, module.bias, call)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-        return _sample_grads(_LINEAR, module, inputs[0], output_grad)
+        return _sample_grads(LINEAR, module, inputs[0], output_grad)
 
 
 def _sample_grads(product: Product, module: Any, x: Tensor, b: Tensor) -> Mapping[str, Tensor]:
@@ -409,7 +446,7 @@ def _each(option: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-    out: Tensor = _Layer.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
+    out: Tensor = ProductLayer.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -482,7 +519,7 @@ class _Attention(Rule):
                 weight, weight_use = scope.alias(module, name), scope.use(name)
             bias_use = scope.use("in_proj_bias", part)
             part_bias = None if bias is None else bias[rows]
-            out.append(_apply(x, weight, part_bias, _Call(_LINEAR, scope, weight_use, bias_use, False)))
+            out.append(_apply(x, weight, part_bias, _Call(LINEAR, scope, weight_use, bias_use, False)))
         return out
 
     def _heads(self, module: Any, x: Tensor) -> Tensor:
