@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from svag_fast.experiments.checkpoint import ADVICE, CheckpointError, load_checkpoint, save_checkpoint
 from svag_fast.experiments.config import RunConfig, check_range
 from svag_fast.experiments.data import Dataset, draw_batch, load_dataset
-from svag_fast.experiments.gradients import TwoBatchGradients
+from svag_fast.experiments.gradients import has_sample_norms, measuring_cost, pair_gradients
 from svag_fast.experiments.models import FixedHeadNet, build_model
 from svag_fast.experiments.run_folder import COLUMNS, MUST_BE_FINITE
 from svag_fast.experiments.run_output import Events, MetricsRow, alone_in, repair, write_config, write_metrics
@@ -45,9 +45,10 @@ class Training:
         self.config = config
         self.data = dataset
         self.model = _initial_model(config, dataset).to(config.device)
-        self.gradients = TwoBatchGradients(self.model)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.has_sample_norms = has_sample_norms(self.model)
         self.optimizer = SVAG(
-            self.gradients.params,
+            self.params,
             config.lr_at(0),
             l=config.l,
             weight_decay=config.weight_decay,
@@ -72,17 +73,14 @@ class Training:
         """One SVAG step on two fresh batches; at l = 1, where it is SGD on the first, the second measures the noise."""
         config = self.config
         images, labels = self._two_batches()
-        batches = self.gradients(images, labels, freeze_statistics=config.l == 1)
-        self._hand_over(batches.grads1)
-        self.optimizer.hold_gradient()
-        self._hand_over(batches.grads2)
-        # Set anew each step rather than by a scheduler: the factor depends on the effective step, and resumes with it.
+        # Set each step rather than by a scheduler: the factor depends on the effective step, and resumes with it.
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
+        pair = pair_gradients(self.model, self.optimizer, images, labels, norms=self.has_sample_norms)
         stats = self.optimizer.step()
-        self.losses += batches.losses
+        self.losses += pair.losses
         self.raw_stats += stats.raw
-        if batches.sq_norms is not None:
-            self.sample_sq_norms += batches.sq_norms
+        if pair.sq_norms is not None:
+            self.sample_sq_norms += pair.sq_norms
         self.steps_summed += 1
         self.step += 1
 
@@ -95,12 +93,6 @@ class Training:
         # Drawn on the CPU, so that a run has the same batches on every device.
         indices = torch.cat(drawn).to(self.config.device)
         return self.data.train_images[indices], self.data.train_labels[indices]
-
-    def _hand_over(self, grads: list[Tensor]) -> None:
-        """Make these the parameters' gradients, and leave the list empty: else `hold_gradient` would copy them."""
-        for p, grad in zip(self.gradients.params, grads, strict=True):
-            p.grad = grad
-        grads.clear()
 
     def end_row(self) -> None:
         """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
@@ -139,7 +131,7 @@ class Training:
     @property
     def noise_source(self) -> str:
         """What G and N are estimated from: "per_sample" norms where the model has them, else "two_batches"."""
-        return "per_sample" if self.gradients.separable and self.config.batch_size > 1 else "two_batches"
+        return "per_sample" if self.has_sample_norms and self.config.batch_size > 1 else "two_batches"
 
     def _noise_cost(self) -> float:
         """The time that measuring adds, as a fraction of the time of the gradient that the step itself needs."""
@@ -149,7 +141,7 @@ class Training:
         some = torch.arange(2 * self.config.batch_size, dtype=torch.int64, device="cpu") % len(self.data.train_labels)
         some = some.to(self.config.device)
         images, labels = self.data.train_images[some], self.data.train_labels[some]
-        return self.gradients.measuring_cost(images, labels, both=self.config.l > 1)
+        return measuring_cost(self.model, self.optimizer, images, labels, both=self.config.l > 1)
 
     def _noise(self, stats: StepStats) -> NoiseEstimate:
         """G and N from the means over a row's steps, in which every estimator is linear."""
@@ -163,7 +155,7 @@ class Training:
         return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
 
     def _first_row(self) -> MetricsRow:
-        weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.gradients.params)
+        weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.params)
         start: MetricsRow = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
         start |= {"noise_source": self.noise_source, "noise_cost": self._noise_cost()}
         return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._test() | self._train()

@@ -326,7 +326,7 @@ class Joint:
         self._first, self._second, self._sq_norms = {}, {}, {}
         if self._met is not None:
             self._check_losses(losses, self._met)
-        before = {p: p.grad for p in self._params.values() if p.grad is not None}
+        before: Gradients = {p: p.grad for p in self._params.values() if p.grad is not None}
         for p in before:
             p.grad = None
         torch.autograd.backward(losses, weights)
@@ -335,13 +335,13 @@ class Joint:
             if p.grad is not None:
                 raise RuntimeError(
                     f"{name} got a gradient from outside its own layer's forward in the model's call, so its gradient "
-                    "can't be told apart by batches: have the model return what the losses need, or way=\"halves\""
+                    'can\'t be told apart by batches: have the model return what the losses need, or way="halves"'
                 )
         for sums, grads in ((first, self._first), (before, self._second)):
             for p, grad in grads.items():
                 sums[p] = sums[p] + grad if p in sums else grad
-        for p, grad in before.items():
-            p.grad = grad
+        for kept, grad in before.items():
+            kept.grad = grad
         if self._norms is not None:  # each loss has the weight 1/B
             self._norms.passes.append(Rows(len(losses) // 2, self._sq_norms, self._norms.aliases))
 

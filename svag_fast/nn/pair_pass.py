@@ -22,8 +22,9 @@ from svag_fast.sample_norms.tape import Recorder, in_backward
 
 Way: TypeAlias = Literal["auto", "joint", "halves"]
 
-# Elements of both batches' input up to which a CPU takes both batches at once: docs/decisions.md.
-JOINT_ELEMENTS = 128 * 64
+# Elements of both batches' input up to which a CPU takes both batches at once without norms; with norms it always does.
+# Measured: docs/decisions.md.
+JOINT_ELEMENTS = 512 * 64
 
 
 class Pair:
@@ -267,8 +268,8 @@ class _Run:
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint | ByHalves:
         inputs = tensors_of((args, kwargs))
-        small = bool(inputs) and (inputs[0].is_cuda or inputs[0].numel() <= JOINT_ELEMENTS)
-        if self._joint is None or self._context is not None or not (small or self.wanted == "joint"):
+        faster = self._with_norms or (bool(inputs) and (inputs[0].is_cuda or inputs[0].numel() <= JOINT_ELEMENTS))
+        if self._joint is None or self._context is not None or not (faster or self.wanted == "joint"):
             return self._halves
         return self._fallen_back(self._joint) if isinstance(self._joint, str) else self._joint
 

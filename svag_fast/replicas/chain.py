@@ -116,7 +116,7 @@ class Chain:
 
         def flat(trained: bool) -> Tensor:
             parts = [values[p.name].detach().reshape(-1) for p in self.parameters if p.trained == trained]
-            return torch.cat([torch.empty(0, device="cpu"), *parts])
+            return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *parts])
 
         return FlatParameters(flat(True), flat(False))
 

@@ -172,7 +172,7 @@ class FusedRuns:
         self._steps = torch.zeros(count, dtype=torch.int64, device="cpu")
         self._diverged = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._sums = torch.zeros(count, len(RunSums._fields), dtype=torch.float64, device="cpu")
-        self._scratch = torch.empty(0, device="cpu")
+        self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self._at_work = threading.Lock()  # the kernels lend their work space to one call at a time
 
     @property
@@ -308,7 +308,7 @@ class FusedRuns:
 
         threads = self._thread_count(len(order))
         if len(self._scratch) < threads * self._net.scratch:
-            self._scratch = torch.zeros(threads * self._net.scratch, device="cpu")
+            self._scratch = torch.zeros(threads * self._net.scratch, dtype=torch.float32, device="cpu")
             self._slots = torch.zeros(threads, dtype=torch.int8, device="cpu")
         return _C.Replicas(
             self._net.compiled,

@@ -37,7 +37,7 @@ def rows(folder):
 
 def own_grads(training, images, labels):
     """Each sample's own gradient [B, parameters], float64."""
-    params = training.gradients.params
+    params = training.params
     rows = []
     for image, label in zip(images, labels, strict=True):
         grads = torch.autograd.grad(F.cross_entropy(training.model(image[None]), label[None]), params)
@@ -58,7 +58,7 @@ def assert_same_run(one, other):
 
 def plain_gradients(training, images, labels):
     losses = [F.cross_entropy(training.model(x), y) for x, y in zip(images.chunk(2), labels.chunk(2), strict=True)]
-    return losses, [torch.autograd.grad(loss, training.gradients.params) for loss in losses]
+    return losses, [torch.autograd.grad(loss, training.params) for loss in losses]
 
 
 @pytest.mark.parametrize(("l", "sampling"), [(1, "replacement"), (2, "replacement"), (5.5, "distinct")])
@@ -70,9 +70,7 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l, sampling
     for _ in range(3):
         images, labels = plain._two_batches()
         (loss1, loss2), (grads1, grads2) = plain_gradients(plain, images, labels)
-        g1, g2, x = (
-            torch.cat([t.detach().double().flatten() for t in ts]) for ts in (grads1, grads2, plain.gradients.params)
-        )
+        g1, g2, x = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (grads1, grads2, plain.params))
         # All pairs of the 2B samples for G; each batch's own scatter for N.
         B, n = len(labels) // 2, len(DIGITS.train_labels)
         left = (n - B) / n if sampling == "distinct" else 1
@@ -84,7 +82,7 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l, sampling
         sums["weight_sq_norm"] += float(x.square().sum()) / 3
         sums["amplified_loss"] += (c1 * loss1 + c2 * loss2).item() / 3
         with torch.no_grad():
-            for p, a, b in zip(plain.gradients.params, grads1, grads2, strict=True):
+            for p, a, b in zip(plain.params, grads1, grads2, strict=True):
                 p -= 0.1 / l * (c1 * a + c2 * b + 0.02 * p)
         ours.take_step()
     ours.seconds = 1.0
@@ -95,7 +93,7 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l, sampling
     assert row["time"] == pytest.approx(3 * 0.1 / l)
     assert row["effective_step"] == 3 / l
     assert row["train_loss"] is None
-    for p, expected in zip(ours.gradients.params, plain.gradients.params, strict=True):
+    for p, expected in zip(ours.params, plain.params, strict=True):
         assert (p - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -106,7 +104,7 @@ def test_sgd_s_path_does_not_depend_on_the_batches_that_only_measure_its_noise()
         one.take_step()
         other.take_step()
     assert not torch.equal(one.raw_stats, other.raw_stats)
-    assert all(torch.equal(a, b) for a, b in zip(one.gradients.params, other.gradients.params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.params, other.params, strict=True))
 
 
 def test_all_runs_start_from_the_same_weights_and_seeds_and_l_draw_their_own_batches():

@@ -543,7 +543,7 @@ def test_batchnorm_has_no_norms_and_the_model_is_left_alone():
 # ---- the choice
 
 
-@pytest.mark.parametrize(("size", "way"), [(6, "joint"), (64, "halves")])
+@pytest.mark.parametrize(("size", "way"), [(6, "joint"), (160, "halves")])
 def test_auto_takes_small_inputs_jointly_and_large_ones_by_halves_without_a_word(size, way):
     model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with warnings.catch_warnings():
