@@ -21,11 +21,12 @@ from svag_fast.nn.joint_grads import OURS, PairCall, Twin
 from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
 from svag_fast.nn.replay import Replay, differ, randomised, rewound, tensors_of
 from svag_fast.sample_norms.dispatch import is_served
-from svag_fast.sample_norms.layers.products import LINEAR, Product, ProductLayer, conv_plan
+from svag_fast.sample_norms.layers.products import LINEAR, Product, conv_plan
 from svag_fast.sample_norms.rule import Rule, Seen, in_full_precision, rule_of
 from svag_fast.sample_norms.tape import Recorder, Rows, hook, in_backward
 
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OWN = {"weight", "bias"}  # not reparametrised
 _BY_HALVES = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -89,7 +90,7 @@ class Joint:
         self.inside = False
         self._rows = 0
         self._met: list[_Met] | None = None  # layers' outputs, in passes that are looked at
-        self.only_looks = False  # whether the running backward pass only looks at rows
+        self.taking = False
         self.is_verified = self._seen_losses = False
 
     # ---- which layers
@@ -123,7 +124,8 @@ class Joint:
             raise NotJoint(f"{label} has a forward of its own put onto the instance")
         if batch_norm:
             return self._served(label, module, self._run_batch_norm)
-        if kind in _PRODUCTS and not module.weight.is_complex():  # type: ignore[operator]
+        weight = module._parameters.get("weight")
+        if kind in _PRODUCTS and weight is not None and not weight.is_complex() and module._parameters.keys() <= _OWN:
             return self._product(label, module)
         if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None):
             raise NotJoint(f"{label}: sparse gradients and max_norm are not served")
@@ -194,6 +196,11 @@ class Joint:
         return out
 
     @property
+    def looks(self) -> bool:
+        """Whether the running forward pass will be looked at."""
+        return self._met is not None
+
+    @property
     def takes_norms(self) -> bool:
         """Whether the running backward pass takes the samples' norms."""
         return self._norms is not None
@@ -235,7 +242,7 @@ class Joint:
                 product, input = plan.product, plan.padded(input)
             if call is None or call.product is not product or call.weight is not weight or call.bias is not bias:
                 call = PairCall(self, product, weight, bias)
-            out = ProductLayer.apply(input, weight, bias, call)  # type: ignore[no-untyped-call]
+            out = call.run(input)
             if self._met is not None:
                 self._meet(label, out)
             return out
@@ -306,7 +313,7 @@ class Joint:
         assert rule is not None
 
         def take(output_grad: Tensor) -> None:
-            if self.only_looks:
+            if not self.taking:
                 return
             with torch.no_grad(), in_full_precision(output_grad):
                 for name, sq_norms in seen.sq_norms(rule, output_grad, shapes).items():
@@ -329,7 +336,11 @@ class Joint:
         before: Gradients = {p: p.grad for p in self._params.values() if p.grad is not None}
         for p in before:
             p.grad = None
-        torch.autograd.backward(losses, weights)
+        self.taking = True
+        try:
+            torch.autograd.backward(losses, weights)
+        finally:
+            self.taking = False
         self.forget()
         for name, p in self._params.items():
             if p.grad is not None:
@@ -445,11 +456,9 @@ class Joint:
 
         # By hooks: to ask for the layers' gradients would hold them all at once.
         handles = [m.node.register_prehook(functools.partial(look, layer)) for layer, m in enumerate(met)]
-        self.only_looks = True
         try:
             torch.autograd.grad(outputs, list(self._params.values()), weights, retain_graph=True, allow_unused=True)
         finally:
-            self.only_looks = False
             for handle in handles:
                 handle.remove()
         for m, halves in zip(met, reached, strict=True):

@@ -15,7 +15,12 @@ from svag_fast.sample_norms.tape import row_sq_norms
 class Taker(Protocol):
     """Who gets the two gradients: :class:`svag_fast.nn.joint.Joint`."""
 
-    only_looks: bool
+    taking: bool
+    """Whether the running backward pass is the one whose gradients are taken: others may go through the graph."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether the running forward pass will be looked at: every parameter must be in its graph."""
 
     @property
     def takes_norms(self) -> bool:
@@ -42,7 +47,7 @@ class Twin(torch.autograd.Function):
         """Hand over both batches' gradients, copied: another tensor's may be the same memory."""
         if torch.is_grad_enabled():
             raise second_derivatives()
-        if not ctx.joint.only_looks:
+        if ctx.joint.taking:
             ctx.joint.take(ctx.p, *(torch.empty_like(ctx.p).copy_(grad) for grad in grads))
         return None, None
 
@@ -70,33 +75,89 @@ class PairCall(NamedTuple):
         """The input's gradient to autograd; each batch's of weight and bias to `joint`."""
         if torch.is_grad_enabled():
             raise second_derivatives()
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        x_grad = None
+        if wants_x:
+            with in_full_precision(b):
+                b = b.resolve_neg()
+                x_grad = _cast(self.product.input_grad(b, x, _cast(weight, b.dtype)), ctx.dtypes[0])
+        if self.joint.taking:
+            self.take(x if wants_weight else None, b, wants_bias=wants_bias)
+        return x_grad, None, None, None
+
+    def take(self, x: Tensor | None, b: Tensor, *, wants_bias: bool) -> None:
+        """Each batch's gradients, and all norms if wanted, from the layer's input (None: not of the weight) and the
+        gradient of its output."""
+        joint, product, weight, bias = self
+        norms = joint.takes_norms
         with in_full_precision(b):
-            joint, product, parameter, bias = self
-            x, weight = ctx.saved_tensors
-            wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
             if b.is_neg():
                 b = b.resolve_neg()  # the kernels read memory
-            if x.is_neg():
-                x = x.resolve_neg()
-            x_grad = None
-            if wants_x:
-                x_grad = _cast(product.input_grad(b, x, _cast(weight, b.dtype)), ctx.dtypes[0])
-            if joint.only_looks:
-                return x_grad, None, None, None
-            if wants_weight:
-                (first, second), sq_norms = weight_grads_of_halves(product, b, x, weight, norms=joint.takes_norms)
-                joint.take(parameter, _cast(first, weight.dtype), _cast(second, weight.dtype))
-                if joint.takes_norms:
+            if x is not None:
+                if x.is_neg():
+                    x = x.resolve_neg()
+                (first, second), sq_norms = weight_grads_of_halves(product, b, x, weight, norms=norms)
+                joint.take(weight, _cast(first, weight.dtype), _cast(second, weight.dtype))
+                if norms:
                     assert sq_norms is not None
-                    joint.take_norms(parameter, sq_norms)
+                    joint.take_norms(weight, sq_norms)
             if wants_bias:
                 assert bias is not None
                 summed = list(range(b.dim() - 1)) if product is LINEAR else [0, *range(2, b.dim())]
                 first, second = (half.sum(summed, dtype=bias.dtype) for half in torch.split(b, len(b) // 2))
                 joint.take(bias, first, second)
-                if joint.takes_norms:
+                if norms:
                     joint.take_norms(bias, row_sq_norms(product.sample_bias_grads(b)))
-        return x_grad, None, None, None
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's output from an input [2B, ...].
+
+        Where the input has a gradient the graph stays PyTorch's own, which is faster than any function of ours, and
+        the layer's gradients are formed where its output's comes by. Else, and where somebody keeps what is saved for
+        the backward pass elsewhere (checkpoints, offloading), a function of ours saves the input.
+        """
+        _, product, weight, bias = self
+        as_a_view = x.dim() == 3 or (x.dim() > 3 and product is LINEAR)  # of what PyTorch makes: its node may be replaced
+        if as_a_view or not x.requires_grad or self.joint.looks or _saved_elsewhere(True) is not None:
+            output: Tensor = ProductLayer.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+            return output
+        output = product.output(x, weight.detach(), None if bias is None else bias.detach())
+        assert not output._is_view()
+        wants_bias = bias is not None and bias.requires_grad
+        if weight.requires_grad or wants_bias:
+            low = x if x.dtype == output.dtype else x.detach().to(output.dtype)
+            node: Any = output.grad_fn
+            node.register_prehook(_Passing(self, low if weight.requires_grad else None, wants_bias))
+        return output
+
+
+# What asks for the hooks that keep saved tensors elsewhere.
+_saved_elsewhere: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class _Passing:
+    """Sees the gradient of a layer's output pass by, once."""
+
+    __slots__ = ("_call", "_version", "_wants_bias", "_x")
+
+    def __init__(self, call: PairCall, x: Tensor | None, wants_bias: bool) -> None:
+        self._call, self._x, self._wants_bias = call, x, wants_bias
+        self._version = 0 if x is None else x._version
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        if torch.is_grad_enabled():
+            raise second_derivatives()
+        b, x = grads[0], self._x
+        if b is None or not self._call.joint.taking:
+            return
+        if x is not None and x._version != self._version:
+            raise RuntimeError(
+                f"the input {list(x.shape)} of a layer was changed by an in-place operation before the backward pass, "
+                "which needs it as it was"
+            )
+        self._x = None  # as PyTorch frees what a node has saved
+        self._call.take(x, b, wants_bias=self._wants_bias)
 
 
 OURS = (Twin._backward_cls, ProductLayer._backward_cls)

@@ -130,6 +130,12 @@ MODELS = {
         nn.Linear(64, CLASSES).requires_grad_(True),
     ),
     "tied": Tied,
+    "changes in place": lambda: nn.Sequential(
+        *(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(2, 3, 3), nn.LeakyReLU(inplace=True)),
+        *(nn.Flatten(2), nn.Linear(16, 12), nn.LeakyReLU(inplace=True), nn.Conv1d(3, 2, 3), nn.ReLU(inplace=True)),
+        *(nn.Unflatten(2, (1, 2, 5)), nn.Conv3d(2, 2, (1, 1, 3)), nn.LeakyReLU(inplace=True)),
+        *(nn.Flatten(), nn.Linear(12, 8), nn.LeakyReLU(inplace=True), nn.Linear(8, CLASSES)),
+    ),
 }
 BY_HALVES_ALONE = {
     "a value that all share": (Language, lambda: torch.randint(0, 7, (2 * B, 6)), "positions.*its rows are not the"),

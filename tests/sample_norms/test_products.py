@@ -233,3 +233,11 @@ def test_attention_with_another_number_of_heads():
         layer.num_heads = 2
         output, _ = layer(x, x, x)
     torch.testing.assert_close(output, layer(x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(5, 4), (3, 2, 5)), (nn.Conv1d(5, 4, 2), (3, 5, 4)), (nn.Linear(5, 4), (3, 5))]
+)
+def test_outputs_may_be_changed_in_place(layer, shape):
+    """Trap: PyTorch makes some of these outputs as views, which a custom autograd function must not return."""
+    check(nn.Sequential(layer, nn.LeakyReLU(inplace=True)), randn(*shape))

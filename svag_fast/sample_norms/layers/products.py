@@ -206,6 +206,8 @@ class ProductLayer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         """The layer's output, of which `call` forms the gradients."""
         output = call.product.output(x, weight, bias)
+        if output._is_view():  # of what PyTorch makes on the way: nobody could change it in place behind a function
+            output = output.data
         low = x if x.dtype == output.dtype else x.to(output.dtype)  # what the layer saw under autocast
         # Without a weight gradient nothing of x is needed but its shape.
         ctx.save_for_backward(low if ctx.needs_input_grad[1] else low.new_empty(1).expand(x.shape), weight)
