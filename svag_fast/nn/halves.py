@@ -29,13 +29,20 @@ class _Cut(NamedTuple):
     leaves: tuple[Tensor, Tensor]
 
 
+def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What a model is called on, out of its containers."""
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # as a rule: without a search
+        return [args[0]]
+    return tree_leaves((args, kwargs))
+
+
 def row_count(args: Any, kwargs: Any) -> int:
     """2B: the first dimension of the first tensor among a model's inputs.
 
     Raises:
         ValueError: there is none, it is odd, or tensors are in containers that PyTorch can't look into.
     """
-    leaves = tree_leaves((args, kwargs)) if kwargs or len(args) != 1 or type(args[0]) is not Tensor else list(args)
+    leaves = leaves_of(args, kwargs)
     for leaf in leaves:
         hidden = (
             leaf.values() if isinstance(leaf, Mapping) else vars(leaf).values() if hasattr(leaf, "__dict__") else ()

@@ -118,7 +118,9 @@ class PairCall(NamedTuple):
         the backward pass elsewhere (checkpoints, offloading), a function of ours saves the input.
         """
         _, product, weight, bias = self
-        as_a_view = x.dim() == 3 or (x.dim() > 3 and product is LINEAR)  # of what PyTorch makes: its node may be replaced
+        as_a_view = x.dim() == 3 or (
+            x.dim() > 3 and product is LINEAR
+        )  # of what PyTorch makes: its node may be replaced
         if as_a_view or not x.requires_grad or self.joint.looks or _saved_elsewhere(True) is not None:
             output: Tensor = ProductLayer.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
             return output

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -12,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from svag_fast.nn.halves import ByHalves, Gradients
+from svag_fast.nn.halves import ByHalves, Gradients, leaves_of
 from svag_fast.nn.joint import Joint, NotJoint
 from svag_fast.nn.pair_batch_norm import CoupledSamples
-from svag_fast.nn.replay import tensors_of
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import SampleNorms, per_sample_sq_norms
 from svag_fast.sample_norms.tape import Recorder, in_backward
@@ -159,7 +159,7 @@ class _Run:
         self.optimizer = optimizer
         self.wanted = wanted
         self.way: str | None = None
-        self._seen = _look(model, optimizer)
+        self._seen = _Look(model, optimizer)
         self._params = _trained(self.root, optimizer)
         self._joint: Joint | str | None = None  # or why it can't be
         self._halves = ByHalves(self.root, self._params)
@@ -175,7 +175,7 @@ class _Run:
     def serves(self, model: nn.Module, optimizer: TwoBatchOptimizer, wanted: Way) -> bool:
         """Whether all is as it was."""
         same = self.model is model and self.optimizer is optimizer and self.wanted == wanted
-        return same and self._seen == _look(model, optimizer)
+        return same and self._seen.holds()
 
     @property
     def is_open(self) -> bool:
@@ -267,7 +267,7 @@ class _Run:
             return self._start(self._fallen_back(str(reason))).forward(inner, args, kwargs)
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint | ByHalves:
-        inputs = tensors_of((args, kwargs))
+        inputs = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor) and x.dim() > 0]
         faster = self._with_norms or (bool(inputs) and (inputs[0].is_cuda or inputs[0].numel() <= JOINT_ELEMENTS))
         if self._joint is None or self._context is not None or not (faster or self.wanted == "joint"):
             return self._halves
@@ -374,20 +374,56 @@ def _refused(reason: str) -> CoupledSamples:
     return CoupledSamples(f'the model can\'t take both batches at once: {reason}; way="halves" serves it')
 
 
-def _look(model: nn.Module, optimizer: TwoBatchOptimizer) -> list[Any]:
-    """What a model's and an optimizer's structure comes to: compared at each entry, so in terms that are quick."""
-    seen: list[Any] = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    modules, met = [model], {model}
-    for module in modules:
-        seen.append((type(module), module.training, "forward" in module.__dict__, module._compiled_call_impl is None))
-        for p in module._parameters.values():
-            if p is not None:
-                seen.append((id(p), p.requires_grad, bool(p._backward_hooks), bool(p._post_accumulate_grad_hooks)))
-        for child in module._modules.values():
-            if child is not None and child not in met:
-                met.add(child)
-                modules.append(child)
-    return seen
+class _Look:
+    """A model's and an optimizer's structure, compared at each entry with what it is then, so in quick terms."""
+
+    def __init__(self, model: nn.Module, optimizer: TwoBatchOptimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._modules = [
+            (m, type(m), m.training, *_served_otherwise(m), m._modules, list(m._modules.values()))
+            for m in model.modules()
+        ]
+        self._params = [
+            (own, list(own.values()), [_state(p) for p in own.values()])
+            for own in (module._parameters for module in model.modules())
+            if own
+        ]
+        self._bare = [module._parameters for module in model.modules() if not module._parameters]
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._groups) or any(self._bare):
+            return False
+        for group, listed in zip(groups, self._groups, strict=True):
+            if not _same(group["params"], listed):
+                return False
+        for module, kind, training, patched, compiled, children, listed in self._modules:
+            if type(module) is not kind or module.training is not training:
+                return False
+            if (patched, compiled) != _served_otherwise(module) or not _same(children.values(), listed):
+                return False
+        for own, listed, states in self._params:
+            if not _same(own.values(), listed) or [_state(p) for p in listed] != states:
+                return False
+        return True
+
+
+def _served_otherwise(module: nn.Module) -> tuple[bool, bool]:
+    """Whether a module has a forward on the instance, and whether it is compiled in place."""
+    return "forward" in module.__dict__, module._compiled_call_impl is not None
+
+
+def _same(values: Collection[Any], listed: list[Any]) -> bool:
+    return len(values) == len(listed) and all(map(operator.is_, values, listed))
+
+
+def _state(p: nn.Parameter | None) -> tuple[bool, bool, bool] | None:
+    """Whether it is trained, and who looks at its gradient."""
+    if p is None:
+        return None
+    return (p.requires_grad, not p._backward_hooks, not p._post_accumulate_grad_hooks)
 
 
 def _trained(root: nn.Module, optimizer: TwoBatchOptimizer) -> dict[str, nn.Parameter]:
