@@ -28,6 +28,8 @@ Part: TypeAlias = tuple[int, int] | None
 
 # Elements of the per-sample gradients that are held at a time where they have to be formed: 16 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 22
+# The backward pass that the caller runs in; _NO_TASK outside of one. Asked for often, so without a function around it.
+_current_task: Callable[[], int] = torch._C._current_graph_task_id
 _NO_TASK = -1
 _NOTHING = nullcontext()
 _SUMMED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -48,7 +50,8 @@ class Use:
             recorder.pending[self.key] = recorder.pending.get(self.key, 0) + 1
 
     def __del__(self) -> None:
-        if hasattr(self, "pending"):  # else it was made without __init__, as by a compiler that follows the code
+        # Without the attribute it was made without __init__, as by a compiler that follows the code.
+        if getattr(self, "pending", False):
             self.settle()
 
     def settle(self) -> None:
@@ -346,11 +349,6 @@ def row_sq_norms(rows: Tensor) -> Tensor:
 def in_backward() -> bool:
     """Whether a backward pass is running, in which a checkpoint may run layers once more."""
     return _current_task() != _NO_TASK
-
-
-def _current_task() -> int:
-    """The backward pass that this code runs in, -1 outside of one."""
-    return torch._C._current_graph_task_id()
 
 
 def _foreign(name: str) -> str:
