@@ -21,7 +21,9 @@ from svag_fast.nn.joint_grads import OURS, PairCall, Twin
 from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
 from svag_fast.nn.replay import Replay, differ, randomised, rewound, tensors_of
 from svag_fast.sample_norms.dispatch import is_served
-from svag_fast.sample_norms.layers.products import LINEAR, Product, conv_plan
+from svag_fast.sample_norms.layers.conv import conv_plan
+from svag_fast.sample_norms.layers.linear import LINEAR
+from svag_fast.sample_norms.layers.products import Product
 from svag_fast.sample_norms.rule import Rule, Seen, in_full_precision, rule_of
 from svag_fast.sample_norms.tape import Recorder, Rows, hook, in_backward
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from svag_fast.sample_norms.layers.products import LINEAR, Product, ProductLayer, weight_grads_of_halves
+from svag_fast.sample_norms.layers.linear import LINEAR
+from svag_fast.sample_norms.layers.products import Product, ProductLayer, weight_grads_of_halves
 from svag_fast.sample_norms.rule import in_full_precision
 from svag_fast.sample_norms.tape import row_sq_norms
 
@@ -104,8 +105,7 @@ class PairCall(NamedTuple):
                     joint.take_norms(weight, sq_norms)
             if wants_bias:
                 assert bias is not None
-                summed = list(range(b.dim() - 1)) if product is LINEAR else [0, *range(2, b.dim())]
-                first, second = (half.sum(summed, dtype=bias.dtype) for half in torch.split(b, len(b) // 2))
+                first, second = (product.bias_grad(half, bias.dtype) for half in torch.split(b, len(b) // 2))
                 joint.take(bias, first, second)
                 if norms:
                     joint.take_norms(bias, row_sq_norms(product.sample_bias_grads(b)))

@@ -3,7 +3,7 @@
 The layers with large weights replace their weight gradient by one that brings the norms along
 (`svag_fast.ops.weight_grad_and_sq_norms`), so they cost nothing extra; the small ones (biases, normalisations,
 embeddings) are added up from their output's gradient. Which layer does what: `svag_fast.sample_norms.rule` and
-`svag_fast.sample_norms.layers.products`; how they work together: docs/per_sample_norms.md.
+`svag_fast.sample_norms.layers`; how they work together: docs/per_sample_norms.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-import svag_fast.sample_norms.layers.products  # noqa: F401  (registers its rules)
+import svag_fast.sample_norms.layers.table  # noqa: F401  (registers its rules)
 from svag_fast import moved
 from svag_fast.sample_norms.dispatch import run_compiled_code_eagerly
 from svag_fast.sample_norms.rule import by_vmap, register_rule

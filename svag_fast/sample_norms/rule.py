@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svag_fast.ops.memory import has_memory
@@ -291,7 +290,9 @@ def _rows(inputs: tuple[Any, ...], B: int, rows: slice) -> tuple[Any, ...]:
     return tuple(x[rows] if x.dim() > 0 and x.shape[0] == B else x for x in inputs)
 
 
-class _FunctionRule(Rule):
+class FunctionRule(Rule):
+    """One whose samples' gradients a function gives."""
+
     def __init__(
         self,
         function: RuleFunction,
@@ -305,9 +306,11 @@ class _FunctionRule(Rule):
         self.any_rows = any_rows
 
     def least_dims(self, module: Any) -> int:
+        """The fewest dimensions of an input with samples."""
         return self._least_dims(module)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
+        """Each sample's gradient [B, *shape] of weight and bias."""
         return self.function(module, inputs, output_grad)
 
 
@@ -345,7 +348,7 @@ def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:
 
     def register(function: _F) -> _F:
         for kind in module_types:
-            _RULES[kind] = _FunctionRule(function)
+            _RULES[kind] = FunctionRule(function)
         return function
 
     return register
@@ -354,18 +357,6 @@ def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:
 def register(rule: Rule, *module_types: type[nn.Module]) -> None:
     """Put a rule object into the table."""
     _RULES.update(dict.fromkeys(module_types, rule))
-
-
-def _built_in(
-    *module_types: type[nn.Module], least_dims: Callable[[Any], int], any_rows: bool = False
-) -> Callable[[_F], _F]:
-    """Decorator: a rule function for layers of the library, whose parameters and inputs are known."""
-
-    def decorate(function: _F) -> _F:
-        register(_FunctionRule(function, frozenset({"weight", "bias"}), least_dims, any_rows), *module_types)
-        return function
-
-    return decorate
 
 
 def by_vmap(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
@@ -410,155 +401,3 @@ def in_full_precision(grad: Tensor) -> AbstractContextManager[Any]:
         return _NOTHING
     off: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
     return off
-
-
-def _positions(x: Tensor) -> Tensor:
-    """Σ_t over everything behind [B, C]."""
-    return x.flatten(2).sum(2) if x.dim() > 2 else x
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: half-precision products are summed in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@_built_in(nn.GroupNorm, least_dims=lambda module: 2)
-def group_norm(module: nn.GroupNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-    """Weight: Σ_t b_t ⊙ x̂_t, x̂ the normalised input; bias: Σ_t b_t."""
-    normalised = F.group_norm(_wide(inputs[0]), module.num_groups, eps=module.eps)
-    return _affine(normalised, output_grad)
-
-
-_INSTANCE_NORMS: dict[type[nn.Module], int] = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
-
-
-@_built_in(*_INSTANCE_NORMS, least_dims=lambda module: _instance_norm_dims(module))
-def instance_norm(module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-    """As GroupNorm's, with one group a channel, or with the running statistics where the module uses those."""
-    x = _wide(inputs[0])
-    if module.training or not module.track_running_stats:
-        return _affine(F.instance_norm(x, eps=module.eps), output_grad)
-    return _affine(_by_running_statistics(module, x), output_grad)
-
-
-def _instance_norm_dims(module: Any) -> int:
-    return next(dims for kind, dims in _INSTANCE_NORMS.items() if isinstance(module, kind))
-
-
-def _by_running_statistics(module: Any, x: Tensor) -> Tensor:
-    mean, var = (v.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 2)) for v in (module.running_mean, module.running_var))
-    out: Tensor = (x - mean) * (var + module.eps).rsqrt()
-    return out
-
-
-def _affine(normalised: Tensor, output_grad: Tensor) -> Mapping[str, Tensor]:
-    return {"weight": _positions(output_grad * normalised), "bias": _positions(_wide(output_grad))}
-
-
-@_built_in(nn.LayerNorm, least_dims=lambda module: 1 + len(module.normalized_shape), any_rows=True)
-def layer_norm(module: nn.LayerNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-    """Weight: Σ_t b_t ⊙ x̂_t over the dimensions between the samples and the normalised ones; bias: Σ_t b_t."""
-    normalised = F.layer_norm(_wide(inputs[0]), module.normalized_shape, eps=module.eps)
-    return {
-        "weight": _tokens(output_grad * normalised, module.normalized_shape),
-        "bias": _tokens(_wide(output_grad), module.normalized_shape),
-    }
-
-
-@_built_in(nn.RMSNorm, least_dims=lambda module: 1 + len(module.normalized_shape), any_rows=True)
-def rms_norm(module: nn.RMSNorm, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-    """Σ_t b_t ⊙ x_t / rms(x_t)."""
-    # Where eps is None, PyTorch takes the epsilon of the input's own dtype.
-    eps = torch.finfo(inputs[0].dtype).eps if module.eps is None else module.eps
-    normalised = F.rms_norm(_wide(inputs[0]), list(module.normalized_shape), eps=eps)
-    return {"weight": _tokens(output_grad * normalised, module.normalized_shape)}
-
-
-def _tokens(x: Tensor, kept: tuple[int, ...]) -> Tensor:
-    """Σ_t over the dimensions between the samples and the last ones of shape `kept`."""
-    between = x.shape[1 : x.dim() - len(kept)]
-    return x.reshape(x.shape[0], math.prod(between), *kept).sum(1)
-
-
-def _all_but_first(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
-
-
-@_built_in(nn.PReLU, least_dims=lambda module: 1 if module.num_parameters == 1 else 2)
-def prelu(module: nn.PReLU, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-    """Σ_t b_t min(x_t, 0), over the channels too where they share one slope."""
-    x = _wide(inputs[0])
-    rows = output_grad * x.clamp(max=0)
-    if module.num_parameters == 1:
-        return {"weight": _all_but_first(rows).sum(1, keepdim=True)}
-    return {"weight": _positions(rows)}
-
-
-class _BatchNorm(Rule):
-    """By its running statistics (evaluation mode) as GroupNorm's; in training mode the samples are coupled."""
-
-    knows = frozenset({"weight", "bias"})
-
-    def refusal(self, module: Any) -> str | None:
-        if module.training or module.running_mean is None:
-            return (
-                "BatchNorm that uses the batch's statistics couples the samples, so that none has a gradient of its "
-                "own (with affine=False too): use svag_fast.noise.from_two_batches or StepStats, replace it by "
-                "GroupNorm, or put it into evaluation mode"
-            )
-        return None
-
-    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-        return _affine(_by_running_statistics(module, _wide(inputs[0])), output_grad)
-
-
-class _Embedding(Rule):
-    """|g_i|² = Σ_v |Σ_{t: index_t = v} b_t|²: only rows that are looked up, padding_idx without."""
-
-    knows = frozenset({"weight"})
-    any_rows = True
-
-    def refusal(self, module: Any) -> str | None:
-        if module.scale_grad_by_freq:
-            return "scale_grad_by_freq=True divides by counts over the batch, which couples the samples"
-        if module.max_norm is not None:
-            return "max_norm rewrites the weight in each forward pass: renormalise it between the steps instead"
-        if module.sparse:
-            return "sparse=True gives sparse gradients, which have no fused step: use sparse=False"
-        return None
-
-    def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
-        index, b = self._lookups(module, inputs[0], output_grad)
-        grads = b.new_zeros(index.shape[0], module.num_embeddings, module.embedding_dim)
-        samples = torch.arange(index.shape[0], device=index.device)[:, None].expand_as(index)
-        return {"weight": grads.index_put_((samples, index), b, accumulate=True)}
-
-    def sq_norms(
-        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
-    ) -> Mapping[str, Tensor]:
-        index, b = self._lookups(module, inputs[0], output_grad)
-        B = index.shape[0]
-        samples = torch.arange(B, device=index.device)[:, None]
-        keys, inverse = torch.unique(samples * module.num_embeddings + index, return_inverse=True)
-        rows = b.new_zeros(keys.numel(), b.shape[-1]).index_add_(0, inverse.flatten(), b.flatten(0, 1))
-        out = torch.zeros(B, dtype=torch.float64, device=b.device)
-        return {"weight": out.index_add_(0, keys // module.num_embeddings, row_sq_norms(rows))}
-
-    def total(
-        self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor, shapes: Mapping[str, torch.Size]
-    ) -> dict[str, Tensor]:
-        index, b = self._lookups(module, inputs[0], output_grad)
-        sums = torch.zeros(shapes["weight"], dtype=checks.double(b).dtype, device=b.device)
-        return {"weight": sums.index_add_(0, index.flatten(), checks.double(b).flatten(0, 1))}
-
-    def _lookups(self, module: Any, index: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices [B, T] and their output gradients [B, T, d], zero at the padding index."""
-        index = _all_but_first(index)
-        b = _wide(output_grad).reshape(*index.shape, output_grad.shape[-1])
-        if module.padding_idx is not None:
-            b = b * (index != module.padding_idx)[..., None]
-        return index, b
-
-
-register(_BatchNorm(), nn.modules.batchnorm._BatchNorm)
-register(_Embedding(), nn.Embedding)

@@ -8,7 +8,7 @@ from torch import nn
 from svag_fast import by_vmap, per_sample_sq_norms, register_rule
 from svag_fast.noise import estimators as noise
 from svag_fast.sample_norms import rule as sample_norm_rules
-from svag_fast.sample_norms.layers import products as sample_norm_products
+from svag_fast.sample_norms.layers import conv, linear
 
 
 class Scale(nn.Module):
@@ -150,14 +150,15 @@ def test_a_wrong_weight_gradient_never_reaches_the_parameter(layer, monkeypatch)
     def wrong(inputs, output_grads, shape, geometry):
         return torch.ones(shape, dtype=torch.float64), torch.ones(len(inputs), dtype=torch.float64)
 
-    monkeypatch.setattr(sample_norm_products, "unchecked_weight_grad", wrong)
+    for module in (conv, linear):
+        monkeypatch.setattr(module, "unchecked_weight_grad", wrong)
     with per_sample_sq_norms(net), pytest.raises(RuntimeError, match="its weight gradient is not the one that PyTorch"):
         net(x).square().sum().backward()
     assert net.weight.grad is None
 
 
 def test_wrong_norms_are_found_out_on_demand(monkeypatch):
-    right = sample_norm_products.unchecked_weight_grad
+    right = linear.unchecked_weight_grad
 
     def wrong(*args):
         grad, sq_norms = right(*args)
@@ -167,7 +168,7 @@ def test_wrong_norms_are_found_out_on_demand(monkeypatch):
     with per_sample_sq_norms(net, check=True) as norms:
         net(x).square().sum().backward()
         assert norms.total.shape == (2,)
-    monkeypatch.setattr(sample_norm_products, "unchecked_weight_grad", wrong)
+    monkeypatch.setattr(linear, "unchecked_weight_grad", wrong)
     with per_sample_sq_norms(net, check=True) as norms:
         net(x).square().sum().backward()
         with pytest.raises(RuntimeError, match="the norms of weight are not those of the samples' own gradients"):

@@ -241,7 +241,7 @@ MUTANTS = (
     ),
     Mutant(
         "Linear: |b|⁴ for |a|²|b|²",
-        "sample_norms/layers/products.py",
+        "sample_norms/layers/linear.py",
         "b_sq_norms * row_sq_norms(x)",
         "b_sq_norms * row_sq_norms(b)",
         "sample-norms",
