@@ -98,7 +98,8 @@ class PairCall(NamedTuple):
             if x is not None:
                 if x.is_neg():
                     x = x.resolve_neg()
-                (first, second), sq_norms = weight_grads_of_halves(product, b, x, weight, norms=norms)
+                low = _cast(weight, b.dtype)  # as the layer saw it under autocast
+                (first, second), sq_norms = weight_grads_of_halves(product, b, x, low, norms=norms)
                 joint.take(weight, _cast(first, weight.dtype), _cast(second, weight.dtype))
                 if norms:
                     assert sq_norms is not None

@@ -128,6 +128,32 @@ def test_autocast(way):
         assert_same(model, expected, rtol=2e-2, atol=5e-3)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_autocast_of_every_convolution(dims):
+    """The weight stays float32 where the layer's rows are bfloat16."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(2, 3, 2), nn.Tanh(), conv(3, 2, 2), nn.Flatten())
+    optimizer = SVAG(model.parameters(), lr=0.1, l=2)
+    x = torch.randn(2 * B, 2, *(4,) * dims)
+    expected = []
+    for half in x.split(B):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(half)
+        loss = out.float().square().mean(1).mean()
+        expected.append(torch.autograd.grad(loss, list(model.parameters())))
+    for _ in range(2):  # the first pass is looked at, and goes another way
+        with pair_pass(model, optimizer, way="joint") as pair:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            pair.backward(out.float().square().mean(1))
+        got = optimizer._pair.first(), [p.grad for p in model.parameters()]
+        for ours, plain in zip(got, expected, strict=True):
+            for a, b in zip(ours, plain, strict=True):
+                assert (a - b).norm() <= 0.03 * b.norm()
+        optimizer.discard_gradient()
+
+
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_in_half_precision(way, dtype):
