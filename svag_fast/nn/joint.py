@@ -92,7 +92,7 @@ class Joint:
         self.inside = False
         self._rows = 0
         self._met: list[_Met] | None = None  # layers' outputs, in passes that are looked at
-        self.taking = False
+        self.taking = self.takes_norms = False
         self.is_verified = self._seen_losses = False
 
     # ---- which layers
@@ -156,7 +156,7 @@ class Joint:
             second_updates: whether the second batch updates running statistics.
             norms: takes each sample's squared norms; only where `has_norms`.
         """
-        self._second_updates, self._norms = second_updates, norms
+        self._second_updates, self._norms, self.takes_norms = second_updates, norms, norms is not None
         for module, forward, _ in self._layers:
             if module is not self.root:
                 module.__dict__["forward"] = forward  # onto the instance: a class's costs more to change
@@ -201,11 +201,6 @@ class Joint:
     def looks(self) -> bool:
         """Whether the running forward pass will be looked at."""
         return self._met is not None
-
-    @property
-    def takes_norms(self) -> bool:
-        """Whether the running backward pass takes the samples' norms."""
-        return self._norms is not None
 
     def _served(self, label: str, module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's forward by `run`, in the model's call and what a checkpoint repeats of it; else its own."""
@@ -361,7 +356,7 @@ class Joint:
     def take(self, p: Tensor, grad1: Tensor, grad2: Tensor) -> None:
         """Two gradients of a parameter, in memory of their own."""
         for grads, grad in ((self._first, grad1), (self._second, grad2)):
-            if grad.stride() != p.stride() or grad._base is not None:
+            if grad.stride() != p.stride() or grad._base is not None or grad.dtype != p.dtype:
                 grad = torch.empty_like(p).copy_(grad)
             grads[p] = grads[p] + grad if p in grads else grad
 

@@ -23,12 +23,11 @@ class Taker(Protocol):
     def looks(self) -> bool:
         """Whether the running forward pass will be looked at: every parameter must be in its graph."""
 
-    @property
-    def takes_norms(self) -> bool:
-        """Whether each row's squared norm is wanted too."""
+    takes_norms: bool
+    """Whether each row's squared norm is wanted too."""
 
     def take(self, p: Tensor, grad1: Tensor, grad2: Tensor) -> None:
-        """Two gradients of a parameter."""
+        """Two gradients of a parameter, in any dtype and order in memory."""
 
     def take_norms(self, p: Tensor, sq_norms: Tensor) -> None:
         """Each row's squared norm."""
@@ -100,14 +99,14 @@ class PairCall(NamedTuple):
                     x = x.resolve_neg()
                 low = _cast(weight, b.dtype)  # as the layer saw it under autocast
                 (first, second), sq_norms = weight_grads_of_halves(product, b, x, low, norms=norms)
-                joint.take(weight, _cast(first, weight.dtype), _cast(second, weight.dtype))
+                joint.take(weight, first, second)
                 if norms:
                     assert sq_norms is not None
                     joint.take_norms(weight, sq_norms)
             if wants_bias:
                 assert bias is not None
-                first, second = (product.bias_grad(half, bias.dtype) for half in torch.split(b, len(b) // 2))
-                joint.take(bias, first, second)
+                b1, b2 = torch.split(b, len(b) // 2)
+                joint.take(bias, product.bias_grad(b1, bias.dtype), product.bias_grad(b2, bias.dtype))
                 if norms:
                     joint.take_norms(bias, row_sq_norms(product.sample_bias_grads(b)))
 

@@ -1,4 +1,4 @@
-"""Sums over what lies behind the samples."""
+"""Sums over the dimensions behind the samples."""
 
 from __future__ import annotations
 
