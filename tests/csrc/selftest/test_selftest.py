@@ -81,7 +81,8 @@ class Builder:
     def selftest(self, compiler: str, machine: str, *flags: str, link: tuple[str, ...] = ()) -> Path:
         """Return the self-test's program, statically linked so that an emulator needs no library of its machine."""
         objects = list(self.kernels(compiler, machine, list(flags)).values())
-        others = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), *CHECKS]
+        folders = (ROOT / "csrc/cpu", ROOT / "csrc/cpu/replicas")
+        others = [*(source for folder in folders for source in sorted(folder.glob("*.cpp"))), *CHECKS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects += pool.map(lambda source: self.compile(compiler, source, list(flags)), others)
         program = self.folder / f"selftest-{machine}-{os.getpid()}"
