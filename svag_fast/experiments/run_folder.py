@@ -158,6 +158,12 @@ def read_metrics(path: str | os.PathLike[str]) -> Table:
         table = read_table(path, METRICS, needed=("effective_step", "lr"), others=_FINITE)
     except FileNotFoundError:
         return Table({"effective_step": np.empty(0), "lr": np.empty(0)}, {}, None)
+    written = [name for name, range_ in METRICS.items() if range_ is not None]
+    found = [name for name in table.values if name in METRICS]
+    # With all its columns it is `svag-fast run`'s own file, which writes them in this order.
+    if sorted(found) == sorted(written) and found != written:
+        moved = [f"{theirs} for {ours}" for theirs, ours in zip(found, written, strict=True) if theirs != ours]
+        raise ValueError(f"{path}: its first line has {', '.join(moved)}; were names interchanged?")
     steps, time = table.values["effective_step"], table.values.get("time", np.empty(0))
     if (np.diff(steps) <= 0).any():
         raise ValueError(f"{path}: effective_step goes back or stands still; are these two runs' rows in one file?")

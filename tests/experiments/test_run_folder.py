@@ -61,6 +61,16 @@ def test_a_cell_out_of_its_range_is_refused_by_every_command(run, column, text):
         assert not isinstance(answer.exception, ValueError)
 
 
+@pytest.mark.parametrize("names", [("grad_sq_norm", "nsr"), ("test_loss", "train_loss")])
+def test_interchanged_names_of_columns_are_refused(run, names):
+    path = run / "metrics.csv"
+    header, rows = path.read_text().split("\n", 1)
+    other = dict(zip(names, reversed(names), strict=True))
+    path.write_text(",".join(other.get(name, name) for name in header.split(",")) + "\n" + rows)
+    with pytest.raises(ValueError, match="were names interchanged"):
+        read_metrics(path)
+
+
 def test_an_estimate_of_g_may_be_negative_and_a_trace_of_0_below_it_by_rounding(run):
     with_cell(run, "grad_sq_norm", "-1.0")
     with_cell(run, "noise_trace", "-1e-9", line=-4)
