@@ -110,7 +110,6 @@ void multiply(const Product& p) {
 
 // to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < columns, both multiples of 4.
 void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch) {
-    typedef int32_t Places __attribute__((vector_size(16)));
     const auto quad = [](const float* p) {
         Quad q;
         std::memcpy(&q, p, sizeof q);
@@ -120,6 +119,7 @@ void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t colu
 #if defined(__clang__)
 #define SVAG_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
+    typedef int32_t Places __attribute__((vector_size(16)));
 #define SVAG_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Places{i, j, k, l})
 #endif
     for (int64_t i = 0; i < rows; i += 4)
