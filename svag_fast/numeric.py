@@ -37,7 +37,7 @@ def number(
     bounds += [f"> {above:g}"] if above > -math.inf else []
     bounds += [f"<= {most:g}"] if most < _LARGEST else []
     bounds += [f"< {below:g}"] if below < math.inf else []
-    raise ValueError(f"Invalid {name}: {shown(value)} (expected {_with('a finite number', bounds)})")
+    raise ValueError(must_be(name, _with("a finite number", bounds), shown(value)))
 
 
 def real(name: str, value: Any) -> float:
@@ -49,11 +49,11 @@ def real(name: str, value: Any) -> float:
         except (RuntimeError, ValueError, TypeError):
             plain = None  # of several
     if isinstance(plain, bool) or not isinstance(plain, Real):
-        raise TypeError(f"Invalid {name}: {shown(value)} (expected a number, not {type(value).__name__})")
+        raise TypeError(must_be(name, "a number", _typed(value)))
     try:
         return float(plain)
     except OverflowError as error:
-        raise ValueError(f"Invalid {name}: {shown(value)} (expected a finite number)") from error
+        raise ValueError(must_be(name, "a finite number", shown(value))) from error
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
@@ -64,13 +64,29 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
         ValueError: out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"Invalid {name}: {shown(value)} (expected an integer, not {type(value).__name__})")
+        raise TypeError(must_be(name, "an integer", _typed(value)))
     result = int(value)
     if (least is not None and result < least) or (most is not None and result > most):
         bounds = [f">= {least}"] if least is not None else []
         bounds += [f"<= {most}"] if most is not None else []
-        raise ValueError(f"Invalid {name}: {shown(value)} (expected {_with('an integer', bounds)})")
+        raise ValueError(must_be(name, _with("an integer", bounds), shown(value)))
     return result
+
+
+# torch.optim begins its errors about these "Invalid NAME: VALUE".
+_TORCH_NAMES = frozenset(
+    {
+        *("learning rate", "momentum value", "weight_decay value", "epsilon value", "alpha value"),
+        *("beta parameter at index 0", "beta parameter at index 1"),
+    }
+)
+
+
+def must_be(name: str, expected: str, got: object) -> str:
+    """Return the error's sentence about an argument: torch.optim's own where ``name`` is one of its names."""
+    if name in _TORCH_NAMES:
+        return f"Invalid {name}: {got} (expected {expected})"
+    return f"{name} must be {expected}, got {got}"
 
 
 def shown(value: object) -> str:
@@ -79,6 +95,10 @@ def shown(value: object) -> str:
         return "an integer of many digits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _typed(value: object) -> str:
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _with(kind: str, bounds: list[str]) -> str:

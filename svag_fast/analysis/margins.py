@@ -31,7 +31,7 @@ class Margin:
         try:
             size = float(number if number.isascii() and "_" not in number else "")  # float() reads 1_0 as 10
         except ValueError:
-            raise ValueError(f"{text.strip()!r} is not a margin; expected a number such as 0.02, or 10%") from None
+            raise ValueError(f"a margin must be a number such as 0.02, or 10%, got {text.strip()!r}") from None
         return cls(size / 100, relative=True) if text.strip().endswith("%") else cls(size)
 
     def at(self, level: float) -> float:
@@ -49,9 +49,9 @@ def choose_margins(metrics: Sequence[str], given: Mapping[str, Margin]) -> dict[
         ValueError: no metric, or a margin for a metric that is not judged.
     """
     if not metrics:
-        raise ValueError("metrics is empty: at least one column is needed")
+        raise ValueError("metrics must be one column or more, got none")
     if unknown := sorted(set(given) - set(metrics)):
-        raise ValueError(f"a margin is given for {', '.join(unknown)}, but judged are {', '.join(metrics)}")
+        raise ValueError(f"margins must be for metrics that are judged, {', '.join(metrics)}, got {', '.join(unknown)}")
     # An accuracy has a scale of its own. A loss may have any level, so its margin is a part of it.
     points, part = Margin(0.02), Margin(0.1, relative=True)
     return {metric: given.get(metric, points if metric.endswith("accuracy") else part) for metric in metrics}

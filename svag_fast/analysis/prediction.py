@@ -227,7 +227,7 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         ValueError: no runs, runs of different settings, or fewer than 12 rows with G and N in half the phase.
     """
     if not series:
-        raise ValueError("series is empty: at least one run is needed")
+        raise ValueError("series must be one run or more, got none")
     if not 0 < last <= 1:
         raise ValueError(f"last must be in (0, 1], got {last}")
     first = series[0]

@@ -163,7 +163,7 @@ def from_two_batches(
         ValueError: sizes missing or impossible.
     """
     if disjoint and (batch_size is None or population is None):
-        raise ValueError("disjoint=True needs batch_size and population")
+        raise ValueError("batch_size and population must be numbers at disjoint=True, got None")
     if batch_size is not None:
         require_drawable(batch_size, population)
         require_drawable(2 * batch_size if disjoint else batch_size, population)
@@ -216,11 +216,11 @@ class BatchMoments:
         new = _gradients(grads)
         if self._mean and [g.shape for g in new] != [m.shape for m in self._mean]:
             raise ValueError(
-                f"grads must have the shapes of the batches before, {[list(m.shape) for m in self._mean]}, got "
+                f"grads must be of the shapes of the batches before, {[list(m.shape) for m in self._mean]}, got "
                 f"{[list(g.shape) for g in new]}"
             )
         if not new:
-            raise ValueError("a batch needs at least one gradient")
+            raise ValueError("grads must be one gradient or more, got none")
         if not self._mean:
             self._mean = [torch.zeros_like(g) for g in new]
             self._scatter = torch.zeros((), dtype=torch.float64, device=new[0].device)
@@ -233,7 +233,7 @@ class BatchMoments:
     def estimate(self, *, batch_size: int | None = None, population: int | None = None) -> NoiseEstimate:
         """The estimates from the batches so far; needs two."""
         if self.batches < 2:
-            raise ValueError(f"the noise needs at least 2 batches, got {self.batches}")
+            raise ValueError(f"the batches must be at least 2 for the noise, got {self.batches}")
         if batch_size is not None:
             require_drawable(batch_size, population)
         noise = self._scatter / (self.batches - 1)
@@ -260,7 +260,7 @@ def mean_standard_error(series: ArrayLike | Tensor | Sequence[float]) -> Estimat
     refuse_masked("series", series)
     values = np.asarray(series)
     if values.dtype.kind not in "fiub":
-        raise TypeError(f"series must hold real numbers, got {values.dtype}")
+        raise TypeError(f"series must be real numbers, got {values.dtype}")
     x: NDArray[np.float64] = values.astype(np.float64)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"series must be 1-D and not empty, got shape {list(x.shape)}")
@@ -279,8 +279,8 @@ def _check_mean(state: Mapping[str, Any]) -> None:
         math.isfinite(state["mean"]) and abs(state["mean"] - of_blocks) <= rounding
     ):
         raise ValueError(
-            f"mean and scatter must be those of the values that the blocks hold, whose mean is {of_blocks:g}, but they "
-            f"are {state['mean']} and {state['scatter']}"
+            f"mean and scatter must be those of the values that the blocks hold, whose mean is {of_blocks:g}, got "
+            f"{state['mean']} and {state['scatter']}"
         )
 
 
@@ -310,7 +310,7 @@ class RunningMean:
         """Take the next value: a number, or a tensor of one element on any device."""
         if isinstance(value, Tensor):
             if value.numel() != 1:
-                raise ValueError(f"value must have one element, got shape {list(value.shape)}")
+                raise ValueError(f"value must be one element, got shape {list(value.shape)}")
             if value.is_complex():
                 raise TypeError(f"value must be real, got {value.dtype}")
             value = value.detach().to(torch.float64, copy=True).reshape(())
@@ -372,7 +372,9 @@ class RunningMean:
             raise TypeError(f"state must be a state_dict() of a RunningMean, got {type(state).__name__}")
         if set(state) != set(_STATE):
             wrong = sorted(set(state) ^ set(_STATE))
-            raise ValueError(f"the state of a RunningMean has the entries {list(_STATE)}; missing or unknown: {wrong}")
+            raise ValueError(
+                f"state must be one with the entries {list(_STATE)}, got these missing or unknown: {wrong}"
+            )
         if not isinstance(state["blocks"], list):
             raise TypeError(f"blocks must be a list, got {type(state['blocks']).__name__}")
         for name in ("mean", "scatter", "open_mean"):  # nan and inf stay what they are
@@ -389,8 +391,8 @@ class RunningMean:
             )
         if count != len(state["blocks"]) * size + left:
             raise ValueError(
-                f"count must be block_size times the number of blocks plus open_count, but it is {count}, and they are "
-                f"{size}, {len(state['blocks'])} and {left}"
+                f"count must be block_size times the number of blocks plus open_count, {size} times "
+                f"{len(state['blocks'])} plus {left}, got {count}"
             )
         _check_mean(state)
         self._pending = []
@@ -443,9 +445,9 @@ def _check_series(values: Tensor, name: str, length: str, least: int = 2, halves
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor [{length}], got {type(values).__name__}")
     if values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+        raise TypeError(f"{name} must be real numbers, got {values.dtype}")
     if values.dim() != 1 or values.numel() < least or (halves and values.numel() % 2):
-        raise ValueError(f"{name} must have shape [{length}] with {length[-1]} >= 2, got {list(values.shape)}")
+        raise ValueError(f"{name} must be of shape [{length}] with {length[-1]} >= 2, got {list(values.shape)}")
 
 
 def _check_weights(weights: Tensor, sq_norms: Tensor) -> None:
@@ -454,7 +456,7 @@ def _check_weights(weights: Tensor, sq_norms: Tensor) -> None:
     if weights.is_complex():
         raise TypeError(f"weights must be real, got {weights.dtype}")
     if weights.shape != sq_norms.shape:
-        raise ValueError(f"weights must have the shape of sq_norms, {list(sq_norms.shape)}, got {list(weights.shape)}")
+        raise ValueError(f"weights must be of the shape of sq_norms, {list(sq_norms.shape)}, got {list(weights.shape)}")
 
 
 def _weights(weights: Tensor, sq_norms: Tensor, population: int | None) -> Tensor:
@@ -490,7 +492,10 @@ def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -
         return None
     factor = noise_factor(batch_size, population)
     if factor == 0:
-        raise ValueError("a batch of the whole population has no noise: it can't give Tr Σ₁")
+        raise ValueError(
+            "batch_size must be below population, since a batch of all samples has no noise to give Tr Σ₁, got "
+            f"{batch_size}"
+        )
     return noise * (batch_size / factor)
 
 

@@ -55,9 +55,9 @@ class RunningNoise:
             ValueError: the step had no second gradient (l = 1 without one), so that nothing tells noise from signal.
         """
         if not isinstance(stats, StepStats):
-            raise TypeError(f"stats is a {type(stats).__name__}: expected the StepStats that step() returns")
+            raise TypeError(f"stats must be the StepStats that step() returns, got a {type(stats).__name__}")
         if not stats.has_second:
-            raise ValueError("stats has one gradient: G and N need two batches' gradients a step")
+            raise ValueError("stats must be of two batches' gradients, which G and N need, got one gradient")
         self._pending.append((stats.raw.detach().clone(), stats.two_batches))
         self._rounding = max(self._rounding, stats.rounding)
         if len(self._pending) >= self._MAX_PENDING:
@@ -134,7 +134,10 @@ class RunningNoise:
         """
         factor = noise_factor(batch_size, population)
         if factor == 0:
-            raise ValueError("a batch of the whole population has no noise: it can't give B_simple")
+            raise ValueError(
+                "batch_size must be below population, since a batch of all samples has no noise to give B_simple, got "
+                f"{batch_size}"
+            )
         return self.nsr.affine(batch_size / factor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,7 +155,7 @@ class RunningNoise:
         entries = {*_SERIES, "co_scatter", "skipped", "one_batch", "rounding"}
         if set(state) != entries:
             raise ValueError(
-                f"the state of a RunningNoise has the entries {sorted(entries)}; missing or unknown: "
+                f"state must be one with the entries {sorted(entries)}, got these missing or unknown: "
                 f"{sorted(set(state) ^ entries)}"
             )
         for name in ("skipped", "one_batch"):
@@ -166,7 +169,7 @@ class RunningNoise:
                 number(f"{name}: mean", mean.mean)
         blocks = {name: (state[name]["count"], state[name]["block_size"]) for name in _SERIES}
         if len(set(blocks.values())) > 1:
-            raise ValueError(f"the series must be of the same steps, but their counts and block sizes are {blocks}")
+            raise ValueError(f"the series must be of the same steps, got the counts and block sizes {blocks}")
         self._pending = []
         self._means, self._co_scatter = means, state["co_scatter"]
         self._skipped, self._one_batch = state["skipped"], state["one_batch"]

@@ -129,7 +129,9 @@ def _check_beta(name: str, beta: float, l: float) -> float:
     """Refuse a decay rate out of [0, 1), or one that ``l`` brings so near to 1 that it rounds to 1."""
     beta = number(name, beta, least=0, below=1)
     if beta + (1 - 1 / l) * (1 - beta) >= 1:
-        raise ValueError(f"Invalid l: {l} (with it {name} = {beta} becomes 1 - (1 - {name})/l, which rounds to 1)")
+        raise ValueError(
+            f"l must be smaller at {name} = {beta}, which becomes 1 - (1 - {name})/l and rounds to 1, got {l}"
+        )
     return beta
 
 

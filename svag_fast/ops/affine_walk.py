@@ -37,7 +37,7 @@ class AffineStep:
         for name in ("keep", "shift", "slope", "spread", "weights"):
             value = getattr(self, name)
             if max(map(abs, value if name == "weights" else (value,))) > torch.finfo(dtype).max:
-                raise ValueError(f"Invalid {name}: {value}, which is infinite in {dtype}")
+                raise ValueError(f"{name} must be finite in {dtype}, got {value}")
 
 
 def affine_walk_(
@@ -78,7 +78,7 @@ def affine_walk_(
     steps = integer("steps", steps)
     threads = torch.get_num_threads() if threads is None else integer("threads", threads)
     if x.numel() > 2**33:
-        raise ValueError(f"x must have at most 2^33 elements, got {x.numel()}")
+        raise ValueError(f"x must be of at most 2^33 elements, got {x.numel()}")
     if steps < 0 or draw + steps * len(step.weights) > 2**64:
         raise ValueError(f"steps must be >= 0 and make fewer than 2^64 draws, got {steps}")
     if not 1 <= threads < 2**31:

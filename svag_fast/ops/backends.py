@@ -123,7 +123,7 @@ def ops_of(name: str) -> list[str]:
 def check_name(name: str) -> None:
     """Raise :class:`BackendError` where ``name`` is neither "auto" nor a row of the table."""
     if name != "auto" and name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+        raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
 
 
 @contextlib.contextmanager

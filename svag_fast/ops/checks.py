@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from svag_fast.numeric import number, shown
+from svag_fast.numeric import must_be, number, shown
 from svag_fast.ops.memory import check_allocated, check_bits, resolved
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def check_l(l: float) -> float:
     """Refuse an SVAG hyperparameter that is not a finite number of at least 1, or too large for float64; return it."""
     value = number("l", l, least=1)
     if value > _LARGEST[torch.float64]:
-        raise ValueError(f"Invalid l: {l} (expected at most 2^1022: 2l must be a number in float64)")
+        raise ValueError(f"l must be at most 2^1022, so that 2l is a number in float64, got {l}")
     return value
 
 
@@ -59,14 +59,10 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_step_scalars(
-    lr: float, l: float, weight_decay: float, params: Sequence[Tensor] = ()
-) -> tuple[float, float, float]:
-    """Return the step's ``lr, l, weight_decay`` as floats, refused where the params' arithmetic can't hold them."""
+def check_step_scalars(lr: float, l: float, weight_decay: float) -> tuple[float, float, float]:
+    """Return the step's ``lr, l, weight_decay`` as floats, refused where they are out of range."""
     lr, l = number("learning rate", lr, least=0), check_l(l)
-    weight_decay = number("weight_decay value", weight_decay, least=0)
-    check_held(lr, l, weight_decay, params)
-    return lr, l, weight_decay
+    return lr, l, number("weight_decay value", weight_decay, least=0)
 
 
 def check_held(lr: float, l: float, weight_decay: float, params: Sequence[Tensor]) -> None:
@@ -85,28 +81,30 @@ def check_representable(dtype: torch.dtype, what: str, lr: float, l: float, weig
     dtype = arithmetic(dtype)
     largest = _LARGEST[dtype]
     least = _LEAST if dtype == torch.float32 else 2.0**-1074
-    steps = f"the step of {what}, is computed in {dtype}"
-    for name, value in (("learning rate", lr), ("l", l), ("weight_decay", weight_decay)):
+    steps = f"{dtype}, in which the step of {what}, is computed"
+    for name, value in (("learning rate", lr), ("l", l), ("weight_decay value", weight_decay)):
         if value > largest:
-            raise ValueError(f"Invalid {name}: {value} ({steps}: expected at most {largest:.3g})")
+            raise ValueError(must_be(name, f"at most {largest:.3g} in {steps}", value))
     if lr >= 1 / largest and lr / l < least:
-        raise ValueError(f"Invalid l: {l} ({steps}, where lr / l = {lr} / {l} is 0)")
+        raise ValueError(f"l must be smaller, since lr / l = {lr} / {l} is 0 in {steps}, got {l}")
 
 
 def tensor(name: str, value: Any, *, written: bool = False) -> Tensor:
     """Return ``value``, refused where it isn't a tensor, or one whose values are in others; see :func:`tensors`."""
     if type(value) is Tensor or type(value) is torch.nn.Parameter:
         if value.is_nested:
-            raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
+            raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one")
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
     elif is_traceable_wrapper_subclass(value):  # type: ignore[unreachable]
-        raise TypeError(f"{name} is a {type(value).__name__}, whose values are in other tensors: expected a plain one")
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(value).__name__}, whose values are in other tensors"
+        )
     if not torch.compiler.is_compiling():  # what is traced has no memory yet; see `address`
         if written:
             check_bits(value, name)
             if value._is_zerotensor():
-                raise ValueError(f"{name} is a zero tensor, which has no memory to be written to")
+                raise ValueError(f"{name} must be a tensor with memory to be written to, got a zero tensor")
         if value.layout == torch.strided and not is_functorch_wrapped_tensor(value) and not value._is_zerotensor():
             check_allocated(value, name)
     return value
@@ -132,7 +130,9 @@ def check_momentum(momentum: float, rule: str, l: float) -> float:
     if rule not in ("time", "fixed"):
         raise ValueError(f"momentum_rule must be 'time' or 'fixed', got {rule!r}")
     if rule == "time" and momentum != 0 and 1 - (1 - momentum) / l >= 1:
-        raise ValueError(f"Invalid l: {l} (with it momentum = {momentum} becomes 1 - (1 - momentum)/l, which is 1)")
+        raise ValueError(
+            f"l must be smaller at momentum = {momentum}, which becomes 1 - (1 - momentum)/l and is 1, got {l}"
+        )
     return momentum
 
 
@@ -145,8 +145,8 @@ def check_decay(name: str, rate: float, l: float, params: Sequence[Tensor]) -> N
         for i, p in enumerate(params):
             if p.dtype != torch.float64:
                 raise ValueError(
-                    f"Invalid l: {l} (with it {name} = {rate} becomes 1 - {(1 - rate) / l:.3g}, which is 1 in float32, "
-                    f"in which params[{i}] of {p.dtype} is computed)"
+                    f"l must be smaller at {name} = {rate}, which becomes 1 - {(1 - rate) / l:.3g} and is 1 in "
+                    f"float32, in which params[{i}] of {p.dtype} is computed, got {l}"
                 )
 
 
@@ -154,35 +154,43 @@ def check_params(params: Sequence[Tensor]) -> None:
     """Refuse params of a wrong dtype, on several devices, sparse, or not dense in memory."""
     for i, p in enumerate(params):
         if p.dtype not in PARAM_DTYPES:
-            raise TypeError(f"params[{i}] is {p.dtype}: expected one of {', '.join(map(str, PARAM_DTYPES))}")
+            raise TypeError(f"params[{i}] must be one of {', '.join(map(str, PARAM_DTYPES))}, got {p.dtype}")
         if p.layout != torch.strided:
-            raise TypeError(f"params[{i}] is {p.layout}: expected a dense (strided) tensor")
+            raise TypeError(f"params[{i}] must be a dense (strided) tensor, got {p.layout}")
         if p.device != params[0].device:
-            raise ValueError(f"params[{i}] is on {p.device}, but params[0] on {params[0].device}: expected one device")
+            raise ValueError(f"params[{i}] must be on {params[0].device}, as params[0] is, got one on {p.device}")
         if not _is_dense(p):
             raise ValueError(
-                f"params[{i}] (shape {list(p.shape)}, strides {list(p.stride())}) has gaps or repeated elements in "
-                "memory: expected a tensor that is dense in some order of its dimensions"
+                f"params[{i}] must be dense in memory in some order of its dimensions, got gaps or repeated elements "
+                f"(shape {list(p.shape)}, strides {list(p.stride())})"
             )
 
 
-def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: str = "same or float32") -> None:
+def check_like(
+    name: str,
+    tensors: Sequence[Tensor],
+    params: Sequence[Tensor],
+    dtypes: str = "same or float32",
+    *,
+    per_sample: bool = False,
+) -> None:
     """Refuse a list that doesn't match ``params`` in length, shape, device or dtype.
 
     ``dtypes``: "same or float32" (gradients), "float32 beside no float64" (compensation), "arithmetic" (float64 for
-    float64, else float32) or "same".
+    float64, else float32) or "same". ``per_sample``: [B, *param's shape], of as many samples B >= 1 each.
     """
     if len(tensors) != len(params):
-        raise ValueError(f"{name} has {len(tensors)} tensors, but params has {len(params)}")
+        raise ValueError(f"{name} must be {len(params)} tensors, as params is, got {len(tensors)}")
     for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
-        if t.shape != p.shape:
-            raise ValueError(f"{name}[{i}] has shape {list(t.shape)}, but params[{i}] has {list(p.shape)}")
+        if (t.shape[1:] if per_sample else t.shape) != p.shape or t.dim() < per_sample:
+            expected = f"[{', '.join(map(str, ['B'] * per_sample + list(p.shape)))}]"
+            raise ValueError(f"{name}[{i}] must be of shape {expected} to fit params[{i}], got {list(t.shape)}")
         if t.device != p.device:
-            raise ValueError(f"{name}[{i}] is on {t.device}, but params[{i}] on {p.device}")
+            raise ValueError(f"{name}[{i}] must be on {p.device}, as params[{i}] is, got one on {t.device}")
         if t.layout != torch.strided:
-            raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense (strided) tensor")
+            raise TypeError(f"{name}[{i}] must be a dense (strided) tensor, got {t.layout}")
         if dtypes == "float32 beside no float64" and p.dtype == torch.float64:
-            raise TypeError(f"params[{i}] is torch.float64: {name} serves float32, bfloat16 and float16")
+            raise TypeError(f"params[{i}] must be float32, bfloat16 or float16 for {name}, got torch.float64")
         allowed = {
             "same": (p.dtype,),
             "same or float32": (p.dtype, torch.float32),
@@ -190,14 +198,18 @@ def check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], d
             "float32 beside no float64": (torch.float32,),
         }[dtypes]
         if t.dtype not in allowed:
-            raise TypeError(f"{name}[{i}] is {t.dtype}: expected {' or '.join(dict.fromkeys(map(str, allowed)))}")
+            raise TypeError(f"{name}[{i}] must be {' or '.join(dict.fromkeys(map(str, allowed)))}, got {t.dtype}")
+        if per_sample and not len(t) == len(tensors[0]) >= 1:
+            raise ValueError(f"{name}[{i}] must be of as many samples as {name}[0] and at least 1, got {len(t)}")
 
 
 def check_strides(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     """Refuse buffers that are updated in place and are not laid out as their params."""
     for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
         if t.stride() != p.stride():
-            raise ValueError(f"{name}[{i}] has strides {list(t.stride())}, but params[{i}] has {list(p.stride())}")
+            raise ValueError(
+                f"{name}[{i}] must be of strides {list(p.stride())}, as params[{i}] is, got {list(t.stride())}"
+            )
 
 
 def laid_out_like(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:

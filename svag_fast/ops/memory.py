@@ -38,12 +38,14 @@ def address(tensor: Tensor, name: str) -> int:
         ValueError: they are nowhere, or what is there is not the values; it names the tensor.
     """
     if not has_memory(tensor):
-        raise ValueError(f"{name} is on meta or fake, so it has no values: expected a tensor with memory")
+        raise ValueError(f"{name} must be a tensor with memory, got one on meta or fake, which has no values")
     check_bits(tensor, name)
     try:
         place = tensor.data_ptr()
     except RuntimeError as error:  # a tensor inside vmap or grad, or another that wraps tensors
-        raise ValueError(f"{name} has no memory of its own ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{name} must be a tensor with memory of its own, got none ({str(error).splitlines()[0]})"
+        ) from error
     if place < _SOMEWHERE_LOW:
         check_allocated(tensor, name)
     return place
@@ -52,17 +54,17 @@ def address(tensor: Tensor, name: str) -> int:
 def check_allocated(tensor: Tensor, name: str) -> None:
     """Refuse a tensor whose storage was freed, which PyTorch's own operations would read or write out of bounds."""
     if tensor.numel() and has_memory(tensor) and tensor.untyped_storage().data_ptr() == 0:
-        raise ValueError(f"{name} has {tensor.numel()} elements, but no memory: its storage was freed")
+        raise ValueError(f"{name} must be a tensor with memory, got {tensor.numel()} elements whose storage was freed")
 
 
 def check_bits(tensor: Tensor, name: str) -> None:
     """Refuse a tensor that is the negative of what is in memory, where it can't be copied."""
     if tensor.is_conj():
-        raise TypeError(f"{name} is a conjugated view of {tensor.dtype}: expected real numbers")
+        raise TypeError(f"{name} must be of real numbers, got a conjugated view of {tensor.dtype}")
     if tensor.is_neg():
         raise ValueError(
-            f"{name} is a view of negated values (is_neg() is True), as the imaginary part of a conjugate is: expected "
-            "a tensor with memory of its own, as resolve_neg() makes"
+            f"{name} must be a tensor with memory of its own, as resolve_neg() makes, got a view of negated values "
+            "(is_neg() is True), as the imaginary part of a conjugate is"
         )
 
 
@@ -118,16 +120,19 @@ def check_apart(
     for first, second in itertools.pairwise(written):
         if second[0] < first[1]:
             one, two = (span.name for span in sorted((first, second), key=listed.index))
-            raise ValueError(f"{one} and {two} share memory: each must have its own")
+            raise ValueError(f"{two} must be in memory of its own, got some of {one}'s")
     starts = [span.start for span in written]
     for start, end, name, _ in itertools.chain(read, other):
         last = bisect.bisect_left(starts, end) - 1  # no other reaches as far
         if last >= 0 and written[last].end > start and not (elementwise and written[last][:2] == (start, end)):
-            raise ValueError(f"{name} shares memory with {written[last].name}, which the step writes: it must be apart")
+            raise ValueError(
+                f"{name} must be apart from {written[last].name}, which the step writes, got shared memory"
+            )
     for first, second in _overlapping(read, other):
         if _share_elements(first.tensor, second.tensor):
             raise ValueError(
-                f"{second.name} shares memory with {first.name}: the gradients of two batches must each have their own"
+                f"{second.name} must be in memory of its own, as a second batch's gradient is, got some of "
+                f"{first.name}'s"
             )
 
 

@@ -68,11 +68,11 @@ def check_stream(out: Tensor, name: str, *, key: Key, draw: int) -> tuple[Key, i
     """Return key and draw as integers; refuse those out of range, and what no stream of normals can be written to."""
     tensor(name, out, written=True)
     if out.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} is {out.dtype}: expected torch.float32 or torch.float64")
+        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {out.dtype}")
     if out.layout != torch.strided:
-        raise TypeError(f"{name} is {out.layout}: expected a dense (strided) tensor")
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {out.layout}")
     if not out.is_contiguous():
-        raise ValueError(f"{name} has strides {list(out.stride())}: expected a contiguous tensor")
+        raise ValueError(f"{name} must be contiguous, got strides {list(out.stride())}")
     words, draw = integers("key", key), integer("draw", draw)
     if len(words) != 2 or not all(0 <= word < 2**32 for word in words):
         raise ValueError(f"key must be two integers in [0, 2^32), got {key}")

@@ -40,10 +40,10 @@ class StepOptions(NamedTuple):
 
     lr: float
     l: float
-    weight_decay: float
-    momentum: float
-    momentum_rule: str
-    maximize: bool
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    momentum_rule: str = "time"
+    maximize: bool = False
 
     @classmethod
     def checked(

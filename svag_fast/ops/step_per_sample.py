@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import device_and_stream, implements, select
-from svag_fast.ops.checks import check_params, check_step_scalars, tensors
+from svag_fast.ops.checks import check_like, check_params
 from svag_fast.ops.library import register_op
-from svag_fast.ops.memory import address, addresses, check_apart, mark_written, resolved, spans
-from svag_fast.ops.step import svag_step_
-from svag_fast.ops.step_call import DTYPE_CODES
-from svag_fast.ops.step_options import svag_coefficients
+from svag_fast.ops.memory import address, addresses, check_apart, mark_written, resolved
+from svag_fast.ops.step import SVAG_STEP, svag_step_
+from svag_fast.ops.step_call import DTYPE_CODES, StepLists
+from svag_fast.ops.step_options import StepOptions, options_scalars
 from svag_fast.ops.step_stats import StepStats, rounding
 
 
@@ -61,60 +61,35 @@ def svag_step_per_sample_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend can't serve the call.
     """
-    params = tensors("params", params, written=True)
-    grads1 = tensors("grads1", grads1)
-    grads2 = None if grads2 is None else tensors("grads2", grads2)
-    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, params)
-    if grads2 is None and l != 1:
+    options = StepOptions.checked(lr, l, weight_decay)
+    if grads2 is None and options.l != 1:
         raise ValueError(f"grads2 must be the second batch's gradients at l = {l}, got None")
-    if not params:
-        raise ValueError("params is empty: the number of samples is not known without a gradient")
+    lists = SVAG_STEP.named(StepLists(params, grads1, grads2))  # type: ignore[arg-type]
+    if not lists.params:
+        raise ValueError("params must be one tensor or more, since a gradient tells the number of samples, got none")
+    options.check_held(lists.params)
     with torch.no_grad():
-        sq_norms, raw = _op(params, grads1, grads2, lr, l, weight_decay, backend)
-    samples1 = grads1[0].shape[0]
-    stats = StepStats(raw, grads2 is not None, rounding=rounding(params))
+        sq_norms, raw = _op(*lists[:3], *options[:3], backend)
+    samples1 = len(lists.grads1[0])
+    stats = StepStats(raw, grads2 is not None, rounding=rounding(lists.params))
     return PerSampleStep(sq_norms[:samples1], None if grads2 is None else sq_norms[samples1:], stats)
 
 
-def _check(params: Sequence[Tensor], grads1: Sequence[Tensor], grads2: Sequence[Tensor] | None) -> None:
-    _check_grads("grads1", grads1, params)
-    if grads2 is not None:
-        _check_grads("grads2", grads2, params)
-    check_params(params)
+def _check(lists: StepLists) -> None:
+    check_params(lists.params)
+    for name, grads in (("grads1", lists.grads1), ("grads2", lists.grads2)):
+        if grads is not None:
+            check_like(name, grads, lists.params, "same", per_sample=True)
     # A sample is not the param's own element: the means are taken first.
-    check_apart(spans(params, "params"), spans(grads1, "grads1"), spans(grads2 or [], "grads2"), elementwise=False)
+    check_apart(*SVAG_STEP.spans(lists), elementwise=False)
 
 
-def _check_grads(name: str, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    if len(grads) != len(params):
-        raise ValueError(f"{name} has {len(grads)} tensors, but params has {len(params)}")
-    for i, (g, p) in enumerate(zip(grads, params, strict=True)):
-        if g.layout != torch.strided:
-            raise TypeError(f"{name}[{i}] is {g.layout}: expected a dense (strided) tensor")
-        if g.dtype != p.dtype:
-            raise TypeError(f"{name}[{i}] is {g.dtype}, but params[{i}] is {p.dtype}")
-        if g.device != p.device:
-            raise ValueError(f"{name}[{i}] is on {g.device}, but params[{i}] on {p.device}")
-        if g.dim() == 0 or g.shape[1:] != p.shape:
-            raise ValueError(f"{name}[{i}] has shape {list(g.shape)}: expected [B, {', '.join(map(str, p.shape))}]")
-        if g.shape[0] != grads[0].shape[0] or g.shape[0] == 0:
-            raise ValueError(
-                f"{name}[{i}] has {g.shape[0]} samples and {name}[0] {grads[0].shape[0]}: expected the same, at least 1"
-            )
-
-
-def _run(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    lr: float,
-    l: float,
-    weight_decay: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check(params, grads1, grads2)
+def _run(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *scalars, backend = rest
+    lists = StepLists(params, grads1, grads2)
+    _check(lists)
     step = select("svag_step_per_sample_", backend, params)
-    sq_norms, raw = step(params, grads1, grads2, lr, l, weight_decay)
+    sq_norms, raw = step(lists, StepOptions(*scalars))
     mark_written(params)
     return sq_norms, raw
 
@@ -122,8 +97,8 @@ def _run(
 def _fake(
     params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None, *rest: object
 ) -> tuple[Tensor, Tensor]:
-    _check(params, grads1, grads2)
-    samples = grads1[0].shape[0] + (0 if grads2 is None else grads2[0].shape[0])
+    _check(StepLists(params, grads1, grads2))
+    samples = len(grads1[0]) + (0 if grads2 is None else len(grads2[0]))
     return params[0].new_empty(samples, dtype=torch.float64), params[0].new_empty(5, dtype=torch.float64)
 
 
@@ -136,14 +111,9 @@ _op = register_op(
 
 
 @implements("svag_step_per_sample_", "reference")
-def _reference(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    lr: float,
-    l: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor]:
+def _reference(lists: StepLists, options: StepOptions) -> tuple[Tensor, Tensor]:
+    params, grads1, grads2, *_ = lists
+
     def sq_norms(grads: list[Tensor]) -> Tensor:
         return torch.stack(
             [g.double().square().reshape(len(g), p.numel()).sum(1) for g, p in zip(grads, params, strict=True)]
@@ -154,8 +124,7 @@ def _reference(
 
     norms = [sq_norms(grads1)] + ([] if grads2 is None else [sq_norms(grads2)])
     second = None if grads2 is None else means(grads2)
-    stats = svag_step_(params, means(grads1), second, lr=lr, l=l, weight_decay=weight_decay, backend="reference")
-    raw: Tensor = stats.raw
+    raw: Tensor = svag_step_(params, means(grads1), second, **options._asdict(), backend="reference").raw
     return torch.cat(norms), raw
 
 
@@ -167,31 +136,20 @@ def _not_single_or_double(params: Sequence[Tensor]) -> str | None:
 
 
 @implements("svag_step_per_sample_", "cpu", why_not=_not_single_or_double)
-def _cpu(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    lr: float,
-    l: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor]:
+def _cpu(lists: StepLists, options: StepOptions) -> tuple[Tensor, Tensor]:
     from svag_fast import _C
 
-    lists = [_samples_like(grads, params) for grads in (grads1, grads2 or [])]
-    samples = [len(grads[0]) if grads else 0 for grads in lists]
+    params, grads, samples = _laid_out(lists)
     sq_norms = torch.empty(sum(samples), dtype=torch.float64, device="cpu")
     raw = torch.empty(5, dtype=torch.float64, device="cpu")
     _C.step_per_sample(
         addresses(params, "params"),
-        addresses(lists[0], "grads1"),
-        addresses(lists[1], "grads2"),
+        addresses(grads[0], "grads1"),
+        addresses(grads[1], "grads2"),
         [p.numel() for p in params],
         [p.dtype == torch.float64 for p in params],
-        samples[0],
-        samples[1],
-        lr / l,
-        *svag_coefficients(l),
-        weight_decay,
+        *samples,
+        *options_scalars(options)[:4],
         torch.get_num_threads(),
         address(sq_norms, "sq_norms"),
         address(raw, "raw"),
@@ -200,32 +158,21 @@ def _cpu(
 
 
 @implements("svag_step_per_sample_", "cuda")
-def _cuda(
-    params: list[Tensor],
-    grads1: list[Tensor],
-    grads2: list[Tensor] | None,
-    lr: float,
-    l: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor]:
+def _cuda(lists: StepLists, options: StepOptions) -> tuple[Tensor, Tensor]:
     from svag_fast import _C
 
-    lists = [_samples_like(grads, params) for grads in (grads1, grads2 or [])]
-    samples = [len(grads[0]) if grads else 0 for grads in lists]
+    params, grads, samples = _laid_out(lists)
     sizes, codes = [p.numel() for p in params], [DTYPE_CODES[p.dtype] for p in params]
     floats = _C.cuda_step_per_sample_workspace(sizes, codes, sum(samples))
     sq_norms, raw, workspace = (params[0].new_empty(n, dtype=torch.float64) for n in (sum(samples), 5, floats))
     _C.cuda_step_per_sample(
         addresses(params, "params"),
-        addresses(lists[0], "grads1"),
-        addresses(lists[1], "grads2"),
+        addresses(grads[0], "grads1"),
+        addresses(grads[1], "grads2"),
         sizes,
         codes,
-        samples[0],
-        samples[1],
-        lr / l,
-        *svag_coefficients(l),
-        weight_decay,
+        *samples,
+        *options_scalars(options)[:4],
         *device_and_stream(params[0].device),
         address(workspace, "workspace"),
         address(sq_norms, "sq_norms"),
@@ -234,9 +181,15 @@ def _cuda(
     return sq_norms, raw
 
 
-def _samples_like(grads: list[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """Each sample's gradient in its param's memory order: the tensor itself where it is, else a copy."""
-    return [
-        resolved(g.permute(0, *(1 + d for d in sorted(range(p.dim()), key=p.stride, reverse=True))).contiguous())
-        for g, p in zip(grads, params, strict=False)
+def _laid_out(lists: StepLists) -> tuple[list[Tensor], list[list[Tensor]], tuple[int, int]]:
+    """Return the params, both batches' gradients in the params' memory order (copies if need be), and B1, B2."""
+    params, *batches = lists[:3]
+    grads = [
+        [
+            resolved(g.permute(0, *(1 + d for d in sorted(range(p.dim()), key=p.stride, reverse=True))).contiguous())
+            for g, p in zip(batch or [], params, strict=False)
+        ]
+        for batch in batches
     ]
+    samples1, samples2 = (len(batch[0]) if batch else 0 for batch in grads)
+    return params, grads, (samples1, samples2)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import implements, select
-from svag_fast.ops.checks import check_params, check_step_scalars, tensor
+from svag_fast.ops.checks import check_params, tensor
 from svag_fast.ops.library import register_op
 from svag_fast.ops.memory import check_apart, has_memory, mark_written, spans
 from svag_fast.ops.step import svag_step_
-from svag_fast.ops.step_options import constant_coefficients, step_scalars, svag_coefficients
+from svag_fast.ops.step_options import StepOptions, constant_coefficients, options_scalars, step_scalars
 from svag_fast.ops.step_stats import StepStats, rounding
 from svag_fast.ops.weight_grad import cpu as weight_grad_cpu
 from svag_fast.ops.weight_grad import triton as weight_grad_triton
@@ -58,7 +59,8 @@ def svag_weight_step_(
         ValueError, TypeError: something doesn't fit; the message names it, and nothing was written.
         BackendError: the backend named can't serve the call.
     """
-    lr, l, weight_decay = check_step_scalars(lr, l, weight_decay, [tensor("weight", weight, written=True)])
+    options = StepOptions.checked(lr, l, weight_decay)
+    options.check_held([tensor("weight", weight, written=True)])
     product = layer_product(
         inputs,
         output_grads,
@@ -77,10 +79,12 @@ def svag_weight_step_(
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("params[0]", "weight").replace("[0]", "")) from None
     if weight.dtype != sum_dtype(inputs):
-        raise TypeError(f"weight is {weight.dtype}, but gradients of {inputs.dtype} are formed in {sum_dtype(inputs)}")
+        raise TypeError(
+            f"weight must be {sum_dtype(inputs)}, in which gradients of {inputs.dtype} are formed, got {weight.dtype}"
+        )
     if weight.device != inputs.device:
-        raise ValueError(f"weight is on {weight.device}, but inputs on {inputs.device}")
-    _check_two_batches(product, l)
+        raise ValueError(f"weight must be on {inputs.device}, as inputs is, got one on {weight.device}")
+    _check_two_batches(product, options.l)
     geometry = product.geometry
     with torch.no_grad():
         sq_norms, raw = _op(
@@ -89,9 +93,7 @@ def svag_weight_step_(
             product.output_grads,
             product.segments,
             product.num_segments,
-            lr,
-            l,
-            weight_decay,
+            *options[:3],
             list(geometry.stride),
             list(geometry.padding),
             list(geometry.dilation),
@@ -103,13 +105,13 @@ def svag_weight_step_(
 
 def _check_two_batches(product: LayerProduct, l: float) -> None:
     if product.num_segments > 2:
-        raise ValueError(f"segments holds {product.num_segments - 1}: expected 0 (first batch) and 1 (second batch)")
+        raise ValueError(f"segments must be 0 (first batch) or 1 (second batch), got {product.num_segments - 1}")
     if product.num_segments < 2 and l != 1:
-        raise ValueError(f"segments has no sample in the second batch (1), but a step at l = {l} needs two batches")
+        raise ValueError(f"segments must be 1 for some sample, since a step at l = {l} needs a second batch, got none")
     if product.segments is None:
-        raise ValueError("segments is None: expected 0 or 1 for each sample")
+        raise ValueError("segments must be 0 or 1 for each sample, got None")
     if has_memory(product.segments) and not bool((product.segments == 0).any()):
-        raise ValueError("segments has no sample in the first batch (0)")
+        raise ValueError("segments must be 0 for some sample, the first batch, got none")
 
 
 def _run(
@@ -118,21 +120,15 @@ def _run(
     output_grads: Tensor,
     segments: Tensor,
     num_segments: int,
-    lr: float,
-    l: float,
-    weight_decay: float,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    backend: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
+    lr, l, weight_decay, stride, padding, dilation, groups, backend = rest
     # The sums of each segment's rows, divided by its size, are the batch's mean gradient.
     weights = (1 / torch.bincount(segments, minlength=num_segments).to(sum_dtype(inputs)))[segments]
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     product = LayerProduct(inputs, output_grads, list(weight.shape), weights, segments, num_segments, geometry)
     step = select("svag_weight_step_", backend, [weight, inputs, output_grads])
-    sq_norms, raw = step(weight, product, lr, l, weight_decay)
+    sq_norms, raw = step(weight, product, StepOptions(lr, l, weight_decay))
     mark_written([weight])
     return sq_norms, raw
 
@@ -151,9 +147,7 @@ _op = register_op(
 
 
 @implements("svag_weight_step_", "reference")
-def _reference(
-    weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float
-) -> tuple[Tensor, Tensor]:
+def _reference(weight: Tensor, product: LayerProduct, options: StepOptions) -> tuple[Tensor, Tensor]:
     assert product.segments is not None
     assert product.weights is not None
     sq_norms = weight.new_empty(product.inputs.shape[0], dtype=torch.float64)
@@ -172,18 +166,16 @@ def _reference(
         grad, sq_norms[rows], _ = reference_product(batch)
         grads.append([grad])
     grads2 = grads[1] if len(grads) == 2 else None
-    stats = svag_step_([weight], grads[0], grads2, lr=lr, l=l, weight_decay=weight_decay, backend="reference")
-    raw: Tensor = stats.raw
+    raw: Tensor = svag_step_([weight], grads[0], grads2, **options._asdict(), backend="reference").raw
     return sq_norms, raw
 
 
 @implements("svag_weight_step_", "cpu")
-def _cpu(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float) -> tuple[Tensor, Tensor]:
+def _cpu(weight: Tensor, product: LayerProduct, options: StepOptions) -> tuple[Tensor, Tensor]:
     if product.inputs.numel() == 0 or product.output_grads.numel() == 0:
-        result: tuple[Tensor, Tensor] = _reference(weight, product, lr, l, weight_decay)
+        result: tuple[Tensor, Tensor] = _reference(weight, product, options)
         return result
-    step = [lr / l, *svag_coefficients(l), weight_decay]
-    sq_norms, gram, weight_sq_norm = weight_grad_cpu.direct_step(product, weight, step)
+    sq_norms, gram, weight_sq_norm = weight_grad_cpu.direct_step(product, weight, options_scalars(options)[:4])
     nothing = gram.new_zeros(())
     first, second, inner = (gram[0, 0], gram[1, 1], gram[0, 1]) if len(gram) == 2 else (gram[0, 0], nothing, nothing)
     # A float32 gradient's squares can't overflow in float64: the norms are finite where the gradients are.
@@ -192,6 +184,6 @@ def _cpu(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_deca
 
 
 @implements("svag_weight_step_", "triton", weight_grad_triton.why_not)
-def _triton(weight: Tensor, product: LayerProduct, lr: float, l: float, weight_decay: float) -> tuple[Tensor, Tensor]:
-    coefficients = constant_coefficients(step_scalars(lr, l, weight_decay), weight.device)
+def _triton(weight: Tensor, product: LayerProduct, options: StepOptions) -> tuple[Tensor, Tensor]:
+    coefficients = constant_coefficients(step_scalars(*options), weight.device)
     return weight_grad_triton.direct_step(product, weight, coefficients)

@@ -63,7 +63,7 @@ class HoldingOptimizer(Optimizer):
         for p, g in first.items():
             if p not in known or g.shape != p.shape:
                 what = "a parameter that is not the optimizer's" if p not in known else f"a parameter {list(p.shape)}"
-                raise ValueError(f"first has a gradient {list(g.shape)} of {what}")
+                raise ValueError(f"first must be as its parameters are, got a gradient {list(g.shape)} of {what}")
         self._pair.put(self.param_groups, first)
 
     @outside_compiler
@@ -98,9 +98,9 @@ class HoldingOptimizer(Optimizer):
             ValueError, TypeError: ``max_norm`` isn't a number >= 0, or ``norm_type`` is nan.
         """
         if not real("max_norm", max_norm) >= 0:  # a negative one would turn the gradients round
-            raise ValueError(f"Invalid max_norm: {max_norm} (expected a number >= 0)")
+            raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
         if math.isnan(real("norm_type", norm_type)):
-            raise ValueError(f"Invalid norm_type: {norm_type} (expected a number, or inf)")
+            raise ValueError(f"norm_type must be a number or inf, got {norm_type}")
         current = [p for group in self.param_groups for p in group["params"]]
         batches = [current]
         if self._pair.grads is not None:

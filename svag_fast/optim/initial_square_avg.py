@@ -44,7 +44,7 @@ def filled(zeros: Tensor, value: float, l: float) -> Tensor:
     start = zeros + l * float(value)
     if start.numel() and (not start.isfinite().all() or (value and not start.any())):
         raise ValueError(
-            f"initial_square_avg must be, times l = {l:g}, a finite number above 0 in {zeros.dtype}, the dtype of a "
+            f"initial_square_avg, times l = {l:g}, must be a finite number above 0 in {zeros.dtype}, the dtype of a "
             f"parameter of shape {list(zeros.shape)}, got {value}"
         )
     return start

@@ -56,14 +56,20 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
             raise type(error)(f"param group {i} of the loaded state: {error}") from error
         if group["l"] != merged[0]["l"]:
             raise ValueError(
-                f"Invalid l: param group {i} of the loaded state has {group['l']}, group 0 {merged[0]['l']}"
+                f"l of the loaded state must be the same in all param groups, {merged[0]['l']} in group 0, got "
+                f"{group['l']} in group {i}"
             )
     numbers = [number for group in saved for number in group["params"]]
     params = [p for group in groups for p in group["params"]]
     if len(set(numbers)) < len(numbers):
-        raise ValueError("the loaded state gives several parameters one number")
+        raise ValueError(
+            "the loaded state must be one with a number for each parameter, got several parameters of one number"
+        )
     if unknown := [number for number in state_dict["state"] if number not in set(numbers)]:
-        raise ValueError(f"the loaded state has a state of no parameter: {', '.join(map(repr, unknown[:5]))}")
+        raise ValueError(
+            "the loaded state must be of its own parameters, got a state of no parameter: "
+            f"{', '.join(map(repr, unknown[:5]))}"
+        )
     for i, (now, loaded) in enumerate(zip(groups, saved, strict=True)):
         _check_names(i, now.get("param_names"), loaded.get("param_names"))
     for number, p in zip(numbers, params, strict=True):
@@ -74,12 +80,17 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
 def _check_form(state_dict: dict[str, Any]) -> None:
     for name, kind in (("state", dict), ("param_groups", list)):
         if not isinstance(state_dict.get(name), kind):
-            raise TypeError(f"the loaded state is none of an optimizer: its {name} must be a {kind.__name__}")
+            raise TypeError(
+                f"the loaded state must be an optimizer's, its {name} a {kind.__name__}, got a "
+                f"{type(state_dict.get(name)).__name__}"
+            )
     if not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in state_dict["param_groups"]):
-        raise TypeError("the loaded state is none of an optimizer: each param group must be a dict with a list params")
+        raise TypeError(
+            "the loaded state must be an optimizer's, each param group a dict with a list params, got another form"
+        )
     for number, state in state_dict["state"].items():
         if not isinstance(state, dict):
-            raise TypeError(f"state {number} of the loaded state is {type(state).__name__}, expected a dict")
+            raise TypeError(f"state {number} of the loaded state must be a dict, got a {type(state).__name__}")
 
 
 def _check_names(i: int, now: list[str] | None, loaded: list[str] | None) -> None:
@@ -87,8 +98,8 @@ def _check_names(i: int, now: list[str] | None, loaded: list[str] | None) -> Non
     if now and loaded and now != loaded and sorted(now) == sorted(loaded):
         name, other = next(pair for pair in zip(now, loaded, strict=True) if pair[0] != pair[1])
         raise ValueError(
-            f"the loaded state's param group {i} has the parameters in another order: {other!r} stands where this "
-            f"optimizer has {name!r}, and state is given out by the order"
+            f"the loaded state's param group {i} must be in this optimizer's order, by which state is given out, got "
+            f"{other!r} in the place of {name!r}"
         )
 
 
@@ -105,12 +116,18 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
     kin, name = optimizer.torch_kin, type(optimizer).__name__
     if "l" in saved or not kin.marks <= saved.keys() or _KINDS & saved.keys() != _KINDS & now.keys():
         options = ", ".join(sorted(saved.keys() - {"params"}))
-        raise ValueError(f"the loaded state is another optimizer's, not {name}'s: its param group {i} has {options}")
+        raise ValueError(
+            f"the loaded state must be {name}'s, got another optimizer's: its param group {i} has {options}"
+        )
     if more := [k for k in kin.off if saved.get(k)]:
         had = ", ".join(f"{k}={saved[k]!r}" for k in more)
-        raise ValueError(f"the loaded state is of torch's {kin.name} with {had}, which {name} doesn't take over")
+        raise ValueError(
+            f"the loaded state must be without {had}, which {name} doesn't take over, got torch's {kin.name} with it"
+        )
     if now["l"] != 1 and (not kin.any_l or saved["momentum"]):
-        raise ValueError(f"the loaded state is of torch's {kin.name}, whose moments are not those at l = {now['l']:g}")
+        raise ValueError(
+            f"the loaded state must be of moments at l = {now['l']:g}, got torch's {kin.name}, whose are others"
+        )
     return {**now, **{k: v for k, v in saved.items() if k in now or k in _BESIDE}}
 
 
@@ -118,22 +135,25 @@ def _check_state(what: str, state: dict[str, Any], p: Tensor, names: frozenset[s
     """Refuse a parameter's state that lacks a part, or has one of another shape."""
     needed = names - {"compensation", "momentum_buffer", "measured"}
     if state and (missing := needed - state.keys()):
-        raise ValueError(f"{what} of the loaded state lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{what} of the loaded state must be complete, got one without {', '.join(sorted(missing))}")
     for name in names & state.keys():
         value = state[name]
         if name in ("step", "measured"):
             if not (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)):
-                raise TypeError(f"{what} of the loaded state: {name} is {value!r}, expected a number")
+                raise TypeError(f"{what} of the loaded state: {name} must be a number, got {value!r}")
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{what} of the loaded state: {name} is {value}, expected a finite number >= 0")
+                raise ValueError(f"{what} of the loaded state: {name} must be a finite number >= 0, got {value}")
         elif not isinstance(value, Tensor):
-            raise TypeError(f"{what} of the loaded state: {name} is {type(value).__name__}, expected a tensor")
+            raise TypeError(f"{what} of the loaded state: {name} must be a tensor, got a {type(value).__name__}")
         elif value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
             kind = "on meta" if value.is_meta else f"{value.layout}, {value.dtype}"
-            raise TypeError(f"{what} of the loaded state: {name} is {kind}, expected a dense floating-point tensor")
+            raise TypeError(f"{what} of the loaded state: {name} must be a dense floating-point tensor, got {kind}")
         elif name in _SQUARES and bool((value < 0).any()):
-            raise ValueError(f"{what} of the loaded state: {name} is a mean of squares, but has elements below 0")
+            raise ValueError(
+                f"{what} of the loaded state: {name} must be >= 0, as a mean of squares is, got elements below 0"
+            )
         elif value.shape != p.shape:
             raise ValueError(
-                f"{what} of the loaded state: {name} has shape {list(value.shape)}, its parameter {list(p.shape)}"
+                f"{what} of the loaded state: {name} must be of shape {list(p.shape)}, as its parameter is, got "
+                f"{list(value.shape)}"
             )

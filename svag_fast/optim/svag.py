@@ -52,7 +52,8 @@ def svag_loss(loss1: Tensor, loss2: Tensor | float | None = None, l: float | Non
     if not isinstance(loss2, Tensor) or l is None:
         if (loss2 is None) == (l is None):
             raise TypeError(
-                "svag_loss takes (loss1, loss2, l), or (losses, l) with the losses of both batches' samples"
+                "svag_loss's arguments must be (loss1, loss2, l), or (losses, l) with the losses of both batches' "
+                f"samples, got l {'nowhere' if l is None else 'beside losses alone'}"
             )
         l = loss2 if l is None else l  # type: ignore[assignment]
         if loss1.dim() != 1 or len(loss1) % 2 or not len(loss1):
@@ -63,7 +64,9 @@ def svag_loss(loss1: Tensor, loss2: Tensor | float | None = None, l: float | Non
     c1, c2 = svag_coefficients(l)  # type: ignore[arg-type]
     for name, loss in (("loss1", loss1), ("loss2", loss2)):
         if c1 > torch.finfo(loss.dtype).max:
-            raise ValueError(f"Invalid l: {l} (c1 = {c1:.3g} is infinite in {loss.dtype}, the dtype of {name})")
+            raise ValueError(
+                f"l must be smaller, since c1 = {c1:.3g} is infinite in {loss.dtype}, the dtype of {name}, got {l}"
+            )
     return c1 * loss1 + c2 * loss2
 
 
@@ -173,7 +176,9 @@ class SVAG(TwoBatchOptimizer):
         for i, p in enumerate(group["params"]):
             if group["compensated"] and p.requires_grad and p.dtype == torch.float64:
                 allowed = ", ".join(str(d) for d in PARAM_DTYPES if d != torch.float64)
-                raise TypeError(f"params[{i}] of the group is torch.float64: compensated serves {allowed}")
+                raise TypeError(
+                    f"params[{i}] of the group must be {allowed} where it is compensated, got torch.float64"
+                )
 
     def _check_options(self, group: dict[str, Any], lr: Any) -> StepOptions:
         for name in ("compensated", "capturable"):

@@ -121,7 +121,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
             group = {**self.defaults, **param_group}
             number("l", group["l"])
             if self.param_groups and group["l"] != self.l:
-                raise ValueError(f"Invalid l: {group['l']} (the other param groups have {self.l}, and all must agree)")
+                raise ValueError(f"l must be {self.l}, as in the other param groups, got {group['l']}")
             self._check_group(group, read=True)
         _add_param_group(self, param_group)
         group = self.param_groups[-1]
@@ -138,8 +138,8 @@ class TwoBatchOptimizer(HoldingOptimizer):
         for i, p in enumerate(group["params"]):
             if kind := sharded(p):
                 raise TypeError(
-                    f"params[{i}] of the group is a {kind}: {type(self).__name__} doesn't serve parameters in shards, "
-                    "of which it would step and measure one rank's alone (DistributedDataParallel keeps them whole)"
+                    f"params[{i}] of the group must be a whole tensor for {type(self).__name__}, which would step and "
+                    f"measure one rank's shard alone, got a {kind} (DistributedDataParallel keeps parameters whole)"
                 )
 
     def _check_group(self, group: dict[str, Any], *, read: bool = False) -> Any:
@@ -150,7 +150,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             if lr.numel() != 1:
-                raise ValueError(f"Tensor lr must be 1-element, but its shape is {list(lr.shape)}")
+                raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")
             if not read and on_device(group):
                 lr = 0.0
         check_name(group["backend"])
@@ -174,7 +174,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
             if kept is None:
                 number("l", group["l"])
             if group["l"] != l:
-                raise ValueError(f"Invalid l: {group['l']} (the first param group has {l}, and all must agree)")
+                raise ValueError(f"l must be {l}, as in the first param group, got {group['l']}")
             if kept is None:
                 options = self._check_group(group)
                 kept = values, Checked(options, None if on_device(group) else self._time_of(options.lr, options.l))

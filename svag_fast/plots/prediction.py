@@ -32,9 +32,9 @@ def figure(predictions: Sequence[Prediction]) -> Figure:
     """
     usable = [p for p in predictions if p.kappa]
     if not usable:
-        raise ValueError("no prediction has a positive grad_sq_norm: there is nothing to draw")
+        raise ValueError("predictions must be some with a positive grad_sq_norm, got none: there is nothing to draw")
     if len({p.C for p in usable}) != 1:
-        raise ValueError("the predictions differ in C")
+        raise ValueError("the predictions must be of one C, got several")
     with plots.style():
         from matplotlib.figure import Figure
 

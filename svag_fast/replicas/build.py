@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from svag_fast.numeric import integer
+from svag_fast.numeric import integer, shown
 from svag_fast.replicas.errors import NotReplicable
 from svag_fast.replicas.stacked import PerReplica
 
@@ -80,13 +80,13 @@ def checked_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     """Return the seeds, distinct integers from 0 to 2^63 - 1, at least one."""
     try:
         found = tuple(integer("seeds", seed, least=0, most=2**63 - 1) for seed in seeds)
-    except TypeError as error:
-        raise TypeError(f"seeds must be integers, one a replica, such as range(16): {error}") from None
+    except TypeError:
+        raise TypeError(f"seeds must be integers, one a replica, such as range(16), got {shown(seeds)}") from None
     if not found:
-        raise ValueError("seeds is empty: at least one replica is needed")
+        raise ValueError("seeds must be one or more, got none")
     twice = sorted({seed for seed in found if found.count(seed) > 1})
     if twice:
-        raise ValueError(f"seeds must differ, for replicas of one seed are one run: {twice[0]} is there twice")
+        raise ValueError(f"seeds must be different, for replicas of one seed are one run, got {twice[0]} twice")
     return found
 
 
@@ -96,7 +96,7 @@ def seeded(build_model: BuildModel, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = build_model()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"build_model must return a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"build_model's result must be a torch.nn.Module, got {type(model).__name__}")
     return model
 
 

@@ -104,7 +104,7 @@ class Chain:
             ValueError: it is another one.
         """
         if chain_of(model) != self:
-            raise ValueError("model has other layers or parameters than the chain")
+            raise ValueError("model must be of the chain's layers and parameters, got others")
         return self._values(model)
 
     def initial(self) -> FlatParameters:
@@ -132,7 +132,7 @@ class Chain:
         """
         for name, flat, count in (("weights", weights, self.weight_count), ("frozen", frozen, self.frozen_count)):
             if flat is not None and (flat.shape != (count,) or flat.dtype != torch.float32):
-                raise ValueError(f"{name} is {flat.dtype} {list(flat.shape)}: expected torch.float32 [{count}]")
+                raise ValueError(f"{name} must be torch.float32 [{count}], got {flat.dtype} {list(flat.shape)}")
         model = copy.deepcopy(self._template)
         values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
@@ -178,7 +178,7 @@ def chain_of(model: nn.Module) -> Chain:
         UnsupportedModuleError: anything else; the message names the module's path and class, and why.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a module")
+        raise TypeError(f"model must be a module, got a {type(model).__name__}")
     parameters = _parameters(model)
     layers = tuple(_layers(model, ""))
     used = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]

@@ -142,13 +142,13 @@ class FusedRuns:
         threads: int | None = None,
     ) -> None:
         if not isinstance(chain, Chain):
-            raise TypeError(f"chain is a {type(chain).__name__}: expected what chain_of returns")
+            raise TypeError(f"chain must be what chain_of returns, got a {type(chain).__name__}")
         if loss not in ("cross_entropy", "squared_error"):
-            raise ValueError(f"Invalid loss: {loss!r} (expected 'cross_entropy' or 'squared_error')")
+            raise ValueError(f"loss must be 'cross_entropy' or 'squared_error', got {loss!r}")
         count = len(weights) if isinstance(weights, Tensor) and weights.dim() else 0
         _check_floats("weights", weights, f"[S, {chain.weight_count}]", (count, chain.weight_count))
         if not count:
-            raise ValueError("weights has no row: expected one a replica")
+            raise ValueError("weights must be a row for each replica, got none")
         frozen = chain.initial().frozen if frozen is None else frozen
         shapes = ((chain.frozen_count,), (count, chain.frozen_count))
         _check_floats("frozen", frozen, f"[{shapes[0][0]}] or {list(shapes[1])}", *shapes)
@@ -267,7 +267,7 @@ class FusedRuns:
         """Return the gradient of the mean loss over these training samples for every replica: [S, P] float32."""
         listed = [integer("indices", i, least=0, most=self._train.count - 1) for i in _listed("indices", indices)]
         if not listed:
-            raise ValueError("indices is empty: expected at least one sample")
+            raise ValueError("indices must be one sample or more, got none")
         grads = torch.empty_like(self._weights)
         count = len(self._weights)
         with self._at_work:
@@ -294,9 +294,11 @@ class FusedRuns:
         for name in _STATE:
             ours, theirs = getattr(self, f"_{name}"), state[name]
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-                raise ValueError(f"{name} is {theirs.dtype} {list(theirs.shape)}, not {ours.dtype} {list(ours.shape)}")
+                raise ValueError(
+                    f"{name} must be {ours.dtype} {list(ours.shape)}, got {theirs.dtype} {list(theirs.shape)}"
+                )
         if int(state["steps"].min()) < 0:
-            raise ValueError(f"steps has {int(state['steps'].min())}: expected 0 or more")
+            raise ValueError(f"steps must be 0 or more, got {int(state['steps'].min())}")
         for name in _STATE:
             getattr(self, f"_{name}").copy_(state[name])
 
@@ -362,15 +364,15 @@ class _FusedNet:
         if self.loss == "squared_error":
             return _check_floats("targets", targets, str([count, outputs]), (count, outputs))
         if not isinstance(targets, Tensor):
-            raise TypeError(f"targets is a {type(targets).__name__}: expected a tensor")
+            raise TypeError(f"targets must be a tensor, got a {type(targets).__name__}")
         if targets.dtype != torch.int64 or targets.shape != (len(inputs),) or targets.device.type != "cpu":
             raise ValueError(
-                f"targets is {targets.dtype} {list(targets.shape)} on {targets.device}: expected torch.int64 "
-                f"[{len(inputs)}] on cpu"
+                f"targets must be torch.int64 [{len(inputs)}] on cpu, got {targets.dtype} {list(targets.shape)} on "
+                f"{targets.device}"
             )
         least, most = (int(end) for end in torch.aminmax(targets))
         if least < 0 or most >= outputs:
-            raise ValueError(f"targets has classes from {least} to {most}: expected 0 to {outputs - 1}")
+            raise ValueError(f"targets must be classes from 0 to {outputs - 1}, got {least} to {most}")
         return None
 
     def samples(self, inputs: Tensor, targets: Tensor) -> _Samples:
@@ -416,7 +418,7 @@ def _settings(count: int, seeds: Any, batch_size: Any, lr: Any, l: Any, weight_d
     schedules = [_schedule(f"lr[{s}]", value) for s, value in enumerate(_each_schedule(lr, count))]
     listed = _listed("seeds", seeds)
     if len(listed) != count:
-        raise ValueError(f"seeds has {len(listed)} entries: expected one for each of the {count} replicas")
+        raise ValueError(f"seeds must be one for each of the {count} replicas, got {len(listed)}")
     settings = [
         _Settings(
             integer(f"seeds[{s}]", seed, least=0, most=2**64 - 1),
@@ -444,11 +446,11 @@ def _settings(count: int, seeds: Any, batch_size: Any, lr: Any, l: Any, weight_d
 
 def _listed(name: str, values: Any) -> list[Any]:
     if isinstance(values, (str, bytes)):
-        raise TypeError(f"{name} is {values!r}: expected a sequence")
+        raise TypeError(f"{name} must be a sequence, got {values!r}")
     try:
         return list(values.tolist() if isinstance(values, Tensor) else values)
     except TypeError as error:
-        raise TypeError(f"{name} is {values!r}: expected a sequence") from error
+        raise TypeError(f"{name} must be a sequence, got {values!r}") from error
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
@@ -457,7 +459,7 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
         return [value] * count
     listed = _listed(name, value)
     if len(listed) != count:
-        raise ValueError(f"{name} has {len(listed)} entries: expected one for each of the {count} replicas")
+        raise ValueError(f"{name} must be one for each of the {count} replicas, got {len(listed)}")
     return listed
 
 
@@ -474,29 +476,29 @@ def _schedule(name: str, value: Any) -> tuple[list[int], list[float]]:
     """Return the steps from which learning rates hold, and these."""
     pieces = value if isinstance(value, (tuple, list)) else [(0, value)]
     if not pieces or not all(_is_piece(piece) for piece in pieces):
-        raise TypeError(f"{name} is {value!r}: expected a number or pairs (from step, learning rate)")
+        raise TypeError(f"{name} must be a number or pairs (from step, learning rate), got {value!r}")
     starts = [integer(f"{name}'s step", start, least=0, most=2**62) for start, _ in pieces]
     if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-        raise ValueError(f"{name} begins its pieces at {starts}: expected 0 first, then ascending steps")
+        raise ValueError(f"{name} must be pieces that begin at step 0, then at ascending steps, got {starts}")
     return starts, [number("learning rate", rate, least=0) for _, rate in pieces]
 
 
 def _sample_shape(name: str, inputs: Tensor) -> tuple[int, ...]:
     if not isinstance(inputs, Tensor):
-        raise TypeError(f"{name} is a {type(inputs).__name__}: expected a tensor")
+        raise TypeError(f"{name} must be a tensor, got a {type(inputs).__name__}")
     if inputs.dim() < 2:
-        raise ValueError(f"{name} has the shape {list(inputs.shape)}: expected [n, ...], a sample a row")
+        raise ValueError(f"{name} must be [n, ...], a sample a row, got shape {list(inputs.shape)}")
     return tuple(inputs.shape[1:])
 
 
 def _check_floats(name: str, value: Any, shape: str, *shapes: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
+        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
     fits = tuple(value.shape) in shapes and value.layout == torch.strided
     if value.dtype != torch.float32 or value.device.type != "cpu" or not fits:
         raise ValueError(
-            f"{name} is {value.dtype} {list(value.shape)} on {value.device}: expected a dense torch.float32 {shape} "
-            "on cpu"
+            f"{name} must be a dense torch.float32 {shape} on cpu, got {value.dtype} {list(value.shape)} on "
+            f"{value.device}"
         )
 
 

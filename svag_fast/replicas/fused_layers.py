@@ -50,8 +50,8 @@ def fused_layers(chain: Chain, sample_shape: tuple[int, ...]) -> FusedLayers:
         layers, sample_shape = layers[1:], (math.prod(sample_shape),)
     if len(sample_shape) not in (1, 3) or not all(sample_shape):
         raise ValueError(
-            f"inputs are samples of {list(sample_shape)}: expected vectors [features] or images [channels, height, "
-            "width], none of them empty (or a chain that begins with Flatten)"
+            "inputs must be vectors [features] or images [channels, height, width], none of them empty (or a chain "
+            f"that begins with Flatten), got samples of {list(sample_shape)}"
         )
     shape = sample_shape
     rows: list[dict[str, int]] = []
@@ -67,7 +67,10 @@ def fused_layers(chain: Chain, sample_shape: tuple[int, ...]) -> FusedLayers:
         options, out = _lowered(layer, shape)
         image_in, image_out = _image(shape), _image(out)
         if math.prod(image_out) > _LARGEST or math.prod(image_in) > _LARGEST:
-            raise ValueError(f"{layer.path}: {max(image_in, image_out, key=math.prod)} are too many values a sample")
+            raise ValueError(
+                f"{layer.path}'s images must be of at most {_LARGEST} values a sample, got "
+                f"{max(image_in, image_out, key=math.prod)}"
+            )
         row = dict.fromkeys(_FIELDS, 0)
         row |= dict(zip(("in_channels", "in_height", "in_width"), image_in, strict=True))
         row |= dict(zip(("out_channels", "out_height", "out_width"), image_out, strict=True))
@@ -82,13 +85,16 @@ def fused_layers(chain: Chain, sample_shape: tuple[int, ...]) -> FusedLayers:
         eps.append(layer.eps)
         taps = row["kernel_h"] * row["kernel_w"] * row["in_channels"] if row["kind"] == _KINDS["affine"] else 1
         if taps * row["out_channels"] > _LARGEST_WEIGHT:
-            raise ValueError(f"{layer.path}: its weight is too large for this kernel")
+            raise ValueError(
+                f"{layer.path}'s weight must be of at most {_LARGEST_WEIGHT} values for this kernel, got "
+                f"{taps * row['out_channels']}"
+            )
         operations.append(taps * math.prod(image_out))
         shape = out
     if len(shape) != 1 and shape[1:] != (1, 1):
-        raise ValueError(f"the chain's output has the shape {list(shape)} a sample: expected a vector")
+        raise ValueError(f"the chain's output must be a vector a sample, got the shape {list(shape)}")
     if not rows:
-        raise ValueError("the chain has no layer")
+        raise ValueError("the chain must be one layer or more, got none")
     return FusedLayers(
         [[row[name] for name in _FIELDS] for row in rows], eps, _image(sample_shape), shape[0], operations
     )
@@ -103,7 +109,7 @@ def _lowered(layer: ChainLayer, shape: tuple[int, ...]) -> tuple[dict[str, Any],
 
     def expect(fits: bool, expected: str) -> None:
         if not fits:
-            raise ValueError(f"{layer.path}: it gets samples of {list(shape)}, expected {expected}")
+            raise ValueError(f"{layer.path}'s samples must be {expected}, got {list(shape)}")
 
     def pooled(kernel: tuple[int, int], stride: tuple[int, int]) -> tuple[dict[str, Any], tuple[int, ...]]:
         expect(

@@ -187,15 +187,15 @@ class Replicas(nn.Module):
         S = len(self.seeds)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         if not tensors:
-            raise ValueError("the replicas got no tensor")
+            raise ValueError("the replicas' input must be a tensor, got none")
         for x in tensors:
             if not shared and (x.dim() < 2 or x.shape[0] != S):
                 raise ValueError(
-                    f"the input {list(x.shape)} is not [S, B, ...] with S = {S} replicas; for one batch [B, ...] for "
-                    "all of them, say shared=True"
+                    f"the input must be [S, B, ...] with S = {S} replicas (for one batch [B, ...] for all of them, say "
+                    f"shared=True), got {list(x.shape)}"
                 )
             if shared and x.dim() < 1:
-                raise ValueError("the input has no dimension of samples")
+                raise ValueError("the input must be of a dimension of samples, got none")
 
     def _key(self, leaves: list[Any], spec: TreeSpec, shared: bool) -> Any:
         """What a trial speaks of: anything but the values and the number of samples."""

@@ -17,13 +17,13 @@ def check_state(x0: object, problem: Any) -> None:
         TypeError, ValueError: it is none.
     """
     if not isinstance(x0, Tensor):
-        raise TypeError(f"Invalid x0: {shown(x0)}, expected a floating-point Tensor, such as torch.tensor(1.0)")
+        raise TypeError(f"x0 must be a floating-point Tensor, such as torch.tensor(1.0), got {shown(x0)}")
     if not x0.is_floating_point():
-        raise TypeError(f"Invalid x0: a Tensor of {x0.dtype}, expected a floating-point one, such as x0.double()")
+        raise TypeError(f"x0 must be a floating-point Tensor, such as x0.double(), got one of {x0.dtype}")
     if x0.dim() < problem.state_dim:
         raise ValueError(
-            f"Invalid x0: shape {list(x0.shape)}, expected at least {problem.state_dim} dimension "
-            f"for {type(problem).__name__}"
+            f"x0 must be of at least {problem.state_dim} dimension for {type(problem).__name__}, got shape "
+            f"{list(x0.shape)}"
         )
 
 
@@ -34,6 +34,6 @@ def check_vector(name: str, x: object, size: int) -> None:
         TypeError, ValueError: it is none.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"Invalid {name}: {shown(x)}, expected a Tensor [{size}]")
+        raise TypeError(f"{name} must be a Tensor [{size}], got {shown(x)}")
     if x.shape != torch.Size([size]) or x.is_complex():
-        raise ValueError(f"Invalid {name}: {x.dtype} of shape {list(x.shape)}, expected a real Tensor [{size}]")
+        raise ValueError(f"{name} must be a real Tensor [{size}], got {x.dtype} of shape {list(x.shape)}")

@@ -32,7 +32,7 @@ def process_moments(process: Process, problem: AffineProblem, x0: float, times: 
     """
     # Its Runge-Kutta step is a polynomial of degree four in h, and not of the form below.
     if isinstance(process, GradientFlow):
-        raise ValueError("Invalid process: GradientFlow is not affine in its step; use sde_moments(noise=False)")
+        raise ValueError("process must be affine in its step, got GradientFlow: use sde_moments(noise=False)")
     x0 = number("x0", x0)
     matrix = step_matrix(process, problem)
     start = x0 ** np.arange(ORDER + 1)
@@ -62,7 +62,7 @@ def sde_moments(
         noise: False for gradient flow.
     """
     if order not in (1, 2):
-        raise ValueError(f"Invalid order: {order}, expected 1 or 2")
+        raise ValueError(f"order must be 1 or 2, got {order}")
     x0 = number("x0", x0)
     lr = number("lr", lr, above=0)
     weight_decay = number("weight_decay", weight_decay, least=0)

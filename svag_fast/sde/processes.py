@@ -95,7 +95,7 @@ class Process(ABC):
         time = number("time", time, least=0)
         count = round(time / self.step_size)
         if abs(count * self.step_size - time) > 1e-9 * max(abs(time), self.step_size):
-            raise ValueError(f"Invalid time: {time} is not a whole number of steps of {self.step_size}")
+            raise ValueError(f"time must be a whole number of steps of {self.step_size}, got {time}")
         return count
 
     def step_(self, problem: Problem, x: Tensor, draws: Draws) -> Tensor:
@@ -138,9 +138,9 @@ def _check_dtype(process: Process, dtype: torch.dtype) -> None:
             named[f"weights[{j}]"] = weight
         for name, value in named.items():
             if abs(value) > limits.max:
-                raise ValueError(f"Invalid {process}: its {name}, {value}, is infinite in {dtype}")
+                raise ValueError(f"{name} of {process} must be finite in {dtype}, got {value}")
     if torch.tensor(process.step_size, dtype=dtype, device="cpu") == 0:
-        raise ValueError(f"Invalid {process}: its step_size, {process.step_size}, is 0 in {dtype}")
+        raise ValueError(f"step_size of {process} must be a number above 0 in {dtype}, got {process.step_size}")
 
 
 @dataclass(frozen=True)

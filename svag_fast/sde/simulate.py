@@ -113,7 +113,7 @@ def affine_step(process: Process, problem: Problem) -> AffineStep | None:
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of independent `values` [n], n >= 2, and its standard error."""
     if values.dim() != 1 or len(values) < 2:
-        raise ValueError(f"Invalid values: shape {list(values.shape)}, expected [n] with n at least 2")
+        raise ValueError(f"values must be of shape [n] with n at least 2, got {list(values.shape)}")
     # The sum of a million float32 numbers has lost digits that the error still counts.
     values = values.double()
     return values.mean().item(), values.std().item() / math.sqrt(values.numel())
@@ -129,8 +129,8 @@ def controlled_mean(values: Tensor, controls: Tensor, expectations: Sequence[flo
     count, known = len(values), len(expectations)
     if values.dim() != 1 or controls.shape != (count, known) or count < known + 2:
         raise ValueError(
-            f"Invalid controls: shape {list(controls.shape)} for values {list(values.shape)} and {known} expectations, "
-            "expected [n, c] for [n] and c, n at least c + 2"
+            "controls must be [n, c] for values [n] and c expectations, n at least c + 2, got shape "
+            f"{list(controls.shape)} for values {list(values.shape)} and {known} expectations"
         )
     design = np.column_stack([np.ones(len(values)), controls.double().numpy() - np.asarray(expectations)])
     target = values.double().numpy()
@@ -162,5 +162,5 @@ def expectation(
     values = function(simulate(process, problem, x0, time, trajectories=trajectories, seed=seed))
     if not isinstance(values, Tensor) or values.shape != (trajectories,):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise ValueError(f"Invalid function: it returned {found}, expected a value a trajectory, [{trajectories}]")
+        raise ValueError(f"function's result must be a value a trajectory, [{trajectories}], got {found}")
     return mean_and_error(values)

@@ -103,7 +103,7 @@ def fit_limit(ls: Array, means: Array, variances: Array, counts: Array, margin: 
     """
     count = len(ls)
     if count < 2 or (np.diff(ls) <= 0).any() or (counts < 2).any():
-        raise ValueError(f"at least two ascending l with two runs each are needed, got l = {ls}, runs = {counts}")
+        raise ValueError(f"the runs must be of at least two ascending l, two each, got l = {ls}, runs = {counts}")
     # Candidate j is the fit where the l from j on showed no lack of fit; the last means none.
     firsts = [j + 1 for j in range(count - 2)] + [count - 2]
     candidate = np.full(means.shape[:-1], len(firsts) - 1)

@@ -124,11 +124,11 @@ def runs_of(name: str, series: ArrayLike) -> Array:
     x = np.atleast_2d(x)
     if not np.isfinite(x).all():
         run, row = np.argwhere(~np.isfinite(x))[0].tolist()
-        raise ValueError(f"{name} must be finite, but row {row} of run {run} is not")
+        raise ValueError(f"{name} must be finite, got {x[run, row]} in row {row} of run {run}")
     if (largest := float(np.abs(x).max())) and not _SMALLEST < largest < 1 / _SMALLEST:
         raise ValueError(
-            f"{name} must be of sizes from {_SMALLEST:g} to {1 / _SMALLEST:g}, whose squares are numbers too, "
-            f"but its largest is {largest:g}"
+            f"{name} must be of sizes from {_SMALLEST:g} to {1 / _SMALLEST:g}, whose squares are numbers too, got "
+            f"{largest:g} as the largest"
         )
     return x
 
@@ -136,7 +136,9 @@ def runs_of(name: str, series: ArrayLike) -> Array:
 def refuse_masked(name: str, series: object) -> None:
     """Refuse a masked array: NumPy's functions would take what is masked for values."""
     if np.ma.isMaskedArray(series) and np.ma.is_masked(series):
-        raise TypeError(f"{name} has masked values: give those that are there, as series.compressed()")
+        raise TypeError(
+            f"{name} must be without masked values, got some: give those that are there, as series.compressed()"
+        )
 
 
 def effective_samples(x: Array) -> float:

@@ -284,7 +284,10 @@ def simple_noise_scale(
     if population is not None:
         factor = noise_factor(require_whole("batch_size", batch_size), population)
         if factor == 0:
-            raise ValueError(f"batch_size must be below population, {population}: a batch of all samples has no noise")
+            raise ValueError(
+                f"batch_size must be below population, {population}, since a batch of all samples has no noise, got "
+                f"{batch_size:g}"
+            )
     return nsr(grad_sq_norm, noise_trace, covariance=covariance).affine(batch_size / factor)
 
 
@@ -351,7 +354,10 @@ def equilibrium_residual(
             f"lr * weight_decay / l must be below 2 (no equilibrium otherwise), got {lr * weight_decay / l}"
         )
     if G.value / l + N.value == 0:
-        raise ValueError("grad_sq_norm and noise_trace must not both be 0: the equation's right side is then 0")
+        raise ValueError(
+            "grad_sq_norm and noise_trace must be above 0 at least one, got 0 twice: the equation's right side is "
+            "then 0"
+        )
     cov = _covariance_3(R, G, N, covariance)
     by_R, by_G, by_N = _equilibrium_factors(lr, weight_decay, l)
     all_three = (R, G, N)
@@ -411,9 +417,13 @@ def _covariance_3(
         variances = [q.standard_error**2 for q in (R, G, N)]
         return [[variances[i] if i == j else 0.0 for j in range(3)] for i in range(3)]
     if len(covariance) != 3 or any(len(row) != 3 for row in covariance):
-        raise ValueError("covariance must be 3x3, of the estimates of R, G and N")
+        raise ValueError(
+            f"covariance must be 3x3, of the estimates of R, G and N, got rows of {[len(row) for row in covariance]}"
+        )
     if any(not math.isfinite(c) for row in covariance for c in row) or any(covariance[i][i] < 0 for i in range(3)):
-        raise ValueError("covariance must be finite, its diagonal not negative")
+        raise ValueError(
+            f"covariance must be finite, its diagonal not negative, got {[list(row) for row in covariance]}"
+        )
     return covariance
 
 

@@ -86,7 +86,7 @@ def stationarity(series: ArrayLike, *, level: float = 0.01, tolerance: float = 0
 def _stationarity(x: NDArray[np.float64], mean: Estimate, level: float, tolerance: float) -> Stationarity:
     runs, n = x.shape
     if mean.value == 0:
-        raise ValueError("series has mean 0: a drift relative to the mean can't be judged")
+        raise ValueError("series must be of a mean other than 0, to which a drift is relative, got 0")
     # A drift looks like autocorrelation: what a parabola leaves over tells how many batches are independent.
     together = x.mean(axis=0)
     basis = _polynomials(n)
@@ -137,7 +137,10 @@ def detect_equilibrium(
     given = {"weight_sq_norm": weight_sq_norm, "grad_sq_norm": grad_sq_norm, "noise_trace": noise_trace}
     series = {name: runs_of(name, s) for name, s in given.items() if s is not None}
     if len({s.shape for s in series.values()}) != 1:
-        raise ValueError("grad_sq_norm, noise_trace and weight_sq_norm must have the same length, and as many runs")
+        raise ValueError(
+            "grad_sq_norm, noise_trace and weight_sq_norm must be of the same length and as many runs, got "
+            f"{[s.shape for s in series.values()]}"
+        )
     _check_level(level, tolerance)
     lr = number("lr", lr, above=0)
     pair = joint_means(series["grad_sq_norm"], series["noise_trace"])  # without R, which moves more slowly

@@ -64,5 +64,5 @@ def square_root_scaling_rule(
 def _scaled_beta(name: str, beta: float, kappa: float) -> float:
     beta = number(name, beta, least=0, below=1)
     if kappa * (1 - beta) > 1:
-        raise ValueError(f"kappa * (1 - {name}) must not exceed 1, got {kappa * (1 - beta):.6g} ({name} = {beta})")
+        raise ValueError(f"kappa * (1 - {name}) must be at most 1, got {kappa * (1 - beta):.6g} ({name} = {beta})")
     return beta - (kappa - 1) * (1 - beta)

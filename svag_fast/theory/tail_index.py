@@ -43,16 +43,14 @@ def gaussian_tail_index(variances: Tensor, block: int) -> float:
 
 def _blocks(values: Tensor, block: int) -> Tensor:
     if block < 2:
-        raise ValueError(f"Invalid block: {block}, expected at least 2")
+        raise ValueError(f"block must be at least 2, got {block}")
     if values.dim() != 1 or len(values) < 2 * block:
-        raise ValueError(
-            f"Invalid values: shape {tuple(values.shape)}, expected [K] with at least two blocks of {block}"
-        )
+        raise ValueError(f"values must be [K] with at least two blocks of {block}, got shape {tuple(values.shape)}")
     return values.detach()[: len(values) // block * block].view(-1, block)
 
 
 def _mean_log(values: Tensor) -> float:
     values = values[values != 0].abs()
     if values.numel() == 0:
-        raise ValueError("Invalid values: nothing but zeros")
+        raise ValueError("values must be others than zeros alone, got nothing else")
     return values.log().mean().item()

@@ -67,7 +67,7 @@ def run(
     """
     for name in names or ():
         if name not in GROUPS:
-            raise ValueError(f"Invalid group: {name!r}, expected one of {', '.join(GROUPS)}")
+            raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {name!r}")
     outcomes = {}
     for name in names or GROUPS:
         started(GROUPS[name])

@@ -21,7 +21,7 @@ def test_defaults_are_two_points_of_accuracy_and_a_tenth_of_anything_else() -> N
 
 @pytest.mark.parametrize(
     ("metrics", "given", "message"),
-    [([], {}, "metrics is empty"), (["nsr"], {"test_loss": Margin(1.0)}, "given for test_loss, but judged are nsr")],
+    [([], {}, "metrics must be one"), (["nsr"], {"test_loss": Margin(1.0)}, "margins must be for metrics that are")],
 )
 def test_a_margin_for_what_is_not_judged_is_refused(metrics: list[str], given: dict[str, Margin], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -37,6 +37,6 @@ def test_what_is_no_margin_is_refused(text: str) -> None:
 def test_a_list_of_margins_is_read_from_one_option() -> None:
     found = MarginList().convert("test_accuracy=0.02, test_loss=10%", None, None)
     assert found == {"test_accuracy": Margin(0.02), "test_loss": Margin(0.1, relative=True)}
-    for text, message in (("0.02", "does not name a metric"), ("nsr=big", "nsr: 'big' is not a margin")):
+    for text, message in (("0.02", "does not name a metric"), ("nsr=big", "nsr: a margin must be a number such as")):
         with pytest.raises(click.UsageError, match=message):
             MarginList().convert(text, None, None)

@@ -336,7 +336,7 @@ def test_unlike_runs_are_not_averaged(runs):
         predict.measure([series, replace(series, lr=2 * series.lr)])
     with pytest.raises(ValueError, match="differ in batch size"):
         predict.measure([series, replace(series, batch_size=16)])
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="series must be one run or more, got none"):
         predict.measure([])
 
 
@@ -374,9 +374,9 @@ def test_command_gives_json_with_all_numbers(runs):
     [
         (["nowhere"], 2, "does not exist"),
         (["LOG"], 2, "--batch-size and --lr"),
-        (["LOG", "--batch-size", "8", "--lr", "-1"], 1, "Invalid lr: -1"),
-        (["RUNS", "--C", "0.5"], 1, "Invalid C"),
-        (["RUNS", "--C", "1e200"], 1, "Invalid C"),
+        (["LOG", "--batch-size", "8", "--lr", "-1"], 1, "lr must be a finite number > 0, got -1"),
+        (["RUNS", "--C", "0.5"], 1, "C (ratios are in [1/C, C]) must be a"),
+        (["RUNS", "--C", "1e200"], 1, "C (ratios are in [1/C, C]) must be a"),
         (["RUNS", "--plot", "nowhere/out.png"], 1, "nowhere"),
         (["EMPTY"], 1, "no run"),
     ],
@@ -409,5 +409,5 @@ def test_figure_refuses_what_it_can_not_draw(runs):
     found = from_runs(runs)
     with pytest.raises(ValueError, match="nothing to draw"):
         predict_figure.figure([replace(found, kappa={})])
-    with pytest.raises(ValueError, match="differ in C"):
+    with pytest.raises(ValueError, match="the predictions must be of one C, got several"):
         predict_figure.figure([found, from_runs(runs, C=2.0)])

@@ -395,8 +395,8 @@ def test_answers_combine_to_the_worst() -> None:
     ("options", "error", "message"),
     [
         ({"confidence": 1.0}, ValueError, "confidence"),
-        ({"metrics": []}, ValueError, "metrics is empty"),
-        ({"margins": {"nsr": Margin(1.0)}}, ValueError, "given for nsr"),
+        ({"metrics": []}, ValueError, "metrics must be one column or more, got none"),
+        ({"margins": {"nsr": Margin(1.0)}}, ValueError, "margins must be for metrics that are judged,"),
         ({"metrics": ["accuracy"]}, KeyError, "no column 'accuracy'"),
     ],
 )

@@ -200,7 +200,7 @@ def test_nsr_is_the_ratio():
         (lambda: noise.from_two_batches(1.0, 1.0, torch.ones(2)), "inner must be one number"),
         (lambda: noise.from_two_batches_of_samples(torch.ones(3), 1.0, 1.0, 1.0), r"\[2B\] with B >= 2, got \[3\]"),
         (lambda: noise.from_two_batches_of_samples(torch.ones(2), 1.0, 1.0, 1.0), r"\[2B\] with B >= 2, got \[2\]"),
-        (lambda: noise.from_two_batches(1.0, 1.0, 1.0, disjoint=True), "needs batch_size and population"),
+        (lambda: noise.from_two_batches(1.0, 1.0, 1.0, disjoint=True), "batch_size and population must be numbers"),
         (
             lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size=3, population=5, disjoint=True),
             "the 6 samples drawn",
@@ -208,8 +208,8 @@ def test_nsr_is_the_ratio():
         (lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size=5, population=5), "no noise"),
         (lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size=0), "at least 1, got 0"),
         (lambda: noise.from_batches(torch.ones(1), 1.0), "M >= 2"),
-        (lambda: noise.BatchMoments().estimate(), "at least 2 batches, got 0"),
-        (lambda: noise.BatchMoments().add([]), "at least one gradient"),
+        (lambda: noise.BatchMoments().estimate(), "the batches must be at least 2 for the noise, got 0"),
+        (lambda: noise.BatchMoments().add([]), "grads must be one gradient or more, got none"),
         (lambda: noise.mean_standard_error([]), "not empty"),
         (lambda: noise.mean_standard_error([[1.0]]), r"\[1, 1\]"),
         (lambda: noise.RunningMean().add(torch.ones(2)), "one element"),
@@ -226,16 +226,16 @@ def test_bad_input_is_refused(call, message):
         (lambda: noise.from_sample_norms([1.0, 2.0], 1.0), r"sq_norms must be a tensor \[B\], got list"),
         (
             lambda: noise.from_sample_norms(torch.ones(3, dtype=torch.complex64), 1.0),
-            "sq_norms must hold real numbers, got torch.complex64",
+            r"sq_norms must be real numbers, got torch\.complex64",
         ),
         (
             lambda: noise.from_sample_norms(torch.ones(3), None),
-            "Invalid batch_grad_sq_norm: None .*expected a number, not NoneType",
+            r"batch_grad_sq_norm must be a number, got None \(NoneType\)",
         ),
-        (lambda: noise.from_sample_norms(torch.ones(3), "1"), "Invalid batch_grad_sq_norm: '1' .*not str"),
+        (lambda: noise.from_sample_norms(torch.ones(3), "1"), "batch_grad_sq_norm must be a number, got '1'"),
         (lambda: noise.from_sample_norms(torch.ones(3), 1.0, population=3.5), "population must be an int, got float"),
         (lambda: noise.from_sample_norms(torch.ones(3), 1.0, weights=[1, 1, 1]), r"weights .* \[3\], got list"),
-        (lambda: noise.from_two_batches(1.0, 1j, 1.0), "Invalid sq_norm2: 1j .*not complex"),
+        (lambda: noise.from_two_batches(1.0, 1j, 1.0), r"sq_norm2 must be a number, got 1j \(complex\)"),
         (lambda: noise.from_two_batches(1.0, 1.0, torch.ones((), dtype=torch.complex64)), "inner must be real"),
         (lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size="8"), "the batch size must be an int, got str"),
         (lambda: noise.from_two_batches(1.0, 1.0, 1.0, batch_size=True), "the batch size must be an int, got bool"),
@@ -248,11 +248,11 @@ def test_bad_input_is_refused(call, message):
         (lambda: noise.BatchMoments().add(torch.ones(2, 2)), "list of tensors, one for each parameter, got one"),
         (lambda: noise.BatchMoments().add([torch.ones(2, dtype=torch.complex64)]), r"grads\[0\] must be real"),
         (lambda: noise.BatchMoments().add([torch.eye(2).to_sparse()]), r"grads\[0\] must be real and dense"),
-        (lambda: noise.mean_standard_error(["a", "b"]), "series must hold real numbers, got <U1"),
+        (lambda: noise.mean_standard_error(["a", "b"]), "series must be real numbers, got <U1"),
         (lambda: noise.mean_standard_error(torch.ones(3, dtype=torch.complex64)), "real numbers, got complex64"),
         (lambda: noise.mean_standard_error(None), "real numbers, got object"),
-        (lambda: noise.RunningMean().add("3"), "Invalid value: '3' .*not str"),
-        (lambda: noise.RunningMean().add(None), "Invalid value: None"),
+        (lambda: noise.RunningMean().add("3"), r"value must be a number, got '3' \(str\)"),
+        (lambda: noise.RunningMean().add(None), r"value must be a number, got None \(NoneType\)"),
         (lambda: noise.RunningMean().add(torch.ones(1, dtype=torch.complex64)), "value must be real"),
         (lambda: noise.RunningMean().load_state_dict([1]), "state must be a state_dict.*got list"),
     ],
@@ -266,7 +266,7 @@ def test_what_is_no_number_is_refused(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": torch.ones(4)}, r"weights must have the shape of sq_norms, \[3\], got \[4\]"),
+        ({"weights": torch.ones(4)}, r"weights must be of the shape of sq_norms, \[3\], got \[4\]"),
         ({"weights": torch.ones(3), "population": 9}, "population must be None where samples have weights, got 9"),
         ({"weights": torch.tensor([1.0, 0, 0])}, "at least two not 0"),
         ({"weights": torch.tensor([1.0, -1.0, 0])}, "not add up to 0"),
@@ -318,7 +318,7 @@ def test_equal_weights_are_none(data):
 def test_batch_moments_refuse_other_shapes_and_stay_as_they_were():
     moments = noise.BatchMoments()
     moments.add([torch.ones(2)])
-    with pytest.raises(ValueError, match=r"grads must have the shapes of the batches before, \[\[2\]\], got \[\[3\]\]"):
+    with pytest.raises(ValueError, match=r"grads must be of the shapes of the batches before, \[\[2\]\], got"):
         moments.add([torch.ones(3)])
     assert moments.batches == 1
 
@@ -410,17 +410,17 @@ def test_a_wrong_state_is_refused_and_nothing_changes():
     whole = mean.state_dict()
     for state, message in [
         ({"count": 1}, "missing or unknown"),
-        (dict(whole, count=1.5), "Invalid count"),
-        (dict(whole, count=True), "Invalid count"),
-        (dict(whole, count=-3), "Invalid count"),
+        (dict(whole, count=1.5), "count must be an integer"),
+        (dict(whole, count=True), "count must be an integer"),
+        (dict(whole, count=-3), "count must be an integer >= 0"),
         (dict(whole, count=2), "count must be block_size times"),
-        (dict(whole, blocks=["a"]), r"Invalid blocks\[0\]"),
+        (dict(whole, blocks=["a"]), r"^blocks\[0\] must be a number"),
         (dict(whole, blocks=3.0), "blocks must be a list"),
         (dict(whole, block_size=0), "power of 2"),
         (dict(whole, block_size=3), "power of 2"),
         (dict(whole, open_count=1), "power of 2 above open_count"),
         (dict(whole, blocks=[1.0] * 600, count=600), "fewer than 512 blocks"),
-        (dict(whole, mean="3"), "Invalid mean"),
+        (dict(whole, mean="3"), "^mean must be a number"),
         (dict(whole, scatter=-1.0), "scatter must be >= 0"),
         (dict(whole, mean=math.nan), "must be those of the values that the blocks hold, whose mean is 3"),
         (dict(whole, mean=math.inf), "must be those of the values"),

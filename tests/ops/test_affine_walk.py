@@ -72,7 +72,7 @@ def test_walk_goes_on_from_where_another_stopped():
         ({"draw": -1}, "draw must be"),
         ({"key": (0, 2**40)}, "key must be"),
         ({"threads": 0}, "threads must be"),
-        ({"x": torch.zeros(4, 4).T}, "x has strides"),
+        ({"x": torch.zeros(4, 4).T}, r"x must be contiguous, got strides \[1, 4\]"),
     ],
 )
 def test_bad_arguments_are_refused_untouched(change, message):
@@ -83,9 +83,9 @@ def test_bad_arguments_are_refused_untouched(change, message):
 
 
 def test_other_dtypes_and_steps_that_are_not_finite_are_refused():
-    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+    with pytest.raises(TypeError, match=r"x must be torch\.float32 or torch\.float64, got torch\.int64"):
         affine_walk_(torch.zeros(3, dtype=torch.int64), STEP, 1, key=KEY)
     for bad in ({"keep": math.nan}, {"spread": math.inf}, {"weights": ()}, {"weights": (math.nan,)}):
         (name,) = bad
-        with pytest.raises(ValueError, match=f"Invalid {name}|{name} must be"):
+        with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be"):
             AffineStep(**{"keep": 1.0, "shift": 0.0, "slope": 0.0, "spread": 1.0, **bad})

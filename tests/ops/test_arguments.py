@@ -148,12 +148,12 @@ def test_any_kind_of_integer_is_taken(place: str) -> None:
         (lambda: walk(steps=2**80), "steps must be"),
         (lambda: walk(threads=2**40), "threads must be"),
         (lambda: walk(step=(1, 2, 3, 4)), "step must be .*, got a tuple"),
-        (lambda: AffineStep("1", 0, 0, 0), "Invalid keep: '1'"),  # type: ignore[arg-type]
-        (lambda: AffineStep(1, 0, 0, 0, weights=[[1.0]]), r"Invalid weights\[0\]: \[1.0\]"),  # type: ignore[arg-type,list-item]
+        (lambda: AffineStep("1", 0, 0, 0), r"keep must be a number, got '1' \(str\)"),  # type: ignore[arg-type]
+        (lambda: AffineStep(1, 0, 0, 0, weights=[[1.0]]), r"weights\[0\] must be"),  # type: ignore[arg-type,list-item]
         (lambda: AffineStep(1, 0, 0, 0, weights=1.0), "weights must be .*, got 1.0"),  # type: ignore[arg-type]
         (lambda: adaptive(steps=[[1]]), r"steps\[0\] must be an integer, got \[1\]"),
         (lambda: adaptive(steps=1), "steps must be .*, got 1"),
-        (lambda: adaptive(beta1="a"), "Invalid beta1: 'a'"),
+        (lambda: adaptive(beta1="a"), r"beta1 must be a number, got 'a' \(str\)"),
         (lambda: adaptive(eps=None), "Invalid epsilon value: None"),
         (lambda: weight_grad(segments=[[0], [1], [0], [1]]), r"segments\[0\] must be an integer, got \[0\]"),
         (lambda: weight_grad(segments=1), "segments must be .*, got 1"),
@@ -163,8 +163,8 @@ def test_any_kind_of_integer_is_taken(place: str) -> None:
         (lambda: svag_step_(torch.ones(5), ones(), ones(), lr=0.1, l=4), "params must be .*, got a tensor"),
         (lambda: svag_step_(ones(), 1.0, ones(), lr=0.1, l=4), "grads1 must be .*, got a float"),  # type: ignore[arg-type]
         (lambda: svag_step_([ones()], ones(), ones(), lr=0.1, l=4), r"params\[0\] must be a tensor, got a list"),  # type: ignore[list-item]
-        (lambda: svag_coefficients("a"), "Invalid l: 'a'"),  # type: ignore[arg-type]
-        (lambda: processes.SGDProcess("a"), "Invalid lr: 'a'"),  # type: ignore[arg-type]
+        (lambda: svag_coefficients("a"), r"l must be a number, got 'a' \(str\)"),  # type: ignore[arg-type]
+        (lambda: processes.SGDProcess("a"), r"lr must be a number, got 'a' \(str\)"),  # type: ignore[arg-type]
     ],
 )
 def test_lists_and_ranges_are_checked(call: Callable[[], Any], message: str) -> None:
@@ -190,7 +190,7 @@ def test_a_steps_scalars_are_numbers(name: str, option: str) -> None:
         np.bool_(True),
         torch.ones(2),
     ):
-        with pytest.raises(TypeError, match="expected a number"):
+        with pytest.raises(TypeError, match=r"must be a number, got|\(expected a number\)"):
             STEPS[name](**{option: value})
     for value in (np.float32(2.0), np.int64(2), torch.tensor(2.0)):
         STEPS[name](**{option: value})
@@ -200,13 +200,13 @@ def test_a_steps_scalars_are_numbers(name: str, option: str) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_what_the_params_arithmetic_cannot_hold_is_refused(name: str, dtype: torch.dtype) -> None:
     if name == "svag_adaptive_step_":
-        with pytest.raises(ValueError, match=r"Invalid l: 1e\+?\d+"):
+        with pytest.raises(ValueError, match=r"^l must be smaller at beta1 = 0\.9, .* got 1e\+?\d+"):
             adaptive(dtype, l=1e300)
     refused = [{"l": 1e308}, {"l": math.inf}, {"lr": math.inf}]
     if dtype == torch.float32:
         refused += [{"l": 1e300}, {"l": 1e60}, {"lr": 1e39}, {"weight_decay": 1e39}, {"lr": 1e-20, "l": 1e30}]
     for options in refused:
-        with pytest.raises(ValueError, match=r"Invalid (l|learning rate|weight_decay)"):
+        with pytest.raises(ValueError, match=r"^l must be|Invalid (learning rate|weight_decay value)"):
             STEPS[name](dtype, **options)
     if name != "svag_adaptive_step_":  # there the decay rates round to 1 long before
         STEPS[name](dtype, l=1e37)
@@ -228,7 +228,7 @@ def test_a_decay_rate_that_is_1_in_float32_is_refused() -> None:
         (momentum, "momentum", {"momentum": 0.9, "l": 1e7}),
         (optimizer, "momentum", {"momentum": 0.9, "l": 1e7}),
     ):
-        with pytest.raises(ValueError, match=f"with it {name} = .* is 1 in float32"):
+        with pytest.raises(ValueError, match=f"l must be smaller at {name} = .* is 1 in float32"):
             call(torch.float32, **options)
         call(torch.float64, **options)
     momentum(torch.float32, momentum=0.9, l=1e7, momentum_rule="fixed")
@@ -277,14 +277,14 @@ def test_a_process_is_refused_where_its_numbers_are_infinite(process: Any) -> No
         for trajectories in (None, 64):
             huge = process(0.1, l=l)
             x0 = torch.ones((), dtype=torch.float32)
-            with pytest.raises(ValueError, match=r"step_size, 1e-\d+, is 0|is infinite"):
+            with pytest.raises(ValueError, match=r"finite in torch\.float32|above 0 in torch\.float32"):
                 simulate(huge, problem, x0, huge.step_size, trajectories=trajectories)
     x = simulate(process(0.1, l=1e60), problem, torch.ones((), dtype=torch.float64), process(0.1, l=1e60).step_size)
     assert x.isfinite()
 
 
 def test_a_walks_numbers_are_finite_in_its_dtype() -> None:
-    with pytest.raises(ValueError, match=r"Invalid spread: 1e\+39, which is infinite in torch\.float32"):
+    with pytest.raises(ValueError, match=r"spread must be finite in torch\.float32, got 1e\+39"):
         walk(spread=1e39)
 
 
@@ -314,7 +314,7 @@ def test_padding_wider_than_memory_costs_none(backend: str) -> None:
 
 def test_the_number_of_segments_is_bounded() -> None:
     for segments in ([0] * 3 + [10**9], torch.tensor([0, 0, 0, 4096]), [0] * 3 + [2**63]):
-        with pytest.raises(ValueError, match=r"segments holds \d+: expected integers >= 0 and below 4096"):
+        with pytest.raises(ValueError, match="segments must be integers >= 0 and below 4096, got"):
             weight_grad(segments=segments)
     gram = weight_grad(segments=[0, 0, 0, 40]).segment_gram
     assert gram.shape == (41, 41)

@@ -359,9 +359,9 @@ def good_call() -> dict[str, object]:
 
 overlapping = torch.ones(8)
 BAD_INPUT = {
-    "l below 1": ({"l": 0.5}, ValueError, r"Invalid l: 0.5"),
-    "l nan": ({"l": math.nan}, ValueError, r"Invalid l: nan"),
-    "l infinite": ({"l": math.inf}, ValueError, r"Invalid l: inf"),
+    "l below 1": ({"l": 0.5}, ValueError, r"l must be a finite number >= 1, got 0\.5"),
+    "l nan": ({"l": math.nan}, ValueError, "l must be a finite number >= 1, got nan"),
+    "l infinite": ({"l": math.inf}, ValueError, "l must be a finite number >= 1, got inf"),
     "lr negative": ({"lr": -0.1}, ValueError, r"Invalid learning rate: -0.1"),
     "lr nan": ({"lr": math.nan}, ValueError, r"Invalid learning rate: nan"),
     "weight_decay negative": ({"weight_decay": -1.0}, ValueError, r"Invalid weight_decay value: -1.0"),
@@ -371,12 +371,12 @@ BAD_INPUT = {
         ValueError,
         r"grads2 must be the second batch's gradients at l = 2, got None",
     ),
-    "lists of different length": ({"grads2": [torch.ones(3)]}, ValueError, r"grads2 has 1 tensors, but params has 2"),
-    "shape": ({"grads1": [torch.ones(3), torch.ones(4)]}, ValueError, r"grads1\[1\] has shape \[4\]"),
+    "lists of different length": ({"grads2": [torch.ones(3)]}, ValueError, "grads2 must be 2 tensors, as params"),
+    "shape": ({"grads1": [torch.ones(3), torch.ones(4)]}, ValueError, r"grads1\[1\] must be of shape \[2, 2\] to"),
     "dtype of a gradient": (
         {"grads1": [torch.ones(3).double(), torch.ones(2, 2)]},
         TypeError,
-        r"grads1\[0\] is torch.float64: expected torch.float32",
+        r"grads1\[0\] must be torch\.float32, got torch\.float64",
     ),
     "dtypes of the two gradients": (
         {
@@ -386,17 +386,17 @@ BAD_INPUT = {
         TypeError,
         r"grads2\[0\] must be torch.float16, as grads1\[0\] is, got torch.float32",
     ),
-    "device": ({"grads2": [torch.ones(3), torch.ones(2, 2, device="meta")]}, ValueError, r"grads2\[1\] is on meta"),
-    "integer params": ({"params": [torch.ones(3).int(), torch.ones(2, 2)]}, TypeError, r"params\[0\] is torch.int32"),
+    "device": ({"grads2": [torch.ones(3), torch.ones(2, 2, device="meta")]}, ValueError, r"grads2\[1\] must be on"),
+    "integer params": ({"params": [torch.ones(3).int(), torch.ones(2, 2)]}, TypeError, r"params\[0\] must be one of"),
     "sparse gradient": (
         {"grads1": [torch.ones(3).to_sparse(), torch.ones(2, 2)]},
         TypeError,
-        r"grads1\[0\] is torch.sparse_coo",
+        r"grads1\[0\] must be a dense \(strided\) tensor, got torch\.sparse_coo",
     ),
     "param with gaps": (
         {"params": [torch.ones(6)[::2], torch.ones(2, 2)]},
         ValueError,
-        r"params\[0\] \(shape \[3\], strides \[2\]\) has gaps",
+        r"params\[0\] must be dense in memory in some order of its dimensions, got gaps or repeated",
     ),
     "param with repeated elements": (
         {"params": [torch.ones(1).expand(3), torch.ones(2, 2)]},
@@ -406,26 +406,26 @@ BAD_INPUT = {
     "overlapping params": (
         {"params": [overlapping[:3], overlapping[2:6].view(2, 2)]},
         ValueError,
-        r"params\[0\] and params\[1\] share memory",
+        r"params\[1\] must be in memory of its own, got some of params\[0\]'s",
     ),
-    "compensation's length": ({"compensation": []}, ValueError, "compensation has 0 tensors, but params has 2"),
+    "compensation's length": ({"compensation": []}, ValueError, "compensation must be 2 tensors, as params is, got"),
     "compensation's dtype": (
         {"compensation": [torch.zeros(3), torch.zeros(2, 2).half()]},
         TypeError,
-        r"compensation\[1\] is torch.float16: expected torch.float32",
+        r"compensation\[1\] must be torch\.float32, got torch\.float16",
     ),
     "compensation's memory order": (
         {"compensation": [torch.zeros(3), torch.zeros(2, 2).T]},
         ValueError,
-        r"compensation\[1\] has strides \[1, 2\]",
+        r"compensation\[1\] must be of strides \[2, 1\], as params\[1\] is, got \[1, 2\]",
     ),
     "compensation for float64": (
         {k: [torch.ones(3).double(), torch.ones(2, 2)] for k in ("params", "grads1", "grads2")}
         | {"compensation": [torch.zeros(3), torch.zeros(2, 2)]},
         TypeError,
-        r"params\[0\] is torch.float64: compensation serves",
+        r"params\[0\] must be float32, bfloat16 or float16 for compensation, got torch\.float64",
     ),
-    "unknown backend": ({"backend": "gpu"}, BackendError, r"unknown backend 'gpu': expected one of auto, cuda"),
+    "unknown backend": ({"backend": "gpu"}, BackendError, "backend must be one of auto, cuda, triton, cpu,"),
     "backend that can't serve": ({"backend": "cuda"}, BackendError, r"'cuda' can't serve svag_step_: it serves cuda"),
 }
 
@@ -456,5 +456,5 @@ def test_backend_context_and_variable_replace_auto(monkeypatch: pytest.MonkeyPat
         svag_step_(**good_call())  # type: ignore[arg-type]
     with svag_fast.use_backend("reference"):
         svag_step_(**good_call())  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="unknown backend 'gpu'"), svag_fast.use_backend("gpu"):
+    with pytest.raises(BackendError, match="backend must be one of auto, cuda,"), svag_fast.use_backend("gpu"):
         pass

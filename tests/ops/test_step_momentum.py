@@ -162,7 +162,7 @@ BAD_INPUT = {
     "negative": ({"momentum": -0.1}, ValueError, r"Invalid momentum value: -0.1"),
     "1": ({"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0"),
     "nan": ({"momentum": math.nan}, ValueError, r"Invalid momentum value: nan"),
-    "rounds to 1": ({"l": 1e16}, ValueError, r"Invalid l: 1e\+16 \(with it momentum = 0.9 becomes"),
+    "rounds to 1": ({"l": 1e16}, ValueError, r"l must be smaller at momentum = 0\.9, which becomes 1 - \(1 -"),
     "rule": ({"momentum_rule": "slow"}, ValueError, r"momentum_rule must be 'time' or 'fixed', got 'slow'"),
     "no buffers": (
         {"momentum_buffers": None},
@@ -174,28 +174,28 @@ BAD_INPUT = {
         ValueError,
         r"momentum_buffers must be None where momentum is 0.0, got buffers",
     ),
-    "length": ({"momentum_buffers": []}, ValueError, r"momentum_buffers has 0 tensors, but params has 1"),
-    "shape": ({"momentum_buffers": [torch.ones(4)]}, ValueError, r"momentum_buffers\[0\] has shape \[4\]"),
+    "length": ({"momentum_buffers": []}, ValueError, "momentum_buffers must be 1 tensors, as params is, got 0"),
+    "shape": ({"momentum_buffers": [torch.ones(4)]}, ValueError, r"momentum_buffers\[0\] must be of shape \[3\] to"),
     "dtype": (
         {"momentum_buffers": [ONES.half()], "params": [ONES.half()], "grads1": [ONES], "grads2": [ONES]},
         TypeError,
-        r"momentum_buffers\[0\] is torch.float16: expected torch.float32",
+        r"momentum_buffers\[0\] must be torch\.float32, got torch\.float16",
     ),
     "dtype beside float64": (
         {"params": [ONES.double()]},
         TypeError,
-        r"momentum_buffers\[0\] is torch.float32: expected torch.float64",
+        r"momentum_buffers\[0\] must be torch\.float64, got torch\.float32",
     ),
-    "strides": ({"momentum_buffers": [torch.ones(6)[::2]]}, ValueError, r"momentum_buffers\[0\] has strides \[2\]"),
+    "strides": ({"momentum_buffers": [torch.ones(6)[::2]]}, ValueError, r"momentum_buffers\[0\] must be of strides"),
     "shared with a param": (
         {"params": [ONES], "momentum_buffers": [ONES]},
         ValueError,
-        r"params\[0\] and momentum_buffers\[0\] share memory",
+        r"momentum_buffers\[0\] must be in memory of its own, got some of params\[0\]'s",
     ),
     "shared with compensation": (
         {"compensation": [ONES], "momentum_buffers": [ONES]},
         ValueError,
-        r"compensation\[0\] and momentum_buffers\[0\] share memory",
+        r"momentum_buffers\[0\] must be in memory of its own, got some of compensation\[0\]'s",
     ),
 }
 

@@ -120,18 +120,18 @@ def test_same_bits_for_any_number_of_threads() -> None:
 P, G = torch.randn(3, 4), torch.randn(5, 3, 4)
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "negative lr": (ValueError, "Invalid learning rate: -1", {"lr": -1.0}),
-    "l below 1": (ValueError, "Invalid l: 0.5", {"l": 0.5}),
-    "l infinite": (ValueError, "Invalid l: inf", {"l": float("inf")}),
+    "l below 1": (ValueError, r"l must be a finite number >= 1, got 0\.5", {"l": 0.5}),
+    "l infinite": (ValueError, "l must be a finite number >= 1, got inf", {"l": float("inf")}),
     "weight decay nan": (ValueError, "Invalid weight_decay value: nan", {"weight_decay": float("nan")}),
     "no second batch": (ValueError, "grads2 must be .* got None", {"grads2": None}),
-    "lengths": (ValueError, "grads1 has 2 tensors, but params has 1", {"grads1": [G, G]}),
-    "shape": (ValueError, r"grads2\[0\] has shape \[5, 4, 3\]", {"grads2": [G.mT]}),
-    "no samples": (ValueError, r"grads1\[0\] has 0 samples", {"grads1": [G[:0]]}),
-    "dtype": (TypeError, r"grads1\[0\] is torch.float64", {"grads1": [G.double()]}),
-    "device": (ValueError, r"grads1\[0\] is on meta", {"grads1": [G.to("meta")]}),
-    "sparse": (TypeError, r"grads1\[0\] is torch.sparse_coo", {"grads1": [G.to_sparse()]}),
-    "empty list": (ValueError, "params is empty", {"params": [], "grads1": [], "grads2": []}),
-    "backend": (BackendError, "unknown backend", {"backend": "gpu"}),
+    "lengths": (ValueError, "grads1 must be 1 tensors, as params is, got 2", {"grads1": [G, G]}),
+    "shape": (ValueError, r"grads2\[0\] must be of shape \[B, 3, 4\] to fit params\[0\], got", {"grads2": [G.mT]}),
+    "no samples": (ValueError, r"grads1\[0\] must be of as many samples as grads1\[0\] and at", {"grads1": [G[:0]]}),
+    "dtype": (TypeError, r"grads1\[0\] must be torch\.float32, got torch\.float64", {"grads1": [G.double()]}),
+    "device": (ValueError, r"grads1\[0\] must be on cpu, as params\[0\] is, got one on", {"grads1": [G.to("meta")]}),
+    "sparse": (TypeError, r"grads1\[0\] must be a dense \(strided\) tensor, got", {"grads1": [G.to_sparse()]}),
+    "empty list": (ValueError, "params must be one tensor or more,", {"params": [], "grads1": [], "grads2": []}),
+    "backend": (BackendError, "backend must be one of auto, cuda, triton, cpu, reference, got", {"backend": "gpu"}),
 }
 
 
@@ -146,7 +146,7 @@ def test_bad_input_is_refused_and_nothing_is_written(case: str) -> None:
 
 
 def test_numbers_of_samples_that_differ_in_a_list_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"grads1\[1\] has 4 samples and grads1\[0\] 5"):
+    with pytest.raises(ValueError, match=r"grads1\[1\] must be of as many samples as grads1\[0\] and at least 1,"):
         svag_step_per_sample_([P.clone(), P.clone()], [G, G[:4]], [G, G], lr=0.1, l=2)
 
 

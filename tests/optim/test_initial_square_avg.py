@@ -296,7 +296,7 @@ def test_a_loaded_count_out_of_range_is_refused(measured: Any) -> None:
     take(opt, [p], 0)
     state = copy.deepcopy(opt.state_dict())
     state["state"][0]["measured"] = measured
-    with pytest.raises((TypeError, ValueError), match="measured is"):
+    with pytest.raises((TypeError, ValueError), match="state 0 of the loaded state: measured must be a "):
         opt.load_state_dict(state)
     assert opt.state[p]["measured"] == 1
 

@@ -134,7 +134,7 @@ def an_lr_of_two_elements(optimizer: Any) -> Any:
     return optimizer([param()], lr=torch.tensor([0.1, 0.2]))
 
 
-@row(ours=(TypeError, "Invalid learning rate: '0.1' (expected a number, not str)"))
+@row(ours=(TypeError, "Invalid learning rate: '0.1' (str) (expected a number)"))
 def an_lr_that_is_a_string(optimizer: Any) -> Any:
     return optimizer([param()], lr="0.1")
 

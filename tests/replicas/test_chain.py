@@ -163,17 +163,17 @@ def test_what_is_no_chain_is_refused_by_path_and_class(what: str) -> None:
 @pytest.mark.parametrize(
     ("layers", "shape", "message"),
     [
-        ([nn.Linear(4, 2)], (5,), r"0 \(Linear\): it gets samples of \[5\], expected \[4\]"),
-        ([nn.Linear(4, 2)], (1, 2, 2), r"0 \(Linear\): it gets samples of \[1, 2, 2\]"),
-        ([nn.Linear(4, 2), nn.Conv2d(2, 2, 1)], (4,), r"1 \(Conv2d\): .*expected \[2, height, width\]"),
-        ([nn.Conv2d(2, 4, 1), nn.GroupNorm(1, 5)], (2, 3, 3), "1 .GroupNorm.: .*expected 5 channels"),
-        ([nn.Conv2d(2, 4, 1), nn.LayerNorm(3)], (2, 3, 3), r"1 .LayerNorm.: .*expected \[3\]"),
-        ([nn.Conv2d(2, 4, 1), nn.AvgPool2d(4)], (2, 3, 3), "1 .AvgPool2d.: .*images of at least 4x4"),
+        ([nn.Linear(4, 2)], (5,), r"0 \(Linear\)'s samples must be \[4\], got \[5\]"),
+        ([nn.Linear(4, 2)], (1, 2, 2), r"0 \(Linear\)'s samples must be \[4\], got \[1, 2, 2\]"),
+        ([nn.Linear(4, 2), nn.Conv2d(2, 2, 1)], (4,), r"1 \(Conv2d\)'s samples must be \[2, height, width\], got"),
+        ([nn.Conv2d(2, 4, 1), nn.GroupNorm(1, 5)], (2, 3, 3), r"1 \(GroupNorm\)'s samples must be 5 channels, got"),
+        ([nn.Conv2d(2, 4, 1), nn.LayerNorm(3)], (2, 3, 3), r"1 \(LayerNorm\)'s samples must be \[3\], got \[4, 3,"),
+        ([nn.Conv2d(2, 4, 1), nn.AvgPool2d(4)], (2, 3, 3), r"1 \(AvgPool2d\)'s samples must be images of at least"),
         ([nn.Linear(4, 4), nn.AdaptiveAvgPool2d(1)], (4,), "1 .AdaptiveAvgPool2d."),
-        ([nn.Conv2d(2, 4, 1)], (2, 3, 3), r"output has the shape \[4, 3, 3\] a sample: expected a vector"),
-        ([nn.Linear(4, 4)], (2, 4), r"samples of \[2, 4\]: expected vectors"),
+        ([nn.Conv2d(2, 4, 1)], (2, 3, 3), r"the chain's output must be a vector a sample, got the shape \[4, 3, 3\]"),
+        ([nn.Linear(4, 4)], (2, 4), r"inputs must be vectors \[features\] or images \[channels, height, width\],"),
         ([nn.Conv2d(1, 4, 1)], (1, 0, 3), r"samples of \[1, 0, 3\]"),
-        ([nn.Conv2d(1, 4, 1)], (1, 5000, 5000), "too many values"),
+        ([nn.Conv2d(1, 4, 1)], (1, 5000, 5000), r"0 \(Conv2d\)'s images must be of at most 16777216 values a"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_by_layer(
@@ -185,9 +185,9 @@ def test_shapes_that_do_not_fit_are_refused_by_layer(
 
 def test_another_model_or_vector_is_refused() -> None:
     chain = chain_of(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match="other layers or parameters"):
+    with pytest.raises(ValueError, match="model must be of the chain's layers and parameters, got others"):
         chain.flatten(nn.Sequential(nn.Linear(4, 4, bias=False)))
-    with pytest.raises(ValueError, match=r"weights is torch.float32 \[19\]: expected torch.float32 \[20\]"):
+    with pytest.raises(ValueError, match=r"weights must be torch\.float32 \[20\], got torch\.float32 \[19\]"):
         chain.unflatten(torch.zeros(19))
-    with pytest.raises(TypeError, match="model is a function"):
+    with pytest.raises(TypeError, match="model must be a module, got a function"):
         chain_of(lambda x: x)  # type: ignore[arg-type]

@@ -22,11 +22,11 @@ def linear():
 X = torch.randn(2, 3, 4)
 
 SEEDS = {
-    "none": ([], ValueError, "at least one"),
-    "twice": ([3, 1, 3], ValueError, "3 is there twice"),
+    "none": ([], ValueError, "seeds must be one or more, got none"),
+    "twice": ([3, 1, 3], ValueError, "seeds must be different, for replicas of one seed are one run, got 3 twice"),
     "negative": ([-1], ValueError, "integer >= 0"),
     "too large": ([2**63], ValueError, "<= "),
-    "a bool": ([True], TypeError, "bool"),
+    "a bool": ([True], TypeError, r"seeds must be integers, one a replica, such as range\(16\), got \[True\]"),
     "a fraction": ([0.5], TypeError, "0.5"),
     "a number": (4, TypeError, r"range\(16\)"),
 }
@@ -41,7 +41,7 @@ def test_seeds(name: str) -> None:
 
 ARGUMENTS = {
     "a model": (linear(), {}, TypeError, "function that makes"),
-    "no module": (lambda: 3, {}, TypeError, "must return a torch.nn.Module, got int"),
+    "no module": (lambda: 3, {}, TypeError, r"build_model's result must be a torch\.nn\.Module, got int"),
     "unknown engine": (linear, {"engine": "fast"}, ValueError, "'fast'"),
 }
 
@@ -184,13 +184,13 @@ def test_what_shows_in_the_forward_pass(name: str) -> None:
 
 
 INPUTS = {
-    "another S": ((X[:1],), {}, r"\[1, 3, 4\] is not \[S, B, ...\] with S = 2.*shared=True"),
-    "one batch": ((X[0],), {}, r"\[3, 4\] is not .*shared=True"),
-    "one of several": ((X, torch.ones(3, 4)), {}, r"\[3, 4\] is not"),
-    "no samples": ((torch.ones(2),), {}, r"\[2\] is not"),
-    "a scalar for all": ((torch.ones(()),), {"shared": True}, "no dimension of samples"),
-    "nothing": ((), {}, "no tensor"),
-    "numbers": ((1.0,), {}, "no tensor"),
+    "another S": ((X[:1],), {}, r"the input must be \[S, B, \.\.\.\] with S = 2 replicas \(for one batch \[B,"),
+    "one batch": ((X[0],), {}, r"the input must be \[S, B, \.\.\.\] with S = 2 replicas \(for one batch \[B,"),
+    "one of several": ((X, torch.ones(3, 4)), {}, r"the input must be \[S, B, \.\.\.\] with S = 2 replicas \(for"),
+    "no samples": ((torch.ones(2),), {}, r"the input must be \[S, B, \.\.\.\] with S = 2 replicas \(for one batch"),
+    "a scalar for all": ((torch.ones(()),), {"shared": True}, "the input must be of a dimension of samples, got"),
+    "nothing": ((), {}, "the replicas' input must be a tensor, got none"),
+    "numbers": ((1.0,), {}, "the replicas' input must be a tensor, got none"),
 }
 
 
@@ -234,7 +234,7 @@ def test_what_doesnt_fit_into_memory_is_refused_before_it_is_taken(monkeypatch: 
 @pytest.mark.parametrize("s", [-1, 2, True, 0.0])
 def test_numbers_of_no_replica(s: object) -> None:
     replicas = Replicas(linear, range(2))
-    with pytest.raises((TypeError, ValueError), match="Invalid s"):
+    with pytest.raises((TypeError, ValueError), match="s must be an integer"):
         replicas.unstack(s)
-    with pytest.raises((TypeError, ValueError), match="Invalid s"):
+    with pytest.raises((TypeError, ValueError), match="s must be an integer"):
         replicas.load_replica(s, linear().state_dict())

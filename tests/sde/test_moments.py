@@ -151,5 +151,5 @@ def test_linear_scaling_is_exact_for_infinitely_divisible_noise_while_the_sde_fa
 def test_gradient_flow_is_refused_where_its_step_is_not_affine():
     with pytest.raises(ValueError, match="GradientFlow"):
         process_moments(GradientFlow(0.1, h=0.1), PROBLEMS[0], 1.0, [1.0])
-    with pytest.raises(ValueError, match="Invalid order"):
+    with pytest.raises(ValueError, match="order must be 1 or 2, got 3"):
         sde_moments(PROBLEMS[0], 1.0, [1.0], lr=0.1, order=3)

@@ -257,5 +257,5 @@ def test_ensembles_of_one_and_of_odd_size():
     ],
 )
 def test_bad_parameters_are_refused(make, name):
-    with pytest.raises(ValueError, match=f"Invalid {name}"):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
         make()

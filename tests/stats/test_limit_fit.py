@@ -191,5 +191,5 @@ def test_difference_of_two_limits_adds_variances_and_doubts() -> None:
     ("ls", "counts"), [([1.0], [3]), ([2.0, 1.0], [3, 3]), ([1.0, 1.0], [3, 3]), ([1.0, 2.0], [3, 1])]
 )
 def test_what_cannot_be_fitted_is_refused(ls: list[float], counts: list[int]) -> None:
-    with pytest.raises(ValueError, match="at least two ascending l with two runs each"):
+    with pytest.raises(ValueError, match=r"the runs must be of at least two ascending l, two each, got l = \["):
         fit_limit(np.array(ls), np.zeros(len(ls)), np.ones(len(ls)), np.array(counts), 1.0)

@@ -210,8 +210,8 @@ def test_fiellers_interval_does_not_depend_on_the_unit(scale):
 
 def test_masked_values_are_refused():
     x = np.ma.masked_array(np.arange(20.0), mask=[True] + [False] * 19)
-    with pytest.raises(TypeError, match="series 0 has masked values"):
+    with pytest.raises(TypeError, match="series 0 must be without masked values, got some: give those that are"):
         joint_means(x)
-    with pytest.raises(TypeError, match="series has masked values"):
+    with pytest.raises(TypeError, match="series must be without masked values, got some: give those that are"):
         mean_standard_error(x)
     assert mean_standard_error(x.compressed()).value == 10

@@ -61,5 +61,5 @@ def test_a_process_that_does_not_converge_fails_theorem_4_3(monkeypatch):
 
 
 def test_unknown_group_is_refused():
-    with pytest.raises(ValueError, match="Invalid group"):
+    with pytest.raises(ValueError, match=r"group must be one of steps-4\.7, steps-4\.3, steps-adaptive,"):
         run(SuiteSettings(fast=True), ["lemma-5"])

@@ -46,7 +46,7 @@ def sum_dtype(inputs: Tensor) -> torch.dtype:
         TypeError: not a real floating-point dtype that is served: to convert a complex one would drop a part of it.
     """
     if inputs.dtype not in PARAM_DTYPES:
-        raise TypeError(f"inputs is {inputs.dtype}: expected one of {', '.join(map(str, PARAM_DTYPES))}")
+        raise TypeError(f"inputs must be one of {', '.join(map(str, PARAM_DTYPES))}, got {inputs.dtype}")
     return arithmetic(inputs.dtype)
 
 
@@ -54,7 +54,7 @@ def in_sum_dtype(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
     """Both operands in the dtype of the sums, their values in memory: themselves where they are so."""
     dtype = sum_dtype(inputs)
     if output_grads.is_complex():
-        raise TypeError(f"output_grads is {output_grads.dtype}, but inputs is {inputs.dtype}")
+        raise TypeError(f"output_grads must be real, as inputs is ({inputs.dtype}), got {output_grads.dtype}")
     return (
         resolved(inputs if inputs.dtype == dtype else inputs.to(dtype)),
         resolved(output_grads if output_grads.dtype == dtype else output_grads.to(dtype)),
@@ -99,8 +99,8 @@ def layer_product(
     if len(shape) == 2:
         if geometry != Geometry():
             raise ValueError(
-                f"stride, padding, dilation and groups belong to a convolution, but weight_shape {shape} has 2 "
-                "dimensions (Linear)"
+                "weight_shape must be of 4 dimensions for stride, padding, dilation and groups, which belong to a "
+                f"convolution, got {shape} (Linear)"
             )
         B, T = inputs.shape[0], math.prod(inputs.shape[1:-1])
         inputs, output_grads = inputs.reshape(B, T, shape[1]), output_grads.reshape(B, T, shape[0])
@@ -120,27 +120,27 @@ def _check_tensors(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[
     for name, operand in (("inputs", inputs), ("output_grads", output_grads)):
         tensor(name, operand)
         if operand.layout != torch.strided:
-            raise TypeError(f"{name} is {operand.layout}: expected a dense (strided) tensor")
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {operand.layout}")
         if operand.dtype not in PARAM_DTYPES:
-            raise TypeError(f"{name} is {operand.dtype}: expected one of {', '.join(map(str, PARAM_DTYPES))}")
+            raise TypeError(f"{name} must be one of {', '.join(map(str, PARAM_DTYPES))}, got {operand.dtype}")
     if output_grads.dtype != inputs.dtype:
-        raise TypeError(f"output_grads is {output_grads.dtype}, but inputs is {inputs.dtype}: expected one dtype")
+        raise TypeError(f"output_grads must be {inputs.dtype}, as inputs is, got {output_grads.dtype}")
     if output_grads.device != inputs.device:
-        raise ValueError(f"output_grads is on {output_grads.device}, but inputs on {inputs.device}")
+        raise ValueError(f"output_grads must be on {inputs.device}, as inputs is, got one on {output_grads.device}")
     shape = integers("weight_shape", weight_shape)
     if len(shape) not in (2, 4) or min(shape) < (len(shape) == 4):
-        raise ValueError(f"weight_shape is {shape}: expected [d, p] (Linear) or [O, C / groups, k_h, k_w] (Conv2d)")
+        raise ValueError(f"weight_shape must be [d, p] (Linear) or [O, C / groups, k_h, k_w] (Conv2d), got {shape}")
     if len(shape) == 2:
         if inputs.dim() < 2 or inputs.shape[-1] != shape[1]:
             raise ValueError(
-                f"inputs has shape {list(inputs.shape)}: expected [B, *, {shape[1]}], as weight_shape says"
+                f"inputs must be of shape [B, *, {shape[1]}], as weight_shape says, got {list(inputs.shape)}"
             )
         if output_grads.shape != (*inputs.shape[:-1], shape[0]):
             raise ValueError(
-                f"output_grads has shape {list(output_grads.shape)}: expected {[*inputs.shape[:-1], shape[0]]}"
+                f"output_grads must be of shape {[*inputs.shape[:-1], shape[0]]}, got {list(output_grads.shape)}"
             )
     elif inputs.dim() != 4:
-        raise ValueError(f"inputs has shape {list(inputs.shape)}: expected [B, C, H, W] for a 4-dimensional weight")
+        raise ValueError(f"inputs must be of shape [B, C, H, W] for a 4-dimensional weight, got {list(inputs.shape)}")
     return shape
 
 
@@ -151,26 +151,31 @@ def _check_convolution(inputs: Tensor, output_grads: Tensor, shape: list[int], g
     """
     stride, padding, dilation, groups = geometry
     if groups < 1 or shape[0] % groups:
-        raise ValueError(f"groups is {groups}: expected a divisor of the {shape[0]} output channels in weight_shape")
+        raise ValueError(f"groups must be a divisor of the {shape[0]} output channels in weight_shape, got {groups}")
     B, C, H, W = inputs.shape
     if shape[1] * groups != C:
         raise ValueError(
-            f"inputs has {C} channels: expected {shape[1] * groups} (weight_shape {shape}, groups {groups})"
+            f"inputs must be of {shape[1] * groups} channels (weight_shape {shape}, groups {groups}), got {C}"
         )
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip((H, W), padding, dilation, shape[2:], stride, strict=True)
     ]
     if min(size) < 1:
-        raise ValueError(f"the kernel of weight_shape {shape} is larger than the padded inputs {list(inputs.shape)}")
+        raise ValueError(
+            f"weight_shape must be that of a kernel no larger than the padded inputs {list(inputs.shape)}, got {shape}"
+        )
     if output_grads.shape != (B, shape[0], *size):
         raise ValueError(
-            f"output_grads has shape {list(output_grads.shape)}: expected {[B, shape[0], *size]} for inputs "
-            f"{list(inputs.shape)}, stride {stride}, padding {padding}, dilation {dilation}"
+            f"output_grads must be of shape {[B, shape[0], *size]} for inputs {list(inputs.shape)}, stride {stride}, "
+            f"padding {padding}, dilation {dilation}, got {list(output_grads.shape)}"
         )
     rows, columns = H + 2 * padding[0], W + 2 * padding[1]
     if max(B, 1) * max(C, 1) * rows * columns >= 2**59:
-        raise ValueError(f"padding is {padding}: padded, inputs {list(inputs.shape)} would have 2^59 elements or more")
+        raise ValueError(
+            f"padding must be smaller, since the padded inputs {list(inputs.shape)} would have 2^59 elements or more, "
+            f"got {padding}"
+        )
     return geometry._replace(
         stride=(min(stride[0], rows), min(stride[1], columns)),  # a longer one has a single position too
         dilation=(dilation[0] if shape[2] > 1 else 1, dilation[1] if shape[3] > 1 else 1),
@@ -182,12 +187,12 @@ def _check_weights(weights: Tensor | None, inputs: Tensor) -> Tensor | None:
         return None
     if tensor("weights", weights).dtype not in PARAM_DTYPES or weights.layout != torch.strided:
         raise TypeError(
-            f"weights must be a dense floating-point tensor, one value a sample, not {weights.dtype}, {weights.layout}"
+            f"weights must be a dense floating-point tensor, one value a sample, got {weights.dtype}, {weights.layout}"
         )
     if weights.shape != inputs.shape[:1]:
-        raise ValueError(f"weights has shape {list(weights.shape)}: expected [{inputs.shape[0]}], one a sample")
+        raise ValueError(f"weights must be of shape [{inputs.shape[0]}], one a sample, got {list(weights.shape)}")
     if weights.device != inputs.device:
-        raise ValueError(f"weights is on {weights.device}, but inputs on {inputs.device}")
+        raise ValueError(f"weights must be on {inputs.device}, as inputs is, got one on {weights.device}")
     return weights
 
 
@@ -197,9 +202,11 @@ def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> 
     if isinstance(segments, Tensor):
         tensor("segments", segments)
         if segments.dtype not in _INTEGERS or segments.layout != torch.strided:
-            raise TypeError(f"segments is {segments.dtype}, {segments.layout}: expected integers in a dense tensor")
+            raise TypeError(f"segments must be integers in a dense tensor, got {segments.dtype}, {segments.layout}")
         if not has_memory(segments):
-            raise ValueError("segments is on meta or fake, so their number is not known: give a list of integers")
+            raise ValueError(
+                "segments must be a list of integers where a tensor has no values, got one on meta or fake"
+            )
         low, high = (int(segments.min()), int(segments.max())) if segments.numel() else (0, -1)
     else:
         listed = integers("segments", segments)
@@ -209,7 +216,7 @@ def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> 
         segments = torch.tensor(listed, dtype=torch.int64, device="cpu")
     _check_segment_range(low, high)
     if segments.shape != inputs.shape[:1]:
-        raise ValueError(f"segments has shape {list(segments.shape)}: expected [{inputs.shape[0]}], one a sample")
+        raise ValueError(f"segments must be of shape [{inputs.shape[0]}], one a sample, got {list(segments.shape)}")
     if not has_memory(inputs):
         return inputs.new_empty(segments.shape, dtype=torch.int64), high + 1
     return segments.to(inputs.device, torch.int64), high + 1
@@ -217,7 +224,7 @@ def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> 
 
 def _check_segment_range(low: int, high: int) -> None:
     if low < 0 or high >= MAX_SEGMENTS:
-        raise ValueError(f"segments holds {low if low < 0 else high}: expected integers >= 0 and below {MAX_SEGMENTS}")
+        raise ValueError(f"segments must be integers >= 0 and below {MAX_SEGMENTS}, got {low if low < 0 else high}")
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -226,7 +233,7 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     except TypeError:
         pair = integers(name, value)
     if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} is {value!r}: expected an integer >= {least} or two of them")
+        raise ValueError(f"{name} must be an integer >= {least} or two of them, got {value!r}")
     return (pair[0], pair[1])
 
 
@@ -234,7 +241,7 @@ def _padding(padding: int | str | Sequence[int], shape: list[int], dilation: int
     if not isinstance(padding, str):
         return _pair("padding", padding, 0)
     if padding not in ("same", "valid"):
-        raise ValueError(f"padding is {padding!r}: expected integers, 'valid' or 'same'")
+        raise ValueError(f"padding must be integers, 'valid' or 'same', got {padding!r}")
     if padding == "valid" or len(shape) == 2:
         return (0, 0)
     dv, dh = _pair("dilation", dilation, 1)
@@ -244,7 +251,7 @@ def _padding(padding: int | str | Sequence[int], shape: list[int], dilation: int
 def _pad_same(inputs: Tensor, shape: list[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
     """An even kernel needs one more row or column of zeros at the end than at the start, as in PyTorch."""
     if geometry.stride != (1, 1):
-        raise ValueError(f"padding='same' needs stride 1, not {geometry.stride}")
+        raise ValueError(f"stride must be 1 for padding='same', got {geometry.stride}")
     bottom, right = (
         d * (k - 1) - 2 * p for d, k, p in zip(geometry.dilation, shape[2:], geometry.padding, strict=True)
     )

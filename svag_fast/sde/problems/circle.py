@@ -53,7 +53,7 @@ class CircleToy:
 
     def __post_init__(self) -> None:
         if not self.slopes:
-            raise ValueError("Invalid slopes: none, expected at least one finite number")
+            raise ValueError("slopes must be one finite number or more, got none")
         object.__setattr__(self, "slopes", tuple(number("slopes", slope) for slope in self.slopes))
 
     @property
@@ -73,7 +73,7 @@ class CircleToy:
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 2 or x.shape[1] != 2:
-            raise ValueError(f"Invalid states: shape {list(x.shape)}, expected [n, 2]")
+            raise ValueError(f"states must be of shape [n, 2], got {list(x.shape)}")
 
     def batch_grad(self, x: Tensor, weights: Sequence[float], draws: Draws) -> Tensor:
         """``sum_j weights[j] g_j``."""
@@ -142,13 +142,15 @@ class CircleToy:
         steps, h = process.steps(time), process.step_size
         keep = 1 - h * process.weight_decay
         if any(e.noise_scale for e in process.estimates) or isinstance(process, GradientFlow):
-            raise ValueError(f"Invalid process: {type(process).__name__}, expected steps along batch gradients or GD's")
+            raise ValueError(
+                f"process must be one of steps along batch gradients or GD's, got {type(process).__name__}"
+            )
         if keep <= 0:
-            raise ValueError(f"Invalid lr: lr weight_decay is {1 - keep} a step, expected below 1")
+            raise ValueError(f"lr weight_decay must be below 1 a step, got {1 - keep}")
         slopes, chances = self._outcomes(process.estimates)
         r0, angle0 = float(x0.double().square().sum()), math.atan2(float(x0[1]), float(x0[0]))
         if r0 == 0:
-            raise ValueError("Invalid x0: the origin, where the angle has no value")
+            raise ValueError("x0 must be off the origin, where the angle has no value, got the origin")
 
         # Forwards: the interval that holds R after each step.
         intervals = [(r0, r0)]
@@ -183,7 +185,7 @@ class CircleToy:
         weight_decay = number("weight_decay", weight_decay, least=0)
         frequency = integer("frequency", frequency, least=-(2**31))
         if not bool(x0.any()):
-            raise ValueError("Invalid x0: the origin, where the angle has no value")
+            raise ValueError("x0 must be off the origin, where the angle has no value, got the origin")
         r0, angle0 = float(x0.double().square().sum()), math.atan2(float(x0[1]), float(x0[0]))
 
         def r(t: float) -> float:

@@ -56,14 +56,14 @@ class NetworkProblem:
         batch_size = integer("batch_size", batch_size, least=1)
         chunk_size = integer("chunk_size", chunk_size, least=1)
         if len(inputs) != len(targets) or len(inputs) == 0:
-            raise ValueError(f"Invalid targets: {len(targets)} for {len(inputs)} inputs, expected as many, at least 1")
+            raise ValueError(f"targets must be as many as the {len(inputs)} inputs, at least 1, got {len(targets)}")
         if batch_size < 1 or (not replacement and batch_size > len(inputs)):
-            raise ValueError(f"Invalid batch_size: {batch_size}, expected 1 <= batch_size <= {len(inputs)}")
+            raise ValueError(f"batch_size must be from 1 to {len(inputs)}, got {batch_size}")
         self.model, self.loss_fn, self.inputs, self.targets = model, loss_fn, inputs, targets
         self.batch_size, self.replacement, self.chunk_size = batch_size, replacement, chunk_size
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._parameters:
-            raise ValueError("Invalid model: it has no trainable parameter")
+            raise ValueError("model must be one with a trainable parameter, got none")
 
     @property
     def state_dim(self) -> int:
@@ -153,14 +153,14 @@ class NetworkProblem:
     def _refuse_coupling(self) -> None:
         if self._couples_samples():
             raise ValueError(
-                "Invalid model: BatchNorm in training mode couples the samples of a batch, so none has a gradient of "
-                "its own; use GroupNorm for processes with Gaussian noise"
+                "model must be one whose samples have gradients of their own, got BatchNorm in training mode, which "
+                "couples them; use GroupNorm for processes with Gaussian noise"
             )
 
     def _split(self, x: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self._parameters.values()]
         if x.shape != (sum(sizes),):
-            raise ValueError(f"Invalid state: shape {list(x.shape)}, expected [{sum(sizes)}], the model's parameters")
+            raise ValueError(f"state must be of shape [{sum(sizes)}], the model's parameters, got {list(x.shape)}")
         return [part.view(p.shape) for part, p in zip(torch.split(x, sizes), self._parameters.values(), strict=True)]
 
     def _losses(self, x: Tensor, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -171,7 +171,7 @@ class NetworkProblem:
             losses = self.loss_fn(outputs, targets)
         if losses.shape != (len(inputs),):
             raise ValueError(
-                f"Invalid loss_fn: it returned shape {tuple(losses.shape)}, expected a loss a sample ({len(inputs)},)"
+                f"loss_fn's result must be a loss a sample ({len(inputs)},), got shape {tuple(losses.shape)}"
             )
         return parameters, losses
 

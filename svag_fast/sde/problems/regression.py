@@ -33,14 +33,14 @@ class LinearRegression:
     def __init__(self, features: Tensor, targets: Tensor, *, batch_size: int, replacement: bool = True) -> None:
         batch_size = integer("batch_size", batch_size, least=1)
         if not (features.is_floating_point() and targets.dtype == features.dtype):
-            raise TypeError(f"Invalid features, targets: {features.dtype}, {targets.dtype}, expected one real dtype")
+            raise TypeError(f"features and targets must be of one real dtype, got {features.dtype}, {targets.dtype}")
         if features.dim() != 2 or targets.shape != features.shape[:1] or len(features) < 2:
             raise ValueError(
-                f"Invalid targets: shape {tuple(targets.shape)} for features {tuple(features.shape)}, "
-                "expected [n] for [n, d], n at least 2"
+                f"targets must be [n] for features [n, d], n at least 2, got shapes {tuple(targets.shape)} and "
+                f"{tuple(features.shape)}"
             )
         if batch_size < 1 or (not replacement and batch_size > len(features)):
-            raise ValueError(f"Invalid batch_size: {batch_size}, expected 1 <= batch_size <= {len(features)}")
+            raise ValueError(f"batch_size must be from 1 to {len(features)}, got {batch_size}")
         self.features, self.targets = features, targets
         self.batch_size, self.replacement = batch_size, replacement
         self.hessian = features.T @ features / len(features)
@@ -94,9 +94,7 @@ class LinearRegression:
     def process_second_moment(self, process: Process, x0: Tensor, times: Sequence[float]) -> Tensor:
         """Exact ``E (x, 1)(x, 1)^T`` of a discrete process: float64 [len(times), d + 1, d + 1]."""
         if isinstance(process, GradientFlow):
-            raise ValueError(
-                "Invalid process: GradientFlow is not affine in its step; use sde_second_moment(noise=False)"
-            )
+            raise ValueError("process must be affine in its step, got GradientFlow: use sde_second_moment(noise=False)")
         h, decay = process.step_size, process.weight_decay
         start = self._start(x0)
         total = torch.zeros_like(self._spread())
@@ -121,7 +119,7 @@ class LinearRegression:
     ) -> Tensor:
         """Exact ``E (X_t, 1)(X_t, 1)^T`` of the SDE (2), (6) or of order 2: float64 [len(times), d + 1, d + 1]."""
         if order not in (1, 2):
-            raise ValueError(f"Invalid order: {order}, expected 1 or 2")
+            raise ValueError(f"order must be 1 or 2, got {order}")
         lr = number("lr", lr, above=0)
         weight_decay = number("weight_decay", weight_decay, least=0)
         times = [number("times", time, least=0) for time in times]

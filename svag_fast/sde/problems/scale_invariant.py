@@ -140,7 +140,7 @@ class ScaleInvariantToy:
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"Invalid states: shape {list(x.shape)}, expected [n, {self.dim}]")
+            raise ValueError(f"states must be of shape [n, {self.dim}], got {list(x.shape)}")
 
     def _project(self, x: Tensor, gamma: Tensor, first: float) -> Tensor:
         """``P (gamma + first e_1)/|x|``, over `gamma`."""

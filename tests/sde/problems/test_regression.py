@@ -104,7 +104,7 @@ def test_gradient_flow_is_the_sde_without_noise():
 
 
 def test_bad_shapes_are_refused():
-    with pytest.raises(ValueError, match="Invalid targets"):
+    with pytest.raises(ValueError, match=r"targets must be \[n\] for features \[n, d\], n at least 2, got shapes"):
         LinearRegression(torch.ones(4, 2), torch.ones(3), batch_size=1)
-    with pytest.raises(ValueError, match="Invalid batch_size"):
+    with pytest.raises(ValueError, match=r"^batch_size must be"):
         LinearRegression(torch.ones(4, 2), torch.ones(4), batch_size=5, replacement=False)
