@@ -206,8 +206,8 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int = 0)
     match = _MODEL_NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"no model is called {name!r}: expected digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with "
-            "norm bn, gn or none and optionally -w<width>, such as preresnet32-gn or vgg16-bn-w2"
+            "model must be digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn or none and "
+            f"optionally -w<width>, such as preresnet32-gn or vgg16-bn-w2, got {name!r}"
         )
     for part in ("depth", "width"):
         check_range(part, int(match[part] or 1))
@@ -260,7 +260,7 @@ def scale_invariance_report(
     model = copy.deepcopy(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:
-        raise ValueError("the model has no trained parameter to scale")
+        raise ValueError("the model must be one with a trained parameter to scale, got none")
 
     def loss_and_gradient() -> tuple[Tensor, Tensor]:
         loss = nn.functional.cross_entropy(model(inputs), targets)

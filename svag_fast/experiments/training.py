@@ -194,7 +194,9 @@ class Training:
         for name in ("losses", "raw_stats", "sample_sq_norms"):
             theirs, ours = state[name], getattr(self, name)
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-                raise ValueError(f"{name} is {theirs.dtype} {list(theirs.shape)}, not {ours.dtype} {list(ours.shape)}")
+                raise ValueError(
+                    f"{name} must be {ours.dtype} {list(ours.shape)}, got {theirs.dtype} {list(theirs.shape)}"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for stream, saved in zip(self.streams, state["streams"], strict=True):

@@ -49,13 +49,17 @@ def row_count(args: Any, kwargs: Any) -> int:
         )
         if not isinstance(leaf, (Tensor, nn.Module)) and any(isinstance(x, Tensor) for x in hidden):
             raise ValueError(
-                f"the model's input has tensors in a {type(leaf).__name__}: pass them as they are, or in a dict"
+                f"the model's input must be tensors as they are, or in a dict, got some in a {type(leaf).__name__}"
             )
     rows = next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim() > 0), None)
     if rows is None:
-        raise ValueError("the model got no tensor whose first dimension could be the samples of both batches")
+        raise ValueError(
+            "the model's input must be tensors whose first dimension is the samples of both batches, got none"
+        )
     if rows % 2 or rows == 0:
-        raise ValueError(f"the model got {rows} rows, which are not two batches of the same size: torch.cat([x1, x2])")
+        raise ValueError(
+            f"the model's input must be two batches of the same size, torch.cat([x1, x2]), got {rows} rows"
+        )
     return rows
 
 
@@ -119,7 +123,7 @@ class ByHalves:
         leaves1, structure = tree_flatten(first)
         leaves2, other = tree_flatten(second)
         if structure != other:
-            raise ValueError("the model returned differently built outputs for the two batches")
+            raise ValueError("the model's outputs must be built the same for both batches, got different ones")
         cuts: list[_Cut] = []
         joined = [self._join_leaf(x, y, rows, cuts) for x, y in zip(leaves1, leaves2, strict=True)]
         self._cuts.append(cuts)
@@ -128,12 +132,15 @@ class ByHalves:
     def _join_leaf(self, x: Any, y: Any, rows: int, cuts: list[_Cut]) -> Any:
         if not isinstance(x, Tensor):
             if x is not y and x != y:
-                raise ValueError(f"the model returned {x!r} for one batch and {y!r} for the other: return tensors")
+                raise ValueError(
+                    f"the model's outputs must be tensors where the two batches differ, got {x!r} for one and {y!r} "
+                    "for the other"
+                )
             return x
         if x.dim() == 0 or x.shape[0] != rows or y.shape[0] != rows:
             raise ValueError(
-                f"the model returned {list(x.shape)} for a batch of {rows}: the first dimension of each output must be "
-                "the samples (a loss inside the model: one value a sample)"
+                "the first dimension of each output must be the samples (a loss inside the model: one value a "
+                f"sample), got {list(x.shape)} for a batch of {rows}"
             )
         if not (x.requires_grad or y.requires_grad):
             return torch.cat([x, y])

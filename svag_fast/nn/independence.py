@@ -64,11 +64,14 @@ def check_independence(model: nn.Module, *inputs: Any, **kwargs: Any) -> Indepen
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not model.training:
         raise ValueError(
-            "the model is in evaluation mode, where BatchNorm hides what it does in training: model.train()"
+            "the model must be in training mode, model.train(), got evaluation mode, where BatchNorm hides what it does"
         )
     found = tensors_of((inputs, kwargs))
     if not found or found[0].shape[0] < 2:
-        raise ValueError("the first tensor of the inputs must have at least two samples")
+        raise ValueError(
+            "the first tensor of the inputs must be of at least two samples, got "
+            f"{found[0].shape[0] if found else 'no tensor'}"
+        )
     samples = found[0].shape[0]
     with torch.no_grad(), rewound(model) as replay, randomised(model):
         let_run = run_compiled_code_eagerly()
@@ -162,7 +165,7 @@ def _changed(arguments: tuple[Any, Any], sample: int, samples: int) -> tuple[Any
 
     changed: tuple[Any, Any] = tree_map(change, arguments)
     if not changes:
-        raise ValueError("no input could be changed: all samples are equal integers; give samples that differ")
+        raise ValueError("inputs must be samples that differ, got equal integers alone, of which none could be changed")
     return changed
 
 
@@ -172,7 +175,9 @@ def _first_coupling(
     ends = base[-1].tensors, changed[-1].tensors
     outputs = [(x, y) for x, y in zip(*ends, strict=True) if x.shape[0] == samples and y.shape == x.shape]
     if not outputs:
-        raise ValueError(f"the model returns no tensor whose first dimension is the {samples} samples")
+        raise ValueError(
+            f"the model's outputs must be tensors whose first dimension is the {samples} samples, got none"
+        )
     others = torch.arange(samples, device="cpu") != sample
     if not any(differ(x[others], y[others], noise) for x, y in outputs):
         return None  # inner tensors as long as that may be something else

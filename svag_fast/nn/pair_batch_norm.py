@@ -41,10 +41,10 @@ def pair_batch_norm(
     """
     rows = x.shape[0]
     if rows % 2:
-        raise ValueError(f"the input has {rows} rows {list(x.shape)}, which are not two batches of the same size")
+        raise ValueError(f"the input must be two batches of the same size, got {rows} rows {list(x.shape)}")
     if rows == 2 and math.prod(x.shape[2:]) == 1:
         raise ValueError(
-            f"each batch must have more than one value a channel in training mode, got {list(x.shape)} for both"
+            f"each batch must be of more than one value a channel in training mode, got {list(x.shape)} for both"
         )
     updates = module.training and module.track_running_stats
     halves = torch.split(x, rows // 2) if rows else (x, x)

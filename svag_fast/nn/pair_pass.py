@@ -114,7 +114,7 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
         if way not in ("auto", "joint", "halves"):
             raise ValueError(f"way must be 'auto', 'joint' or 'halves', got {way!r}")
         if norms and isinstance(model, DistributedDataParallel):
-            raise ValueError("norms=True is not served under DistributedDataParallel")
+            raise ValueError("norms must be False under DistributedDataParallel, got True")
         self._model = model
         self._optimizer = optimizer
         self._norms = norms
@@ -190,7 +190,8 @@ class _Run:
             )
         if self.ddp is not None and getattr(self.ddp, "_comm_hooks", None):
             raise ValueError(
-                "the DistributedDataParallel model has a communication hook, which can't see both gradients"
+                "the DistributedDataParallel model must be without a communication hook, which can't see both "
+                "gradients, got one"
             )
         if self._joint is None and self.wanted != "halves":
             try:
@@ -336,12 +337,19 @@ class _Run:
                 f"losses must be one for each sample of both batches, [2B] (reduction='none'), got {list(losses.shape)}"
             )
         if self._engine is None or not self._engine.outputs:
-            raise ValueError("the model was not called inside the context, with gradients, since the last backward")
+            raise ValueError(
+                "losses must be of a model called inside the context, with gradients, since the last backward, got "
+                "others"
+            )
         if not losses.requires_grad:
-            raise ValueError("losses have no gradient: they were made without the model, or under torch.no_grad()")
+            raise ValueError(
+                "losses must be made with the model, and not under torch.no_grad(), got some without a gradient"
+            )
         rows = losses.shape[0]
         if all(x.shape[0] != rows for x in self._engine.outputs):
-            raise ValueError(f"losses are {rows}, but the model's outputs have {self._engine.outputs[0].shape[0]} rows")
+            raise ValueError(
+                f"losses must be {self._engine.outputs[0].shape[0]}, as the rows of the model's outputs, got {rows}"
+            )
         return rows
 
     def _average(self, ddp: DistributedDataParallel) -> None:
@@ -433,15 +441,16 @@ def _trained(root: nn.Module, optimizer: TwoBatchOptimizer) -> dict[str, nn.Para
     ours = set(params.values())
     if missing := [name for name, p in params.items() if p not in theirs]:
         raise ValueError(
-            f"the optimizer doesn't have the model's trained parameter {missing[0]} (freeze it, or add it)"
+            f"the optimizer's parameters must be all that the model trains, got none for {missing[0]} (freeze it, or "
+            "add it)"
         )
     if others := len(theirs - ours):
         raise ValueError(
-            f"{others} of the optimizer's parameters are not the model's: put the modules into one, such as a "
+            f"the optimizer's parameters must be the model's, got {others} others: put the modules into one, such as a "
             "torch.nn.ModuleList, and pass that"
         )
     if not params:
-        raise ValueError("the model has no trained parameter")
+        raise ValueError("the model must be one with a trained parameter, got none")
     return params
 
 

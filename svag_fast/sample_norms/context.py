@@ -84,8 +84,8 @@ class SampleNorms(Mapping[str, Tensor]):
         sq_norms = _joined([sq_norms for _, sq_norms in parts])
         if self._loss_reduction.shape != sq_norms.shape:
             raise ValueError(
-                f"loss_reduction has the weights of {self._loss_reduction.numel()} samples, but the backward passes so "
-                f"far had {sq_norms.numel()}: give the weights of these with norms.reset(loss_reduction=...)"
+                f"loss_reduction must be the weights of the {sq_norms.numel()} samples of the backward passes so far, "
+                f"got {self._loss_reduction.numel()}: give the weights of these with norms.reset(loss_reduction=...)"
             )
         weights = self._loss_reduction.to(sq_norms.device, torch.float64)
         return torch.where(weights == 0, torch.nan, sq_norms / weights.square())

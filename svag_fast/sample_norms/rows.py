@@ -63,8 +63,8 @@ def check_rows(calls: list[LayerCall], outputs: list[Tensor], batch_size: int) -
     made = [x for x in outputs if x.requires_grad]
     if made and all(x.dim() > 1 and all(size % batch_size for size in x.shape) for x in made):
         raise ValueError(
-            f"the model made {list(made[0].shape)} of an input whose first dimension was taken for {batch_size} "
-            "samples, which the output has not: give it the samples first, or pass batch_size=..."
+            f"the model's output must be of the {batch_size} samples that its input's first dimension was taken for, "
+            f"got {list(made[0].shape)}: give it the samples first, or pass batch_size=..."
         )
 
 
@@ -201,9 +201,9 @@ class Sequences:
         elif x.shape[1] != B or any(_same(x, y) for y in self._samples.inputs):
             place = next((name for name, m in self._model.named_modules() if m is module), "")
             raise ValueError(
-                f"{label_of(place, module)} takes the samples second (batch_first=False), but got {list(x.shape)} "
-                f"where the model's input has {B} samples in its first dimension: build it with batch_first=True, or "
-                "give the model the samples first and transpose before and behind this module"
+                f"the input of {label_of(place, module)}, which takes the samples second (batch_first=False), must be "
+                f"of the model's {B} samples, got {list(x.shape)}: build it with batch_first=True, or give the model "
+                "the samples first and transpose before and behind this module"
             )
         return dispatch.plain_forward(type(module))(module, *args, **kwargs)
 

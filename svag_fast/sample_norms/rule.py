@@ -167,7 +167,7 @@ class Rule:
                 if name not in grads or grads[name].shape[1:] != shape:
                     got = list(grads[name].shape) if name in grads else "none"
                     raise ValueError(
-                        f"the rule for {type(module).__name__} must give {name} [B, {list(shape)}], got {got}"
+                        f"the rule's {name} for {type(module).__name__} must be [B, {list(shape)}], got {got}"
                     )
                 norms[name].append(row_sq_norms(grads[name]))
         return {name: torch.cat(parts) for name, parts in norms.items()}
@@ -189,12 +189,15 @@ class Rule:
         """The module's forward, such that the backward pass delivers to the scope's recorder."""
         inputs = (*args, *kwargs.values())
         if not all(isinstance(x, Tensor) for x in inputs):
-            raise TypeError(f"{scope.label}: a rule needs a module that takes tensors and returns one tensor")
+            raise TypeError(
+                f"{scope.label} must be a module that takes tensors and returns one tensor, which a rule needs, got "
+                f"{[type(x).__name__ for x in inputs]} as inputs"
+            )
         least = self.least_dims(module)
         if inputs[0].dim() < least:
             raise ValueError(
-                f"{scope.label} got {list(inputs[0].shape)}: per-sample norms need an input [B, ...] of at least "
-                f"{least} dimension{'s' * (least > 1)}"
+                f"the input of {scope.label} must be [B, ...] of at least {least} dimension{'s' * (least > 1)} for "
+                f"per-sample norms, got {list(inputs[0].shape)}"
             )
         own = module._parameters
         plain = {name: own[name] for name in scope.names}
@@ -209,13 +212,16 @@ class Rule:
         finally:
             own.update(plain)
         if not isinstance(output, Tensor):
-            raise TypeError(f"{scope.label}: a rule needs a module that takes tensors and returns one tensor")
+            raise TypeError(
+                f"{scope.label} must be a module that takes tensors and returns one tensor, which a rule needs, got a "
+                f"{type(output).__name__} as output"
+            )
         if not output.requires_grad:
             return output
         if output.dim() == 0 or not any(x.dim() > 0 and x.shape[0] == output.shape[0] for x in inputs):
             raise ValueError(
-                f"{scope.label} made {list(output.shape)} of {list(inputs[0].shape)}: the first dimension must be the "
-                "samples in both"
+                f"the first dimension of {scope.label}'s input and output must be the samples, got "
+                f"{list(inputs[0].shape)} and {list(output.shape)}"
             )
         seen = Seen(scope.label, module, inputs)
         module = seen.module
@@ -341,10 +347,10 @@ def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:
     Subclasses that don't override `forward` share the rule. `by_vmap` is a rule without a formula.
     """
     if not module_types:
-        raise ValueError("register_rule needs at least one module type")
+        raise ValueError("module_types must be one class or more, got none")
     for kind in module_types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"register_rule takes classes derived from torch.nn.Module, not {kind!r}")
+            raise TypeError(f"module_types must be classes derived from torch.nn.Module, got {kind!r}")
 
     def register(function: _F) -> _F:
         for kind in module_types:

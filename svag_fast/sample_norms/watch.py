@@ -118,7 +118,7 @@ class Watch:
         """Serve the model; refuses before anything is changed."""
         self.scan()
         if not self.recorder.aliases:
-            raise ValueError("nothing to track: no parameter, or none of those given, requires a gradient")
+            raise ValueError("parameters must be some that require a gradient, got none: there is nothing to track")
 
     def end(self) -> None:
         """Leave the model as it was."""
@@ -219,7 +219,7 @@ class Watch:
                 elif parameter.requires_grad:
                     self._all_tracked = False
         if self._wanted is not None and (missing := len(self._wanted.keys() - met)):
-            raise ValueError(f"{missing} of the {len(self._wanted)} given parameters are not the model's")
+            raise ValueError(f"parameters must be the model's, got {missing} others of {len(self._wanted)}")
         return names, aliases
 
     def _plan(self, place: str, module: nn.Module, names: Mapping[nn.Parameter, str]) -> Scope | None:
@@ -327,21 +327,25 @@ class Watch:
         B = self._batch_size_now()
         if B is None:
             if table or scope.known.shared_only or scope.known.mixed:
-                raise ValueError(f"{scope.label} got a value without samples where the batch size is not known")
+                raise ValueError(
+                    f"the input of {scope.label} must be one with samples where the batch size is not known, got a "
+                    "value without"
+                )
             x = tensors[0]
             if module is not self.model and x.dim() == 1 and not (x.is_floating_point() or x.is_complex()):
                 raise ValueError(
-                    f"{scope.label} got indices {list(x.shape)} outside of the model's own forward, which may be "
-                    "samples or positions: call the model itself, or pass batch_size=..."
+                    f"the indices of {scope.label} must be given inside of the model's own forward, got "
+                    f"{list(x.shape)} outside, which may be samples or positions: call the model itself, or pass "
+                    "batch_size=..."
                 )
             return self._run(scope, args, kwargs)
         if table or not self._samples.include(scope.known, tensors, B):
             return self._serve_shared(scope, rule, tensors, B, args, kwargs)
         if not any(x.dim() > 0 and x.shape[0] == B for x in tensors):
             raise ValueError(
-                f"{scope.label} got {list(tensors[0].shape)} where the model's input has {B} samples: the first "
-                "dimension must be the samples in every layer (not samples and positions folded together); pass "
-                "batch_size=... if the batch size is another"
+                f"the first dimension of {scope.label}'s input must be the model's {B} samples (not samples and "
+                f"positions folded together), got {list(tensors[0].shape)}: pass batch_size=... if the batch size is "
+                "another"
             )
         return self._run(scope, args, kwargs)
 
@@ -360,9 +364,9 @@ class Watch:
         single = not rule.any_rows and x.dim() > 0 and x.shape[0] == 1
         if any(y is not x for y in tensors) or not (single or rule.any_rows):
             raise ValueError(
-                f"{scope.label} got {list(x.shape)}, which does not depend on the model's input of {B} samples, and "
-                "can't be computed for each sample apart: give it an input whose first dimension is the samples, as by "
-                "positions.expand(len(x), -1), or leave its parameters out with parameters=..."
+                f"the input of {scope.label} must be one that depends on the model's input of {B} samples, or can be "
+                f"computed for each sample apart, got {list(x.shape)}: give it an input whose first dimension is the "
+                "samples, as by positions.expand(len(x), -1), or leave its parameters out with parameters=..."
             )
         copies = rows.select(1, 0) if single else rows
         args, kwargs = tree_map(lambda y: copies if y is x else y, (args, kwargs))

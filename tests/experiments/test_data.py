@@ -66,7 +66,7 @@ def test_batches_follow_from_the_generator_alone(replacement):
 
 
 def test_unknown_data_set_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match=f"'mnist': expected {' or '.join(DATASETS)}"):
+    with pytest.raises(ValueError, match=f"dataset must be {' or '.join(DATASETS)}, got 'mnist'"):
         load_dataset("mnist")
 
 

@@ -281,7 +281,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vgg3"], "no model is called"),
+        (["--model", "vgg3"], "model must be digits-net"),
         (["--l", "1,x"], "'x' is not a number"),
         (["--l", "0.5"], "l must be a number from 1 to 1e+06"),
         (["--l", "1e21"], "l must be a number from 1 to 1e+06"),
@@ -297,7 +297,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path):
         (["--epochs", "1", "--effective-steps", "3"], "epochs"),
         (["--init", "zero"], "'zero' is not one of"),
         (["--metric", "accuracy"], "metric must be a column of metrics.csv, got 'accuracy'"),
-        (["--margin", "nsr=1"], "a margin is given for nsr"),
+        (["--margin", "nsr=1"], "margins must be for metrics that are judged"),
     ],
     ids=str,
 )

@@ -104,11 +104,11 @@ def test_logits_have_a_row_a_sample_and_a_constant_image_gives_finite_ones():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "no model is called 'resnet'"),
+        ("resnet", "model must be digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn"),
         ("preresnet31-gn", "6n \\+ 2"),
         ("preresnet2-gn", "6n \\+ 2"),
         ("vgg12-bn", "11, 13, 16, 19"),
-        ("vgg16-ln", "no model is called"),
+        ("vgg16-ln", "model must be digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn"),
         ("vgg16-gn-w0", "width must be"),
     ],
 )
@@ -120,5 +120,5 @@ def test_a_wrong_name_is_refused_with_what_was_expected(name, message):
 def test_report_refuses_a_scale_that_is_not_positive_and_a_model_without_parameters():
     with pytest.raises(ValueError, match="scale must be positive"):
         scale_invariance_report(nn.Linear(4, 2), torch.ones(1, 4), torch.zeros(1, dtype=torch.long), scale=0)
-    with pytest.raises(ValueError, match="no trained parameter"):
+    with pytest.raises(ValueError, match="the model must be one with a trained parameter to scale, got none"):
         scale_invariance_report(nn.Flatten(), torch.ones(1, 4), torch.zeros(1, dtype=torch.long))

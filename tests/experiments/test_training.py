@@ -283,7 +283,7 @@ def refuse_after(patch, calls, left):
         (lambda state: state["rows"][0].pop("lr"), "no rows"),
         (lambda state: state.pop("model"), r"no whole state of this run \(KeyError\('model'\)"),
         (lambda state: state.pop("streams"), "no whole state"),
-        (lambda state: state.update(losses=torch.zeros(1, dtype=torch.float64).expand(10**9)), "losses is"),
+        (lambda state: state.update(losses=torch.zeros(1, dtype=torch.float64).expand(10**9)), "losses must be"),
         (lambda state: state.update(raw_stats=3.0), "no whole state"),
     ],
 )

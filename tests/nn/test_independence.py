@@ -137,7 +137,7 @@ REFUSED = {
     "evaluation": (nn.Linear(4, 4).eval(), torch.randn(3, 4), ValueError, "evaluation mode"),
     "one sample": (nn.Linear(4, 4), torch.randn(1, 4), ValueError, "two samples"),
     "equal integers": (nn.Embedding(4, 2), torch.zeros(3, dtype=torch.long), ValueError, "could be changed"),
-    "no samples in the output": (Free(lambda x: x.sum()), torch.randn(3, 4), ValueError, "no tensor"),
+    "no samples in the output": (Free(lambda x: x.sum()), torch.randn(3, 4), ValueError, "the model's outputs must"),
     "keeps something": (nn.Sequential(Counts()), torch.randn(3, 4), RuntimeError, r"two runs.*0 \(Counts\)"),
     "no module": (lambda x: x, torch.randn(3, 4), TypeError, "Module"),
 }

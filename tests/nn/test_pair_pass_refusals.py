@@ -53,13 +53,13 @@ AT_THE_START = {
         TypeError,
         'norms of a layer without a rule.*used twice.*way="halves"',
     ),
-    "fewer parameters than the model": (lambda m: (m, svag(m[0])), {}, ValueError, r"trained parameter 2\.weight"),
-    "more parameters than the model": (lambda m: (m[0], svag(m)), {}, ValueError, "2 of the optimizer's.*ModuleList"),
+    "fewer parameters than the model": (lambda m: (m, svag(m[0])), {}, ValueError, "the optimizer's parameters"),
+    "more parameters than the model": (lambda m: (m[0], svag(m)), {}, ValueError, "the optimizer's parameters must"),
     "nothing trained": (
         lambda m: (m.requires_grad_(False), SVAG([torch.ones(1)], lr=0.1)),
         {},
         ValueError,
-        "no trained parameter",
+        "the model must be one with a trained parameter, got none",
     ),
 }
 
@@ -102,12 +102,12 @@ IN_THE_PASS = {
     "mean loss": (lambda m, p: p.backward(losses_of(m(X)).mean()), ValueError, r"\[2B\].*got \[\]"),
     "losses by position": (lambda m, p: p.backward(m(X)), ValueError, r"\[2B\].*got \[6, 3\]"),
     "odd losses": (lambda m, p: p.backward(losses_of(m(X))[:5]), ValueError, r"got \[5\]"),
-    "fewer losses than rows": (lambda m, p: p.backward(losses_of(m(X))[:4]), ValueError, "losses are 4.*6 rows"),
-    "no tensor": (lambda m, p: p.backward(1.0), TypeError, "float"),
+    "fewer losses than rows": (lambda m, p: p.backward(losses_of(m(X))[:4]), ValueError, "losses must be 6, as the"),
+    "the model's input must be tensors whose first dimension is": (lambda m, p: p.backward(1.0), TypeError, "float"),
     "integers": (lambda m, p: (m(X), p.backward(Y)), TypeError, "real numbers"),
-    "no call": (lambda m, p: p.backward(X.sum(1).requires_grad_()), ValueError, "not called inside"),
-    "no gradient": (_no_grad, ValueError, "not called inside"),
-    "detached": (lambda m, p: p.backward(losses_of(m(X).detach())), ValueError, "have no gradient"),
+    "no call": (lambda m, p: p.backward(X.sum(1).requires_grad_()), ValueError, "losses must be of a model called"),
+    "no gradient": (_no_grad, ValueError, "losses must be of a model called inside the context, with gradients,"),
+    "detached": (lambda m, p: p.backward(losses_of(m(X).detach())), ValueError, "losses must be made with the"),
     "twice": (lambda m, p: [p.backward(x) for x in [losses_of(m(X))] * 2], ValueError, "since the last backward"),
     "odd rows": (lambda m, p: m(X[:5]), ValueError, "5 rows"),
     "no rows": (lambda m, p: m(X[:0]), ValueError, "0 rows"),
@@ -207,10 +207,10 @@ class Box:
 
 _CALLS = itertools.count(1)
 RETURNED = {
-    "a scalar": (lambda x: x.sum(), X, r"returned \[\] for a batch of 3"),
-    "another first dimension": (lambda x: x.T[:2], X, r"returned \[2, 3\]"),
-    "another value for each": (lambda x: (x, float(x.detach().sum())), X, "for one batch and"),
-    "another build for each": (lambda x: (x,) * next(_CALLS), X, "differently built"),
+    "a scalar": (lambda x: x.sum(), X, r"the first dimension of each output must be the samples \(a loss inside the"),
+    "another first dimension": (lambda x: x.T[:2], X, r"the first dimension of each output must be the samples \(a"),
+    "another value for each": (lambda x: (x, float(x.detach().sum())), X, "the model's outputs must be tensors"),
+    "another build for each": (lambda x: (x,) * next(_CALLS), X, "the model's outputs must be built the same for"),
 }
 
 
@@ -250,7 +250,7 @@ def test_a_scalar_beside_the_outputs_is_refused_jointly_too():
     with pytest.raises(TypeError, match=r"returns \[\]"), pair_pass(model, svag(model), way="joint"):
         model(X)
     with (
-        pytest.raises(ValueError, match=r"returned \[\]"),
+        pytest.raises(ValueError, match=r"the first dimension of each output must be the samples \(a loss inside"),
         pytest.warns(UserWarning, match="one after the other"),
         pair_pass(model, svag(model)),
     ):
@@ -263,7 +263,7 @@ def test_tensors_hidden_in_inputs_are_refused():
             return super().forward(x + box.tensor)
 
     model = Takes(4, 3).double()
-    with pytest.raises(ValueError, match="tensors in a Box"), pair_pass(model, svag(model), way="halves"):
+    with pytest.raises(ValueError, match="the model's input must be"), pair_pass(model, svag(model), way="halves"):
         model(X, Box(X))
-    with pytest.raises(ValueError, match="no tensor"), pair_pass(model, svag(model), way="halves"):
+    with pytest.raises(ValueError, match="the model's input must be"), pair_pass(model, svag(model), way="halves"):
         model(x=None)

@@ -161,7 +161,7 @@ def test_batch_norm_put_into_training_mode_inside_is_refused():
     [
         ({"model": 3}, TypeError, "must be a torch.nn.Module, got int"),
         ({"loss_reduction": "none"}, ValueError, r"must be 'mean', 'sum' or a tensor of weights \[B\], got 'none'"),
-        ({"parameters": [nn.Parameter(torch.zeros(1))]}, ValueError, "1 of the 1 given parameters"),
+        ({"parameters": [nn.Parameter(torch.zeros(1))]}, ValueError, "parameters must be the model's, got 1 others"),
         ({"parameters": []}, ValueError, "nothing to track"),
     ],
 )

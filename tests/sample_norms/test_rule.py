@@ -138,7 +138,7 @@ def test_by_vmap_is_a_rule_without_a_formula():
 def test_a_rule_that_forgets_a_parameter_is_named():
     register_rule(Scale)(lambda module, inputs, output_grad: {"weight": (output_grad * inputs[0]).sum(1)})
     model = Scale()
-    with per_sample_sq_norms(model), pytest.raises(ValueError, match=r"rule for Scale must give shift.*got none"):
+    with per_sample_sq_norms(model), pytest.raises(ValueError, match=r"the rule's shift for Scale must be \[B,"):
         model(torch.ones(2, 3, 6)).sum().backward()
 
 
@@ -146,7 +146,7 @@ def test_a_rule_that_forgets_a_parameter_is_named():
 def test_a_rule_of_the_wrong_shape_is_named():
     register_rule(Scale)(lambda module, inputs, output_grad: {"weight": output_grad, "shift": output_grad})
     model = Scale()
-    with per_sample_sq_norms(model), pytest.raises(ValueError, match=r"weight \[B, \[6\]\], got \[2, 3, 6\]"):
+    with per_sample_sq_norms(model), pytest.raises(ValueError, match=r"the rule's weight for Scale must be \[B,"):
         model(torch.ones(2, 3, 6)).sum().backward()
 
 
@@ -180,9 +180,9 @@ def test_a_module_of_several_outputs_needs_more_than_a_rule():
 
 
 def test_register_rule_refuses_what_is_no_module_type():
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="module_types must be one class or more, got none"):
         register_rule()
-    with pytest.raises(TypeError, match="Module, not 3"):
+    with pytest.raises(TypeError, match=r"module_types must be classes derived from torch\.nn\.Module, got 3"):
         register_rule(3)
 
 

@@ -322,9 +322,9 @@ class ThroughSoftmax(Base):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Folded, r"head \(Linear\) got \[12, 6\] where the model's input has 3 samples"),
-        (FoldedWords, r"wte \(Embedding\) got \[12\] where the model's input has 3 samples"),
-        (TimeFirst, r"head \(Linear\) got \[4, 3, 6\] where the model's input has 3 samples"),
+        (Folded, r"the first dimension of head \(Linear\)'s input must be the model's 3 samples \(not samples"),
+        (FoldedWords, r"the first dimension of wte \(Embedding\)'s input must be the model's 3 samples \(not"),
+        (TimeFirst, r"the first dimension of head \(Linear\)'s input must be the model's 3 samples \(not samples"),
     ],
 )
 def test_rows_that_are_no_samples_are_refused_in_the_forward_pass(net, message):

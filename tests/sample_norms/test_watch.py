@@ -375,7 +375,7 @@ def test_a_parameter_asked_for_that_leaves_the_model_is_refused():
     with per_sample_sq_norms(net, parameters=[net.layers[0].weight]) as norms:
         loss(net, x).backward()
         replace_parameter(net)
-        with pytest.raises(ValueError, match="1 of the 1 given parameters are not the model's"):
+        with pytest.raises(ValueError, match="parameters must be the model's, got 1 others of 1"):
             net(x)
         assert norms.total.shape == (4,)
 

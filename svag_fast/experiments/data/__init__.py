@@ -41,7 +41,7 @@ def load_dataset(name: str) -> Dataset:
         DatasetNotFoundError: its files aren't on this machine.
     """
     if name not in DATASETS:
-        raise ValueError(f"no data set is called {name!r}: expected {' or '.join(DATASETS)}")
+        raise ValueError(f"dataset must be {' or '.join(DATASETS)}, got {name!r}")
     return DATASETS[name].load()
 
 

@@ -45,14 +45,20 @@ class AttentionRule(Rule):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if query.dim() != 3:
-            raise ValueError(f"{scope.label} got a query {list(query.shape)}: per-sample norms need [B, T, embed_dim]")
+            raise ValueError(
+                f"the query of {scope.label} must be [B, T, embed_dim] for per-sample norms, got {list(query.shape)}"
+            )
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             rows = [x.shape[0] for x in (query, key, value)]
-            raise ValueError(f"{scope.label}: query, key and value must have the samples first, got {rows} of them")
+            raise ValueError(
+                f"query, key and value of {scope.label} must be with the samples first, got {rows} of them"
+            )
         if query.dtype.is_complex:
-            raise TypeError(f"{scope.label}: complex inputs are not supported, got {query.dtype}")
+            raise TypeError(f"the inputs of {scope.label} must be real, got {query.dtype}")
         if is_causal and attn_mask is None:
-            raise ValueError(f"{scope.label}: is_causal needs attn_mask, as in torch.nn.MultiheadAttention")
+            raise ValueError(
+                f"attn_mask of {scope.label} must be given with is_causal, as in torch.nn.MultiheadAttention, got None"
+            )
         q, k, v = (self._heads(module, x) for x in self._projections(scope, module, (query, key, value)))
         mask = _merged_mask(attn_mask, key_padding_mask, q.dtype, module.num_heads)
         dropout = module.dropout if module.training else 0.0

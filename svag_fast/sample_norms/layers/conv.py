@@ -135,7 +135,9 @@ class ConvRule(Rule):
         x = only_input(*args, **kwargs)
         dims = len(module.kernel_size)
         if x.dim() != dims + 2:
-            raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, C, ...], batched")
+            raise ValueError(
+                f"the input of {scope.label} must be [B, C, ...], batched, for per-sample norms, got {list(x.shape)}"
+            )
         weight = module.weight
         try:
             plan = conv_plan(module, weight)
@@ -196,7 +198,7 @@ class ConvPlan(NamedTuple):
         if not isinstance(padding, str):
             return ConvPlan(ConvProduct(stride, _each(padding, kernel), dilation, groups))
         if padding != "same" or max(stride) > 1:
-            raise ValueError(f"PyTorch's forward takes no padding {padding!r} with stride {stride}")
+            raise ValueError(f"padding must be one that PyTorch's forward takes with stride {stride}, got {padding!r}")
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         if all(t % 2 == 0 for t in total):
             return ConvPlan(ConvProduct(stride, tuple(t // 2 for t in total), dilation, groups))

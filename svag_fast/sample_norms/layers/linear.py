@@ -72,7 +72,9 @@ class LinearRule(Rule):
         """The module's forward, such that the backward pass delivers to the scope's recorder."""
         x = only_input(*args, **kwargs)
         if x.dim() < 2:
-            raise ValueError(f"{scope.label} got {list(x.shape)}: per-sample norms need inputs [B, ..., in_features]")
+            raise ValueError(
+                f"the input of {scope.label} must be [B, ..., in_features] for per-sample norms, got {list(x.shape)}"
+            )
         weight = module.weight
         if x.dtype.is_complex or weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
