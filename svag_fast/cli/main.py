@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("svag_fast.cli.run:run", "Train with SGD and SVAG: does SVAG converge, does SGD match its limit?"),
     "report": ("svag_fast.cli.report:report", "Judge a folder of runs: matches, departs or open."),
     "predict": ("svag_fast.cli.predict:predict", "Predict from a baseline run where linear scaling fails."),
+    "weak": ("svag_fast.cli.weak:weak", "See on a net that SVAG goes to its limit as 1/l (Theorem 4.3)."),
     "verify": ("svag_fast.cli.verify:verify", "Check the paper's theorems by closed form and simulation."),
     "info": ("svag_fast.cli.info:main", "Print versions, processor, devices and backends."),
 }

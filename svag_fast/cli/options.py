@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import rich_click as click
 
@@ -47,3 +49,68 @@ margin_option = click.option(
     help="Distance from the limit that does not matter, in the metric's units or in percent of its value.  "
     "[default: test_accuracy=0.02,test_loss=10%]",
 )
+
+
+class NumberList(click.ParamType[list[Any]]):
+    """Comma-separated numbers, such as 1,2,4."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Parse the text, or say which part of it isn't a number."""
+        numbers = []
+        for part in str(value).split(","):
+            try:
+                numbers.append(_number(part))
+            except ValueError:
+                self.fail(f"{part.strip()!r} is not a number; expected numbers with commas between, such as 1,2,4")
+        return numbers
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def setting_options(settings: type[Any]) -> Callable[[Command], Command]:
+    """Give a command an option for each of the class's fields: the field has the help text and the default."""
+    types = get_type_hints(settings)
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(dataclasses.fields(settings)):  # click shows first what was added last
+            command = _setting_option(field, types[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _setting_option(field: dataclasses.Field[Any], annotation: Any) -> Callable[[Command], Command]:
+    about = field.metadata
+    default = field.default if about["shown"] is None else about["shown"]
+    if isinstance(default, tuple):
+        default = ",".join(f"{value:g}" for value in default)
+    text = about["help"] if default is None else f"{about['help']}  [default: {default}]"
+    kind = click.Choice(about["choices"]) if about["choices"] else _kind(annotation)
+    return click.option(_option_name(field), type=kind, metavar=about["metavar"], help=text)
+
+
+def _kind(annotation: Any) -> Any:
+    """What click parses into a field of this type: str, int or float, also with None, or a tuple of numbers."""
+    if get_origin(annotation) is tuple:
+        return NumberList()
+    return next(kind for kind in (int, float, str) if kind in (annotation, *get_args(annotation)))
+
+
+def _option_name(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def setting_panel(settings: type[Any], name: str, *more: str) -> Callable[[Command], Command]:
+    """A panel of the help: the settings whose field names it, then ``more``."""
+    names = [_option_name(f) for f in dataclasses.fields(settings) if f.metadata["panel"] == name]
+    return click.option_panel(name, options=[*names, *more])

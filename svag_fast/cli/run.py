@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
 from svag_fast.analysis.margins import Margin, choose_margins
-from svag_fast.cli.options import margin_option, metric_option
+from svag_fast.cli.options import margin_option, metric_option, setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
     BOOKKEEPING,
@@ -40,70 +39,23 @@ from svag_fast.experiments.grid import (
 )
 
 
-class NumberList(click.ParamType[list[Any]]):
-    """Comma-separated numbers, such as 1,2,4."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        """Parse the text, or say which part of it isn't a number."""
-        numbers = []
-        for part in str(value).split(","):
-            try:
-                numbers.append(_number(part))
-            except ValueError:
-                self.fail(f"{part.strip()!r} is not a number; expected numbers with commas between, such as 1,2,4")
-        return numbers
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _setting_options(command: Command) -> Command:
-    """Give `run` an option for each of ExperimentConfig's fields: the field has the help text and the default."""
-    types = get_type_hints(ExperimentConfig)
-    for field in reversed(dataclasses.fields(ExperimentConfig)):  # click shows first what was added last
-        about = field.metadata
-        default = field.default if about["shown"] is None else about["shown"]
-        if isinstance(default, tuple):
-            default = ",".join(f"{value:g}" for value in default)
-        text = about["help"] if default is None else f"{about['help']}  [default: {default}]"
-        kind = click.Choice(about["choices"]) if about["choices"] else _kind(types[field.name])
-        command = click.option(_option_name(field), type=kind, metavar=about["metavar"], help=text)(command)
-    return command
-
-
-def _kind(annotation: Any) -> Any:
-    """What click parses into a field of this type: str, int or float, also with None, or a tuple of numbers."""
-    if get_origin(annotation) is tuple:
-        return NumberList()
-    return next(kind for kind in (int, float, str) if kind in (annotation, *get_args(annotation)))
-
-
-def _option_name(field: dataclasses.Field[Any]) -> str:
-    return "--" + field.name.replace("_", "-")
-
-
-def _panel(name: str, *more: str) -> Callable[[Command], Command]:
-    """A panel of the help: the settings whose field names it, then ``more``."""
-    settings = [_option_name(f) for f in dataclasses.fields(ExperimentConfig) if f.metadata["panel"] == name]
-    return click.option_panel(name, options=[*settings, *more])
-
-
 @click.command()
-@_panel(WHAT)
-@_panel(LENGTH)
-@_panel(HOW)
-@_panel("The verdict", "--metric", "--margin")
-@_panel(BOOKKEEPING, "--jobs", "--out", "--config", "--resume", "--checkpoint-seconds", "--tensorboard", "--help")
-@_setting_options
+@setting_panel(ExperimentConfig, WHAT)
+@setting_panel(ExperimentConfig, LENGTH)
+@setting_panel(ExperimentConfig, HOW)
+@setting_panel(ExperimentConfig, "The verdict", "--metric", "--margin")
+@setting_panel(
+    ExperimentConfig,
+    BOOKKEEPING,
+    "--jobs",
+    "--out",
+    "--config",
+    "--resume",
+    "--checkpoint-seconds",
+    "--tensorboard",
+    "--help",
+)
+@setting_options(ExperimentConfig)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/DATASET]"
