@@ -37,9 +37,10 @@ def address(tensor: Tensor, name: str) -> int:
     Raises:
         ValueError: they are nowhere, or what is there is not the values; it names the tensor.
     """
-    if not has_memory(tensor):
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
         raise ValueError(f"{name} must be a tensor with memory, got one on meta or fake, which has no values")
-    check_bits(tensor, name)
+    if tensor.is_conj() or tensor.is_neg():
+        check_bits(tensor, name)
     try:
         place = tensor.data_ptr()
     except RuntimeError as error:  # a tensor inside vmap or grad, or another that wraps tensors

@@ -11,6 +11,7 @@ is used where nobody looks is found out.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
@@ -38,42 +39,51 @@ _SUMMED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 class Use:
     """One use of a parameter, or of some rows of it, in a forward pass."""
 
-    __slots__ = ("key", "made_in", "pending", "recorder", "shared")
+    __slots__ = ("__weakref__", "key", "made_in", "recorder", "shared")
 
     def __init__(self, recorder: Recorder, name: str, part: Part = None) -> None:
         self.recorder = recorder
-        self.key = name, part
+        self.key = key = name, part
         self.shared = False
         self.made_in = _current_task()
-        self.pending = self.made_in == _NO_TASK
-        if self.pending:
-            recorder.pending[self.key] = recorder.pending.get(self.key, 0) + 1
-
-    def __del__(self) -> None:
-        # Without the attribute it was made without __init__, as by a compiler that follows the code.
-        if getattr(self, "pending", False):
-            self.settle()
-
-    def settle(self) -> None:
-        """Delivered, or its graph is gone: nothing is to be waited for."""
-        if self.pending:
-            self.pending = False
-            self.recorder.pending[self.key] -= 1
+        if self.made_in == _NO_TASK:
+            waiting = recorder.pending.get(key)
+            if waiting is None:
+                recorder.pending[key] = [weakref.ref(self)]
+            else:
+                if waiting and waiting[-1]() is None:  # graphs that never had a backward pass
+                    waiting[:] = [use for use in waiting if use() is not None]
+                waiting.append(weakref.ref(self))
 
     def deliver(self, sq_norms: Tensor, sample_grads: SampleGrads, due: Tensor | None = None) -> None:
         """Hand over this use's |g_iu|² [B], in the backward pass, and how to form the g_iu themselves.
 
         `due` is the gradient on its way to the parameter from here, if no `Recorder.expect` notes it.
         """
-        recorder = self.recorder
+        recorder, key = self.recorder, self.key
         if recorder.paused:
             return
-        self.settle()
-        current = recorder.open()
-        if current is not None:
-            recorder.take(current, self, sq_norms, sample_grads)
-            if due is not None:
-                current.expect(self.key[0], due)
+        waiting = recorder.pending.get(key)
+        if waiting:  # not for this use any more
+            if len(waiting) == 1 and waiting[0]() is self:
+                waiting.clear()
+            else:
+                waiting[:] = [use for use in waiting if use() is not None and use() is not self]
+        current = recorder.open_pass
+        if current is None or current.task != _current_task():
+            current = recorder.open()
+            if current is None:
+                return
+        B = sq_norms.shape[0]
+        if (self.made_in != _NO_TASK or current.batch_size != B) and not recorder.accepts(current, self, B):
+            return
+        uses = current.delivered.get(key)
+        if uses is None:
+            current.delivered[key] = [(self, sq_norms, sample_grads if self.shared or waiting else None)]
+        else:
+            uses.append((self, sq_norms, sample_grads))
+        if due is not None:
+            current.expect(key[0], due)
 
 
 class _Pass:
@@ -114,14 +124,15 @@ class Recorder:
         self.paused = False  # while a check runs backward through the graph
         self.aliases: dict[str, str] = {}
         self.passes: list[Rows] = []
-        self.pending: dict[tuple[str, Part], int] = {}  # uses in graphs that are alive, before their backward
+        # Uses before their backward pass, which are to be waited for while their graphs are alive.
+        self.pending: dict[tuple[str, Part], list[weakref.ref[Use]]] = {}
         self.untracked: Callable[[], str | None] = lambda: None
         self.unknown_rows: str | None = None  # why nobody knows whether rows are samples; until a forward pass can tell
         self._numels: dict[str, int] = {}
         self._hooked: dict[int, tuple[nn.Parameter, str, torch.utils.hooks.RemovableHandle]] = {}
         self._problem: str | None = None
         self._doubts: list[tuple[str, Tensor]] = []  # a problem, and how far it goes: 0 where there is none
-        self._pass: _Pass | None = None
+        self.open_pass: _Pass | None = None  # the last backward pass that was open
 
     def track(self, names: dict[nn.Parameter, str], aliases: dict[str, str]) -> None:
         """Hook these parameters too; ahead of the user's own hooks, which may change the gradient."""
@@ -134,7 +145,7 @@ class Recorder:
                 continue
             if known is not None:
                 known[2].remove()
-            handle = hook(parameter, functools.partial(self._arrive, name, parameter))
+            handle = parameter.register_hook(functools.partial(self._arrive, name, parameter))  # type: ignore[no-untyped-call]
             hooks: Any = parameter._backward_hooks
             if len(hooks) > 1:
                 theirs = [(key, hooks.pop(key)) for key in list(hooks) if key != handle.id]
@@ -148,24 +159,24 @@ class Recorder:
     def close(self) -> None:
         """Take nothing more, and the hooks off."""
         self.closed = True
+        self.open_pass = None
         for _, _, handle in self._hooked.values():
             handle.remove()
         self._hooked = {}
 
     def running_batch_size(self) -> int | None:
         """How many samples the running backward pass has, once a layer has told."""
-        current = self._pass
+        current = self.open_pass
         return None if current is None or current.task != _current_task() else current.batch_size
 
-    def take(self, current: _Pass, use: Use, sq_norms: Tensor, sample_grads: SampleGrads) -> None:
-        """See `Use.deliver`."""
+    def accepts(self, current: _Pass, use: Use, batch_size: int) -> bool:
+        """Whether a use may deliver so many rows."""
         if use.made_in != _NO_TASK:
             self.fail(
                 f"{use.key[0]} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
                 "layers belong to the pass that asks for them"
             )
-            return
-        batch_size = sq_norms.shape[0]
+            return False
         if current.batch_size is None:
             current.batch_size = batch_size
         elif current.batch_size != batch_size:
@@ -173,9 +184,7 @@ class Recorder:
                 f"the first dimension must be the samples in every layer, but {use.key[0]} saw {batch_size} rows where "
                 f"other layers saw {current.batch_size}"
             )
-        uses = current.delivered.setdefault(use.key, [])
-        kept = sample_grads if uses or use.shared or self.pending.get(use.key) else None
-        uses.append((use, sq_norms, kept))
+        return True
 
     def expect(self, name: str, grad: Tensor) -> None:
         """Note a gradient that is on its way to a parameter, to be compared with the one that arrives."""
@@ -185,10 +194,11 @@ class Recorder:
 
     def check(self) -> None:
         """Raise what made the norms unknown, if anything did."""
-        for problem, error in self._doubts:
-            if bool(error > 0):
-                self.fail(problem)
-        self._doubts = []
+        if self._doubts:
+            for problem, error in self._doubts:
+                if bool(error > 0):
+                    self.fail(problem)
+            self._doubts = []
         if self._problem is not None:
             raise RuntimeError(self._problem)
 
@@ -197,22 +207,24 @@ class Recorder:
         self.passes = []
         self._doubts = []
         self._problem = None
-        self._pass = None
+        self.open_pass = None
 
     def open(self) -> _Pass | None:
         """The backward pass that is running; None once the context is left."""
         if self.closed or self.paused:
             return None
         task = _current_task()
-        if self._pass is None or self._pass.task != task:
-            self._pass = current = _Pass(task)  # a pass that an exception cut short is dropped
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(current))
-        return self._pass
+        if self.open_pass is None or self.open_pass.task != task:
+            self.open_pass = current = _Pass(task)  # a pass that an exception cut short is dropped
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, current))
+        return self.open_pass
 
     def _arrive(self, name: str, parameter: nn.Parameter, grad: Tensor) -> None:
-        current = self.open()
-        if current is None:
-            return
+        current = self.open_pass
+        if self.paused or current is None or current.task != _current_task():
+            current = self.open()
+            if current is None:
+                return
         if len(parameter._backward_hooks or ()) > 1:  # the user's, which come behind this one
             self._look_behind_hooks(name, parameter, grad)
         current.arrived.add(name)
@@ -221,7 +233,7 @@ class Recorder:
             self.fail(_foreign(name))
             return
         ours, single = due
-        if not has_memory(grad) or (single and grad.data_ptr() == ours.data_ptr()):
+        if (single and grad is ours) or not has_memory(grad) or (single and grad.data_ptr() == ours.data_ptr()):
             return
         # Sums of the same terms in another order: equal to rounding. Read back only when the norms are.
         rounding = 64 * torch.finfo(grad.dtype).eps
@@ -248,8 +260,8 @@ class Recorder:
 
     def _finish(self, current: _Pass) -> None:
         """At the end of a backward pass: cross terms of the shared parameters, then keep the norms."""
-        if self._pass is current:
-            self._pass = None
+        if self.open_pass is current:
+            self.open_pass = None
         if self.unknown_rows is not None:
             self.fail(self.unknown_rows)
         if self.closed or self._problem is not None:

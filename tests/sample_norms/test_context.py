@@ -165,7 +165,7 @@ def test_memory_of_the_graph_is_freed_with_it():
         del loss
         gc.collect()
         assert not any(recorder.pending.values())
-        assert recorder._pass is None
+        assert recorder.open_pass is None
 
 
 def test_threads_each_with_a_model_of_their_own():

@@ -101,14 +101,10 @@ def _four(strides: tuple[int, ...]) -> tuple[int, ...]:
 _Prepared: TypeAlias = tuple[Tensor, Tensor, _Layer]
 
 
-def _prepare(inputs: Tensor, output_grads: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> _Prepared:
-    """The operands in the dtype of the sums, and what their shapes come to."""
-    x, dy = in_sum_dtype(inputs, output_grads)
-    return x, dy, _layer(LayerShapes.of(x, dy, weight_shape, geometry))
-
-
 def _prepared(product: LayerProduct) -> _Prepared:
-    return _prepare(product.inputs, product.output_grads, product.weight_shape, product.geometry)
+    """The operands in the dtype of the sums, and what their shapes come to."""
+    x, dy = in_sum_dtype(product.inputs, product.output_grads)
+    return x, dy, _layer(LayerShapes.of(x, dy, product.weight_shape, product.geometry))
 
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,17 +163,18 @@ def direct_parts(
 
     None where another way than the direct one serves the layer, there are more than two parts, or nothing to sum.
     """
-    x, dy, layer = _prepare(inputs, output_grads, weight_shape, geometry)
+    x, dy = in_sum_dtype(inputs, output_grads)
+    layer = _layer(LayerShapes(x.dtype, x.shape, x.stride(), dy.shape, dy.stride(), tuple(weight_shape), geometry))
     # Without norms a tile's sum runs on over the samples, so that they may all pass by it.
     batch, loop_order = x.shape[0], layer.loop_order if norms or layer.way == "gram" else TILES_OUTSIDE
     if loop_order == 0 or parts > 2 or x.numel() == 0 or dy.numel() == 0:
         return None
     sq_norms = torch.empty(batch, dtype=torch.float64, device="cpu") if norms else None
     # Each in memory of its own, so that a change in place to one alone shows: one is as far from another as it happens.
-    grads = [
-        torch.empty(weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format) for _ in range(parts)
-    ]
-    first = address(grads[0], "grad")  # where this one has memory, the others that were made here have it too
+    grads = [torch.empty(weight_shape, dtype=x.dtype, device="cpu", memory_format=layer.grad_format)]
+    if parts == 2:
+        grads.append(torch.empty_like(grads[0]))
+    first = address(grads[0], "grad")  # where this one has memory, the other that was made here has it too
     apart = (grads[1].data_ptr() - first) // x.itemsize if parts > 1 else 0
     layer.operands.weight_grad(
         address(x, "inputs"),

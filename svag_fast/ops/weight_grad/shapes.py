@@ -52,6 +52,11 @@ def sum_dtype(inputs: Tensor) -> torch.dtype:
 
 def in_sum_dtype(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
     """Both operands in the dtype of the sums, their values in memory: themselves where they are so."""
+    dtype = inputs.dtype
+    if dtype == output_grads.dtype and dtype in (torch.float32, torch.float64):  # as a rule
+        plain = not (inputs.is_neg() or inputs._is_zerotensor())
+        if plain and not (output_grads.is_neg() or output_grads._is_zerotensor()):
+            return inputs, output_grads
     dtype = sum_dtype(inputs)
     if output_grads.is_complex():
         raise TypeError(f"output_grads must be real, as inputs is ({inputs.dtype}), got {output_grads.dtype}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svag_fast.sample_norms.layers.linear import LINEAR
-from svag_fast.sample_norms.layers.products import RecordedCall, recorded
+from svag_fast.sample_norms.layers.products import ProductLayer, RecordedCall
 from svag_fast.sample_norms.rule import Rule, Scope
 
 
@@ -87,7 +87,8 @@ class AttentionRule(Rule):
                 weight, weight_use = scope.alias(module, name), scope.use(name)
             bias_use = scope.use("in_proj_bias", part)
             part_bias = None if bias is None else bias[rows]
-            out.append(recorded(x, weight, part_bias, RecordedCall(LINEAR, scope, weight_use, bias_use, False)))
+            call = RecordedCall(LINEAR, scope, weight_use, bias_use, False)
+            out.append(ProductLayer.apply(x, weight, part_bias, call))  # type: ignore[no-untyped-call]
         return out
 
     def _heads(self, module: Any, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svag_fast.ops.weight_grad.op import unchecked_weight_grad
 from svag_fast.ops.weight_grad.shapes import Geometry
-from svag_fast.sample_norms.layers.products import RecordedCall, only_input, recorded
+from svag_fast.sample_norms.layers.products import only_input, recorded
 from svag_fast.sample_norms.rule import Rule, Scope
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -35,12 +35,10 @@ class ConvProduct:
         self.geometry: Geometry | None = (
             Geometry(stride, padding, dilation, groups) if len(stride) == 2 else None  # type: ignore[arg-type]
         )
-
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's forward."""
-        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
-        out: Tensor = convolution(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        return out
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+        self.output: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functools.partial(
+            convolution, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
 
     def input_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient in the input x, of which only shape and memory format matter."""
@@ -132,7 +130,7 @@ class ConvRule(Rule):
 
     def run(self, scope: Scope, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, such that the backward pass delivers to the scope's recorder."""
-        x = only_input(*args, **kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else only_input(*args, **kwargs)
         dims = len(module.kernel_size)
         if x.dim() != dims + 2:
             raise ValueError(
@@ -145,8 +143,7 @@ class ConvRule(Rule):
             raise ValueError(f"{scope.label}: {error}") from None
         if x.dtype.is_complex or weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
-        call = RecordedCall(plan.product, scope, scope.use("weight"), scope.use("bias"), True)
-        return recorded(plan.padded(x), weight, module.bias, call)
+        return recorded(plan.product, scope, x if plan.pad is None else plan.padded(x))
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
         """Each sample's gradient [B, *shape] of weight and bias."""
@@ -158,23 +155,21 @@ class ConvRule(Rule):
         }
 
 
-def _conv_options(module: Any, weight: Tensor) -> tuple[Any, ...]:
-    """What PyTorch's forward of a convolution reads: of the module as it is now, and of the weight's shape."""
-    mode = module.padding_mode
-    pad = None if mode == "zeros" else tuple(module._reversed_padding_repeated_twice)
-    options = (weight.shape, module.stride, module.padding, module.dilation, module.groups, mode, pad)
-    if list in map(type, options):
-        return tuple(tuple(option) if isinstance(option, list) else option for option in options)
-    return options
-
-
 def conv_plan(module: Any, weight: Tensor) -> ConvPlan:
     """Return how a convolution, with its options as they are now and this weight, is a product.
 
     Raises:
         ValueError: PyTorch's forward takes no such padding.
     """
-    return ConvPlan.of(_conv_options(module, weight))
+    mode = module.padding_mode
+    pad = None if mode == "zeros" else tuple(module._reversed_padding_repeated_twice)
+    # What PyTorch's forward of a convolution reads.
+    options: tuple[Any, ...] = (
+        weight.shape, module.stride, module.padding, module.dilation, module.groups, mode, pad
+    )  # fmt: skip
+    if list in map(type, options):
+        options = tuple(tuple(option) if isinstance(option, list) else option for option in options)
+    return ConvPlan.of(options)
 
 
 class ConvPlan(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svag_fast.ops.weight_grad.op import unchecked_weight_grad
 from svag_fast.ops.weight_grad.shapes import Geometry
-from svag_fast.sample_norms.layers.products import RecordedCall, only_input, recorded
+from svag_fast.sample_norms.layers.products import only_input, recorded
 from svag_fast.sample_norms.rule import Rule, Scope
 from svag_fast.sample_norms.tape import row_sq_norms
 
@@ -21,9 +21,7 @@ class LinearProduct:
 
     geometry: Geometry | None = None
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's forward."""
-        return F.linear(x, weight, bias)
+    output = staticmethod(F.linear)
 
     def input_grad(self, b: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient in the input x, of which only the shape matters."""
@@ -70,16 +68,14 @@ class LinearRule(Rule):
 
     def run(self, scope: Scope, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, such that the backward pass delivers to the scope's recorder."""
-        x = only_input(*args, **kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else only_input(*args, **kwargs)
         if x.dim() < 2:
             raise ValueError(
                 f"the input of {scope.label} must be [B, ..., in_features] for per-sample norms, got {list(x.shape)}"
             )
-        weight = module.weight
-        if x.dtype.is_complex or weight.dtype.is_complex:
+        if x.dtype.is_complex or module.weight.dtype.is_complex:
             return super().run(scope, module, args, kwargs)
-        call = RecordedCall(LINEAR, scope, scope.use("weight"), scope.use("bias"), True)
-        return recorded(x, weight, module.bias, call)
+        return recorded(LINEAR, scope, x)
 
     def sample_grads(self, module: Any, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:
         """Of complex layers, whose weight gradient stays PyTorch's: Σ_t b_t conj(a_t)ᵀ, and Σ_t b_t."""

@@ -114,40 +114,43 @@ class RecordedCall(NamedTuple):
 
     def grads(self, ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
         """See `Call`."""
-        return _grads_with_graph(ctx, b) if torch.is_grad_enabled() else _grads(ctx, b)
-
-
-def _grads(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
-    with in_full_precision(b):
-        x, weight = ctx.saved_tensors
-        product, scope, weight_use, bias_use, direct = ctx.call
-        x_dtype, bias_dtype = ctx.dtypes
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        x_grad = weight_grad = bias_grad = bias_sq_norms = None
-        if b.is_neg():
-            b = b.resolve_neg()  # the kernels read memory
-        if x.is_neg():
-            x = x.resolve_neg()
-        if wants_bias and not scope.recorder.paused:
-            sample_rows = product.sample_bias_grads(b)
-            bias_sq_norms = row_sq_norms(sample_rows)
-            bias_grad = sample_rows.sum(0, dtype=bias_dtype)
-            if bias_use is not None:
-                bias_use.deliver(bias_sq_norms, lambda rows: sample_rows[rows], bias_grad if direct else None)
-        if wants_x:
-            x_grad = _cast(product.input_grad(b, x, _cast(weight, b.dtype)), x_dtype)
-        if wants_weight and not scope.recorder.paused:
-            shape = weight.shape
-            weight_grad, sq_norms = product.weight_grad(b, x, shape, bias_sq_norms)
-            weight_grad = _cast(weight_grad, weight.dtype)
-            if weight_use is not None:
-                own_grads = functools.partial(_own_grads, product, b, x, shape)
-                weight_use.deliver(sq_norms, own_grads, weight_grad if direct else None)
-                if scope.to_check(weight_use.key[0], b):
-                    checks.check_product(scope, product.output, weight_use.key[0], weight_grad, b, x)
-                    if scope.check:
-                        checks.check_norms(scope, weight_use.key[0], sq_norms, own_grads)
-    return x_grad, weight_grad, bias_grad, None
+        if torch.is_grad_enabled():
+            return _grads_with_graph(ctx, b)
+        with in_full_precision(b):
+            x, weight = ctx.saved_tensors
+            product, scope, weight_use, bias_use, direct = self
+            x_dtype, bias_dtype = ctx.dtypes
+            wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+            x_grad = weight_grad = bias_grad = bias_sq_norms = None
+            if b.is_neg():
+                b = b.resolve_neg()  # the kernels read memory
+            if x.is_neg():
+                x = x.resolve_neg()
+            paused = scope.recorder.paused
+            if wants_bias and not paused:
+                sample_rows = product.sample_bias_grads(b)
+                bias_sq_norms = row_sq_norms(sample_rows)
+                bias_grad = sample_rows.sum(0, dtype=bias_dtype)
+                if bias_use is not None:
+                    bias_use.deliver(bias_sq_norms, sample_rows.__getitem__, bias_grad if direct else None)
+            if wants_x:
+                seen = weight if weight.dtype == b.dtype else weight.to(b.dtype)
+                x_grad = product.input_grad(b, x, seen)
+                if x_grad.dtype != x_dtype:
+                    x_grad = x_grad.to(x_dtype)
+            if wants_weight and not paused:
+                shape = weight.shape
+                weight_grad, sq_norms = product.weight_grad(b, x, shape, bias_sq_norms)
+                if weight_grad.dtype != weight.dtype:
+                    weight_grad = weight_grad.to(weight.dtype)
+                if weight_use is not None:
+                    own_grads = functools.partial(_own_grads, product, b, x, shape)
+                    weight_use.deliver(sq_norms, own_grads, weight_grad if direct else None)
+                    if scope.to_check(weight_use.key[0], b):
+                        checks.check_product(scope, product.output, weight_use.key[0], weight_grad, b, x)
+                        if scope.check:
+                            checks.check_norms(scope, weight_use.key[0], sq_norms, own_grads)
+        return x_grad, weight_grad, bias_grad, None
 
 
 def _own_grads(product: Product, b: Tensor, x: Tensor, shape: torch.Size, rows: slice) -> Tensor:
@@ -158,7 +161,7 @@ def _grads_with_graph(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
     """The same with a graph of the backward pass (create_graph=True): the norms beside PyTorch's own gradients, which
     may be differentiated again."""
     with torch.no_grad():
-        ours = _grads(ctx, b)
+        ours = ctx.call.grads(ctx, b)
     x_dtype, bias_dtype = ctx.dtypes
     x, weight = ctx.saved_tensors
     scope = ctx.call.scope
@@ -215,13 +218,14 @@ def _once(label: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     return _Once.apply(label, leaf, *grads)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def recorded(x: Tensor, weight: Tensor, bias: Tensor | None, call: RecordedCall) -> Tensor:
-    """The layer's output, whose backward pass delivers to the call's recorder."""
-    out: Tensor = ProductLayer.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
+def recorded(product: Product, scope: Scope, x: Tensor) -> Tensor:
+    """The output of the scope's layer, whose backward pass delivers to its recorder."""
+    module: Any = scope.module
+    names, recorder = scope.names, scope.recorder
+    weight_use = Use(recorder, names["weight"]) if "weight" in names else None
+    bias_use = Use(recorder, names["bias"]) if "bias" in names else None
+    call = RecordedCall(product, scope, weight_use, bias_use, True)
+    out: Tensor = ProductLayer.apply(x, module.weight, module.bias, call)  # type: ignore[no-untyped-call]
     return out
 
 
