@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from svag_fast.sample_norms.watch import UnsupportedModuleError
+from svag_fast.sample_norms.plan import UnsupportedModuleError
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from svag_fast import moved
 from svag_fast.sample_norms.context import LossReduction, SampleNorms, per_sample_sq_norms
+from svag_fast.sample_norms.plan import UnsupportedModuleError
 from svag_fast.sample_norms.rule import by_vmap, register_rule
-from svag_fast.sample_norms.watch import UnsupportedModuleError
 
 __all__ = ["LossReduction", "SampleNorms", "UnsupportedModuleError", "by_vmap", "per_sample_sq_norms", "register_rule"]
 

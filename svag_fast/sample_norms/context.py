@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import svag_fast.sample_norms.layers.table  # noqa: F401  (registers its rules)
 from svag_fast import moved
 from svag_fast.sample_norms.dispatch import run_compiled_code_eagerly
+from svag_fast.sample_norms.plan import UnsupportedModuleError
 from svag_fast.sample_norms.rule import by_vmap, register_rule
 from svag_fast.sample_norms.tape import Recorder, Rows, sum_of
-from svag_fast.sample_norms.watch import UnsupportedModuleError, Watch
+from svag_fast.sample_norms.watch import Watch
 
 __all__ = ["SampleNorms", "UnsupportedModuleError", "by_vmap", "per_sample_sq_norms", "register_rule"]
 
@@ -42,7 +43,13 @@ class SampleNorms(Mapping[str, Tensor]):
     @property
     def total(self) -> Tensor:
         """|g_i|² [B] over all tracked parameters together."""
-        return self._scaled([(rows.batch_size, _sum(list(rows.sq_norms.values()))) for rows in self._passes()])
+        parts = []
+        for rows in self._passes():
+            norms = list(rows.sq_norms.values())
+            # Few additions are cheaper than a stack.
+            total = sum_of(norms) if len(norms) <= 4 else torch.stack(norms).sum(0)
+            parts.append((rows.batch_size, total))
+        return self._scaled(parts)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._recorder.aliases:
@@ -79,9 +86,11 @@ class SampleNorms(Mapping[str, Tensor]):
     def _scaled(self, parts: list[tuple[int, Tensor]]) -> Tensor:
         """The rows with what the loss puts before each sample's own gradient taken out."""
         if isinstance(self._loss_reduction, str):
-            mean = self._loss_reduction == "mean"
-            return _joined([sq_norms * float(B) ** 2 if mean else sq_norms for B, sq_norms in parts])
-        sq_norms = _joined([sq_norms for _, sq_norms in parts])
+            scaled = []
+            for B, sq_norms in parts:
+                scaled.append(sq_norms * float(B) ** 2 if self._loss_reduction == "mean" else sq_norms)
+            return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        sq_norms = torch.cat([sq_norms for _, sq_norms in parts])
         if self._loss_reduction.shape != sq_norms.shape:
             raise ValueError(
                 f"loss_reduction must be the weights of the {sq_norms.numel()} samples of the backward passes so far, "
@@ -108,14 +117,6 @@ def check_loss_reduction(loss_reduction: LossReduction) -> None:
             raise ValueError(f"loss_reduction must be finite, got {loss_reduction.tolist()}")
     elif loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean', 'sum' or a tensor of weights [B], got {loss_reduction!r}")
-
-
-def _joined(rows: list[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def _sum(norms: list[Tensor]) -> Tensor:
-    return sum_of(norms) if len(norms) <= 4 else torch.stack(norms).sum(0)  # few additions are cheaper than a stack
 
 
 class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a function)
@@ -178,7 +179,7 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
             raise ValueError(f"batch_size must be at least 0, got {batch_size}")
         self._model = model
         self._loss_reduction = loss_reduction
-        self._parameters = _parameter_list(parameters)
+        self._parameters = None if parameters is None else _parameter_list(parameters)
         self._batch_size = batch_size
         self._check = check
         self._undo: list[Callable[[], object]] = []
@@ -195,23 +196,18 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
                 self._undo.append(let_run)
             watch.begin()
         except BaseException:
-            self._leave()
+            self.__exit__(None, None, None)
             raise
         return SampleNorms(recorder, self._loss_reduction)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
         while self._undo:
             self._undo.pop()()
 
 
-def _parameter_list(parameters: Iterable[nn.Parameter] | None) -> list[nn.Parameter] | None:
-    if parameters is None:
-        return None
+def _parameter_list(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     if isinstance(parameters, Tensor):
         raise TypeError("parameters must be an iterable of parameters, got a single tensor")
     out = list(parameters)

@@ -13,7 +13,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def _in_transform(module: nn.Module) -> bool:
     )
 
 
-class _Dispatch:
+class Dispatch:
     """A class's replaced forward, and the modules that are served."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
@@ -86,7 +86,10 @@ class _Dispatch:
         self.forward.__wrapped__ = plain  # type: ignore[attr-defined]
 
 
-_DISPATCHES: dict[type[nn.Module], _Dispatch] = {}
+Function: TypeAlias = Callable[..., Any]
+Served: TypeAlias = tuple[Dispatch, int]  # a module, by its identity
+
+_DISPATCHES: dict[type[nn.Module], Dispatch] = {}
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {}  # each replaced forward -> the plain one
 
 
@@ -96,6 +99,11 @@ def plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     return _PLAIN.get(forward, forward)
 
 
+def is_idle() -> bool:
+    """Whether nothing is served at all."""
+    return not _DISPATCHES
+
+
 def is_served(module: nn.Module) -> bool:
     """Whether some context serves this very module."""
     if not _DISPATCHES:
@@ -103,33 +111,48 @@ def is_served(module: nn.Module) -> bool:
     return any(id(module) in dispatch.served for dispatch in list(_DISPATCHES.values()))
 
 
-def serve(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Have `function(*inputs)` run in place of the module's forward; returns what ends that. The caller keeps the
-    module alive until then."""
-    kind = type(module)
+def serve_all(functions: list[tuple[nn.Module, Function]], before: dict[type[nn.Module], Dispatch]) -> list[Served]:
+    """Have `function(*inputs)` run in place of each module's forward; returns what `take_back` takes.
+
+    The caller keeps the modules alive until then. `before` keeps what serves a class, to be used again.
+    """
+    out = []
     with _LOCK:
-        dispatch = _DISPATCHES.get(kind)
-        if dispatch is None:
-            dispatch = _DISPATCHES[kind] = _Dispatch(kind)
-            _PLAIN[dispatch.forward] = dispatch.plain
-            kind.forward = dispatch.forward
-        dispatch.served[id(module)] = function
-    return functools.partial(_take_back, dispatch, id(module))
+        for module, function in functions:
+            kind = type(module)
+            dispatch = _DISPATCHES.get(kind)
+            if dispatch is None:
+                dispatch, plain = before.get(kind), kind.forward
+                if (
+                    dispatch is None
+                    or _PLAIN.get(plain, plain) is not dispatch.plain
+                    or kind.__dict__.get("forward") is not dispatch.own
+                ):
+                    dispatch = before[kind] = Dispatch(kind)
+                _DISPATCHES[kind] = dispatch
+                _PLAIN[dispatch.forward] = dispatch.plain
+                kind.forward = dispatch.forward
+            dispatch.served[id(module)] = function
+            out.append((dispatch, id(module)))
+    return out
 
 
-def _take_back(dispatch: _Dispatch, key: int) -> None:
+def take_back(served: list[Served]) -> None:
+    """End what `serve_all` began."""
     with _LOCK:
-        dispatch.served.pop(key, None)
-        if dispatch.served or _DISPATCHES.get(dispatch.kind) is not dispatch:
-            return
-        del _DISPATCHES[dispatch.kind]
-        if dispatch.kind.__dict__.get("forward") is not dispatch.forward:
-            return  # somebody else's patch is on top; without served modules ours does nothing
-        if dispatch.own is None:
-            del dispatch.kind.forward
-        else:
-            dispatch.kind.forward = dispatch.own
-        del _PLAIN[dispatch.forward]
+        for dispatch, key in served:
+            dispatch.served.pop(key, None)
+            kind = dispatch.kind
+            if dispatch.served or _DISPATCHES.get(kind) is not dispatch:
+                continue
+            del _DISPATCHES[kind]
+            if kind.__dict__.get("forward") is not dispatch.forward:
+                continue  # somebody else's patch is on top; without served modules ours does nothing
+            if dispatch.own is None:
+                del kind.forward
+            else:
+                kind.forward = dispatch.own
+            del _PLAIN[dispatch.forward]
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

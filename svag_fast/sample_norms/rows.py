@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -119,7 +118,10 @@ class RowCheck:
     def look_again(self, layers: list[Known]) -> None:
         """These layers are tracked from now on."""
         self._layers = layers
-        self._all_checked = all(known.rows_checked for known in self._layers)
+        self._all_checked = True
+        for known in layers:
+            if not known.rows_checked:
+                self._all_checked = False
 
     def begin(self) -> None:
         """A pass begins, or begins again."""
@@ -171,26 +173,22 @@ def _has_backward_hooks(model: nn.Module) -> bool:
     return any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
 
 
-def takes_samples_second(module: nn.Module) -> bool:
-    """Whether a module says that its first dimension is no sample."""
-    return module.__dict__.get("batch_first") is False
-
-
 class Sequences:
     """The modules that take the samples second and aren't trained: what they are given is looked at."""
 
     def __init__(self, model: nn.Module, samples: Samples) -> None:
         self._model = model
         self._samples = samples
-        self._ends: dict[nn.Module, Callable[[], None]] = {}
+        self._served: dict[nn.Module, list[dispatch.Served]] = {}
 
     def watch(self, modules: set[nn.Module]) -> None:
         """Watch these from now on, and no others."""
-        for module in self._ends.keys() - modules:
-            self._ends.pop(module)()
-        for module in modules - self._ends.keys() - {self._model}:
+        for module in self._served.keys() - modules:
+            dispatch.take_back(self._served.pop(module))
+        for module in modules - self._served.keys() - {self._model}:
             if "forward" not in module.__dict__ and not dispatch.is_served(module):
-                self._ends[module] = dispatch.serve(module, functools.partial(self.forward, module))
+                function = functools.partial(self.forward, module)
+                self._served[module] = dispatch.serve_all([(module, function)], {})
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's own; raises where it is given the samples first."""

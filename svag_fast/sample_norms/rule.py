@@ -56,40 +56,21 @@ class Known:
 
 
 class Scope:
-    """One module inside the context: the recorder, and which of the module's own parameters are tracked as what."""
+    """One module inside the context, for its rule.
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        names: Mapping[str, str],
-        place: str,
-        module: nn.Module,
-        known: Known,
-        check: bool,
-        couples: bool,
-    ) -> None:
-        self.recorder = recorder
-        self.names = names
-        self.place = place
-        self.module = module
-        self.known = known
-        self.check = check
-        self.couples = couples  # the module mixes the samples unless its options forbid it
-        self._seen = _seen(module)
+    Attributes:
+        recorder: of the context.
+        names: which of the module's own parameters are tracked, and as what.
+        place: the module's name in the model.
+        check: whether every pass is compared with the samples' own gradients.
+    """
 
-    def current(self) -> bool:
-        """Whether the module still has the same parameters, frozen or not as before."""
-        parameters = self.module._parameters
-        if len(parameters) != len(self._seen):
-            return False
-        for name, parameter, trained in self._seen:
-            if parameters.get(name) is not parameter or (parameter is not None and parameter.requires_grad != trained):
-                return False
-        return True
-
-    def renew(self, other: Scope) -> None:
-        """Take over what a new look at the module has found."""
-        self.names, self.place, self._seen = other.names, other.place, other._seen
+    recorder: Recorder
+    names: Mapping[str, str]
+    place: str
+    module: nn.Module
+    known: Known
+    check: bool
 
     @property
     def label(self) -> str:
@@ -120,10 +101,6 @@ class Scope:
     def checked(self, name: str, like: Tensor) -> None:
         """Note that it was right."""
         self.known.checked.add((name, like.dtype, like.is_cuda))
-
-
-def _seen(module: nn.Module) -> list[tuple[str, Tensor | None, bool]]:
-    return [(name, p, p is not None and p.requires_grad) for name, p in module._parameters.items()]
 
 
 def label_of(place: str, module: nn.Module) -> str:
@@ -321,6 +298,7 @@ class FunctionRule(Rule):
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
+CHANGES = [0]  # how often the table was changed
 
 
 def rule_of(kind: type[nn.Module]) -> tuple[type[nn.Module], Rule] | None:
@@ -352,17 +330,18 @@ def register_rule(*module_types: type[nn.Module]) -> Callable[[_F], _F]:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"module_types must be classes derived from torch.nn.Module, got {kind!r}")
 
-    def register(function: _F) -> _F:
+    def decorate(function: _F) -> _F:
         for kind in module_types:
-            _RULES[kind] = FunctionRule(function)
+            register(FunctionRule(function), kind)
         return function
 
-    return register
+    return decorate
 
 
 def register(rule: Rule, *module_types: type[nn.Module]) -> None:
     """Put a rule object into the table."""
     _RULES.update(dict.fromkeys(module_types, rule))
+    CHANGES[0] += 1
 
 
 def by_vmap(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> Mapping[str, Tensor]:

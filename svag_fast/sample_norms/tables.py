@@ -271,7 +271,7 @@ class Samples:
         self._samples: list[Tensor] = []  # those among them that are samples
         self._layers: list[Known] = []
         self._all_tracked = True
-        self._grad_tells = True  # whether only what was made of samples has a gradient
+        self.grad_tells = True  # whether only what was made of samples has a gradient
         self._can_follow = False  # inside the model's own forward, whose inputs are known
         self._follow = True
         self._follow_to_the_end = False  # tables have met what they could not tell
@@ -283,8 +283,12 @@ class Samples:
     def look_again(self, layers: list[Known], all_tracked: bool) -> None:
         """These layers are tracked from now on; `all_tracked`: no other part of the model is trained."""
         self._layers, self._all_tracked = layers, all_tracked
-        self._grad_tells = self._grad_tells and all_tracked if self._can_follow else all_tracked
-        self._follow = any(k.doubtful or k.mixed or (k.asked is None and not k.settled) for k in layers)
+        self.grad_tells = self.grad_tells and all_tracked if self._can_follow else all_tracked
+        self._follow = False
+        for known in layers:
+            settled = known.samples_only or known.shared_only or known.asked is not None
+            if known.doubtful or known.mixed or not settled:
+                self._follow = True
 
     def run(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], begin: Callable[[], None]
@@ -293,10 +297,13 @@ class Samples:
         begin()
         if not self.inputs or self.batch_size is None:
             return forward(*args, **kwargs)
-        self._samples = self._find_samples(self.batch_size)
-        self._grad_tells = self._all_tracked and not any(
-            x.requires_grad and all(x is not y for y in self._samples) for x in self.inputs
-        )
+        if len(self.inputs) == 1 and self.inputs[0].shape[0] == self.batch_size:
+            self._samples, self.grad_tells = self.inputs, self._all_tracked
+        else:
+            self._samples = self._find_samples(self.batch_size)
+            self.grad_tells = self._all_tracked and not any(
+                x.requires_grad and all(x is not y for y in self._samples) for x in self.inputs
+            )
         self._can_follow = True
         try:
             if not self._follow:
@@ -312,7 +319,7 @@ class Samples:
                     begin()
             return self._followed(forward, args, kwargs, None)
         finally:
-            self._can_follow, self._grad_tells, self._samples = False, self._all_tracked, []
+            self._can_follow, self.grad_tells, self._samples = False, self._all_tracked, []
 
     def _find_samples(self, B: int) -> list[Tensor]:
         first = next((x for x in self.inputs if x.shape[0] == B), None)
@@ -345,7 +352,7 @@ class Samples:
 
     def plainly(self, tensor: Tensor) -> bool:
         """Whether a tensor shows that it is made of the samples: it has a gradient, or is the input or a view of it."""
-        if self._grad_tells and tensor.requires_grad and not tensor.is_leaf:
+        if self.grad_tells and tensor.requires_grad and not tensor.is_leaf:
             return True
         for x in self._samples:
             if tensor is x:

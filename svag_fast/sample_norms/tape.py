@@ -29,9 +29,9 @@ Part: TypeAlias = tuple[int, int] | None
 
 # Elements of the per-sample gradients that are held at a time where they have to be formed: 16 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 22
-# The backward pass that the caller runs in; _NO_TASK outside of one. Asked for often, so without a function around it.
-_current_task: Callable[[], int] = torch._C._current_graph_task_id
-_NO_TASK = -1
+# The backward pass that the caller runs in; NO_TASK outside of one. Asked for often, so without a function around it.
+current_task: Callable[[], int] = torch._C._current_graph_task_id
+NO_TASK = -1
 _NOTHING = nullcontext()
 _SUMMED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -45,8 +45,8 @@ class Use:
         self.recorder = recorder
         self.key = key = name, part
         self.shared = False
-        self.made_in = _current_task()
-        if self.made_in == _NO_TASK:
+        self.made_in = current_task()
+        if self.made_in == NO_TASK:
             waiting = recorder.pending.get(key)
             if waiting is None:
                 recorder.pending[key] = [weakref.ref(self)]
@@ -70,12 +70,15 @@ class Use:
             else:
                 waiting[:] = [use for use in waiting if use() is not None and use() is not self]
         current = recorder.open_pass
-        if current is None or current.task != _current_task():
+        if current is None or current.task != current_task():
             current = recorder.open()
             if current is None:
                 return
         B = sq_norms.shape[0]
-        if (self.made_in != _NO_TASK or current.batch_size != B) and not recorder.accepts(current, self, B):
+        if current.batch_size is None:
+            current.batch_size = B
+        if self.made_in != NO_TASK or current.batch_size != B:
+            recorder.refuse(current, self, B)
             return
         uses = current.delivered.get(key)
         if uses is None:
@@ -83,7 +86,10 @@ class Use:
         else:
             uses.append((self, sq_norms, sample_grads))
         if due is not None:
-            current.expect(key[0], due)
+            if key[0] in current.due:
+                current.expect(key[0], due)
+            else:
+                current.due[key[0]] = due, True
 
 
 class _Pass:
@@ -134,11 +140,13 @@ class Recorder:
         self._doubts: list[tuple[str, Tensor]] = []  # a problem, and how far it goes: 0 where there is none
         self.open_pass: _Pass | None = None  # the last backward pass that was open
 
-    def track(self, names: dict[nn.Parameter, str], aliases: dict[str, str]) -> None:
+    def track(self, names: list[tuple[weakref.ref[nn.Parameter], str]], aliases: dict[str, str]) -> None:
         """Hook these parameters too; ahead of the user's own hooks, which may change the gradient."""
         if aliases != self.aliases:
             self.aliases = self.aliases | aliases
-        for parameter, name in names.items():
+        for reference, name in names:
+            parameter = reference()
+            assert parameter is not None
             self._numels[name] = parameter.numel()
             known = self._hooked.get(id(parameter))
             if known is not None and known[1] == name:
@@ -167,24 +175,20 @@ class Recorder:
     def running_batch_size(self) -> int | None:
         """How many samples the running backward pass has, once a layer has told."""
         current = self.open_pass
-        return None if current is None or current.task != _current_task() else current.batch_size
+        return None if current is None or current.task != current_task() else current.batch_size
 
-    def accepts(self, current: _Pass, use: Use, batch_size: int) -> bool:
-        """Whether a use may deliver so many rows."""
-        if use.made_in != _NO_TASK:
+    def refuse(self, current: _Pass, use: Use, batch_size: int) -> None:
+        """Say why a use may not deliver so many rows in this pass."""
+        if use.made_in != NO_TASK:
             self.fail(
                 f"{use.key[0]} was used inside a backward pass: checkpoint with use_reentrant=False, whose recomputed "
                 "layers belong to the pass that asks for them"
             )
-            return False
-        if current.batch_size is None:
-            current.batch_size = batch_size
-        elif current.batch_size != batch_size:
+        else:
             self.fail(
                 f"the first dimension must be the samples in every layer, but {use.key[0]} saw {batch_size} rows where "
                 f"other layers saw {current.batch_size}"
             )
-        return True
 
     def expect(self, name: str, grad: Tensor) -> None:
         """Note a gradient that is on its way to a parameter, to be compared with the one that arrives."""
@@ -213,7 +217,7 @@ class Recorder:
         """The backward pass that is running; None once the context is left."""
         if self.closed or self.paused:
             return None
-        task = _current_task()
+        task = current_task()
         if self.open_pass is None or self.open_pass.task != task:
             self.open_pass = current = _Pass(task)  # a pass that an exception cut short is dropped
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, current))
@@ -221,7 +225,7 @@ class Recorder:
 
     def _arrive(self, name: str, parameter: nn.Parameter, grad: Tensor) -> None:
         current = self.open_pass
-        if self.paused or current is None or current.task != _current_task():
+        if self.paused or current is None or current.task != current_task():
             current = self.open()
             if current is None:
                 return
@@ -360,7 +364,7 @@ def row_sq_norms(rows: Tensor) -> Tensor:
 
 def in_backward() -> bool:
     """Whether a backward pass is running, in which a checkpoint may run layers once more."""
-    return _current_task() != _NO_TASK
+    return current_task() != NO_TASK
 
 
 def _foreign(name: str) -> str:

@@ -256,11 +256,16 @@ SERVED = [
 
 
 @pytest.mark.parametrize("change", SERVED)
-@pytest.mark.parametrize("when", ["before the first pass", "between"])
-def test_changes_of_the_model_inside_are_served(change, when):
-    """Trap: what is looked up on entry only is left out of the total."""
+@pytest.mark.parametrize("when", ["before the first pass", "between", "between contexts"])
+def test_changes_of_the_model_are_served(change, when):
+    """Traps: what is looked up on entry only is left out of the total; what an earlier context found is out of date."""
     net, x = build(), batch()
     net.layers[0].requires_grad_(False)
+    if when == "between contexts":
+        with per_sample_sq_norms(net):
+            loss(net, x).backward()
+        change(net)
+        change = id  # made already
     with per_sample_sq_norms(net, loss_reduction="sum") as norms:
         if when == "between":
             loss(net, x).backward()
@@ -344,6 +349,8 @@ def test_changes_that_can_not_be_served_are_refused_in_the_forward_pass(change, 
             net(x)
         assert norms.total.shape == (4,)
     assert all("forward" not in m.__dict__ for m in net.modules())
+    with pytest.raises(UnsupportedModuleError, match=message):
+        per_sample_sq_norms(net).__enter__()
 
 
 def test_a_layer_without_rule_may_be_unfrozen_outside_only():

@@ -146,7 +146,8 @@ class RecordedCall(NamedTuple):
                 if weight_use is not None:
                     own_grads = functools.partial(_own_grads, product, b, x, shape)
                     weight_use.deliver(sq_norms, own_grads, weight_grad if direct else None)
-                    if scope.to_check(weight_use.key[0], b):
+                    as_before = (weight_use.key[0], b.dtype, b.is_cuda) in scope.known.checked
+                    if (scope.check or not as_before) and scope.to_check(weight_use.key[0], b):
                         checks.check_product(scope, product.output, weight_use.key[0], weight_grad, b, x)
                         if scope.check:
                             checks.check_norms(scope, weight_use.key[0], sq_norms, own_grads)
