@@ -124,7 +124,7 @@ def test_what_can_not_be_served_any_more_is_refused(change, monkeypatch):
     net[0] = Narrow(3, 3)
     total(net, x)
     change(net, monkeypatch)
-    with pytest.raises(UnsupportedModuleError, match="^0"):
+    with pytest.raises(UnsupportedModuleError, match=r"^0"):
         total(net, x)
 
 
