@@ -22,7 +22,7 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 # `make test` hands whole files to its workers in this order: what takes longest first, so that they end together.
 LONGEST = (
     "test_training.py", "test_suite.py", "test_selftest.py", "test_cuda_step.py", "test_triton_interpreter.py",
-    "test_triton_compile.py", "test_cuda_compile.py", "test_wheel.py",
+    "test_triton_compile.py", "test_cuda_compile.py", "test_logging_device.py", "test_wheel.py",
 )  # fmt: skip
 
 

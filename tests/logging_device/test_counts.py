@@ -1,0 +1,64 @@
+"""A step's launches and synchronisations don't grow unseen: what a GPU is asked for in each way to write a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from logging_device.device import Device, Log
+from logging_device.steps import LOOPS, Steps
+
+# (launches, synchronisations) of the second step: a first one looks at the net. One op of ATen is one launch.
+# None: BatchNorm's samples have no norms.
+GOLDEN: dict[str, dict[tuple[str, bool], tuple[int, int] | None]] = {
+    net: dict(zip([(loop, norms) for loop in LOOPS for norms in (False, True)], counts, strict=True))
+    for net, counts in {
+        #                  two passes   with norms   pair_pass    with norms
+        "digits-net":     ((60, 0),     (84, 0),     (34, 0),     (52, 0)),
+        "preresnet32-gn": ((526, 0),    (736, 0),    (298, 0),    (471, 0)),
+        "preresnet32-bn": ((588, 0),    None,        (484, 0),    None),
+        "vgg16-gn":       ((216, 0),    (300, 0),    (122, 0),    (190, 0)),
+    }.items()
+}  # fmt: skip
+CASES = [(net, loop, norms) for net, row in GOLDEN.items() for (loop, norms), counts in row.items() if counts]
+
+
+def complaint(log: Log, golden: tuple[int, int]) -> str:
+    """What is wrong with the log, or nothing."""
+    if log.launches > golden[0] or log.synchronisations > golden[1]:
+        return f"more than {golden[0]} launches and {golden[1]} synchronisations:\n{log.summary()}"
+    if log.launches < 0.97 * golden[0] or log.synchronisations < golden[1]:
+        return f"fewer than {golden}: lower the table to ({log.launches}, {log.synchronisations})"
+    return ""
+
+
+@pytest.mark.parametrize(("net", "loop", "norms"), CASES)
+def test_a_step_asks_for_no_more_than_the_table_says(gpu: Device, net: str, loop: str, norms: bool) -> None:
+    steps, on_cpu = Steps(net, loop, norms, "logged"), Steps(net, loop, norms, "cpu")
+    steps()
+    with gpu.log() as log:
+        found = steps()
+    golden = GOLDEN[net][loop, norms]
+    assert golden is not None
+    if wrong := complaint(log, golden):
+        pytest.fail(f"{net}, {loop}, norms={norms}: {wrong}", pytrace=False)
+    # And it is the step: the CPU's, to rounding.
+    on_cpu()
+    expected = on_cpu()
+    for p, q in zip([*steps.params, *found], [*on_cpu.params, *expected], strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", ["launch", "synchronisation"])
+def test_one_more_fails_and_the_message_says_from_where(gpu: Device, extra: str) -> None:
+    x = torch.ones(3, device="logged")
+    with gpu.log() as log:
+        _ = x * 2
+        if extra == "launch":
+            _ = x + 1
+        else:
+            float(x[0])
+    wrong = complaint(log, (1, 0))
+    assert "more than 1 launches" in wrong
+    assert "test_counts.py" in wrong
+    assert ("aten::add" in wrong) == (extra == "launch")
+    assert ("1  synchronisation  item" in wrong) == (extra == "synchronisation")
