@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from svag_fast.ops.backends import CHOICE, as_chosen
 from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product, ProductLayer, weight_grads_of_halves
 from svag_fast.sample_norms.rule import in_full_precision
@@ -83,10 +84,10 @@ class PairCall(NamedTuple):
                 b = b.resolve_neg()
                 x_grad = _cast(self.product.input_grad(b, x, _cast(weight, b.dtype)), ctx.dtypes[0])
         if self.joint.taking:
-            self.take(x if wants_weight else None, b, wants_bias=wants_bias)
+            self.take(x if wants_weight else None, b, wants_bias)
         return x_grad, None, None, None
 
-    def take(self, x: Tensor | None, b: Tensor, *, wants_bias: bool) -> None:
+    def take(self, x: Tensor | None, b: Tensor, wants_bias: bool) -> None:
         """Each batch's gradients, and all norms if wanted, from the layer's input (None: not of the weight) and the
         gradient of its output."""
         joint, product, weight, bias = self
@@ -141,10 +142,10 @@ _saved_elsewhere: Any = torch._C._autograd._top_saved_tensors_default_hooks
 class _Passing:
     """Sees the gradient of a layer's output pass by, once."""
 
-    __slots__ = ("_call", "_version", "_wants_bias", "_x")
+    __slots__ = ("_backend", "_call", "_version", "_wants_bias", "_x")
 
     def __init__(self, call: PairCall, x: Tensor | None, wants_bias: bool) -> None:
-        self._call, self._x, self._wants_bias = call, x, wants_bias
+        self._call, self._x, self._wants_bias, self._backend = call, x, wants_bias, CHOICE.get()
         self._version = 0 if x is None else x._version
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
@@ -159,7 +160,10 @@ class _Passing:
                 "which needs it as it was"
             )
         self._x = None  # as PyTorch frees what a node has saved
-        self._call.take(x, b, wants_bias=self._wants_bias)
+        if self._backend is None:
+            self._call.take(x, b, self._wants_bias)
+        else:
+            as_chosen(self._backend, self._call.take, x, b, self._wants_bias)
 
 
 OURS = (Twin._backward_cls, ProductLayer._backward_cls)

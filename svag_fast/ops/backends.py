@@ -102,7 +102,9 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _implementations: dict[str, dict[str, _Implementation]] = {}
-_override: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
+CHOICE: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
+"""What the innermost :func:`use_backend` asks for. A backward pass on a GPU is in another thread, which doesn't know:
+what calls an op there keeps the forward pass's for :func:`as_chosen`."""
 
 
 def implements(op: str, name: str, why_not: WhyNot | None = None) -> Callable[[Any], Any]:
@@ -128,13 +130,25 @@ def check_name(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use backend ``name`` for every call with ``backend="auto"`` inside the ``with`` block."""
+    """Use backend ``name`` for every call with ``backend="auto"`` inside the ``with`` block.
+
+    A backward pass goes by the block around it, else by the one around its forward pass. On a GPU PyTorch runs it in
+    another thread: there the forward pass's block counts alone.
+    """
     check_name(name)
-    token = _override.set(name)
+    token = CHOICE.set(name)
     try:
         yield
     finally:
-        _override.reset(token)
+        CHOICE.reset(token)
+
+
+def as_chosen(name: str | None, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` with :data:`CHOICE` as it was in the forward pass, unless a block around this call has its own."""
+    if name is None or CHOICE.get() is not None:
+        return function(*args)
+    with use_backend(name):
+        return function(*args)
 
 
 def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
@@ -166,7 +180,7 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         BackendError: ``name`` is unknown or can't serve the call.
     """
     if name == "auto":
-        name = _override.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+        name = CHOICE.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
     if name not in ("auto", *BACKENDS):
         check_name(name)
     if name == "auto":

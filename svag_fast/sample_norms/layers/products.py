@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from svag_fast.ops.backends import CHOICE, as_chosen
 from svag_fast.ops.weight_grad.op import unchecked_weight_grads
 from svag_fast.ops.weight_grad.shapes import Geometry
 from svag_fast.sample_norms import checks
@@ -91,14 +92,15 @@ class ProductLayer(torch.autograd.Function):
         low = x if x.dtype == output.dtype else x.to(output.dtype)  # what the layer saw under autocast
         # Without a weight gradient nothing of x is needed but its shape.
         ctx.save_for_backward(low if ctx.needs_input_grad[1] else low.new_empty(1).expand(x.shape), weight)
-        ctx.call = call
+        ctx.call, ctx.backend = call, CHOICE.get()
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> tuple[Tensor | None, ...]:
         """What `call` says."""
-        grads: tuple[Tensor | None, ...] = ctx.call.grads(ctx, b)
+        grads: tuple[Tensor | None, ...]
+        grads = ctx.call.grads(ctx, b) if ctx.backend is None else as_chosen(ctx.backend, ctx.call.grads, ctx, b)
         return grads
 
 
