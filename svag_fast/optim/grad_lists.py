@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterable
 
@@ -34,11 +33,16 @@ def gradients(
 
 def divide(grads: list[Tensor], scale: Tensor) -> None:
     """Divide each of them once, in place."""
-    distinct = {id(g): g for g in grads}.values()
+    factor = scale.double().reciprocal()
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for g in {id(g): g for g in grads}.values():
+        alike.setdefault((g.device, g.dtype), []).append(g)
     with torch.no_grad():
-        for _, on_device in itertools.groupby(distinct, key=Tensor.get_device):
-            listed = list(on_device)
-            torch._foreach_mul_(listed, scale.double().reciprocal().to(listed[0].device))
+        for (device, dtype), listed in alike.items():
+            # A whole list takes one launch where the factor has its dtype. Not a half-precision one, where the factor
+            # of a large scale would be 0.
+            held = dtype if dtype in (torch.float32, torch.float64) else torch.float64
+            torch._foreach_mul_(listed, factor.to(device, held))
 
 
 def carriers(grads: list[Tensor]) -> list[Tensor]:
