@@ -11,7 +11,7 @@ from torch import Tensor
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_params, tensor
 from svag_fast.ops.library import register_op
-from svag_fast.ops.memory import check_apart, has_memory, mark_written, spans
+from svag_fast.ops.memory import check_apart, mark_written, spans
 from svag_fast.ops.step import svag_step_
 from svag_fast.ops.step_options import StepOptions, constant_coefficients, options_scalars, step_scalars
 from svag_fast.ops.step_stats import StepStats, rounding
@@ -47,7 +47,8 @@ def svag_weight_step_(
         weight: [d, p] (Linear) or [O, C / groups, k_h, k_w] (Conv2d), float32 or float64 as the sums are; any strides.
         inputs, output_grads: both batches' rows, as in :func:`weight_grad_and_sq_norms`. The output gradients are
             those of each sample's own loss (of a sum, not a mean): the means are taken here.
-        segments: [B], 0 for the first batch's samples and 1 for the second's. All 0 only at ``l = 1``.
+        segments: [B], 0 for the first batch's samples and 1 for the second's. All 0 only at ``l = 1``. As in
+            :func:`weight_grad_and_sq_norms` a list spares a GPU's host the wait for a tensor's values.
         lr, l, weight_decay: as in :func:`svag_step_`.
         stride, padding, dilation, groups: as in :func:`weight_grad_and_sq_norms`.
         backend: "auto", "triton" (float32 weights), "cpu" or "reference".
@@ -71,6 +72,7 @@ def svag_weight_step_(
         padding=padding,
         dilation=dilation,
         groups=groups,
+        both_batches=True,
     )
     try:
         check_params([weight])
@@ -108,10 +110,6 @@ def _check_two_batches(product: LayerProduct, l: float) -> None:
         raise ValueError(f"segments must be 0 (first batch) or 1 (second batch), got {product.num_segments - 1}")
     if product.num_segments < 2 and l != 1:
         raise ValueError(f"segments must be 1 for some sample, since a step at l = {l} needs a second batch, got none")
-    if product.segments is None:
-        raise ValueError("segments must be 0 or 1 for each sample, got None")
-    if has_memory(product.segments) and not bool((product.segments == 0).any()):
-        raise ValueError("segments must be 0 for some sample, the first batch, got none")
 
 
 def _run(
@@ -124,7 +122,9 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     lr, l, weight_decay, stride, padding, dilation, groups, backend = rest
     # The sums of each segment's rows, divided by its size, are the batch's mean gradient.
-    weights = (1 / torch.bincount(segments, minlength=num_segments).to(sum_dtype(inputs)))[segments]
+    # Not by bincount, whose result's size a GPU's host waits for.
+    sizes = (segments == torch.arange(num_segments, device=segments.device)[:, None]).sum(1)
+    weights = (1 / sizes.to(sum_dtype(inputs)))[segments]
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     product = LayerProduct(inputs, output_grads, list(weight.shape), weights, segments, num_segments, geometry)
     step = select("svag_weight_step_", backend, [weight, inputs, output_grads])

@@ -72,7 +72,7 @@ std::string origin() {
         Py_XDECREF(frame);
         PyGILState_Release(state);
     }
-    if (const auto node = torch::autograd::get_current_node()) text += (text.empty() ? "" : "|") + node->name();
+    if (const auto node = torch::autograd::get_current_node()) text += (text.empty() ? "" : "|") + ("backward of " + node->name());
     return text;
 }
 

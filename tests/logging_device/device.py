@@ -50,11 +50,11 @@ class Log(list[Entry]):
 
 
 def _origin(places: str) -> str:
-    listed = places.split("|")
-    ours = [place for place in listed if place.startswith(_OURS)]
-    node = [place for place in listed[-1:] if "/" not in place]  # autograd's
-    shown = [place.removeprefix(f"{ROOT}/") for place in ours[:3]] or listed[:1]
-    return " < ".join([*shown, *(f"backward of {name}" for name in node if name not in shown)])
+    *stack, last = places.split("|")
+    node = [last] if last.startswith("backward of ") else []  # of autograd, by device.cpp
+    stack = stack if node else [*stack, last]
+    ours = [place.removeprefix(f"{ROOT}/") for place in stack if place.startswith(_OURS)]
+    return " < ".join([*(ours[:3] or stack[:1]), *node])
 
 
 class Device:

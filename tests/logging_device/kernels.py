@@ -82,17 +82,23 @@ def _product_tiles(
 ) -> tuple[Tensor, Tensor]:
     """The kernels' launches, and the reference's values in what they would have written."""
     sq_norms, stats = launches(inputs, output_grads, weight_shape, weights, segments, convolution, **options)
-    assert options.get("coefficients") is None, "a layer's step has no values here"
-    target = options["target"]
+    target, coefficients = options["target"], options.get("coefficients")
     with device.unlogged(), torch.no_grad():
         geometry = Geometry(convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
         count = 0 if segments is None else 2
         host = [t if t is None else t.cpu() for t in (inputs, output_grads, weights, segments)]
         product = LayerProduct(host[0], host[1], list(weight_shape), host[2], host[3], count, geometry)
-        serve = weight_grad_cpu.serve if inputs.numel() and output_grads.numel() else reference
-        grad, norms, gram = serve(product)
-        target.copy_(grad.to(target.dtype))
+        if coefficients is not None:
+            lr, divisor, *combination = coefficients[:5].tolist()
+            moved = target.cpu()
+            norms, gram, stats[3] = weight_grad_cpu.direct_step(product, moved, [lr / divisor, *combination])
+            target.copy_(moved)
+        else:
+            serve = weight_grad_cpu.serve if inputs.numel() and output_grads.numel() else reference
+            grad, norms, gram = serve(product)
+            target.copy_(grad.to(target.dtype))
         sq_norms.copy_(norms)
         if count:
             stats[:3].copy_(torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]]))
+        stats[4] = 1.0
     return sq_norms, stats

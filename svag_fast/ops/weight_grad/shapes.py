@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svag_fast.kernels.device_cache import DeviceCache
 from svag_fast.ops.checks import PARAM_DTYPES, arithmetic, integer, integers, tensor
+from svag_fast.ops.library import is_watched
 from svag_fast.ops.memory import has_memory, resolved
 
 MAX_SEGMENTS = 4096
@@ -87,8 +89,12 @@ def layer_product(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    both_batches: bool = False,
 ) -> LayerProduct:
     """Check the arguments of :func:`svag_fast.ops.weight_grad_and_sq_norms` and bring them into one form.
+
+    Args:
+        both_batches: whether segments that have no sample in segment 0, the first batch, are refused.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -113,9 +119,8 @@ def layer_product(
         if padding == "same":
             inputs, geometry = _pad_same(inputs, shape, geometry)
         geometry = _check_convolution(inputs, output_grads, shape, geometry)
-    return LayerProduct(
-        inputs, output_grads, shape, _check_weights(weights, inputs), *_check_segments(segments, inputs), geometry
-    )
+    members = _check_segments(segments, inputs, both_batches)
+    return LayerProduct(inputs, output_grads, shape, _check_weights(weights, inputs), *members, geometry)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -201,9 +206,18 @@ def _check_weights(weights: Tensor | None, inputs: Tensor) -> Tensor | None:
     return weights
 
 
-def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> tuple[Tensor | None, int]:
+# Lists of segments on a GPU: the same ones come with every batch, and a copy from the host would wait.
+_LISTED: DeviceCache[Tensor] = DeviceCache(64)
+
+
+def _check_segments(
+    segments: Tensor | Sequence[int] | None, inputs: Tensor, both_batches: bool
+) -> tuple[Tensor | None, int]:
     if segments is None:
+        if both_batches:
+            raise ValueError("segments is None: expected 0 or 1 for each sample")
         return None, 0
+    listed: list[int] | None = None
     if isinstance(segments, Tensor):
         tensor("segments", segments)
         if segments.dtype not in _INTEGERS or segments.layout != torch.strided:
@@ -212,7 +226,7 @@ def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> 
             raise ValueError(
                 "segments must be a list of integers where a tensor has no values, got one on meta or fake"
             )
-        low, high = (int(segments.min()), int(segments.max())) if segments.numel() else (0, -1)
+        low, high = torch.stack(segments.aminmax()).tolist() if segments.numel() else (0, -1)  # one wait, not two
     else:
         listed = integers("segments", segments)
         # Bounds from the list itself: torch.compile then knows the number of segments.
@@ -220,11 +234,15 @@ def _check_segments(segments: Tensor | Sequence[int] | None, inputs: Tensor) -> 
         _check_segment_range(low, high)
         segments = torch.tensor(listed, dtype=torch.int64, device="cpu")
     _check_segment_range(low, high)
+    if both_batches and low != 0:
+        raise ValueError("segments must be 0 for some sample, the first batch, got none")
     if segments.shape != inputs.shape[:1]:
         raise ValueError(f"segments must be of shape [{inputs.shape[0]}], one a sample, got {list(segments.shape)}")
     if not has_memory(inputs):
         return inputs.new_empty(segments.shape, dtype=torch.int64), high + 1
-    return segments.to(inputs.device, torch.int64), high + 1
+    if listed is None or inputs.is_cpu or is_watched():
+        return segments.to(inputs.device, torch.int64), high + 1
+    return _LISTED.get(inputs.device, tuple(listed), lambda: segments.to(inputs.device), "segments"), high + 1
 
 
 def _check_segment_range(low: int, high: int) -> None:

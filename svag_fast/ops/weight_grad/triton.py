@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svag_fast.kernels.device_cache import DeviceCache, is_capturing
 from svag_fast.ops.weight_grad.shapes import LayerProduct, grad_format, sum_dtype
 
 # A100: 19.5 and 156 TFLOP/s, two operations a multiply-add, over 2039 GB/s.
@@ -113,11 +114,7 @@ def library(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
 def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Each sample's product in tiles: squared, then added. Up to two segments take one pass, more one each."""
     inputs, shape, segments = product.inputs, product.weight_shape, product.segments
-    w = (
-        torch.ones(len(inputs), dtype=torch.float32, device=inputs.device)
-        if product.weights is None
-        else product.weights.float()
-    )
+    w = _ones(len(inputs), inputs.device) if product.weights is None else product.weights.float()
 
     def products(weights: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         memory_format = grad_format(inputs, shape)
@@ -135,6 +132,21 @@ def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     flat = torch.stack([grad.flatten() for grad, _, _ in parts]).double()
     total = torch.stack([grad for grad, _, _ in parts]).sum(0)
     return total.contiguous(memory_format=grad_format(inputs, shape)), parts[0][1], flat @ flat.T
+
+
+_ONES: DeviceCache[Tensor] = DeviceCache(64)
+
+
+def _ones(count: int, device: torch.device) -> Tensor:
+    """Float32 ones that nobody may write to: kept, as each layer of a net would else launch a kernel to make them."""
+
+    def make() -> Tensor:
+        return torch.ones(count, dtype=torch.float32, device=device)
+
+    if is_capturing(device):  # a launch costs a graph next to nothing
+        return make()
+    kept: Tensor = _ONES.get(device, count, make, "ones")
+    return kept
 
 
 def direct_step(product: LayerProduct, weight: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
