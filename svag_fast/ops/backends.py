@@ -125,7 +125,11 @@ def ops_of(name: str) -> list[str]:
 def check_name(name: str) -> None:
     """Raise :class:`BackendError` where ``name`` is neither "auto" nor a row of the table."""
     if name != "auto" and name not in BACKENDS:
-        raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+        raise _unknown(name)
+
+
+def _unknown(name: str, asked: str = "") -> BackendError:
+    return BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}{asked}")
 
 
 @contextlib.contextmanager
@@ -144,7 +148,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def as_chosen(name: str | None, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function`` with :data:`CHOICE` as it was in the forward pass, unless a block around this call has its own."""
+    """Call ``function`` with the forward pass's :data:`CHOICE`, unless a block around the call has its own."""
     if name is None or CHOICE.get() is not None:
         return function(*args)
     with use_backend(name):
@@ -154,12 +158,12 @@ def as_chosen(name: str | None, function: Callable[..., Any], *args: Any) -> Any
 def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
     """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
     row, device_type = BACKENDS[name], tensors[0].device.type if tensors else "cpu"
+    if (implementation := _implementations[op].get(name)) is None:
+        return f"it has no {op}"
     if "*" not in row.device_types and device_type not in row.device_types:
         return f"it serves {' and '.join(row.device_types)} tensors, not {device_type}"
     if reason := row.why_unavailable():
         return reason
-    if (implementation := _implementations[op].get(name)) is None:
-        return f"it has no {op}"
     return None if implementation.why_not is None else implementation.why_not(tensors)
 
 
@@ -179,10 +183,11 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     Raises:
         BackendError: ``name`` is unknown or can't serve the call.
     """
-    if name == "auto":
-        name = CHOICE.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+    asked = ""
+    if name == "auto" and (name := CHOICE.get() or "") == "":
+        name, asked = os.environ.get("SVAG_FAST_BACKEND", "auto"), " (of SVAG_FAST_BACKEND)"
     if name not in ("auto", *BACKENDS):
-        check_name(name)
+        raise _unknown(name, asked)
     if name == "auto":
         device_type = tensors[0].device.type if tensors else "cpu"
         for name, row in BACKENDS.items():
@@ -199,7 +204,7 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         _say_once(op, device_type, name)
     elif reason := why_not(op, name, tensors):
         could = [n for n in BACKENDS if why_not(op, n, tensors) is None]
-        raise BackendError(f"backend {name!r} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
+        raise BackendError(f"backend {name!r}{asked} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
     return _implementations[op][name].function
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import svag_fast
 from svag_fast.ops import backends
+from svag_fast.ops.backends import BackendError
 from svag_fast.ops.weight_grad import op
 
 
@@ -73,3 +74,12 @@ def test_a_block_that_has_ended_counts_where_it_was_around_the_forward_pass(serv
         served.clear()
         losses(net, x).mean().backward()  # and no longer
         assert {by for _, by in served} == {"triton"}
+
+
+def test_what_can_t_serve_a_backward_pass_is_an_error_that_names_what_could(
+    gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = net_and_input()
+    monkeypatch.setenv("SVAG_FAST_BACKEND", "cuda")  # no product kernel in CUDA
+    with svag_fast.per_sample_sq_norms(net), pytest.raises(BackendError, match=r"it has no .*: triton, reference$"):
+        losses(net, x).mean().backward()

@@ -1,4 +1,4 @@
-"""What one call asks of a GPU: no copy from the host where a CUDA graph forbids it, one launch for a list where one does."""
+"""What one call asks of a GPU: no copy from the host, which a CUDA graph forbids, and one launch for a whole list."""
 
 from __future__ import annotations
 
