@@ -52,12 +52,14 @@ margin_option = click.option(
 
 
 class NumberList(click.ParamType[list[Any]]):
-    """Comma-separated numbers, such as 1,2,4."""
+    """Comma-separated numbers, such as 1,2,4; or lists of them with / between."""
 
     name = "list"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
         """Parse the text, or say which part of it isn't a number."""
+        if "/" in str(value):
+            return [self.convert(part, param, ctx) for part in str(value).split("/")]
         numbers = []
         for part in str(value).split(","):
             try:
@@ -101,9 +103,9 @@ def _setting_option(field: dataclasses.Field[Any], annotation: Any) -> Callable[
 
 def _kind(annotation: Any) -> Any:
     """What click parses into a field of this type: str, int or float, also with None, or a tuple of numbers."""
-    if get_origin(annotation) is tuple:
+    if any(get_origin(kind) is tuple for kind in (annotation, *get_args(annotation))):
         return NumberList()
-    return next(kind for kind in (int, float, str) if kind in (annotation, *get_args(annotation)))
+    return next(kind for kind in (str, int, float) if kind in (annotation, *get_args(annotation)))
 
 
 def _option_name(field: dataclasses.Field[Any]) -> str:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ SETTINGS_BYTES = 1 << 20
 
 SAMPLINGS = ("replacement", "distinct")
 INITS = ("shared", "own")
+ENGINES = ("torch", "fused")
 # What the files of a run mean where they don't name a setting, as older versions'.
-UNSAID = {"sampling": "distinct", "init": "shared"}
+UNSAID = {"sampling": "distinct", "init": "shared", "label_noise": 0.0, "engine": "torch", "stat_every": 1}
 SCHEDULES: dict[str, Callable[[float], float]] = {
     # fraction of the effective steps done, in [0, 1) -> factor on lr
     "constant": lambda done: 1.0,
@@ -33,6 +35,12 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: max(1e-4, (1 + math.cos(math.pi * done)) / 2),
     "triangle": lambda done: max(1e-4, (1.0 if done < 0.5 else 0.5) * (1 - abs(4 * (done % 0.5) - 1))),
 }
+
+
+# What the fused engine takes of them: a rate for each stretch of steps.
+PIECEWISE = ("constant", "step")
+# The nets that it trains where nobody says how: its kernel is made for small ones.
+SMALL_CHAINS = ("digits-mlp", "digits-net")
 
 
 class ConfigError(ValueError):
@@ -69,6 +77,7 @@ RANGES = {
     "batch_size": Range(1, 1_000_000, whole=True),
     "lr": Range(1e-12, 1e12),
     "weight_decay": Range(0, 1e6),
+    "label_noise": Range(0, 1),
     "l": Range(1, 1e6),
     "seed": Range(0, 2**63 - 1, whole=True),
     "seeds": Range(1, 10_000, whole=True),
@@ -77,6 +86,8 @@ RANGES = {
     "steps": Range(1, 10_000_000_000, whole=True),
     "threads": Range(1, 1024, whole=True),
     "jobs": Range(1, 1024, whole=True),
+    "replicas": Range(1, 10_000, whole=True),
+    "stat_every": Range(1, 1_000_000_000, whole=True),
     "rows": Range(1, 100_000, whole=True),
     "evaluations": Range(1, 100_000, whole=True),
     "checkpoint_seconds": Range(0, math.inf),
@@ -84,7 +95,11 @@ RANGES = {
     "width": Range(1, 100, whole=True),
 }
 MOST_RUNS = 10_000
-EFFECTIVE_STEPS = 1008  # of an experiment that says nothing of its length
+EFFECTIVE_STEPS = 5120  # of an experiment that says nothing of its length
+STAT_EVERY = 4  # of the fused engine where nobody says; the other measures every step
+TRAIN_EVALUATIONS = 20  # at most; the training set is larger than the test set, and no answer rests on it
+DEFAULT_BATCH_SIZES = (4, 32, 256)
+DEFAULT_L: tuple[tuple[float, ...], ...] = ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16))
 
 
 def check_range(name: str, value: Any) -> Any:
@@ -100,6 +115,15 @@ def check_range(name: str, value: Any) -> Any:
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def _numbers(name: str, values: Any) -> tuple[Any, ...]:
+    """Return a list of numbers, each in its range; but for learning rates none twice."""
+    _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
+    checked = tuple(check_range(name, value) for value in values)
+    distinct = {f"{value:g}" if name == "l" else value for value in checked}  # as in the runs' names
+    _check(name == "lr" or len(distinct) == len(checked), name, values, "a list without repetition")
+    return checked
 
 
 def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
@@ -132,13 +156,18 @@ class Settings:
     """What all runs of an experiment share. `svag-fast run` makes its options from these fields."""
 
     dataset: str = _setting("digits", WHAT, None, "Data set.", choices=TRAIN_SIZES)
+    label_noise: float = _setting(
+        0.2, WHAT, "PART", "Part of the training labels, chosen once, that is redrawn from all classes."
+    )
+    # The convolutional net's honest setting, in which N/G is far above 1 as well: B = 2, lr 0.1, decay 0.0025.
     model: str = _setting(
-        "digits-net",
+        "digits-mlp",
         WHAT,
         "NAME",
-        "digits-net, preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.",
+        "digits-mlp, digits-net (convolutions; made for --batch-size 2 --lr 0.1 --weight-decay 0.0025), "
+        "preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.",
     )
-    weight_decay: float = _setting(0.03, WHAT, "LAMBDA", "Weight decay.")
+    weight_decay: float = _setting(0.00125, WHAT, "LAMBDA", "Weight decay.")
     schedule: str = _setting(
         "step",
         HOW,
@@ -146,9 +175,9 @@ class Settings:
         "Learning rate over the effective steps; step: a tenth from 80 % on.",
         choices=SCHEDULES,
     )
-    # The head of the digits net, which is fixed, is shared in any case.
+    # The head of a net, which is fixed, is shared in any case.
     init: str = _setting(
-        "shared", HOW, None, "Initial weights: one draw shared by all runs, or each run's own.", choices=INITS
+        "own", HOW, None, "Initial weights: one draw shared by all runs, or each run's own.", choices=INITS
     )
     # Independent draws have the theory's noise Σ/B; without an image twice it is (n - B)/(n - 1) of that.
     sampling: str = _setting(
@@ -161,9 +190,9 @@ class Settings:
     backend: str = _setting("auto", HOW, "NAME", "Of the fused step: auto, or see `svag-fast info`.")
     device: str = _setting("cpu", HOW, "NAME", "Where net and data live: cpu, cuda, cuda:1.")
     threads: int = _setting(1, HOW, "N", "Threads of each run's process.")
-    rows: int = _setting(200, BOOKKEEPING, "N", "Rows of metrics a run, evenly spaced over the effective steps.")
+    rows: int = _setting(320, BOOKKEEPING, "N", "Rows of metrics a run, evenly spaced over the effective steps.")
     evaluations: int = _setting(
-        60, BOOKKEEPING, "N", "Rows that evaluate the net on the test data, every third on the training data too."
+        320, BOOKKEEPING, "N", "Rows that evaluate the net on the test data; some 20 do on the training data too."
     )
 
     def __post_init__(self) -> None:
@@ -187,6 +216,9 @@ class RunConfig(Settings):
         l: SVAG's hyperparameter; 1 is SGD.
         seed: of the batches and, where init is "own", of the initial weights.
         effective_steps: length; l steps are one effective step.
+        engine: "torch": a net alone, its steps PyTorch's; "fused": beside others in the fused kernel, with another
+            stream of batches. Paths differ between the two, their laws don't.
+        stat_every: steps 0, k, 2k, ... measure G, N and R; "torch" measures every step.
     """
 
     batch_size: int
@@ -194,11 +226,22 @@ class RunConfig(Settings):
     l: float
     seed: int
     effective_steps: int
+    engine: str = "torch"
+    stat_every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "lr", "l", "seed", "effective_steps"):
+        for name in ("batch_size", "lr", "l", "seed", "effective_steps", "stat_every"):
             object.__setattr__(self, name, check_range(name, getattr(self, name)))
+        _check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        if self.engine == "torch":
+            _check(self.stat_every == 1, "stat_every", self.stat_every, "1 where runs are not trained as replicas")
+        else:
+            _check(self.device == "cpu", "device", self.device, "cpu, or replicas off")
+            _check(self.backend == "auto", "backend", self.backend, "auto, or replicas off")
+            _check(self.sampling == "replacement", "sampling", self.sampling, "replacement, or replicas off")
+            expected = f"{' or '.join(PIECEWISE)}, or replicas off"
+            _check(self.schedule in PIECEWISE, "schedule", self.schedule, expected)
         expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
         _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
         if self.sampling == "distinct":
@@ -219,14 +262,14 @@ class RunConfig(Settings):
     def _step_at(self, effective_step: int) -> int:
         return round(effective_step * self.l)
 
-    @property
+    @cached_property
     def row_steps(self) -> list[int]:
         """The steps after which a row of metrics is written."""
         # Rows at the same effective steps for every l, so that curves can be compared row by row.
         count = min(self.rows, self.effective_steps)
         return [self._step_at(round(self.effective_steps * row / count)) for row in range(1, count + 1)]
 
-    @property
+    @cached_property
     def evaluation_steps(self) -> set[int]:
         """The steps among `row_steps` after which the net is evaluated; the last one always."""
         rows = self.row_steps
@@ -234,35 +277,55 @@ class RunConfig(Settings):
         # Counted so that the last point is the last row: a run's end is always evaluated.
         return {rows[round(len(rows) * point / count) - 1] for point in range(1, count + 1)}
 
-    @property
+    @cached_property
     def train_evaluation_steps(self) -> set[int]:
-        """Every third of `evaluation_steps`, counted from the last."""
-        return set(sorted(self.evaluation_steps, reverse=True)[::3])
+        """Every third of `evaluation_steps`, counted from the last, or fewer where they would be more than 20."""
+        steps = sorted(self.evaluation_steps, reverse=True)
+        return set(steps[:: max(3, math.ceil(len(steps) / TRAIN_EVALUATIONS))])
 
     def lr_at(self, step: int) -> float:
         """The scheduled lr of step number `step` = 0, 1, ..."""
         return self.lr * SCHEDULES[self.schedule](step / self.l / self.effective_steps)
 
+    @cached_property
+    def lr_pieces(self) -> list[tuple[int, float]]:
+        """The steps from which each lr holds, for the schedules of `PIECEWISE`."""
+        pieces = [(0, self.lr_at(0))]
+        last = self.lr_at(self.steps - 1)
+        if last != pieces[0][1]:
+            known, sought = 0, self.steps - 1
+            while sought - known > 1:
+                middle = (known + sought) // 2
+                known, sought = (known, middle) if self.lr_at(middle) == last else (middle, sought)
+            pieces.append((sought, last))
+        return pieces
+
     @property
     def cost(self) -> float:
         """Relative time that the run takes, for balance and for the progress bar."""
-        # A step costs about as much before its first sample as 20 samples do.
-        return self.steps * (20.0 + self.batch_size)
+        # A step costs about as much before its first sample as 20 samples do; in the fused kernel as 3.
+        return self.steps * ((20.0 if self.engine == "torch" else 3.0) + self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(Settings):
     """A grid of runs: every batch size with its lr, every l, every seed."""
 
-    batch_size: tuple[int, ...] = _setting((8, 128), WHAT, "B,...", "Batch sizes.")
+    batch_size: tuple[int, ...] = _setting(DEFAULT_BATCH_SIZES, WHAT, "B,...", "Batch sizes.")
     lr: tuple[float, ...] = _setting(
-        (0.1,),
+        (0.4,),
         WHAT,
         "LR[,...]",
         "Learning rate: one is scaled linearly from the first batch size, a list says each.",
     )
-    l: tuple[float, ...] = _setting((1, 2, 4, 8), WHAT, "L,...", "SVAG's l; 1 is SGD.")
-    seeds: int = _setting(3, WHAT, "N", "Number of seeds: 0, 1, ...")
+    l: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = _setting(
+        None,
+        WHAT,
+        "L,...",
+        "SVAG's l; 1 is SGD. One list for all batch sizes, or one for each with / between.",
+        shown="/".join(",".join(f"{l:g}" for l in ls) for ls in DEFAULT_L),
+    )
+    seeds: int = _setting(16, WHAT, "N", "Number of seeds: 0, 1, ...")
     effective_steps: int | None = _setting(
         None,
         LENGTH,
@@ -271,17 +334,23 @@ class ExperimentConfig(Settings):
         shown=str(EFFECTIVE_STEPS),
     )
     epochs: float | None = _setting(None, LENGTH, "N", "Length in passes over the data, instead of effective steps.")
+    replicas: str | int = _setting(
+        "auto",
+        HOW,
+        "auto|N|off",
+        "Train runs that differ in the seed side by side in the fused CPU kernel: N at a time, or with auto the digits "
+        "nets. off: each run alone, by PyTorch.",
+    )
+    stat_every: int | None = _setting(
+        None, HOW, "N", "Replicas measure noise and norms at every Nth step.", shown=str(STAT_EVERY)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "lr", "l"):
-            values = getattr(self, name)
-            _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
-            values = tuple(check_range(name, value) for value in values)
-            object.__setattr__(self, name, values)
-            distinct = {f"{value:g}" if name == "l" else value for value in values}  # as in the runs' names
-            _check(name == "lr" or len(distinct) == len(values), name, values, "a list without repetition")
+        for name in ("batch_size", "lr"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         count = len(self.batch_size)
+        object.__setattr__(self, "l", self._checked_levels())
         _check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
         object.__setattr__(self, "seeds", check_range("seeds", self.seeds))
         _check(
@@ -290,10 +359,45 @@ class ExperimentConfig(Settings):
         for name in ("epochs", "effective_steps"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_range(name, getattr(self, name)))
-        runs = count * len(self.l) * self.seeds
+        if self.replicas not in ("auto", "off"):
+            text = str(self.replicas)
+            asked = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else self.replicas
+            expected = f"auto, off or {RANGES['replicas']}"
+            _check(asked in RANGES["replicas"], "replicas", self.replicas, expected)
+            object.__setattr__(self, "replicas", asked)
+        if self.stat_every is not None:
+            object.__setattr__(self, "stat_every", check_range("stat_every", self.stat_every))
+        runs = sum(map(len, self.levels)) * self.seeds
         _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
         # Each run checks its own values: what is wrong with one is said before anything starts.
         self.runs()
+
+    def _checked_levels(self) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
+        """Return `l` as one list of numbers for all batch sizes, or as one for each."""
+        given = self.l
+        if given is None:
+            given = DEFAULT_L if self.batch_size == DEFAULT_BATCH_SIZES else DEFAULT_L[0]
+        if not (isinstance(given, tuple) and given and all(isinstance(ls, (tuple, list)) for ls in given)):
+            return _numbers("l", given)
+        lists = tuple(_numbers("l", tuple(ls)) for ls in given)  # type: ignore[arg-type]
+        count = len(self.batch_size)
+        _check(len(lists) in (1, count), "l", given, f"one list, or {count}: one for each batch size")
+        return lists if len(lists) > 1 else lists[0]
+
+    @property
+    def levels(self) -> tuple[tuple[float, ...], ...]:
+        """The l of each batch size."""
+        assert self.l is not None  # filled in
+        if isinstance(self.l[0], tuple):
+            return self.l
+        return (self.l,) * len(self.batch_size)
+
+    @property
+    def engine(self) -> str:
+        """How the runs are trained; see :class:`RunConfig`."""
+        served = self.model in SMALL_CHAINS and self.sampling == "replacement" and self.schedule in PIECEWISE
+        served = served and self.device == "cpu" and self.backend == "auto"
+        return "torch" if self.replicas == "off" or (self.replicas == "auto" and not served) else "fused"
 
     def runs(self) -> list[RunConfig]:
         """Return every run of the grid, in the order batch size, l, seed.
@@ -302,11 +406,13 @@ class ExperimentConfig(Settings):
             ConfigError: a value is out of range.
         """
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        shared["engine"] = self.engine
+        shared["stat_every"] = self.stat_every or (1 if self.engine == "torch" else STAT_EVERY)
         first = self.batch_size[0]
         # The linear scaling rule: the same lr for each sample seen.
         lrs = self.lr if len(self.lr) > 1 else [self.lr[0] * b / first for b in self.batch_size]
         runs = []
-        for batch_size, lr in zip(self.batch_size, lrs, strict=True):
+        for batch_size, lr, ls in zip(self.batch_size, lrs, self.levels, strict=True):
             if self.epochs is not None:
                 length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
             else:
@@ -315,14 +421,18 @@ class ExperimentConfig(Settings):
             steps = max(1, round(length))
             runs += [
                 RunConfig(**shared, batch_size=batch_size, lr=lr, l=l, seed=seed, effective_steps=steps)
-                for l in self.l
+                for l in ls
                 for seed in range(self.seeds)
             ]
         return runs
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as `from_dict` takes them: plain values, lists for tuples."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+        def plain(value: Any) -> Any:
+            return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExperimentConfig:

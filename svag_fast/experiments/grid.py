@@ -6,6 +6,7 @@ The parent process starts workers and keeps the books; it needs no torch for tha
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing.forkserver
 import os
 import platform
@@ -54,15 +55,15 @@ class ExperimentInterruptedError(ExperimentError):
 
 @dataclass
 class _Worker:
-    run: RunConfig
+    runs: list[RunConfig]
     process: BaseProcess
     messages: Connection
-    steps_done: int = 0
+    steps_done: list[int]
     error: str | None = None
 
     @property
     def cost_done(self) -> float:
-        return self.run.cost * self.steps_done / self.run.steps
+        return sum(run.cost * steps / run.steps for run, steps in zip(self.runs, self.steps_done, strict=True))
 
 
 def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None:
@@ -130,7 +131,12 @@ def read_experiment(out: Path) -> ExperimentConfig:
     book = out / "experiment.json"
     if not book.exists():
         raise ExperimentError(f"{out} holds no experiment to resume: there is no {book}.")
-    return ExperimentConfig.from_dict(UNSAID | read_settings(book))
+    settings = read_settings(book)
+    if "label_noise" not in settings:  # an older version's, whose runs had no such thing and another length
+        settings |= {"label_noise": UNSAID["label_noise"], "replicas": "off"}
+        if settings.get("effective_steps") is None and settings.get("epochs") is None:
+            settings["effective_steps"] = 1008
+    return ExperimentConfig.from_dict({name: UNSAID[name] for name in ("sampling", "init")} | settings)
 
 
 def check_experiment(config: ExperimentConfig) -> None:
@@ -140,14 +146,15 @@ def check_experiment(config: ExperimentConfig) -> None:
         ConfigError: what isn't there, with what is.
     """
     from svag_fast.experiments.data import load_dataset
-    from svag_fast.experiments.training import Training
+    from svag_fast.experiments.training import make_engine
 
-    # One step of the smallest run costs least, and goes through all that may be missing.
+    # The first steps of the smallest run cost least, and go through all that may be missing.
     run = min(config.runs(), key=lambda run: run.batch_size)
     try:
-        Training(run, load_dataset(run.dataset).to(run.device)).take_step()
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise ConfigError(str(error)) from error
+        make_engine([run], load_dataset(run.dataset, label_noise=run.label_noise)).advance()
+    except (OSError, ValueError, RuntimeError, AssertionError, MemoryError, ImportError, TypeError) as error:
+        advice = " (--replicas off trains each run alone, by PyTorch)" if run.engine == "fused" else ""
+        raise ConfigError(f"{error}{advice}") from error
 
 
 def run_experiment(
@@ -160,7 +167,7 @@ def run_experiment(
     tensorboard: bool = False,
     on_run_end: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train every run of `config` that isn't complete in `out`, `jobs` at a time, the longest first.
+    """Train every run of `config` that isn't complete in `out` by `jobs` processes at a time, the longest first.
 
     Args:
         config: the grid.
@@ -179,8 +186,8 @@ def run_experiment(
     check_range("jobs", jobs)
     check_range("checkpoint_seconds", checkpoint_seconds)
     # `pop` takes the longest first: a long run that starts last would keep one core busy alone.
-    waiting = sorted(config.runs(), key=lambda run: run.cost)
-    total, count = sum(run.cost for run in waiting), len(waiting)
+    waiting = sorted(_groups(config, jobs), key=lambda group: sum(run.cost for run in group))
+    total, count = sum(run.cost for run in config.runs()), len(config.runs())
     options = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard, "provenance": provenance()}
     workers: list[_Worker] = []
     done: list[RunConfig] = []
@@ -212,10 +219,11 @@ def run_experiment(
                     workers.remove(worker)
                     if worker.process.exitcode != 0:
                         raise ExperimentError(_post_mortem(worker))
-                    done.append(worker.run)
+                    for run in worker.runs:
+                        done.append(run)
+                        if not console.is_terminal:
+                            console.print(f"{len(done)} of {count} runs: {run.name} is complete")
                     progress.update(bar, description=f"{len(done)} of {count} runs")
-                    if not console.is_terminal:
-                        console.print(f"{len(done)} of {count} runs: {worker.run.name} is complete")
                     on_run_end()
                 # By cost, not by runs: one at l = 8 takes eight times one at l = 1.
                 progress.update(bar, completed=sum(r.cost for r in done) + sum(w.cost_done for w in workers))
@@ -228,6 +236,22 @@ def run_experiment(
             finally:
                 ours.close()
                 lifeline.close()
+
+
+def _groups(config: ExperimentConfig, jobs: int) -> list[list[RunConfig]]:
+    """Return the runs in lists, each for one process: alone, or as replicas that differ in the seed alone."""
+    if config.engine == "torch":
+        return [[run] for run in config.runs()]
+    kinds: dict[tuple[int, float, float], list[RunConfig]] = {}
+    for run in config.runs():
+        kinds.setdefault((run.batch_size, run.lr, run.l), []).append(run)
+    if isinstance(config.replicas, int):
+        size = config.replicas
+    else:
+        # Replicas gain nothing from more company: a thread takes one at a time. So there may be lists enough to keep
+        # every process busy to the end, and few enough that their start costs little.
+        size = math.ceil(config.seeds / max(1, math.ceil(4 * jobs / len(kinds))))
+    return [runs[i : i + size] for runs in kinds.values() for i in range(0, len(runs), size)]
 
 
 def provenance() -> dict[str, Any]:
@@ -293,21 +317,23 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 def _start(
     context: multiprocessing.context.ForkServerContext,
-    run: RunConfig,
+    runs: list[RunConfig],
     out: Path,
     options: dict[str, Any],
     lifeline: Connection,
 ) -> _Worker:
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (run, out / run.name, options, theirs, lifeline)
-    process = context.Process(target=_work, args=arguments, name=run.name, daemon=True)
+    arguments = (runs, [out / run.name for run in runs], options, theirs, lifeline)
+    process = context.Process(target=_work, args=arguments, name=runs[0].name, daemon=True)
     process.start()
     theirs.close()  # so that the worker's end shows as the end of the messages
-    return _Worker(run, process, ours)
+    return _Worker(runs, process, ours, [0] * len(runs))
 
 
-def _work(run: RunConfig, folder: Path, options: dict[str, Any], messages: Connection, lifeline: Connection) -> None:
-    """Train one run in a worker process: messages are steps done, or the error that ended it."""
+def _work(
+    runs: list[RunConfig], folders: list[Path], options: dict[str, Any], messages: Connection, lifeline: Connection
+) -> None:
+    """Train runs in a worker process: messages are a run's place and steps done, or the error that ended it."""
     stop = False
 
     def ask_to_stop(*_: object) -> None:
@@ -322,18 +348,18 @@ def _work(run: RunConfig, folder: Path, options: dict[str, Any], messages: Conne
         time.sleep(PATIENCE)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def report(step: int) -> None:
+    def report(place: int, step: int) -> None:
         try:
-            messages.send(step)
+            messages.send((place, step))
         except BrokenPipeError:  # the parent is gone
             ask_to_stop()
 
     signal.signal(signal.SIGTERM, ask_to_stop)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    from svag_fast.experiments.training import train
+    from svag_fast.experiments.training import train_together
 
     try:
-        train(run, folder, on_progress=report, should_stop=lambda: stop, **options)
+        train_together(runs, folders, on_progress=report, should_stop=lambda: stop, **options)
     except Exception as error:
         expected = isinstance(error, (OSError, RuntimeError, ValueError))
         with suppress(BrokenPipeError):  # the parent is gone
@@ -351,7 +377,7 @@ def _listen(worker: _Worker) -> bool:
     if isinstance(message, str):
         worker.error = message
     else:
-        worker.steps_done = message
+        place, worker.steps_done[place] = message[0], message[1]
     return True
 
 
@@ -360,7 +386,8 @@ def _post_mortem(worker: _Worker) -> str:
     if worker.error is None:
         reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         worker.error = f"its process ended by {reason} (out of memory?)"
-    return f"run {worker.run.name} failed: {worker.error}"
+    run = worker.runs[0].name if len(worker.runs) == 1 else f"one of {worker.runs[0].name} to {worker.runs[-1].name}"
+    return f"run {run} failed: {worker.error}"
 
 
 def _stop(workers: list[_Worker]) -> None:

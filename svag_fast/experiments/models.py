@@ -64,7 +64,7 @@ class FixedHeadNet(nn.Module):
         super().__init__()
         self.features = features
         for module in features.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 # He's initial variance, for the ReLU that halves it. Drawn from `generator`, not PyTorch's global
                 # stream.
                 fan_in = module.weight[0].numel()
@@ -91,6 +91,17 @@ register_chain(
 )
 
 
+class FixedHeadMLP(FixedHeadNet):
+    """The same for features that are vectors: from images [B, C, H, W] to [B, width]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, C, H, W]."""
+        return nn.functional.linear(self.features(images), self.head)
+
+
+register_chain(FixedHeadMLP, lambda net: [("features", net.features), ("head", FixedLinear("head"))])
+
+
 class PreActBlock(nn.Module):
     """norm, ReLU, 3x3, norm, ReLU, 3x3, added to the input; `project`: by a 1x1 convolution, normalised before."""
 
@@ -111,8 +122,25 @@ class PreActBlock(nn.Module):
         return shortcut + branch
 
 
+def digits_mlp(*, inputs: int = 64, num_classes: int = 10, generator: torch.Generator) -> FixedHeadMLP:
+    """The net of the default experiment: three linear layers of 64 without bias, each with LayerNorm and ReLU behind.
+
+    12,288 trained parameters on 64 inputs.
+
+    Args:
+        inputs: values of an image.
+        num_classes: number of classes.
+        generator: draws the initial weights.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for size in (inputs, 64, 64):
+        norm = nn.LayerNorm(64, eps=NORM_EPS, elementwise_affine=False)
+        layers += [nn.Linear(size, 64, bias=False), norm, nn.ReLU()]
+    return FixedHeadMLP(nn.Sequential(*layers), 64, num_classes, 4.0, generator)
+
+
 def digits_net(*, in_channels: int = 1, num_classes: int = 10, generator: torch.Generator) -> FixedHeadNet:
-    """The small net of the default experiment: three 3x3 convolutions (16, 32 with stride 2, 32), GroupNorm, ReLU.
+    """A small convolutional net: three 3x3 convolutions (16, 32 with stride 2, 32), GroupNorm, ReLU.
 
     13,968 trained parameters on one-channel images.
     """
@@ -187,26 +215,29 @@ def vgg(
 _MODEL_NAME = re.compile(r"(?P<family>preresnet|vgg)(?P<depth>\d+)-(?P<norm>bn|gn|none)(?:-w(?P<width>\d+))?")
 
 
-def build_model(name: str, *, in_channels: int, num_classes: int, seed: int = 0) -> FixedHeadNet:
+def build_model(name: str, *, in_channels: int, num_classes: int, seed: int = 0, pixels: int = 64) -> FixedHeadNet:
     """Build a net by its name, with initial weights that depend on the name, the shapes and `seed` alone.
 
     Args:
-        name: "digits-net", or "preresnet<depth>-<norm>[-w<width>]", or "vgg<depth>-<norm>[-w<width>]",
+        name: "digits-mlp", "digits-net", or "preresnet<depth>-<norm>[-w<width>]", or "vgg<depth>-<norm>[-w<width>]",
             with norm bn, gn or none: "preresnet32-gn", "vgg16-bn", "preresnet32-bn-w4".
         in_channels: channels of the images.
         num_classes: number of classes.
         seed: of the initial weights.
+        pixels: of an image's channel; it matters to "digits-mlp" alone.
 
     Raises:
         ValueError: no net has that name.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    if name == "digits-mlp":
+        return digits_mlp(inputs=in_channels * pixels, num_classes=num_classes, generator=generator)
     if name == "digits-net":
         return digits_net(in_channels=in_channels, num_classes=num_classes, generator=generator)
     match = _MODEL_NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            "model must be digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn or none and "
+            "model must be digits-mlp, digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn or none and "
             f"optionally -w<width>, such as preresnet32-gn or vgg16-bn-w2, got {name!r}"
         )
     for part in ("depth", "width"):

@@ -37,6 +37,7 @@ TEXTS = ("dataset", "model")
 # often a run was computed and looked at, and where it comes from. All else decides its curve, known here or not.
 MAY_DIFFER = {"batch_size", "lr", "l", "seed", "effective_steps", "epochs", "steps"}
 MAY_DIFFER |= {"backend", "device", "threads", "jobs", "rows", "evaluations", "checkpoint_seconds"}
+MAY_DIFFER |= {"engine", "stat_every", "replicas"}
 MAY_DIFFER |= {"versions", "platform", "commit"}
 
 _FINITE = Range(-1.8e308, 1.8e308)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,29 @@ from torch.nn import functional as F
 from svag_fast.experiments.checkpoint import ADVICE, CheckpointError, load_checkpoint, save_checkpoint
 from svag_fast.experiments.config import RunConfig, check_range
 from svag_fast.experiments.data import Dataset, draw_batch, load_dataset
+from svag_fast.experiments.fused_training import FusedTraining
 from svag_fast.experiments.gradients import has_sample_norms, measuring_cost, pair_gradients
-from svag_fast.experiments.models import FixedHeadNet, build_model
-from svag_fast.experiments.run_folder import COLUMNS, MUST_BE_FINITE
-from svag_fast.experiments.run_output import Events, MetricsRow, alone_in, repair, write_config, write_metrics
+from svag_fast.experiments.measured_run import (
+    EVALUATION_LIMIT,
+    MeasuredRun,
+    Part,
+    RowMeans,
+    diverged,
+    initial_model,
+    own_seed,
+)
+from svag_fast.experiments.run_folder import COLUMNS
+from svag_fast.experiments.run_output import Events, alone_in, repair, write_config, write_metrics
 from svag_fast.noise.estimators import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.svag import SVAG
 
-EVALUATION_LIMIT = 10_000  # an evaluation takes at most the first so many training samples
 EVALUATION_BATCH = 128
 
 
-class Training:
-    """A run in progress: the net, the optimizer, the two batch streams, and the rows of metrics so far.
+class Training(MeasuredRun):
+    """A run in progress by PyTorch: the net, the optimizer, the two batch streams, and the rows of metrics so far.
 
     Everything that decides what comes next is in `state`, so a run that continues from a checkpoint is bit for bit the
     one that was never interrupted.
@@ -42,9 +49,9 @@ class Training:
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
-        self.config = config
+        super().__init__(config)
         self.data = dataset
-        self.model = _initial_model(config, dataset).to(config.device)
+        self.model = initial_model(config, dataset).to(config.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.has_sample_norms = has_sample_norms(self.model)
         self.optimizer = SVAG(
@@ -55,13 +62,23 @@ class Training:
             backend=config.backend,
         )
         # A stream of batches each, so that SGD's path does not depend on the batches that only measure its noise.
-        self.streams = [torch.Generator("cpu").manual_seed(_seed(config, f"stream {stream}")) for stream in range(2)]
-        self.step = 0
-        self.seconds = 0.0
-        self.rows: list[MetricsRow] = [self._first_row()]
-        self._clear_sums()
+        self.streams = [torch.Generator("cpu").manual_seed(own_seed(config, f"stream {stream}")) for stream in range(2)]
+        self.clear_sums()
+        self.begin()
 
-    def _clear_sums(self) -> None:
+    @property
+    def runs(self) -> Sequence[MeasuredRun]:
+        """The runs whose steps `advance` takes: this one."""
+        return (self,)
+
+    def advance(self) -> None:
+        """Take one step."""
+        start = time.monotonic()
+        self.take_step()
+        self.seconds += time.monotonic() - start
+
+    def clear_sums(self) -> None:
+        """Begin a new row's means."""
         self.steps_summed = 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=self.config.device)
         # Sums stay on the device in float64: a `float()` a step would wait for the GPU, and float32 would lose small
@@ -94,39 +111,20 @@ class Training:
         indices = torch.cat(drawn).to(self.config.device)
         return self.data.train_images[indices], self.data.train_labels[indices]
 
-    def end_row(self) -> None:
-        """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
-        config, count = self.config, self.steps_summed
+    def row_means(self) -> RowMeans:
+        """Return the means over the steps since the last row."""
+        count = self.steps_summed
         stats = StepStats(self.raw_stats / count, has_second=True)
         loss1, loss2 = (self.losses / count).tolist()
         # Of the loss whose gradient the steps followed.
-        c1, c2 = svag_coefficients(config.l)
-        noise = self._noise(stats)
-        row = dict.fromkeys(COLUMNS) | {
-            "step": self.step,
-            "effective_step": self.step / config.l,
-            "time": self.optimizer.time,
-            "amplified_loss": c1 * loss1 + c2 * loss2,
-            "grad_sq_norm": float(noise.grad_sq_norm),
-            "noise_trace": float(noise.noise_trace),
-            "weight_sq_norm": float(stats.weight_sq_norm),
-            "nsr": float(noise.nsr),
-            "noise_source": self.noise_source,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "samples_per_second": 2 * config.batch_size * count / self.seconds,
-        }
-        if self.step in config.evaluation_steps:
-            row |= self._test()
-        if self.step in config.train_evaluation_steps:
-            row |= self._train()
-        self.rows.append(row)
-        self.seconds = 0.0
-        self._clear_sums()
+        c1, c2 = svag_coefficients(self.config.l)
+        samples = 2 * self.config.batch_size * count
+        return RowMeans(c1 * loss1 + c2 * loss2, self._noise(stats), float(stats.weight_sq_norm), samples)
 
     @property
-    def diverged(self) -> bool:
-        """Whether the last row has a loss, weight norm, G or N that is not finite: no number can follow."""
-        return _diverged(self.rows[-1])
+    def time(self) -> float:
+        """The SDE's time: the sum of lr/l over the steps taken."""
+        return self.optimizer.time
 
     @property
     def noise_source(self) -> str:
@@ -154,20 +152,16 @@ class Training:
         sq_norms = self.sample_sq_norms / self.steps_summed
         return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
 
-    def _first_row(self) -> MetricsRow:
-        weight_sq_norm = sum(float(p.detach().double().square().sum()) for p in self.params)
-        start: MetricsRow = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
-        start |= {"noise_source": self.noise_source, "noise_cost": self._noise_cost()}
-        return dict.fromkeys(COLUMNS) | start | {"lr": self.config.lr_at(0)} | self._test() | self._train()
+    def start_values(self) -> tuple[float, float | None]:
+        """Return R of the initial weights, and what measuring the noise adds to a gradient's time."""
+        return sum(float(p.detach().double().square().sum()) for p in self.params), self._noise_cost()
 
-    def _train(self) -> MetricsRow:
+    def evaluate(self, part: Part) -> tuple[float, float]:
+        """Return mean loss and accuracy (a fraction) of the net as it is now."""
         data, limit = self.data, EVALUATION_LIMIT
-        loss, accuracy = evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
-        return {"train_loss": loss, "train_accuracy": accuracy}
-
-    def _test(self) -> MetricsRow:
-        loss, accuracy = evaluate(self.model, self.data.test_images, self.data.test_labels)
-        return {"test_loss": loss, "test_accuracy": accuracy}
+        if part == "train":
+            return evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
+        return evaluate(self.model, data.test_images, data.test_labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next: tensors and plain Python."""
@@ -208,6 +202,29 @@ class Training:
         self.sample_sq_norms = state["sample_sq_norms"].to(self.config.device)
 
 
+class Engine(Protocol):
+    """Runs whose steps are taken together."""
+
+    @property
+    def runs(self) -> Sequence[MeasuredRun]:
+        """The runs."""
+
+    def advance(self) -> None:
+        """Take whole steps of some of them, none beyond its next row."""
+
+
+def make_engine(configs: Sequence[RunConfig], dataset: Dataset) -> Engine:
+    """Return runs that are alike but for the seed at their start; of engine "torch", a single one.
+
+    Raises:
+        UnsupportedModuleError: engine "fused" has no kernel for the net.
+    """
+    if configs[0].engine == "fused":
+        return FusedTraining(configs, dataset)
+    (config,) = configs
+    return Training(config, dataset.to(config.device))
+
+
 def train(
     config: RunConfig,
     folder: Path,
@@ -241,53 +258,126 @@ def train(
         RunBusyError: another process is training this run.
         OSError: the folder can't be written or the disk is full; the last checkpoint is as it was.
     """
+    return train_together(
+        [config],
+        [folder],
+        provenance=provenance,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+        on_progress=lambda _, step: on_progress(step),
+        should_stop=should_stop,
+    )
+
+
+def train_together(
+    configs: Sequence[RunConfig],
+    folders: Sequence[Path],
+    *,
+    provenance: dict[str, Any] | None = None,
+    checkpoint_seconds: float = 5.0,
+    tensorboard: bool = False,
+    on_progress: Callable[[int, int], None] = lambda run, step: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train runs that one engine takes at once, each in its own folder; all else is as of `train`.
+
+    Args:
+        configs: the runs; more than one of engine "fused" alone, alike but for the seed.
+        folders: of each.
+        provenance, checkpoint_seconds, tensorboard: see `train`.
+        on_progress: called with a run's place in `configs` and its number of steps done, at every row.
+        should_stop: asked after whole steps, some tenths of a second apart at most where steps are short.
+
+    Raises:
+        As `train`; where one run is refused, none is trained.
+    """
     check_range("checkpoint_seconds", checkpoint_seconds)
     # Runs share the machine: PyTorch would take every core for each of them, and they would wait for each other.
-    torch.set_num_threads(config.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = dataclasses.asdict(config)
-    checkpoint = folder / "checkpoint.pt"
-    with alone_in(folder):
-        state = read_state(checkpoint, config)
-        if state is None:
-            write_config(folder, identity, provenance or {})
-        else:
-            provenance = state.get("provenance", provenance)
-            repair(folder, identity, provenance or {}, state["rows"])
-            if state["step"] == config.steps or _diverged(state["rows"][-1]):
-                # A complete run may have been trained without events.
-                if tensorboard and not any(folder.glob("events.out.tfevents.*")):
-                    Events(folder, identity).write(state["rows"])
-                return True
-        training = Training(config, load_dataset(config.dataset).to(config.device))
-        if state is not None:
-            try:
-                training.load_state_dict(state)
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{checkpoint} holds no whole state of this run ({error!r}). {ADVICE}") from error
-        row_steps = set(config.row_steps)
-        events = Events(folder, identity) if tensorboard else None
-        saved_at = mark = time.monotonic()
-        stopped = False
-        while training.step < config.steps and not stopped and not training.diverged:
-            training.take_step()
-            # Asked after the step, so that what is saved is a whole step's state.
+    torch.set_num_threads(configs[0].threads)
+    with ExitStack() as locks:
+        books = []
+        for place, (config, folder) in enumerate(zip(configs, folders, strict=True)):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(alone_in(folder))
+            book = _Book(place, config, folder, provenance, tensorboard)
+            if not book.complete:
+                books.append(book)
+        if not books:
+            return True
+        data = load_dataset(configs[0].dataset, label_noise=configs[0].label_noise)
+        engine = make_engine([book.config for book in books], data)
+        working = list(zip(books, engine.runs, strict=True))
+        for book, run in working:
+            book.load_into(run)
+            book.open_events()
+        saved_at = time.monotonic()
+        while working:
+            engine.advance()
+            # Asked after the steps, so that what is saved is a whole step's state.
             stopped = should_stop()
-            if training.step in row_steps:
-                training.seconds += time.monotonic() - mark
-                training.end_row()
-                on_progress(training.step)
-                mark = time.monotonic()
-            done = training.step == config.steps or training.diverged
-            if stopped or done or time.monotonic() - saved_at > checkpoint_seconds:
-                training.seconds += time.monotonic() - mark
-                # Events first: of a complete run they are not written again.
-                if events is not None:
-                    events.write(training.rows)
-                save_checkpoint(checkpoint, identity, {**training.state_dict(), "provenance": provenance})
-                write_metrics(folder / "metrics.csv", training.rows)
-                saved_at = mark = time.monotonic()
-        return training.step == config.steps or training.diverged
+            for book, run in working:
+                if run.step in book.row_steps and run.rows[-1]["step"] != run.step:
+                    run.end_row()
+                    on_progress(book.place, run.step)
+            due = stopped or time.monotonic() - saved_at > checkpoint_seconds
+            for book, run in working:
+                if due or run.ended:
+                    book.save(run)
+            if due:
+                saved_at = time.monotonic()
+            working = [(book, run) for book, run in working if not run.ended]
+            if stopped:
+                break
+        return not working
+
+
+class _Book:
+    """A run's folder while it is trained: what is there, and what is written."""
+
+    def __init__(
+        self, place: int, config: RunConfig, folder: Path, provenance: dict[str, Any] | None, tensorboard: bool
+    ) -> None:
+        self.place, self.config, self.folder, self.tensorboard = place, config, folder, tensorboard
+        self.row_steps = set(config.row_steps)
+        self.events: Events | None = None
+        self.identity = dataclasses.asdict(config)
+        self.checkpoint = folder / "checkpoint.pt"
+        self.state = read_state(self.checkpoint, config)
+        self.provenance = provenance
+        self.complete = False
+        if self.state is None:
+            write_config(folder, self.identity, provenance or {})
+            return
+        rows = self.state["rows"]
+        self.provenance = self.state.get("provenance", provenance)
+        repair(folder, self.identity, self.provenance or {}, rows)
+        self.complete = self.state["step"] == config.steps or diverged(rows[-1])
+        # A complete run may have been trained without events.
+        if self.complete and tensorboard and not any(folder.glob("events.out.tfevents.*")):
+            Events(folder, self.identity).write(rows)
+
+    def load_into(self, run: MeasuredRun) -> None:
+        """Let the run go on from the checkpoint, if there is one."""
+        if self.state is None:
+            return
+        try:
+            run.load_state_dict(self.state)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint} holds no whole state of this run ({error!r}). {ADVICE}"
+            ) from error
+
+    def open_events(self) -> None:
+        """Begin TensorBoard's file, if asked for."""
+        self.events = Events(self.folder, self.identity) if self.tensorboard else None
+
+    def save(self, run: MeasuredRun) -> None:
+        """Write the checkpoint and what follows from it."""
+        # Events first: of a complete run they are not written again.
+        if self.events is not None:
+            self.events.write(run.rows)
+        save_checkpoint(self.checkpoint, self.identity, {**run.state_dict(), "provenance": self.provenance})
+        write_metrics(self.folder / "metrics.csv", run.rows)
 
 
 def read_state(checkpoint: Path, config: RunConfig) -> dict[str, Any] | None:
@@ -328,28 +418,3 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
         correct += (logits.argmax(1) == expected).sum()
     model.train(was_training)
     return float(loss) / len(labels), float(correct) / len(labels)
-
-
-# Integers are never nan, and a cell that was not measured holds None.
-def _diverged(row: MetricsRow) -> bool:
-    return not all(math.isfinite(value) for name in MUST_BE_FINITE if isinstance(value := row[name], float))
-
-
-def _initial_model(config: RunConfig, dataset: Dataset) -> FixedHeadNet:
-    """Build the net with its initial weights; the head, which is part of the problem, is the same for all runs."""
-    shape = {"in_channels": dataset.train_images.shape[1], "num_classes": dataset.num_classes}
-    model = build_model(config.model, **shape)
-    if config.init == "shared":
-        return model
-    own = build_model(config.model, **shape, seed=_seed(config, "initial weights"))
-    # The head is part of the problem, not of the initial weights.
-    own.head.copy_(model.head)
-    return own
-
-
-def _seed(config: RunConfig, purpose: str) -> int:
-    """Return a seed of this run's own: runs of different seed, batch size or l are independent."""
-    name = f"seed {config.seed}, batch size {config.batch_size}, l {config.l:g}, {purpose}"
-    # A hash rather than seed + l + ...: sums of small integers collide. The shift leaves the 63 bits that a generator
-    # takes.
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -200,9 +200,13 @@ class FusedRuns:
         """Copies of the sums since the last :meth:`clear_sums`."""
         return RunSums(*self._sums.clone().unbind(1))
 
-    def clear_sums(self) -> None:
-        """Set the sums to 0."""
-        self._sums.zero_()
+    def clear_sums(self, replicas: Sequence[int] | None = None) -> None:
+        """Set the sums to 0: of all replicas, or of these."""
+        if replicas is None:
+            self._sums.zero_()
+        else:
+            for s in replicas:
+                self._sums[integer("replicas", s, least=0, most=len(self._sums) - 1)] = 0.0
 
     def advance(self, to_steps: int | Sequence[int]) -> None:
         """Take every replica that has not diverged to a step, in calls of the kernel of about 0.2 s, or one step.

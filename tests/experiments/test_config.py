@@ -5,20 +5,67 @@ import math
 
 import pytest
 
-from svag_fast.experiments.config import SCHEDULES, ConfigError, ExperimentConfig, RunConfig, read_settings
+from svag_fast.experiments.config import PIECEWISE, SCHEDULES, ConfigError, ExperimentConfig, RunConfig, read_settings
 from svag_fast.experiments.data import DATASETS
 
 RUN = {"batch_size": 8, "lr": 0.1, "l": 2, "seed": 0, "effective_steps": 100}
 
 
-def test_the_default_is_24_runs_of_equal_time_by_the_linear_scaling_rule():
+def test_the_default_is_208_runs_of_equal_time_by_the_linear_scaling_rule():
     runs = ExperimentConfig().runs()
-    assert len(runs) == len({run.name for run in runs}) == 24
-    kinds = {(run.batch_size, run.lr, run.effective_steps) for run in runs}
-    assert kinds == {(8, 0.1, 1008), (128, 1.6, 63)}
-    assert all(math.isclose(run.lr * run.effective_steps, 100.8) for run in runs)
-    assert {run.l for run in runs} == {1, 2, 4, 8}
-    assert {run.seed for run in runs} == {0, 1, 2}
+    assert len(runs) == len({run.name for run in runs}) == 208
+    kinds = {(run.batch_size, run.lr, run.effective_steps, run.rows) for run in runs}
+    assert kinds == {(4, 0.4, 5120, 320), (32, 3.2, 640, 320), (256, 25.6, 80, 320)}
+    assert {len(run.evaluation_steps) for run in runs if run.batch_size < 256} == {320}
+    assert {len(run.evaluation_steps) for run in runs if run.batch_size == 256} == {80}
+    assert {len(run.train_evaluation_steps) for run in runs} == {20}
+    assert all(math.isclose(run.lr * run.effective_steps, 2048) for run in runs)
+    for size, levels in ((4, {1, 2, 4, 8}), (32, {1, 2, 4, 8}), (256, {1, 2, 4, 8, 16})):
+        assert {run.l for run in runs if run.batch_size == size} == levels
+    assert {run.seed for run in runs} == set(range(16))
+    assert {(run.engine, run.stat_every, run.label_noise) for run in runs} == {("fused", 4, 0.2)}
+
+
+def test_l_is_one_list_for_all_batch_sizes_or_one_for_each():
+    for given in ((1, 3), [[1, 3]], ((1, 3), (1, 3))):
+        config = ExperimentConfig.from_dict({"batch_size": [4, 8], "l": given, "seeds": 1})
+        assert config.levels == ((1, 3), (1, 3))
+    config = ExperimentConfig.from_dict({"batch_size": [4, 8], "l": [[1, 3], [2]], "seeds": 1})
+    assert [(run.batch_size, run.l) for run in config.runs()] == [(4, 1), (4, 3), (8, 2)]
+    assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ExperimentConfig(batch_size=(2, 128)).levels == ((1, 2, 4, 8), (1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine"),
+    [
+        ({}, "fused"),
+        ({"model": "digits-net", "replicas": 3}, "fused"),
+        ({"model": "vgg11-gn", "replicas": "3"}, "fused"),
+        ({"replicas": "off"}, "torch"),
+        ({"model": "vgg11-gn"}, "torch"),
+        ({"sampling": "distinct"}, "torch"),
+        ({"schedule": "cosine"}, "torch"),
+        ({"device": "cuda"}, "torch"),
+        ({"backend": "cpp"}, "torch"),
+    ],
+    ids=str,
+)
+def test_the_fused_engine_trains_what_it_serves_unless_it_is_switched_off(changes, engine):
+    runs = ExperimentConfig(**changes, seeds=1).runs()
+    assert {(run.engine, run.stat_every) for run in runs} == {(engine, 1 if engine == "torch" else 4)}
+
+
+@pytest.mark.parametrize("schedule", PIECEWISE)
+@pytest.mark.parametrize(("l", "effective_steps"), [(1, 1), (1, 7), (2.5, 11), (4, 640)])
+def test_the_pieces_of_a_schedule_are_its_learning_rates(schedule, l, effective_steps):
+    run = RunConfig(**{**RUN, "l": l, "effective_steps": effective_steps, "schedule": schedule})
+    pieces = dict(run.lr_pieces)
+    lr = None
+    for step in range(run.steps):
+        lr = pieces.pop(step, lr)
+        assert lr == run.lr_at(step)
+    assert not pieces
 
 
 def test_a_list_of_lr_says_each_and_epochs_are_passes_over_the_data():
@@ -68,7 +115,22 @@ def test_schedules_have_their_shapes():
             {"batch_size": 1438, "sampling": "distinct"},
             "at most 1437, the size of digits's training set, or sampling replacement",
         ),
-        ({"lr": [0.1, 0.2, 0.3]}, "lr must be one number, or 2"),
+        ({"lr": [0.1, 0.2]}, "lr must be one number, or 3"),
+        ({"l": [[1, 2], [1]]}, "l must be one list, or 3: one for each batch size"),
+        ({"l": [[1, 2], 3]}, "l must be a number from 1"),
+        ({"l": []}, "l must be a number or a list of numbers"),
+        ({"l": [[], [1], [1]]}, "l must be a number or a list of numbers"),
+        ({"replicas": "on"}, "replicas must be auto, off or an integer from 1 to 10,000, got 'on'"),
+        ({"replicas": 0}, "replicas must be auto, off or"),
+        ({"replicas": True}, "replicas must be auto, off or"),
+        ({"replicas": 2, "sampling": "distinct"}, "sampling must be replacement, or replicas off"),
+        ({"replicas": 2, "schedule": "cosine"}, "schedule must be constant or step, or replicas off"),
+        ({"replicas": 2, "device": "cuda"}, "device must be cpu, or replicas off"),
+        ({"replicas": 2, "backend": "cpp"}, "backend must be auto, or replicas off"),
+        ({"replicas": "off", "stat_every": 2}, "stat_every must be 1 where runs are not trained as replicas"),
+        ({"stat_every": 0}, "stat_every must be an integer from 1"),
+        ({"label_noise": 1.1}, "label_noise must be a number from 0 to 1"),
+        ({"label_noise": math.nan}, "label_noise must be a number from 0 to 1"),
         ({"lr": -0.1}, "lr must be a number from 1e-12 to 1e+12, got -0.1"),
         ({"lr": math.nan}, "lr must be a number from 1e-12 to 1e+12, got nan"),
         ({"l": [1, 0.5]}, "l must be a number from 1 to 1e+06, got 0.5"),
@@ -77,9 +139,9 @@ def test_schedules_have_their_shapes():
         ({"l": 10**5000}, "l must be a number from 1 to 1e+06, got an integer of many digits"),
         ({"l": [1.0000001, 1.0000002]}, "l must be a list without repetition"),
         ({"l": 1e5, "effective_steps": 10**8}, "l times effective_steps must be at most 10,000,000,000"),
-        ({"seeds": 5000}, "the number of runs must be at most 10,000, got 40000"),
+        ({"seeds": 5000}, "the number of runs must be at most 10,000, got 65000"),
         ({"epochs": 1e300}, "epochs must be a number from 1e-06 to 1e+06, got 1e+300"),
-        ({"lr": [1e12, 1e-12]}, "effective_steps must be an integer from 1"),
+        ({"lr": [1e12, 1, 1e-12]}, "effective_steps must be an integer from 1"),
         ({"rows": 10**9}, "rows must be an integer from 1 to 100,000"),
         ({"threads": 10**9}, "threads must be an integer from 1 to 1,024"),
         ({"weight_decay": -1}, "weight_decay must be a number from 0"),

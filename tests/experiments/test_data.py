@@ -123,3 +123,24 @@ def test_a_cut_gzip_is_refused_and_a_missing_file_named(tmp_path):
         read_idx(tmp_path / "x-ubyte")
     with pytest.raises(DatasetNotFoundError, match="y-ubyte"):
         read_idx(tmp_path / "y-ubyte")
+
+
+def test_label_noise_redraws_its_part_of_the_training_labels_once_and_leaves_the_test_clean():
+    clean, noisy, again = (load_dataset("digits", label_noise=part) for part in (0.0, 0.2, 0.2))
+    assert torch.equal(noisy.train_labels, again.train_labels)
+    assert torch.equal(noisy.test_labels, clean.test_labels)
+    assert torch.equal(noisy.train_images, clean.train_images)
+    n = len(clean.train_labels)
+    changed = noisy.train_labels != clean.train_labels
+    # A redrawn label stays what it was in one case of ten: 287 draws, and four standard deviations.
+    drawn = round(0.2 * n)
+    assert abs(int(changed.sum()) - 0.9 * drawn) < 4 * (0.09 * drawn) ** 0.5
+    counts = torch.bincount(load_dataset("digits", label_noise=1.0).train_labels, minlength=10)
+    assert float(((counts - n / 10).square() / (n / 10)).sum()) < 27.9  # chi² of 9: 0.1 %
+    assert set(noisy.train_labels.tolist()) <= set(range(10))
+
+
+@pytest.mark.parametrize("part", [-0.1, 1.5, float("nan")])
+def test_label_noise_out_of_range_is_refused(part):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        load_dataset("digits", label_noise=part)

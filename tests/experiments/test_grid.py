@@ -20,8 +20,11 @@ from svag_fast.experiments.config import ExperimentConfig
 from svag_fast.experiments.grid import ExperimentError, prepare_folder, read_experiment
 from svag_fast.experiments.run_output import RunBusyError, alone_in
 
-OPTIONS = ["--batch-size", "4,16", "--l", "1,3", "--seeds", "1", "--effective-steps", "80", "--rows", "12"]
-RUNS = {"b4-lr0.1-l1-seed0", "b4-lr0.1-l3-seed0", "b16-lr0.4-l1-seed0", "b16-lr0.4-l3-seed0"}
+OPTIONS = ["--batch-size", "4,16", "--lr", "0.1", "--l", "1,3", "--seeds", "2", "--effective-steps", "4000"]
+OPTIONS += ["--rows", "100", "--evaluations", "10"]
+RUNS = {
+    f"{kind}-seed{seed}" for kind in ("b4-lr0.1-l1", "b4-lr0.1-l3", "b16-lr0.4-l1", "b16-lr0.4-l3") for seed in (0, 1)
+}
 
 
 PATIENCE = 500  # seconds: what takes longer hangs, however busy the machine is
@@ -69,7 +72,7 @@ def whole(tmp_path_factory):
     """The experiment, never interrupted."""
     out = tmp_path_factory.mktemp("whole") / "x"
     output = finish(*OPTIONS, "--out", out, "--jobs", 2)
-    assert "4 of 4 runs" in output
+    assert "8 of 8 runs" in output
     assert "B = 4" in output
     return out
 
@@ -84,7 +87,7 @@ def wait_for(condition, process, timeout=PATIENCE):
 def test_every_run_leaves_its_config_and_metrics(whole):
     assert {folder.name for folder in whole.iterdir() if folder.is_dir()} == RUNS
     found = json.loads((whole / "summary.json").read_text())["batch_sizes"]
-    assert [verdict["runs"]["finished"] for verdict in found.values()] == [2, 2]
+    assert [verdict["runs"]["finished"] for verdict in found.values()] == [4, 4]
     assert (whole / "convergence.png").read_bytes().startswith(b"\x89PNG")
     for name in RUNS:
         config = json.loads((whole / name / "config.json").read_text())
@@ -102,7 +105,7 @@ def test_every_run_leaves_its_config_and_metrics(whole):
         assert config["versions"]["torch"] == torch.__version__
         assert "commit" in config
     rows, _ = result(whole)["b16-lr0.4-l3-seed0"]
-    assert float(rows[-1]["effective_step"]) == 20
+    assert float(rows[-1]["effective_step"]) == 1000
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
@@ -187,7 +190,8 @@ def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
     with alone_in(out / "b4-lr0.1-l3-seed0"):
         answer, output = resume(out)
     assert answer.exit_code == 1
-    assert "b4-lr0.1-l3-seed0 failed" in output
+    assert "b4-lr0.1-l3-seed0 to b4-lr0.1-l3-seed1 failed" in output
+    assert "b4-lr0.1-l3-seed0 is being trained" in output
     assert "being trained by another process" in output
 
 
@@ -283,6 +287,11 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path):
     [
         (["--model", "vgg3"], "model must be digits-net"),
         (["--l", "1,x"], "'x' is not a number"),
+        (["--l", "1,2/1"], "l must be one list, or 3: one for each batch size"),
+        (["--replicas", "some"], "replicas must be auto, off or an integer from 1 to 10,000, got 'some'"),
+        (["--replicas", "2", "--model", "preresnet8-gn"], "--replicas off trains each run alone"),
+        (["--stat-every", "2", "--model", "preresnet8-gn"], "stat_every must be 1 where runs are not trained as"),
+        (["--label-noise", "2"], "label_noise must be a number from 0 to 1"),
         (["--l", "0.5"], "l must be a number from 1 to 1e+06"),
         (["--l", "1e21"], "l must be a number from 1 to 1e+06"),
         (["--epochs", "1e300"], "epochs must be a number"),
@@ -335,7 +344,7 @@ def test_a_folder_that_holds_something_is_not_written_to_without_resume(tmp_path
 def test_resume_refuses_another_experiment_s_options(tmp_path):
     prepare_folder(tmp_path, ExperimentConfig(), resume=False)
     assert read_experiment(tmp_path) == ExperimentConfig()
-    with pytest.raises(ExperimentError, match=r"seeds is 3 there and 2 here"):
+    with pytest.raises(ExperimentError, match=r"seeds is 16 there and 2 here"):
         prepare_folder(tmp_path, ExperimentConfig(seeds=2), resume=True)
 
 

@@ -27,6 +27,20 @@ def test_digits_net_has_13968_trained_parameters_and_a_fixed_head():
     assert net.head.shape == (10, 32)
 
 
+def test_digits_mlp_is_three_layers_of_64_without_bias_or_affine_norm_and_a_fixed_head():
+    net = build_model("digits-mlp", in_channels=1, num_classes=10)
+    assert [tuple(p.shape) for p in net.parameters()] == [(64, 64)] * 3
+    assert (tuple(net.head.shape), net.head.requires_grad) == ((10, 64), False)
+    x, w = torch.randn(5, 1, 8, 8), list(net.parameters())
+    h = x.flatten(1)
+    for weight in w:
+        h = h @ weight.T
+        h = torch.relu((h - h.mean(1, keepdim=True)) / h.std(1, unbiased=False, keepdim=True))
+    torch.testing.assert_close(net(x), h @ net.head.T)
+    large = build_model("digits-mlp", in_channels=3, num_classes=10, pixels=28 * 28)
+    assert large(torch.randn(2, 3, 28, 28)).shape == (2, 10)
+
+
 def test_preresnet32_has_the_paper_s_size():
     assert 0.46e6 < trained(build_model("preresnet32-gn", in_channels=3, num_classes=10)) < 0.47e6
 
@@ -37,7 +51,7 @@ def test_vgg16_has_13_convolutions_and_14_7_million_parameters():
     assert 14.7e6 < trained(net) < 14.72e6
 
 
-@pytest.mark.parametrize("name", ["digits-net", "vgg11-gn", "preresnet20-bn"])
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-net", "vgg11-gn", "preresnet20-bn"])
 def test_initial_weights_are_normal_with_variance_two_over_fan_in(name):
     """Mean square over 2 / fan_in of n weights: 1 with standard error sqrt(2 / n); 4.5 standard errors allowed."""
     net = build_model(name, in_channels=1, num_classes=10, seed=3)
@@ -66,6 +80,7 @@ def test_the_seed_alone_decides_the_initial_weights():
 @pytest.mark.parametrize(
     ("name", "channels", "size"),
     [
+        ("digits-mlp", 1, 8),
         ("digits-net", 1, 8),
         ("preresnet8-gn", 3, 32),
         ("preresnet14-bn", 3, 16),
@@ -94,7 +109,12 @@ def test_first_block_of_each_stage_projects_also_where_shapes_agree():
 
 
 def test_logits_have_a_row_a_sample_and_a_constant_image_gives_finite_ones():
-    for name, channels, size in (("digits-net", 1, 8), ("preresnet8-gn", 3, 32), ("vgg11-gn", 3, 32)):
+    for name, channels, size in (
+        ("digits-mlp", 1, 8),
+        ("digits-net", 1, 8),
+        ("preresnet8-gn", 3, 32),
+        ("vgg11-gn", 3, 32),
+    ):
         net = build_model(name, in_channels=channels, num_classes=7)
         logits = net(torch.zeros(2, channels, size, size))
         assert logits.shape == (2, 7)

@@ -20,7 +20,7 @@ from svag_fast.analysis.runs import load_run
 from svag_fast.analysis.verdict_text import shared_limit_sentence
 from svag_fast.cli.main import main
 from svag_fast.experiments.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from svag_fast.experiments.config import SAMPLINGS, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import SAMPLINGS, UNSAID, ExperimentConfig, RunConfig
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.grid import read_experiment
 from svag_fast.experiments.training import Training
@@ -214,12 +214,15 @@ def test_distinct_images_of_a_data_set_of_unknown_size_are_said_to_be_so(tmp_pat
 def test_an_older_folder_goes_on_as_it_began(tmp_path):
     """Where experiment.json and the checkpoint don't name what came later, they mean what was done then."""
     settings = ExperimentConfig(seeds=1).to_dict()
-    del settings["sampling"], settings["init"]
+    assert settings["effective_steps"] is None
+    for later in ("sampling", "init", "label_noise", "replicas", "stat_every"):
+        del settings[later]
     (tmp_path / "experiment.json").write_text(json.dumps(settings))
     found = read_experiment(tmp_path)
-    assert (found.sampling, found.init) == ("distinct", "shared")
+    assert (found.sampling, found.init, found.label_noise, found.engine) == ("distinct", "shared", 0, "torch")
+    assert found.runs()[0].effective_steps == 1008
     config = dataclasses.asdict(found.runs()[0])
-    older = {k: v for k, v in config.items() if k not in ("sampling", "init")}
+    older = {k: v for k, v in config.items() if k not in UNSAID}
     save_checkpoint(tmp_path / "checkpoint.pt", older, {"step": 1})
     assert load_checkpoint(tmp_path / "checkpoint.pt", config) == {"step": 1}
     with pytest.raises(CheckpointError, match="sampling is 'distinct' there and 'replacement' here"):

@@ -21,7 +21,10 @@ from svag_fast.experiments.run_output import RunBusyError, alone_in
 from svag_fast.experiments.training import Training, train
 from svag_fast.ops.step import svag_coefficients
 
-BASE = RunConfig(batch_size=8, lr=0.1, l=2, seed=0, weight_decay=0.02, effective_steps=12, rows=6, evaluations=3)
+BASE = RunConfig(
+    model="digits-net", label_noise=0, init="shared", weight_decay=0.02,
+    batch_size=8, lr=0.1, l=2, seed=0, effective_steps=12, rows=6, evaluations=3,
+)  # fmt: skip
 DIGITS = load_dataset("digits")
 TIMINGS = ("samples_per_second", "noise_cost")
 

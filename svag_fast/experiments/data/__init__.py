@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from svag_fast.experiments.data import digits, fashion_mnist
 from svag_fast.experiments.data.dataset import Dataset as Dataset
 from svag_fast.experiments.data.dataset import DatasetNotFoundError as DatasetNotFoundError
+from svag_fast.experiments.data.dataset import with_label_noise as with_label_noise
 from svag_fast.experiments.data.digits import TRAIN_SIZE as DIGITS_TRAIN
 from svag_fast.experiments.data.fashion_mnist import read_idx as read_idx
 
@@ -33,16 +34,20 @@ DATASETS = {
 TRAIN_SIZES = {name: source.train_size for name, source in DATASETS.items()}
 
 
-def load_dataset(name: str) -> Dataset:
+def load_dataset(name: str, *, label_noise: float = 0.0) -> Dataset:
     """Load a data set by its name in `DATASETS`.
 
+    Args:
+        name: of the data set.
+        label_noise: the part of the training labels that is redrawn; see :func:`with_label_noise`.
+
     Raises:
-        ValueError: no data set has that name.
+        ValueError: no data set has that name, or label_noise is not from 0 to 1.
         DatasetNotFoundError: its files aren't on this machine.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be {' or '.join(DATASETS)}, got {name!r}")
-    return DATASETS[name].load()
+    return with_label_noise(DATASETS[name].load(), label_noise)
 
 
 def draw_batch(population: int, batch_size: int, *, replacement: bool, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,3 +68,28 @@ def standardised(
     return Dataset(
         name, images(train_images), labels(train_labels), images(test_images), labels(test_labels), num_classes
     )
+
+
+def with_label_noise(dataset: Dataset, part: float) -> Dataset:
+    """Return the data set with a part of its training labels redrawn uniformly from all classes, their own among them.
+
+    Which ones, and what they become, is the same at every call. The test labels stay.
+
+    Args:
+        dataset: a data set.
+        part: of the training labels, from 0 to 1.
+
+    Raises:
+        ValueError: part is not from 0 to 1.
+    """
+    import torch
+
+    if not 0 <= part <= 1:
+        raise ValueError(f"label noise is {part}: expected a number from 0 to 1")
+    # RandomState's stream is frozen by NumPy's policy.
+    random = np.random.RandomState(1)
+    labels = dataset.train_labels.clone()
+    redrawn = torch.from_numpy(random.permutation(len(labels))[: round(part * len(labels))]).to(labels.device)
+    drawn = random.randint(dataset.num_classes, size=len(redrawn)).astype(np.int64)
+    labels[redrawn] = torch.from_numpy(drawn).to(labels.device)
+    return replace(dataset, train_labels=labels)
