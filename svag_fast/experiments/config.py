@@ -96,7 +96,6 @@ RANGES = {
 }
 MOST_RUNS = 10_000
 EFFECTIVE_STEPS = 5120  # of an experiment that says nothing of its length
-STAT_EVERY = 4  # of the fused engine where nobody says; the other measures every step
 TRAIN_EVALUATIONS = 20  # at most; the training set is larger than the test set, and no answer rests on it
 DEFAULT_BATCH_SIZES = (4, 32, 256)
 DEFAULT_L: tuple[tuple[float, ...], ...] = ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16))
@@ -341,9 +340,7 @@ class ExperimentConfig(Settings):
         "Train runs that differ in the seed side by side in the fused CPU kernel: N at a time, or with auto the digits "
         "nets. off: each run alone, by PyTorch.",
     )
-    stat_every: int | None = _setting(
-        None, HOW, "N", "Replicas measure noise and norms at every Nth step.", shown=str(STAT_EVERY)
-    )
+    stat_every: int = _setting(1, HOW, "N", "Replicas measure G, N and |x|² at every Nth step, others at every step.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -365,8 +362,7 @@ class ExperimentConfig(Settings):
             expected = f"auto, off or {RANGES['replicas']}"
             _check(asked in RANGES["replicas"], "replicas", self.replicas, expected)
             object.__setattr__(self, "replicas", asked)
-        if self.stat_every is not None:
-            object.__setattr__(self, "stat_every", check_range("stat_every", self.stat_every))
+        object.__setattr__(self, "stat_every", check_range("stat_every", self.stat_every))
         runs = sum(map(len, self.levels)) * self.seeds
         _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
         # Each run checks its own values: what is wrong with one is said before anything starts.
@@ -406,8 +402,7 @@ class ExperimentConfig(Settings):
             ConfigError: a value is out of range.
         """
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
-        shared["engine"] = self.engine
-        shared["stat_every"] = self.stat_every or (1 if self.engine == "torch" else STAT_EVERY)
+        shared |= {"engine": self.engine, "stat_every": self.stat_every}
         first = self.batch_size[0]
         # The linear scaling rule: the same lr for each sample seen.
         lrs = self.lr if len(self.lr) > 1 else [self.lr[0] * b / first for b in self.batch_size]

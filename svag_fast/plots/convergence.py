@@ -101,6 +101,7 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     diverged = sum(run.diverged_at is not None for run in runs)
     config = runs[0].config
     parts = [f"{config.get('dataset')}", f"{config.get('model')}", f"weight decay {config['weight_decay']:g}"]
+    parts += [f"{100 * noise:g} % label noise"] if (noise := config.get("label_noise")) else []
     seeds = {len({run.seed for run in group}) for group in group_by_l(runs).values()}
     parts.append(f"{max(seeds)} seed{'s' if max(seeds) > 1 else ''}" + (" at most" if len(seeds) > 1 else ""))
     said = {"shared": "one initialisation for all runs", "own": "each run from its own initialisation"}

@@ -264,7 +264,20 @@ def test_one_command_line_starts_a_job_and_goes_on_with_it(whole, tmp_path):
 def test_workers_end_with_their_parent_however_it_ends(tmp_path):
     """A run of 10 million steps and one row, whose worker would not notice for an hour, and its lock is free again."""
     out = tmp_path / "x"
-    options = ["--batch-size", "4", "--l", "1000000", "--seeds", "1", "--effective-steps", "10", "--rows", "1"]
+    options = [
+        "--batch-size",
+        "4",
+        "--lr",
+        "0.1",
+        "--l",
+        "1000000",
+        "--seeds",
+        "1",
+        "--effective-steps",
+        "10",
+        "--rows",
+        "1",
+    ]
     process = start(*options, "--out", out, "--jobs", 1)
     run = out / "b4-lr0.1-l1e+06-seed0"
     wait_for((run / "config.json").exists, process)
