@@ -20,14 +20,14 @@ GRAMMAR = re.compile(r".+ must be .+, got .", re.S)
 OTHERS = {
     r"\{(path|where|compressed|folder)\}": "says what is wrong in a file or a folder, by its path",
     r"EXPR must_be\(": "numeric.py's writer of this grammar",
-    r"(\{scope\.label\}|param group \{i\} of the loaded state): \{error\}$|\{str\(error\)\}$|EXPR str\(error\)": (
+    r"(\{scope\.label\}|param group \{i\} of the loaded state): \{error\}$|\{str\(error\)\}$|EXPR str\(error\)|\{error\}\{advice\}": (
         "names the place of an error that was written elsewhere"
     ),
     r"its parts are larger than the file|the checksum of its part": "a checkpoint's, which CheckpointError names",
     r"\{(first\.name|seen\[numbers\]|first|name)\}( and|:)? (these )?(\{|has |differ )": "of runs that do not fit",
     r"unknown setting": "a key is wrong, and no value",
     r"--tensorboard needs a package": "a package is missing",
-    r"backend \{name!r\} can't serve": "an op that the backend lacks; the name is right",
+    r"backend \{name!r\}\{asked\} can't serve": "an op that the backend lacks; the name is right",
     r"something replaced the replicas' forward": "a state of the replicas",
     r"\{name\.format\(.* depend on other rows": "what the check of the model's rows found",
 }

@@ -178,10 +178,10 @@ class FusedRun(MeasuredRun):
         whole = self._fused.state_dict()
         sums = state["sums"]
         if sums.shape != whole["sums"][0].shape or sums.dtype != torch.float64:
-            raise ValueError(f"sums is {sums.dtype} {list(sums.shape)}, not torch.float64 [{len(whole['sums'][0])}]")
+            raise ValueError(f"sums must be float64 [{len(whole['sums'][0])}], got {sums.dtype} {list(sums.shape)}")
         values = self._training.chain.flatten(model)
         if not torch.equal(values.frozen, self._fused.frozen):
-            raise ValueError("its net has another head")
+            raise ValueError("the head must be this net's, got another")
         whole["weights"][self.replica] = values.weights
         whole["sums"][self.replica] = sums
         whole["steps"][self.replica] = state["step"]

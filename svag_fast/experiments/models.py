@@ -237,8 +237,8 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int = 0,
     match = _MODEL_NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            "model must be digits-mlp, digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn or none and "
-            f"optionally -w<width>, such as preresnet32-gn or vgg16-bn-w2, got {name!r}"
+            "model must be digits-mlp, digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn or "
+            f"none and optionally -w<width>, such as preresnet32-gn or vgg16-bn-w2, got {name!r}"
         )
     for part in ("depth", "width"):
         check_range(part, int(match[part] or 1))

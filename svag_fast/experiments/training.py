@@ -357,7 +357,7 @@ class _Book:
             Events(folder, self.identity).write(rows)
 
     def load_into(self, run: MeasuredRun) -> None:
-        """Let the run go on from the checkpoint, if there is one."""
+        """Continue the run from the checkpoint, if there is one."""
         if self.state is None:
             return
         try:

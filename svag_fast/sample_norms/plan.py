@@ -154,7 +154,7 @@ class Look:
                 elif parameter.requires_grad:
                     self.found.all_tracked = False
         if self._wanted is not None and (missing := len(self._wanted.keys() - met)):
-            raise ValueError(f"{missing} of the {len(self._wanted)} given parameters are not the model's")
+            raise ValueError(f"parameters must be the model's, got {missing} others of {len(self._wanted)}")
         return names
 
     def _plan(self, place: str, module: nn.Module, names: Mapping[nn.Parameter, str]) -> Plan | None:

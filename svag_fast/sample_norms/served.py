@@ -94,21 +94,25 @@ class Layer(Scope):
         B = self._watch.batch_size_now()
         if B is None:
             if table or self.known.shared_only or self.known.mixed:
-                raise ValueError(f"{self.label} got a value without samples where the batch size is not known")
+                raise ValueError(
+                    f"the input of {self.label} must be one with samples where the batch size is not known, got a "
+                    "value without"
+                )
             x = tensors[0]
             if module is not self._watch.model and x.dim() == 1 and not (x.is_floating_point() or x.is_complex()):
                 raise ValueError(
-                    f"{self.label} got indices {list(x.shape)} outside of the model's own forward, which may be "
-                    "samples or positions: call the model itself, or pass batch_size=..."
+                    f"the indices of {self.label} must be given inside of the model's own forward, got "
+                    f"{list(x.shape)} outside, which may be samples or positions: call the model itself, or pass "
+                    "batch_size=..."
                 )
             return self._run(args, kwargs)
         if table or not self._samples.include(self.known, tensors, B):
             return self._serve_shared(tensors, B, args, kwargs)
         if not any(x.dim() > 0 and x.shape[0] == B for x in tensors):
             raise ValueError(
-                f"{self.label} got {list(tensors[0].shape)} where the model's input has {B} samples: the first "
-                "dimension must be the samples in every layer (not samples and positions folded together); pass "
-                "batch_size=... if the batch size is another"
+                f"the first dimension of {self.label}'s input must be the model's {B} samples (not samples and "
+                f"positions folded together), got {list(tensors[0].shape)}: pass batch_size=... if the batch size is "
+                "another"
             )
         return self._run(args, kwargs)
 
@@ -121,9 +125,9 @@ class Layer(Scope):
         single = not rule.any_rows and x.dim() > 0 and x.shape[0] == 1
         if any(y is not x for y in tensors) or not (single or rule.any_rows):
             raise ValueError(
-                f"{self.label} got {list(x.shape)}, which does not depend on the model's input of {B} samples, and "
-                "can't be computed for each sample apart: give it an input whose first dimension is the samples, as by "
-                "positions.expand(len(x), -1), or leave its parameters out with parameters=..."
+                f"the input of {self.label} must be one that depends on the model's input of {B} samples, or can be "
+                f"computed for each sample apart, got {list(x.shape)}: give it an input whose first dimension is the "
+                "samples, as by positions.expand(len(x), -1), or leave its parameters out with parameters=..."
             )
         copies = rows.select(1, 0) if single else rows
         args, kwargs = tree_map(lambda y: copies if y is x else y, (args, kwargs))

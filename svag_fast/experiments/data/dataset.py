@@ -85,7 +85,7 @@ def with_label_noise(dataset: Dataset, part: float) -> Dataset:
     import torch
 
     if not 0 <= part <= 1:
-        raise ValueError(f"label noise is {part}: expected a number from 0 to 1")
+        raise ValueError(f"label_noise must be a number from 0 to 1, got {part}")
     # RandomState's stream is frozen by NumPy's policy.
     random = np.random.RandomState(1)
     labels = dataset.train_labels.clone()

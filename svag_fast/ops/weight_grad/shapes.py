@@ -215,7 +215,7 @@ def _check_segments(
 ) -> tuple[Tensor | None, int]:
     if segments is None:
         if both_batches:
-            raise ValueError("segments is None: expected 0 or 1 for each sample")
+            raise ValueError("segments must be 0 or 1 for each sample, got None")
         return None, 0
     listed: list[int] | None = None
     if isinstance(segments, Tensor):
