@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,24 @@ def test_a_steps_scalars_are_numbers(name: str, option: str) -> None:
             STEPS[name](**{option: value})
     for value in (np.float32(2.0), np.int64(2), torch.tensor(2.0)):
         STEPS[name](**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("lr", (-0.1, math.nan), "Invalid learning rate: {} \\(expected a finite number >= 0\\)"),
+        ("l", (0.5, 0, math.nan, math.inf), "l must be a finite number >= 1, got {}"),
+        ("weight_decay", (-0.1, math.nan), "Invalid weight_decay value: {} \\(expected a finite number >= 0\\)"),
+    ],
+    ids=["lr", "l", "weight_decay"],
+)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_steps_scalars_are_in_range(name: str, option: str, values: Sequence[float], message: str) -> None:
+    for value in values:
+        # An optimizer looks at its groups' l, which must agree, before it looks at the range.
+        expected = "l must be a finite number" if name == "SVAG" and option == "l" else message.format(value)
+        with pytest.raises(ValueError, match=expected):
+            STEPS[name](**{option: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -344,12 +344,7 @@ def test_l_above_1_needs_two_batches() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "options", "message"),
     [
-        (SVAGAdam, {"lr": -1.0}, "Invalid learning rate: -1.0"),
-        (SVAGAdam, {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
-        (SVAGAdam, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
         (SVAGAdam, {"betas": (0.9,)}, "betas must be"),
-        (SVAGAdam, {"eps": -1.0}, "Invalid epsilon value: -1.0"),
-        (SVAGAdam, {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
         (SVAGAdam, {"l": 0.5}, r"l must be a finite number >= 1, got 0\.5"),
         (SVAGAdam, {"l": 1e18}, "rounds to 1"),
         (SVAGRMSprop, {"alpha": 1.0}, "Invalid alpha value: 1.0"),
