@@ -120,13 +120,14 @@ def _run(
     num_segments: int,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    lr, l, weight_decay, stride, padding, dilation, groups, backend = rest
+    lr, l, weight_decay, *options, backend = rest
     # The sums of each segment's rows, divided by its size, are the batch's mean gradient.
     # Not by bincount, whose result's size a GPU's host waits for.
     sizes = (segments == torch.arange(num_segments, device=segments.device)[:, None]).sum(1)
     weights = (1 / sizes.to(sum_dtype(inputs)))[segments]
-    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
-    product = LayerProduct(inputs, output_grads, list(weight.shape), weights, segments, num_segments, geometry)
+    product = LayerProduct(
+        inputs, output_grads, list(weight.shape), weights, segments, num_segments, Geometry.of(*options)
+    )
     step = select("svag_weight_step_", backend, [weight, inputs, output_grads])
     sq_norms, raw = step(weight, product, StepOptions(lr, l, weight_decay))
     mark_written([weight])

@@ -10,7 +10,7 @@ No [B, d, p] buffer is made, and each sample's product is formed once: squared, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,14 +199,10 @@ def _run(
     weights: Tensor | None,
     segments: Tensor | None,
     num_segments: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    backend: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
-    product = LayerProduct(inputs, output_grads, weight_shape, weights, segments, num_segments, geometry)
+    *options, backend = rest
+    product = LayerProduct(inputs, output_grads, weight_shape, weights, segments, num_segments, Geometry.of(*options))
     function = select("weight_grad_and_sq_norms", backend, [inputs, output_grads])
     result: tuple[Tensor, Tensor, Tensor] = function(product)
     return result
@@ -219,11 +215,7 @@ def _fake(
     weights: Tensor | None,
     segments: Tensor | None,
     num_segments: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    backend: str,
+    *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = inputs.new_empty(weight_shape, dtype=sum_dtype(inputs))
     S = num_segments if segments is not None else 0

@@ -28,6 +28,11 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @classmethod
+    def of(cls, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Geometry:
+        """Return the options as the dispatcher passes them."""
+        return cls((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
 
 class LayerProduct(NamedTuple):
     """Checked arguments: Linear's tensors are [B, T, p] and [B, T, d], padding is equal on both sides."""
