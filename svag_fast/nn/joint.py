@@ -8,6 +8,7 @@ mix samples: `Joint.verify` looks whether that is so.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -452,7 +453,11 @@ class Joint:
                 reached[layer] = [bool((rows.nan_to_num() != 0).any()) for rows in torch.split(grad, len(grad) // 2)]
 
         # By hooks: to ask for the layers' gradients would hold them all at once.
-        handles = [m.node.register_prehook(functools.partial(look, layer)) for layer, m in enumerate(met)]
+        handles = []
+        for layer, m in enumerate(met):
+            # A function's node without a graph, which nothing reaches, can't be hooked in an older PyTorch.
+            with contextlib.suppress(RuntimeError):
+                handles.append(m.node.register_prehook(functools.partial(look, layer)))
         try:
             torch.autograd.grad(outputs, list(self._params.values()), weights, retain_graph=True, allow_unused=True)
         finally:

@@ -135,8 +135,12 @@ class PairCall(NamedTuple):
         return output
 
 
-# What asks for the hooks that keep saved tensors elsewhere.
-_saved_elsewhere: Any = torch._C._autograd._top_saved_tensors_default_hooks
+def _perhaps(_: bool) -> object:
+    return True
+
+
+# What asks for the hooks that keep saved tensors elsewhere; an older PyTorch can't be asked.
+_saved_elsewhere: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", _perhaps)
 
 
 class _Passing:
