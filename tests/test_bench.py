@@ -14,6 +14,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 # What of each file is run; torch.compile is left out, which compiles for half a minute.
 SMALLEST = {
     "test_fused_replicas.py": "mlp-2-1- or net-2-1-",
+    "test_host_overhead.py": "34 or weight",
     "test_replicas.py": "mlp-4-2]",
     "test_sample_norms.py": "digits8-",
     "test_sde.py": "test_euler_maruyama or test_ngd_step",

@@ -294,6 +294,8 @@ def train_together(
     check_range("checkpoint_seconds", checkpoint_seconds)
     # Runs share the machine: PyTorch would take every core for each of them, and they would wait for each other.
     torch.set_num_threads(configs[0].threads)
+    # On a GPU cuDNN would else be free to add in another order each time, and no run resumes to the bit.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     with ExitStack() as locks:
         books = []
         for place, (config, folder) in enumerate(zip(configs, folders, strict=True)):

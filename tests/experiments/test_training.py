@@ -171,6 +171,14 @@ def test_stopped_anywhere_and_gone_on_with_it_is_the_same_run_to_the_bit(tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_cudnn_has_to_add_in_the_same_order_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert train(config(effective_steps=1), tmp_path)
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_a_complete_run_is_left_alone(tmp_path):
     assert train(config(), tmp_path)
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}

@@ -97,16 +97,35 @@ class _Driver:
         return True
 
 
-@contextlib.contextmanager
-def as_a_gpu(launched: Callable[[Launch], None]) -> Iterator[None]:
+class _NoLaunch:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+def driver_without_launches() -> contextlib.AbstractContextManager[None]:
+    """Let every Triton launch of the block end where the GPU's would begin, at no cost: for the time of the rest."""
+    driver = _Driver(lambda launch: None)
+    driver.launcher_cls = _NoLaunch  # type: ignore[assignment,misc]
+    return _active(driver)
+
+
+def as_a_gpu(launched: Callable[[Launch], None]) -> contextlib.AbstractContextManager[None]:
     """Hand every Triton launch of the block to ``launched``; CPU tensors are the GPU's."""
+    return _active(_Driver(launched))
+
+
+@contextlib.contextmanager
+def _active(pretended: _Driver) -> Iterator[None]:
     from triton.runtime import driver
 
     from svag_fast.ops import backends
 
     triton = backends.Backend("triton", ("cpu",), lambda: None)
     with (
-        mock.patch.object(driver, "_active", _Driver(launched)),
+        mock.patch.object(driver, "_active", pretended),
         mock.patch.dict(backends.BACKENDS, triton=triton),
     ):
         yield
