@@ -7,6 +7,11 @@ import torch
 from logging_device.device import Device, Log
 from logging_device.steps import LOOPS, Steps
 
+from svag_fast import SVAG
+from svag_fast.kernels import device_cache
+from svag_fast.ops.weight_grad import triton as weight_grad_triton
+from svag_fast.optim import svag
+
 # (launches, synchronisations) of the second step: a first one looks at the net. One op of ATen is one launch.
 # None: BatchNorm's samples have no norms.
 GOLDEN: dict[str, dict[tuple[str, bool], tuple[int, int] | None]] = {
@@ -46,6 +51,22 @@ def test_a_step_asks_for_no_more_than_the_table_says(gpu: Device, net: str, loop
     expected = on_cpu()
     for p, q in zip([*steps.params, *found], [*on_cpu.params, *expected], strict=True):
         torch.testing.assert_close(p.cpu(), q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_capture_finds_nothing_that_it_forbids(
+    gpu: Device, loop: str, norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps("digits-net", loop, norms, "logged")
+    steps.optimizer = SVAG(steps.params, lr=0.05, l=4, momentum=0.9, capturable=True)
+    for _ in range(2):
+        steps()
+    for module in (device_cache, weight_grad_triton, svag):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    with gpu.log() as log:
+        steps()
+    assert log.synchronisations == 0, log.summary()
 
 
 @pytest.mark.parametrize("extra", ["launch", "synchronisation"])
