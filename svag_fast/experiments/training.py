@@ -107,8 +107,9 @@ class Training(MeasuredRun):
             draw_batch(population, self.config.batch_size, replacement=replacement, generator=stream)
             for stream in self.streams
         ]
-        # Drawn on the CPU, so that a run has the same batches on every device.
-        indices = torch.cat(drawn).to(self.config.device)
+        # Drawn on the CPU, so that a run has the same batches on every device. A blocking copy would wait for the step
+        # before. From memory that isn't pinned, as here, the other kind has read everything too when it returns.
+        indices = torch.cat(drawn).to(self.config.device, non_blocking=True)
         return self.data.train_images[indices], self.data.train_labels[indices]
 
     def row_means(self) -> RowMeans:

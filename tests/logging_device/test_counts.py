@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from logging_device.device import Device, Log
-from logging_device.steps import LOOPS, Steps
+from logging_device.steps import BATCH, CLASSES, LOOPS, Steps, images_of
 
 from svag_fast import SVAG
+from svag_fast.experiments.config import RunConfig
+from svag_fast.experiments.data import Dataset
+from svag_fast.experiments.training import Training
 from svag_fast.kernels import device_cache
 from svag_fast.ops.weight_grad import triton as weight_grad_triton
 from svag_fast.optim import svag
@@ -51,6 +54,20 @@ def test_a_step_asks_for_no_more_than_the_table_says(gpu: Device, net: str, loop
     expected = on_cpu()
     for p, q in zip([*steps.params, *found], [*on_cpu.params, *expected], strict=True):
         torch.testing.assert_close(p.cpu(), q, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_s_step_does_not_wait_for_the_one_before(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = images_of("digits-net", "logged")
+    data = Dataset("fashion-mnist", images, labels, images, labels, CLASSES)
+    config = RunConfig(
+        dataset="fashion-mnist", batch_size=BATCH, lr=0.1, l=4, seed=0, effective_steps=10, device="logged"
+    )
+    monkeypatch.setattr(Training, "_first_row", lambda self: {})  # which measures times and losses
+    training = Training(config, data)
+    training.take_step()
+    with gpu.log() as log:
+        training.take_step()
+    assert log.synchronisations == 0, log.summary()
 
 
 @pytest.mark.parametrize("norms", [False, True])
