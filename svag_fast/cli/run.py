@@ -89,8 +89,8 @@ def run(
     """Train with SGD and SVAG: does SVAG converge, and does SGD match its limit?
 
     Without options this is the paper's Figure 4 in small, on scikit-learn's digits with 20 % label noise. Batch sizes
-    are 4, and 32 and 256 by the linear scaling rule. l is 1, 2, 4 and 8, at 256 also 16, with 16 seeds. It takes about
-    a minute on two cores.
+    are 4, and 32 and 256 by the linear scaling rule. l is 1, 2, 4 and 8, at 256 also 16, with 24 seeds. It takes little
+    more than a minute on two cores.
 
     Each run writes its config, metrics and checkpoint into a folder of its own. The experiment's folder gets
     summary.json and convergence.png. After any interruption, --resume continues. With --resume and --out from the

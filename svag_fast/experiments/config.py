@@ -324,7 +324,7 @@ class ExperimentConfig(Settings):
         "SVAG's l; 1 is SGD. One list for all batch sizes, or one for each with / between.",
         shown="/".join(",".join(f"{l:g}" for l in ls) for ls in DEFAULT_L),
     )
-    seeds: int = _setting(16, WHAT, "N", "Number of seeds: 0, 1, ...")
+    seeds: int = _setting(24, WHAT, "N", "Number of seeds: 0, 1, ...")
     effective_steps: int | None = _setting(
         None,
         LENGTH,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SMOOTH = 0.08  # of the run: the window that drawn lines are averaged over
 _LABEL_GAP = 0.062  # of the upper panels' height: the least distance between two labels at the right
-_LAW_LABEL_GAP = 0.12  # of the lower panels'
+_LAW_LABEL_GAP = 0.33  # of the lower panels', for two lines
 _MARKS = ("o", "s", "D", "^", "v")
 _SOFT = "#5B626B"
 
@@ -64,7 +64,7 @@ def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figu
     groups = list(group_by_batch_size(runs).values())
     columns = len(groups)
     metrics = list(verdicts[0].cells)
-    width = 5.7 if columns < 3 else 4.8  # of a panel with its labels, in inches
+    width = 5.7 if columns < 3 else 4.6  # of a panel with its labels, in inches
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.09, wspace=0.03)
     figure = Figure(figsize=(2.2 + width * columns, 5.6 + 2.3 * len(metrics)), layout=layout)
     axes = figure.subplots(1 + len(metrics), columns, squeeze=False, height_ratios=[3] + [1.7] * len(metrics))
@@ -258,7 +258,7 @@ def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: M
             0, limit, [[limit - low], [high - limit]], fmt=_MARKS[index % len(_MARKS)], ms=8, mfc="white", mec=INK,
             ecolor=INK, capsize=3, elinewidth=1.6, zorder=4,
         )  # fmt: skip
-    label = f"{part}: {cell.answer}" if cell.sgd else part
+    label = f"{part}\n{cell.answer}" if cell.sgd else part
     return _Line(np.array([1.0]), np.array([end]), label, INK, index)
 
 

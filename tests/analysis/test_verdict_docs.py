@@ -15,7 +15,8 @@ def test_the_readmes_figures_are_those_of_the_committed_summary() -> None:
     """docs/summary.json is what `make run` wrote beside docs/convergence.png."""
     summary = json.loads((ROOT / "docs" / "summary.json").read_text())
     assert summary["version"] == SUMMARY_VERSION
-    small, large = (summary["batch_sizes"][size] for size in ("8", "128"))
+    small, middle, large = (summary["batch_sizes"][size] for size in ("4", "32", "256"))
+    shared = {size: found["metrics"] for size, found in summary["shared_limit"]["batch_sizes"].items()}
     text = " ".join((ROOT / "README.md").read_text().split())
 
     def distance(cell: dict, factor: float, digits: int, sign: str = "") -> str:
@@ -23,32 +24,54 @@ def test_the_readmes_figures_are_those_of_the_committed_summary() -> None:
         value = abs(cell["distance"]) if not sign else cell["distance"]
         return f"{factor * value:{sign}.{digits}f} ± {factor * (high - low) / 2:.{digits}f}"
 
-    loss, accuracy = (small["metrics"][metric]["end"] for metric in ("test_loss", "test_accuracy"))
-    first = small["metrics"]["test_accuracy"]["phase 1"]
-    far = large["metrics"]["test_accuracy"]["end"]
-    assert f"test accuracy is {distance(first, 100, 1)} points below the limit" in text
-    assert f"where {100 * first['margin']:.1f} would still count" in text
-    assert f"test loss ends {distance(loss, 1, 3)} above the limit of {loss['limit']:.3f}" in text
-    assert f"open whether the final test accuracy matches ({distance(accuracy, 100, 1, '+')} points)" in text
-    assert f"SGD ends {distance(far, 100, 1)} points of test accuracy below" in text
-    assert f"predicts B* = {summary['prediction']['batch_size']['value']:.0f}." in text
+    def limit(cell: dict) -> str:
+        low, high = cell["limit_interval"]
+        return f"{100 * cell['limit']:.1f} ± {100 * (high - low) / 2:.1f} %"
 
-    assert (small["answer"], large["answer"]) == ("departs", "departs")
-    assert [c["answer"] for c in (first, loss, accuracy, far)] == ["departs", "departs", "open", "departs"]
-    assert loss["distance"] > 0 > max(first["distance"], far["distance"])
-    assert any("has not converged by l = 4" in sentence for sentence in large["sentences"])
-    assert not any(c["regime_reached"] for parts in large["metrics"].values() for c in parts.values())
+    first, end = (small["metrics"]["test_accuracy"][part] for part in ("phase 1", "end"))
+    between, between_end = (middle["metrics"]["test_accuracy"][part] for part in ("phase 1", "end"))
+    far = large["metrics"]["test_accuracy"]["end"]
+    assert f"test accuracy is {distance(first, 100, 1)} points below the limit of {limit(first)}" in text
+    assert f"where {100 * first['margin']:.1f} would still count" in text
+    assert f"It ends {distance(end, 100, 1)} points below the limit of {limit(end)}" in text
+    assert f"SGD ends {distance(far, 100, 1)} points of test accuracy below its limit" in text
+    ends = {l: f"{100 * mean['value']:.1f} %" for l, mean in far["means"].items()}
+    assert f"SGD ends at {ends['1']}, l = 4 at {ends['4']} and l = 16 at {ends['16']}" in text
+    assert (
+        f"their final test accuracies have limits {distance(shared['256']['test_accuracy']['end'], 100, 1, '+')}"
+        in text
+    )
+    assert f"its test accuracy is {distance(between, 100, 1)} points below the limit there" in text
+    assert f"final test accuracy matches ({distance(between_end, 100, 1, '+')} points)" in text
+    star, (low, high) = summary["prediction"]["batch_size"]["value"], summary["prediction"]["batch_size_interval"]
+    assert f"predicts B* = {star:.0f} (95 % interval {low:.0f} to {high:.0f})" in text
+    equilibrium = summary["prediction"]["baseline"]["equilibrium"]
+    ratio = equilibrium["residual"]["ratio"]
+    assert f"left side over its right side is {ratio['value']:.3f} ± {ratio['standard_error']:.3f}" in text
+
+    assert (small["answer"], middle["answer"], large["answer"]) == ("matches", "departs", "departs")
+    assert {cell["answer"] for parts in small["metrics"].values() for cell in parts.values()} == {"matches"}
+    assert {cell["answer"] for parts in large["metrics"].values() for cell in parts.values()} == {"departs"}
+    assert {m: {p: c["answer"] for p, c in parts.items()} for m, parts in middle["metrics"].items()} == {
+        metric: {"phase 1": "departs", "phase 2": "matches", "end": "matches"}
+        for metric in ("test_accuracy", "test_loss")
+    }
+    assert max(first["distance_interval"]) < 0  # real, and within the margin
+    assert shared["256"]["test_accuracy"]["end"]["answer"] == "matches"
     assert summary["shared_limit"]["answer"] == "open"
-    assert summary["prediction"]["baseline"]["equilibrium"]["state"] == "undecided"
-    assert sum(found["runs"]["finished"] for found in (small, large)) == 24
-    assert {found["sampling"] for found in (small, large)} == {"replacement"}
+    assert shared["256"]["test_accuracy"]["phase 1"]["answer"] == "open"
+    assert not any(c["regime_reached"] for parts in large["metrics"].values() for c in parts.values())
+    assert abs(ratio["value"] - 1) < 0.03
+    assert 32 < low < high < 256
+    assert sum(found["runs"]["finished"] for found in (small, middle, large)) == 312
+    assert {found["sampling"] for found in (small, middle, large)} == {"replacement"}
 
 
 def test_the_documents_table_of_the_default_runs_is_that_of_the_committed_summary() -> None:
     summary = json.loads((ROOT / "docs" / "summary.json").read_text())
     text = (ROOT / "docs" / "verdict.md").read_text()
     rows = text[text.index("## On the default runs") :].split("```")[1].splitlines()
-    for metric, parts in summary["batch_sizes"]["8"]["metrics"].items():
+    for metric, parts in summary["batch_sizes"]["4"]["metrics"].items():
         factor, digits = (100, 1) if metric == "test_accuracy" else (1, 3)
         for part, cell in parts.items():
             limit, (low, high) = cell["limit"], cell["limit_interval"]

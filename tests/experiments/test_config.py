@@ -11,9 +11,9 @@ from svag_fast.experiments.data import DATASETS
 RUN = {"batch_size": 8, "lr": 0.1, "l": 2, "seed": 0, "effective_steps": 100}
 
 
-def test_the_default_is_208_runs_of_equal_time_by_the_linear_scaling_rule():
+def test_the_default_is_312_runs_of_equal_time_by_the_linear_scaling_rule():
     runs = ExperimentConfig().runs()
-    assert len(runs) == len({run.name for run in runs}) == 208
+    assert len(runs) == len({run.name for run in runs}) == 312
     kinds = {(run.batch_size, run.lr, run.effective_steps, run.rows) for run in runs}
     assert kinds == {(4, 0.4, 5120, 320), (32, 3.2, 640, 320), (256, 25.6, 80, 320)}
     assert {len(run.evaluation_steps) for run in runs if run.batch_size < 256} == {320}
@@ -22,7 +22,7 @@ def test_the_default_is_208_runs_of_equal_time_by_the_linear_scaling_rule():
     assert all(math.isclose(run.lr * run.effective_steps, 2048) for run in runs)
     for size, levels in ((4, {1, 2, 4, 8}), (32, {1, 2, 4, 8}), (256, {1, 2, 4, 8, 16})):
         assert {run.l for run in runs if run.batch_size == size} == levels
-    assert {run.seed for run in runs} == set(range(16))
+    assert {run.seed for run in runs} == set(range(24))
     assert {(run.engine, run.stat_every, run.label_noise) for run in runs} == {("fused", 1, 0.2)}
 
 

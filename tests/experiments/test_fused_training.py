@@ -223,8 +223,8 @@ def test_groups_are_of_one_kind_and_as_large_as_asked():
     assert {len(group) for group in groups} == {1, 2}
     assert all(len({(run.batch_size, run.l) for run in group}) == 1 for group in groups)
     assert {len(group) for group in _groups(ExperimentConfig(replicas="off"), jobs=2)} == {1}
-    assert {len(group) for group in _groups(ExperimentConfig(), jobs=2)} == {16}
-    assert {len(group) for group in _groups(ExperimentConfig(), jobs=64)} == {1}
+    assert {len(group) for group in _groups(ExperimentConfig(), jobs=2)} == {24}
+    assert {len(group) for group in _groups(ExperimentConfig(), jobs=64)} == {2}
 
 
 def test_both_engines_have_one_law(tmp_path):

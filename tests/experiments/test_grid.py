@@ -357,7 +357,7 @@ def test_a_folder_that_holds_something_is_not_written_to_without_resume(tmp_path
 def test_resume_refuses_another_experiment_s_options(tmp_path):
     prepare_folder(tmp_path, ExperimentConfig(), resume=False)
     assert read_experiment(tmp_path) == ExperimentConfig()
-    with pytest.raises(ExperimentError, match=r"seeds is 16 there and 2 here"):
+    with pytest.raises(ExperimentError, match=r"seeds is 24 there and 2 here"):
         prepare_folder(tmp_path, ExperimentConfig(seeds=2), resume=True)
 
 

@@ -149,7 +149,7 @@ def test_means_stand_against_1_over_l_with_the_fitted_line_its_limit_and_the_mar
                 expected = [(1 / l, factor * mean.value) for l, mean in cell.means.items()]
                 for point in [*expected, (0, factor * cell.limit)]:
                     assert any(np.allclose(point, drawn) for drawn in points)
-                assert f"{part}: {cell.answer}" in words(axes)
+                assert f"{part}\n{cell.answer}" in words(axes)
             assert len(axes.patches) == 2  # the margins
     titles = [axes.get_title(loc="left") for axes in laws[0]]
     assert titles[0] == "SGD matches the limit\nSVAG has converged by l = 2"
