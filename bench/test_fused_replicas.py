@@ -65,7 +65,7 @@ def fused(name: str, replicas: int, batch: int) -> tuple[Callable[[], None], int
 
 
 def trainer(name: str, batch: int) -> Callable[[], Any]:
-    config = RunConfig(batch_size=batch, lr=LR, l=L, seed=0, effective_steps=1000)
+    config = RunConfig(model="digits-net", batch_size=batch, lr=LR, l=L, seed=0, effective_steps=1000)
     return Training(config, load_dataset("digits")).take_step
 
 

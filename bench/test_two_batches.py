@@ -25,7 +25,7 @@ from svag_fast.experiments.training import Training
 @pytest.mark.parametrize("contender", ["joint", "halves", "joint, no norms", "one batch", "both in one", "take_step"])
 def test_gradients(benchmark: Any, contest: Any, batch_size: int, contender: str) -> None:
     benchmark.group = f"digits-net, B = {batch_size}"
-    config = RunConfig(batch_size=batch_size, lr=0.1, l=2, seed=0, effective_steps=10**6)
+    config = RunConfig(model="digits-net", batch_size=batch_size, lr=0.1, l=2, seed=0, effective_steps=10**6)
     training = Training(config, load_dataset("digits"))
     model, optimizer = training.model, training.optimizer
     images, labels = training._two_batches()

@@ -21,7 +21,7 @@ from svag_fast.experiments.grid import ExperimentError, prepare_folder, read_exp
 from svag_fast.experiments.run_output import RunBusyError, alone_in
 
 OPTIONS = ["--batch-size", "4,16", "--lr", "0.1", "--l", "1,3", "--seeds", "2", "--effective-steps", "4000"]
-OPTIONS += ["--rows", "100", "--evaluations", "10"]
+OPTIONS += ["--rows", "100", "--evaluations", "10", "--replicas", "2"]
 RUNS = {
     f"{kind}-seed{seed}" for kind in ("b4-lr0.1-l1", "b4-lr0.1-l3", "b16-lr0.4-l1", "b16-lr0.4-l3") for seed in (0, 1)
 }
@@ -191,7 +191,6 @@ def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
         answer, output = resume(out)
     assert answer.exit_code == 1
     assert "b4-lr0.1-l3-seed0 to b4-lr0.1-l3-seed1 failed" in output
-    assert "b4-lr0.1-l3-seed0 is being trained" in output
     assert "being trained by another process" in output
 
 
