@@ -33,7 +33,7 @@ def test_the_readmes_figures_are_those_of_the_committed_summary() -> None:
     far = large["metrics"]["test_accuracy"]["end"]
     assert f"test accuracy is {distance(first, 100, 1)} points below the limit of {limit(first)}" in text
     assert f"where {100 * first['margin']:.1f} would still count" in text
-    assert f"It ends {distance(end, 100, 1)} points below the limit of {limit(end)}" in text
+    assert f"It ends {distance(end, 100, 1, '+')} points from the limit of {limit(end)}" in text
     assert f"SGD ends {distance(far, 100, 1)} points of test accuracy below its limit" in text
     ends = {l: f"{100 * mean['value']:.1f} %" for l, mean in far["means"].items()}
     assert f"SGD ends at {ends['1']}, l = 4 at {ends['4']} and l = 16 at {ends['16']}" in text
