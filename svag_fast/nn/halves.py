@@ -43,6 +43,8 @@ def row_count(args: Any, kwargs: Any) -> int:
         ValueError: there is none, it is odd, or tensors are in containers that PyTorch can't look into.
     """
     leaves = leaves_of(args, kwargs)
+    if len(leaves) == 1 and type(leaves[0]) is Tensor and leaves[0].dim() > 0:  # as a rule
+        return _even(leaves[0].shape[0])
     for leaf in leaves:
         hidden = (
             leaf.values() if isinstance(leaf, Mapping) else vars(leaf).values() if hasattr(leaf, "__dict__") else ()
@@ -56,6 +58,10 @@ def row_count(args: Any, kwargs: Any) -> int:
         raise ValueError(
             "the model's input must be tensors whose first dimension is the samples of both batches, got none"
         )
+    return _even(rows)
+
+
+def _even(rows: int) -> int:
     if rows % 2 or rows == 0:
         raise ValueError(
             f"the model's input must be two batches of the same size, torch.cat([x1, x2]), got {rows} rows"

@@ -98,7 +98,7 @@ class PairCall(NamedTuple):
             if x is not None:
                 if x.is_neg():
                     x = x.resolve_neg()
-                low = _cast(weight, b.dtype)  # as the layer saw it under autocast
+                low = weight if weight.dtype == b.dtype else weight.to(b.dtype)  # as the layer saw it under autocast
                 (first, second), sq_norms = weight_grads_of_halves(product, b, x, low, norms=norms)
                 joint.take(weight, first, second)
                 if norms:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import types
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from svag_fast.nn.halves import ByHalves, Gradients, leaves_of
 from svag_fast.nn.joint import Joint, NotJoint
+from svag_fast.nn.look import Look
 from svag_fast.nn.pair_batch_norm import CoupledSamples
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import SampleNorms, per_sample_sq_norms
@@ -159,7 +159,7 @@ class _Run:
         self.optimizer = optimizer
         self.wanted = wanted
         self.way: str | None = None
-        self._seen = _Look(model, optimizer)
+        self._seen = Look(model, optimizer)
         self._params = _trained(self.root, optimizer)
         self._joint: Joint | str | None = None  # or why it can't be
         self._halves = ByHalves(self.root, self._params)
@@ -346,7 +346,7 @@ class _Run:
                 "losses must be made with the model, and not under torch.no_grad(), got some without a gradient"
             )
         rows = losses.shape[0]
-        if all(x.shape[0] != rows for x in self._engine.outputs):
+        if rows not in [len(x) for x in self._engine.outputs]:
             raise ValueError(
                 f"losses must be {self._engine.outputs[0].shape[0]}, as the rows of the model's outputs, got {rows}"
             )
@@ -380,58 +380,6 @@ class _Run:
 
 def _refused(reason: str) -> CoupledSamples:
     return CoupledSamples(f'the model can\'t take both batches at once: {reason}; way="halves" serves it')
-
-
-class _Look:
-    """A model's and an optimizer's structure, compared at each entry with what it is then, so in quick terms."""
-
-    def __init__(self, model: nn.Module, optimizer: TwoBatchOptimizer) -> None:
-        self._optimizer = optimizer
-        self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        self._modules = [
-            (m, type(m), m.training, *_served_otherwise(m), m._modules, list(m._modules.values()))
-            for m in model.modules()
-        ]
-        self._params = [
-            (own, list(own.values()), [_state(p) for p in own.values()])
-            for own in (module._parameters for module in model.modules())
-            if own
-        ]
-        self._bare = [module._parameters for module in model.modules() if not module._parameters]
-
-    def holds(self) -> bool:
-        """Whether all is as it was."""
-        groups = self._optimizer.param_groups
-        if len(groups) != len(self._groups) or any(self._bare):
-            return False
-        for group, listed in zip(groups, self._groups, strict=True):
-            if not _same(group["params"], listed):
-                return False
-        for module, kind, training, patched, compiled, children, listed in self._modules:
-            if type(module) is not kind or module.training is not training:
-                return False
-            if (patched, compiled) != _served_otherwise(module) or not _same(children.values(), listed):
-                return False
-        for own, listed, states in self._params:
-            if not _same(own.values(), listed) or [_state(p) for p in listed] != states:
-                return False
-        return True
-
-
-def _served_otherwise(module: nn.Module) -> tuple[bool, bool]:
-    """Whether a module has a forward on the instance, and whether it is compiled in place."""
-    return "forward" in module.__dict__, module._compiled_call_impl is not None
-
-
-def _same(values: Collection[Any], listed: list[Any]) -> bool:
-    return len(values) == len(listed) and all(map(operator.is_, values, listed))
-
-
-def _state(p: nn.Parameter | None) -> tuple[bool, bool, bool] | None:
-    """Whether it is trained, and who looks at its gradient."""
-    if p is None:
-        return None
-    return (p.requires_grad, not p._backward_hooks, not p._post_accumulate_grad_hooks)
 
 
 def _trained(root: nn.Module, optimizer: TwoBatchOptimizer) -> dict[str, nn.Parameter]:

@@ -68,11 +68,15 @@ def pair(**how):
 
 MOST = {
     "norms, entered and left": (norms, 90),
-    "a pair": (pair, 137),
-    "a pair with norms": (lambda: pair(norms=True), 161),
+    "a pair": (pair, 98),
+    "a pair with norms": (lambda: pair(norms=True), 122),
 }
+
+
+# An older PyTorch can't be asked who keeps saved tensors, so there each layer goes through our own function.
+OLDER = 0 if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks") else 6
 
 
 @pytest.mark.parametrize(("make", "most"), MOST.values(), ids=MOST)
 def test_a_pass_goes_through_no_more_functions_than_before(make, most):
-    assert calls(make()) <= most
+    assert calls(make()) <= most + OLDER

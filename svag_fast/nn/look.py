@@ -1,0 +1,64 @@
+"""A model's and an optimizer's structure, compared at each entry with what it is then."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from svag_fast.optim.two_batch import TwoBatchOptimizer
+
+
+class Look:
+    """What was there, compared in quick terms; it holds all of it, so that an id stands for one object."""
+
+    def __init__(self, model: nn.Module, optimizer: TwoBatchOptimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._group_ids = [[*map(id, group)] for group in self._groups]
+        self._modules = [
+            (
+                m,
+                type(m),
+                m.training,
+                "forward" in m.__dict__,
+                m._compiled_call_impl is not None,
+                list(m._modules.values()),
+                [*map(id, m._modules.values())],
+            )
+            for m in model.modules()
+        ]
+        self._params = [(own, [*map(id, own.values())]) for own in (m._parameters for m in model.modules()) if own]
+        # Whether each is trained, and whether nobody looks at its gradient.
+        self._states = [
+            (p, p.requires_grad, not p._backward_hooks, not p._post_accumulate_grad_hooks)
+            for own, _ in self._params
+            for p in own.values()
+            if p is not None
+        ]
+        self._bare = [m._parameters for m in model.modules() if not m._parameters]
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._groups) or any(self._bare):
+            return False
+        for group, ids in zip(groups, self._group_ids, strict=True):
+            if [*map(id, group["params"])] != ids:
+                return False
+        for module, kind, training, patched, compiled, _, ids in self._modules:
+            if type(module) is not kind or module.training is not training:
+                return False
+            if ("forward" in module.__dict__) is not patched:
+                return False
+            if (module._compiled_call_impl is not None) is not compiled:
+                return False
+            if [*map(id, module._modules.values())] != ids:
+                return False
+        for own, ids in self._params:
+            if [*map(id, own.values())] != ids:
+                return False
+        for p, trained, unwatched, unawaited in self._states:
+            if p.requires_grad is not trained or (not p._backward_hooks) is not unwatched:
+                return False
+            if (not p._post_accumulate_grad_hooks) is not unawaited:
+                return False
+        return True
