@@ -117,12 +117,21 @@ class StepTensors {
 
     void step(double rate, double c1, double c2, double weight_decay, double momentum64, double momentum32,
               bool skip_nonfinite, int threads, std::uintptr_t stats) const {
-        std::vector<svag::StepTensor> tensors(read_.tensors.size());
-        std::transform(read_.tensors.begin(), read_.tensors.end(), tensors.begin(), plain);
         const svag::StepOptions options{rate, c1, c2, weight_decay, skip_nonfinite, threads, {momentum64, momentum32}};
-        py::gil_scoped_release unlocked;
-        raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options,
-                                         reinterpret_cast<double*>(stats)));
+        step_segments(&options, 1, stats);
+    }
+
+    // A segment of every tensor for each of `scalars`, which are those of `step`.
+    void replicas_step(const std::vector<std::array<double, 6>>& scalars, bool skip_nonfinite, int threads,
+                       std::uintptr_t stats) const {
+        std::vector<svag::StepOptions> options;
+        for (const auto& [rate, c1, c2, weight_decay, momentum64, momentum32] : scalars)
+            options.push_back({rate, c1, c2, weight_decay, skip_nonfinite, threads, {momentum64, momentum32}});
+        const auto segments = static_cast<int64_t>(options.size());
+        const auto cut = [&](const svag::ReadTensor& t) { return segments > 0 && t.size % segments == 0; };
+        if (!std::all_of(read_.tensors.begin(), read_.tensors.end(), cut))
+            throw std::invalid_argument("svag_fast._C: the replicas' number doesn't divide a tensor's size");
+        step_segments(options.data(), segments, stats);
     }
 
     void adaptive_step(const std::vector<double>& step_sizes, const std::vector<double>& bias_corrections2_sqrt,
@@ -146,6 +155,14 @@ class StepTensors {
 
     static svag::StepTensor plain(const svag::ReadTensor& t) {
         return {t.param, t.grad1, t.grad2, t.kept[0], t.kept[1], t.size, t.param_dtype, t.grad_dtype};
+    }
+
+    void step_segments(const svag::StepOptions* options, int64_t segments, std::uintptr_t stats) const {
+        std::vector<svag::StepTensor> tensors(read_.tensors.size());
+        std::transform(read_.tensors.begin(), read_.tensors.end(), tensors.begin(), plain);
+        py::gil_scoped_release unlocked;
+        raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options, segments,
+                                         reinterpret_cast<double*>(stats)));
     }
 
     bool has_grads2() const { return read_.has_grads2; }
@@ -415,6 +432,7 @@ PYBIND11_MODULE(_C, m) {
         .def_static("apart", &StepTensors::apart)
         .def("columns", &StepTensors::columns)
         .def("step", &StepTensors::step)
+        .def("replicas_step", &StepTensors::replicas_step)
         .def("adaptive_step", &StepTensors::adaptive_step);
     py::class_<svag::TensorReader>(m, "TensorReader")
         .def_static("of", &svag::TensorReader::of)

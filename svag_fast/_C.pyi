@@ -37,6 +37,13 @@ class StepTensors:
         threads: int,
         stats: int,
     ) -> None: ...
+    def replicas_step(
+        self,
+        scalars: Sequence[tuple[float, float, float, float, float, float]],
+        skip_nonfinite: bool,
+        threads: int,
+        stats: int,
+    ) -> None: ...
     def adaptive_step(
         self,
         step_sizes: Sequence[float],

@@ -18,6 +18,8 @@ constexpr int64_t kBlock = 4096;
 constexpr int64_t kChunk = 16 * kBlock;
 // Below this many elements waking a second thread costs more than it saves.
 constexpr int64_t kSerial = 8 * kBlock;
+// What is handed to a thread at once holds at least this many elements where chunks are short, as of small tensors.
+constexpr int64_t kHandedOut = 2 * kBlock;
 
 // Gradients above 1e19 are finite, but their squares overflow float32.
 template <class G>
@@ -64,51 +66,71 @@ SVAG_INLINE void add_block(const Moments<V>& m, const G* g1, const G* g2, int64_
     for (int k = 0; k < kFinite; ++k) stats[k] += sums[k];
 }
 
-// One walk over a list of tensors. Tensor has a `size`; Options has `threads` and `skip_nonfinite`.
+// One walk over a list of tensors. Tensor has a `size`; Options has `threads` and `skip_nonfinite`. Each tensor is cut into
+// `segments` of equal length, each with options and statistics of its own: chunks begin anew in every segment, so that
+// its bits depend neither on how many there are nor on the others.
 template <class Tensor, class Options>
 struct Pass {
     struct Chunk {
         const Tensor* tensor;
-        int64_t begin, end;
+        int64_t segment, begin, end;
         double stats[kStatCount];
     };
     using ChunkStep = void (*)(const Pass&, Chunk&);
 
-    const Options* options;
+    const Options* options;  // of each segment
     Chunk* chunks;
-    bool update;  // false: statistics alone
+    const int64_t* firsts;  // the first chunk of each part that is handed out, and behind them how many chunks there are
+    bool update;            // false: statistics alone
+    const double* skip;     // the segments' statistics; what isn't finite by them is left as it is. Null: nothing is
 
-    // Steps through every chunk, and sums their statistics in order. With skip_nonfinite nothing is updated until
-    // a first walk has found every gradient finite.
+    // Steps through every chunk, and sums each segment's statistics in order. With skip_nonfinite nothing is updated until
+    // a first walk has found every gradient of its segment finite. Of the first options `threads` and `skip_nonfinite`
+    // hold for all.
     template <ChunkStep kStep>
-    static int run(const Tensor* tensors, int64_t count, const Options& options, double* stats) {
+    static int run(const Tensor* tensors, int64_t count, const Options* options, int64_t segments, double* stats) {
         int64_t chunk_count = 0, elements = 0;
         for (int64_t t = 0; t < count; ++t) {
-            chunk_count += (tensors[t].size + kChunk - 1) / kChunk;
+            chunk_count += segments * ((tensors[t].size / segments + kChunk - 1) / kChunk);
             elements += tensors[t].size;
         }
-        auto* chunks = static_cast<Chunk*>(std::malloc(static_cast<size_t>(chunk_count + 1) * sizeof(Chunk)));
+        const auto bytes = static_cast<size_t>(chunk_count + 1) * (sizeof(Chunk) + sizeof(int64_t));
+        auto* chunks = static_cast<Chunk*>(std::malloc(bytes));
         if (chunks == nullptr) return kOutOfMemory;
-        int64_t c = 0;
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t i = 0; i < tensors[t].size; i += kChunk, ++c) {
-                chunks[c].tensor = &tensors[t];
-                chunks[c].begin = i;
-                chunks[c].end = tensors[t].size - i < kChunk ? tensors[t].size : i + kChunk;
-            }
-
-        Pass pass{&options, chunks, !options.skip_nonfinite};
-        const int threads = elements < kSerial ? 1 : options.threads;
-        parallel_chunks(chunk_count, threads, step_chunk<kStep>, &pass);
-        for (int k = 0; k < kFinite; ++k) stats[k] = 0;
-        stats[kFinite] = 1;
-        for (c = 0; c < chunk_count; ++c) {
-            for (int k = 0; k < kFinite; ++k) stats[k] += chunks[c].stats[k];
-            if (chunks[c].stats[kFinite] == 0) stats[kFinite] = 0;
+        auto* firsts = reinterpret_cast<int64_t*>(chunks + chunk_count + 1);
+        int64_t c = 0, parts = 0, in_part = kHandedOut;
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t size = tensors[t].size / segments;
+            for (int64_t s = 0; s < segments; ++s)
+                for (int64_t i = 0; i < size; i += kChunk, ++c) {
+                    const int64_t n = size - i < kChunk ? size - i : kChunk;
+                    if (in_part >= kHandedOut || n >= kHandedOut) {
+                        firsts[parts++] = c;
+                        in_part = 0;
+                    }
+                    in_part += n;
+                    chunks[c].tensor = &tensors[t];
+                    chunks[c].segment = s;
+                    chunks[c].begin = s * size + i;
+                    chunks[c].end = s * size + i + n;
+                }
         }
-        if (options.skip_nonfinite && stats[kFinite] == 1) {
+        firsts[parts] = chunk_count;
+
+        Pass pass{options, chunks, firsts, !options->skip_nonfinite, nullptr};
+        const int threads = elements < kSerial ? 1 : options->threads;
+        parallel_chunks(parts, threads, step_part<kStep>, &pass);
+        for (int64_t s = 0; s < segments; ++s)
+            for (int k = 0; k < kStatCount; ++k) stats[s * kStatCount + k] = k == kFinite;
+        for (c = 0; c < chunk_count; ++c) {
+            double* own = stats + chunks[c].segment * kStatCount;
+            for (int k = 0; k < kFinite; ++k) own[k] += chunks[c].stats[k];
+            if (chunks[c].stats[kFinite] == 0) own[kFinite] = 0;
+        }
+        if (options->skip_nonfinite) {
             pass.update = true;
-            parallel_chunks(chunk_count, threads, step_chunk<kStep>, &pass);
+            pass.skip = stats;
+            parallel_chunks(parts, threads, step_part<kStep>, &pass);
         }
         std::free(chunks);
         return kOk;
@@ -116,12 +138,15 @@ struct Pass {
 
   private:
     template <ChunkStep kStep>
-    static void step_chunk(void* context, int64_t i) {
+    static void step_part(void* context, int64_t part) {
         const Pass& pass = *static_cast<const Pass*>(context);
-        Chunk& chunk = pass.chunks[i];
-        for (double& s : chunk.stats) s = 0;
-        chunk.stats[kFinite] = 1;
-        kStep(pass, chunk);
+        for (int64_t c = pass.firsts[part]; c < pass.firsts[part + 1]; ++c) {
+            Chunk& chunk = pass.chunks[c];
+            if (pass.skip != nullptr && pass.skip[chunk.segment * kStatCount + kFinite] == 0) continue;
+            for (double& s : chunk.stats) s = 0;
+            chunk.stats[kFinite] = 1;
+            kStep(pass, chunk);
+        }
     }
 };
 

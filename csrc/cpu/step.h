@@ -19,6 +19,9 @@ struct StepOptions {
 
 }  // namespace svag
 
-// stats: kStatCount float64 values, written; returns a svag::Status.
-SVAG_DECLARE_KERNEL(svag_step, (const svag::StepTensor* tensors, int64_t count, const svag::StepOptions& options,
-                                double* stats))
+// Each tensor is cut into `segments` of equal length (their number divides its size), as of so many replicas: `options`
+// and `stats` have one for each, one behind the other. threads and skip_nonfinite are the first options'; with the latter
+// the segments that aren't finite are untouched, the others step.
+// stats: kStatCount float64 values a segment, written; returns a svag::Status.
+SVAG_DECLARE_KERNEL(svag_step, (const svag::StepTensor* tensors, int64_t count, const svag::StepOptions* options,
+                                int64_t segments, double* stats))

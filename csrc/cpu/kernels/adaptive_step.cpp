@@ -134,5 +134,5 @@ extern "C" int SVAG_ENTRY(svag_adaptive_step)(const svag::AdaptiveTensor* tensor
         if (tensors[t].param_dtype != tensors[t].grad_dtype ||
             (tensors[t].param_dtype != DType::float32 && tensors[t].param_dtype != DType::float64))
             return kUnsupportedDType;
-    return SVAG_SIMD::AdaptivePass::run<SVAG_SIMD::run_any_chunk>(tensors, count, options, stats);
+    return SVAG_SIMD::AdaptivePass::run<SVAG_SIMD::run_any_chunk>(tensors, count, &options, 1, stats);
 }

@@ -106,7 +106,7 @@ class Block {
 
 template <class P, class G, class A, bool kGrad2, bool kCompensated, bool kMomentum>
 void run_chunk(const StepPass& pass, StepPass::Chunk& chunk) {
-    const Block<P, G, A, kGrad2, kCompensated, kMomentum> block(*pass.options, pass.update);
+    const Block<P, G, A, kGrad2, kCompensated, kMomentum> block(pass.options[chunk.segment], pass.update);
     const StepTensor& t = *chunk.tensor;
     for (int64_t i = chunk.begin; i < chunk.end; i += kBlock)
         block.run(static_cast<P*>(t.param) + i, static_cast<const G*>(t.grad1) + i,
@@ -152,10 +152,10 @@ void run_any_chunk(const StepPass& pass, StepPass::Chunk& chunk) {
     }
 }
 
-int step(const StepTensor* tensors, int64_t count, const StepOptions& options, double* stats) {
+int step(const StepTensor* tensors, int64_t count, const StepOptions* options, int64_t segments, double* stats) {
     for (int64_t t = 0; t < count; ++t)
         if (!supported(tensors[t])) return kUnsupportedDType;
-    return StepPass::run<run_any_chunk>(tensors, count, options, stats);
+    return StepPass::run<run_any_chunk>(tensors, count, options, segments, stats);
 }
 
 }  // namespace
@@ -163,6 +163,6 @@ int step(const StepTensor* tensors, int64_t count, const StepOptions& options, d
 }  // namespace svag
 
 extern "C" int SVAG_ENTRY(svag_step)(const svag::StepTensor* tensors, int64_t count,
-                                     const svag::StepOptions& options, double* stats) {
-    return svag::SVAG_SIMD::step(tensors, count, options, stats);
+                                     const svag::StepOptions* options, int64_t segments, double* stats) {
+    return svag::SVAG_SIMD::step(tensors, count, options, segments, stats);
 }

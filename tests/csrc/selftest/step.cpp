@@ -106,7 +106,7 @@ svag::StepOptions options(double lr, double l, double weight_decay, int threads 
 }
 
 int step(const svag::StepTensor& tensor, const svag::StepOptions& o, double* stats) {
-    return SVAG_KERNEL(svag_step)(&tensor, 1, o, stats);
+    return SVAG_KERNEL(svag_step)(&tensor, 1, &o, 1, stats);
 }
 
 DType wide(DType param) { return param == DType::float64 ? DType::float64 : DType::float32; }
@@ -233,7 +233,7 @@ SVAG_CHECK(step_gives_the_same_bits_for_any_thread_count) {
         for (size_t t = 0; t < x.size(); ++t) list.push_back(describe(x[t], firsts[t], &seconds[t]));
         double stats[svag::kStatCount];
         const auto o = options(0.1, 8, 0.01, threads);
-        EXPECT(SVAG_KERNEL(svag_step)(list.data(), static_cast<int64_t>(list.size()), o, stats) == svag::kOk);
+        EXPECT(SVAG_KERNEL(svag_step)(list.data(), static_cast<int64_t>(list.size()), &o, 1, stats) == svag::kOk);
         if (threads == 1) {
             std::memcpy(reference, stats, sizeof stats);
             expected = x;
@@ -241,6 +241,65 @@ SVAG_CHECK(step_gives_the_same_bits_for_any_thread_count) {
         EXPECT(std::memcmp(reference, stats, sizeof stats) == 0);
         EXPECT(x == expected);
     }
+}
+
+// Replicas in one list against each alone: bits of params, buffers and statistics, whatever the others hold.
+SVAG_CHECK(step_of_segments_is_each_segment_alone_to_the_bit) {
+    constexpr int kSegments = 3;
+    for (const Pair& dtypes : kPairs)
+        for (const int threads : {1, 3})
+            for (const bool skip : {false, true}) {
+                const int64_t large = &dtypes == kPairs ? 70003 : 1025;  // several chunks of a segment
+                const int64_t sizes[] = {1, 0, 31, large, 17};
+                std::vector<svag::StepOptions> options_of;
+                for (const double l : {1.0, 65536.0, 4.0}) {
+                    options_of.push_back(options(0.3 / l, l, 0.05 * l, threads));
+                    options_of.back().skip_nonfinite = skip;
+                    options_of.back().momentum = {1 - 0.1 / l, 1 - 0.2 / l};
+                }
+                std::vector<Tensor> x, g1, g2, v;
+                for (const int64_t n : sizes) {
+                    x.push_back(Tensor::random(dtypes.param, kSegments * n, 1));
+                    g1.push_back(Tensor::random(dtypes.grad, kSegments * n, 2));
+                    g2.push_back(Tensor::random(dtypes.grad, kSegments * n, 3));
+                    v.push_back(Tensor::random(wide(dtypes.param), kSegments * n, 4));
+                }
+                g2[3].set(large + 5, std::nan(""));  // in the middle one
+                const std::vector<Tensor> before = x, v_before = v;
+                std::vector<svag::StepTensor> list;
+                for (size_t t = 0; t < x.size(); ++t) list.push_back(describe(x[t], g1[t], &g2[t], nullptr, &v[t]));
+                double stats[kSegments * svag::kStatCount];
+                EXPECT(SVAG_KERNEL(svag_step)(list.data(), static_cast<int64_t>(list.size()), options_of.data(), kSegments,
+                                              stats) == svag::kOk);
+                for (int64_t s = 0; s < kSegments; ++s) {
+                    std::vector<Tensor> own[4];
+                    for (size_t t = 0; t < x.size(); ++t) {
+                        const Tensor* whole[] = {&before[t], &g1[t], &g2[t], &v_before[t]};
+                        for (int k = 0; k < 4; ++k) {
+                            own[k].emplace_back(whole[k]->dtype(), sizes[t]);
+                            for (int64_t i = 0; i < sizes[t]; ++i) own[k][t].set(i, whole[k]->get(s * sizes[t] + i));
+                        }
+                    }
+                    std::vector<svag::StepTensor> alone;
+                    for (size_t t = 0; t < x.size(); ++t)
+                        alone.push_back(describe(own[0][t], own[1][t], &own[2][t], nullptr, &own[3][t]));
+                    double expected[svag::kStatCount];
+                    const auto& o = options_of[static_cast<size_t>(s)];
+                    EXPECT(SVAG_KERNEL(svag_step)(alone.data(), static_cast<int64_t>(alone.size()), &o, 1, expected) ==
+                           svag::kOk);
+                    EXPECT(stats[s * svag::kStatCount + svag::kFinite] == (s == 1 ? 0 : 1));
+                    EXPECT(std::memcmp(expected, stats + s * svag::kStatCount, sizeof expected) == 0);
+                    for (size_t t = 0; t < x.size(); ++t)
+                        for (int64_t i = 0; i < sizes[t]; ++i) {
+                            const double pairs[][2] = {{x[t].get(s * sizes[t] + i), own[0][t].get(i)},
+                                                       {v[t].get(s * sizes[t] + i), own[3][t].get(i)}};
+                            for (const auto& [found, wanted] : pairs)
+                                EXPECT(found == wanted || (std::isnan(found) && std::isnan(wanted)));
+                        }
+                }
+                for (size_t t = 0; t < x.size(); ++t) EXPECT(x[t].guard_is_intact() && v[t].guard_is_intact());
+                EXPECT(skip == (x[3].get(large + 5) == before[3].get(large + 5)));
+            }
 }
 
 SVAG_CHECK(step_skips_when_a_gradient_is_not_finite) {
