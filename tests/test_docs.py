@@ -88,7 +88,7 @@ def test_the_replicas_pages_code_runs() -> None:
         compile((ROOT / "docs/replicas.md").read_text().split("```")[1].removeprefix("python"), "replicas.md", "exec"),
         names,
     )
-    assert names["out"].shape == (16, 32, 10)
+    assert names["stats"].nsr.shape == (16,)
 
 
 def test_the_readmes_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,12 +52,15 @@ class RunningNoise:
 
         Raises:
             TypeError: not a StepStats.
-            ValueError: the step had no second gradient (l = 1 without one), so that nothing tells noise from signal.
+            ValueError: the step had no second gradient (l = 1 without one), so that nothing tells noise from signal; or
+                it was one of replicas.
         """
         if not isinstance(stats, StepStats):
             raise TypeError(f"stats must be the StepStats that step() returns, got a {type(stats).__name__}")
         if not stats.has_second:
             raise ValueError("stats must be of two batches' gradients, which G and N need, got one gradient")
+        if stats.raw.dim() != 1:
+            raise ValueError(f"stats must be of one run, got those of {len(stats.raw)} replicas")
         self._pending.append((stats.raw.detach().clone(), stats.two_batches))
         self._rounding = max(self._rounding, stats.rounding)
         if len(self._pending) >= self._MAX_PENDING:
@@ -204,7 +207,7 @@ class RunningNoise:
             if not finite:
                 self._skipped += 1
                 continue
-            if two_batches and is_one_batch(*row):
+            if two_batches and is_one_batch([row]):
                 self._one_batch += 1
                 continue
             # Each difference by itself: exact where the norms are close.

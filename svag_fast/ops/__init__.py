@@ -8,6 +8,7 @@ from svag_fast.ops.philox_normal import philox_normal_
 from svag_fast.ops.step import svag_step_
 from svag_fast.ops.step_options import svag_coefficients
 from svag_fast.ops.step_per_sample import PerSampleStep, svag_step_per_sample_
+from svag_fast.ops.step_replicas import svag_replicas_step_
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.ops.weight_grad.op import WeightGrad, weight_grad_and_sq_norms
 from svag_fast.ops.weight_step import svag_weight_step_
@@ -24,6 +25,7 @@ __all__ = [
     "philox_normal_",
     "svag_adaptive_step_",
     "svag_coefficients",
+    "svag_replicas_step_",
     "svag_step_",
     "svag_step_per_sample_",
     "svag_weight_step_",

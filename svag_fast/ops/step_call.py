@@ -63,6 +63,8 @@ class StepKind:
     """Refuses what is given beside lists and options."""
     dispatch: Callable[[StepLists, Any, Any, str, bool], Tensor]
     """Takes the step by PyTorch's dispatcher, given lists, options, what is beside them, backend, skip_nonfinite."""
+    raw_shape: Callable[[Any], tuple[int, ...]] = lambda options: (5,)
+    """The shape of its ``StepStats.raw``, given its options."""
 
     def register(self, schema: str, unpacked: Callable[..., tuple[StepLists, Any, Any, str, bool]]) -> Any:
         """Return the op of this step; ``unpacked`` turns its arguments into those of :attr:`dispatch`."""
@@ -74,7 +76,7 @@ class StepKind:
         def fake(*arguments: Any) -> Tensor:
             lists, options, extra, _, _ = unpacked(*arguments)
             self.check(lists, options, extra)
-            return lists.params[0].new_empty(5, dtype=torch.float64)
+            return lists.params[0].new_empty(self.raw_shape(options), dtype=torch.float64)
 
         return register_op(schema, run, fake)
 
@@ -217,7 +219,7 @@ def take_step(
     lists = kind.named(lists)
     if not lists.params:
         kind.check(lists, options, extra)
-        return nothing_stepped(has_second)
+        return nothing_stepped(has_second, kind.raw_shape(options))
     with torch.no_grad():
         raw = kind.dispatch(lists, options, extra, backend, skip_nonfinite)
     return StepStats(raw, has_second, rounding=rounding(lists.params))

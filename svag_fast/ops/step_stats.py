@@ -18,11 +18,12 @@ class StepStats:
     """Statistics of a step's two gradients and of the parameters before it, on the params' device.
 
     Reading a value (``float(stats.nsr)``) synchronises with the device; nothing before does. Every statistic is a
-    0-d float64 tensor. Without a second gradient those that need it are None. Float32 sums of 4096 elements are
-    added in float64.
+    0-d float64 tensor, of S replicas [S]. Without a second gradient those that need it are None. Float32 sums of 4096
+    elements are added in float64.
 
     The estimators G, N and nsr need independent batches. Where an optimizer at ``l > 1`` was given the same gradient
-    twice, to the bit, they raise RuntimeError; on a device, where looking would wait for it, they are nan.
+    twice, to the bit, they raise RuntimeError. On a device, where looking would wait for it, they are nan, and so are
+    those of each of S replicas that was.
     """
 
     ONE_BATCH: ClassVar[str] = (
@@ -31,7 +32,7 @@ class StepStats:
     )
 
     raw: Tensor
-    """[5], float64: sq_norm1, sq_norm2, inner, weight_sq_norm, finite."""
+    """[5], float64: sq_norm1, sq_norm2, inner, weight_sq_norm, finite. Of S replicas [S, 5]."""
     has_second: bool
     two_batches: bool = False
     """Whether the two gradients are to be those of two batches, so that the same one twice is a fault."""
@@ -39,58 +40,62 @@ class StepStats:
     """How far rounding may have put the squared norms and the inner product off, relative to the norms."""
 
     def is_one_batch(self) -> bool:
-        """Whether the same gradient came twice where two batches' were asked for; synchronises."""
-        return self.two_batches and is_one_batch(*self.raw.tolist())
+        """Whether the same gradient came twice where two batches' were asked for, to any replica; synchronises."""
+        return self.two_batches and is_one_batch(self.raw.view(-1, 5).tolist())
 
     def _on_cpu(self) -> bool:
         return self.raw.device.type == "cpu"
 
+    def _moments(self) -> tuple[Tensor, ...]:
+        return self.raw[..., : _INNER + 1].unbind(-1)
+
     def _estimate(self, value: Tensor) -> Tensor:
         if not self.two_batches:
             return value
-        if self._on_cpu():
+        if self.raw.dim() == 1 and self._on_cpu():
             if self.is_one_batch():
                 raise RuntimeError(self.ONE_BATCH)
             return value
-        sq_norm1, sq_norm2, inner = self.raw[: _INNER + 1].unbind()
+        sq_norm1, sq_norm2, inner = self._moments()
         return value.where((sq_norm1 != sq_norm2) | (sq_norm1 != inner) | (inner == 0), torch.nan)
 
     @property
     def sq_norm1(self) -> Tensor:
         """The first gradient's squared norm."""
-        return self.raw[_SQ_NORM1]
+        return self.raw.select(-1, _SQ_NORM1)
 
     @property
     def sq_norm2(self) -> Tensor | None:
         """The second gradient's squared norm."""
-        return self.raw[_SQ_NORM2] if self.has_second else None
+        return self.raw.select(-1, _SQ_NORM2) if self.has_second else None
 
     @property
     def inner(self) -> Tensor | None:
         """The two gradients' inner product."""
-        return self.raw[_INNER] if self.has_second else None
+        return self.raw.select(-1, _INNER) if self.has_second else None
 
     @property
     def weight_sq_norm(self) -> Tensor:
         """R, the parameters' squared norm before the step."""
-        return self.raw[_WEIGHT_SQ_NORM]
+        return self.raw.select(-1, _WEIGHT_SQ_NORM)
 
     @property
     def finite(self) -> Tensor:
-        """0-d bool: False where any entry of a gradient was inf or nan."""
-        return self.raw[FINITE] != 0
+        """0-d bool, of S replicas [S]: False where any entry of a gradient was inf or nan."""
+        return self.raw.select(-1, FINITE) != 0
 
     @property
     def grad_sq_norm(self) -> Tensor | None:
         """G, unbiased: for independent batches E <g1, g2> = |E g|². May be negative."""
-        return self._estimate(self.raw[_INNER]) if self.has_second else None
+        return self._estimate(self.raw.select(-1, _INNER)) if self.has_second else None
 
     @property
     def noise_trace(self) -> Tensor | None:
         """N, unbiased: E |g1 - g2|² / 2 is the trace of one batch gradient's covariance."""
         if not self.has_second:
             return None
-        return self._estimate((self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2] - 2 * self.raw[_INNER]) / 2)
+        sq_norm1, sq_norm2, inner = self._moments()
+        return self._estimate((sq_norm1 + sq_norm2 - 2 * inner) / 2)
 
     @property
     def noise_trace_rounding(self) -> Tensor | None:
@@ -99,18 +104,22 @@ class StepStats:
         N is a difference of the norms, which in float32 have some five digits for certain. It is ``rounding`` times
         their sum, so it matters where N / G is small: below about 3e-5 for float32, 6e-14 for float64.
         """
-        return (self.raw[_SQ_NORM1] + self.raw[_SQ_NORM2]) * self.rounding if self.has_second else None
+        if not self.has_second:
+            return None
+        sq_norm1, sq_norm2, _ = self._moments()
+        return (sq_norm1 + sq_norm2) * self.rounding
 
     @property
     def nsr(self) -> Tensor | None:
         """N / G, the noise-to-signal ratio of this one step: average N and G over steps before you trust it."""
         noise_trace = self.noise_trace
-        return None if noise_trace is None else noise_trace / self.raw[_INNER]
+        return None if noise_trace is None else noise_trace / self.raw.select(-1, _INNER)
 
 
-def is_one_batch(sq_norm1: float, sq_norm2: float, inner: float, weight_sq_norm: float, finite: float) -> bool:
-    """Whether these raw statistics are those of one gradient, not zero, given twice."""
-    return sq_norm1 == sq_norm2 == inner != 0 and finite != 0
+def is_one_batch(raw: Iterable[Sequence[float]]) -> bool:
+    """Whether in any of these rows of raw statistics they are those of one gradient, not zero, given twice."""
+    found = [sq_norm1 == sq_norm2 == inner != 0 and finite != 0 for sq_norm1, sq_norm2, inner, _, finite in raw]
+    return any(found)
 
 
 ROUNDING = 256 * 2**-24, 256 * 2**-53
@@ -131,12 +140,13 @@ def total(raws: Sequence[Tensor]) -> Tensor:
     if len(raws) == 1:
         return raws[0]
     raw = torch.stack([raw.to(raws[0].device) for raw in raws])
-    return torch.cat([raw[:, :FINITE].sum(0), raw[:, FINITE:].amin(0)])
+    return torch.cat([raw[..., :FINITE].sum(0), raw[..., FINITE:].amin(0)], -1)
 
 
-def nothing_stepped(has_second: bool) -> StepStats:
-    """Return the statistics of a step over no params."""
-    return StepStats(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device="cpu"), has_second)
+def nothing_stepped(has_second: bool, shape: tuple[int, ...] = (5,)) -> StepStats:
+    """Return the statistics of a step over no params, ``raw`` of this shape."""
+    raw = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device="cpu")
+    return StepStats(raw.expand(shape).clone(), has_second)
 
 
 def raw_statistics(params: list[Tensor], grads1: list[Tensor], grads2: list[Tensor] | None) -> Tensor:

@@ -45,6 +45,30 @@ def divide(grads: list[Tensor], scale: Tensor) -> None:
             torch._foreach_mul_(listed, factor.to(device, held))
 
 
+def replica_norms(grads: list[Tensor], replicas: int, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """Return each replica's norm over all gradients, [S]; of none, zeros.
+
+    Raises:
+        RuntimeError: one is inf or nan, and ``error_if_nonfinite``.
+    """
+    rows = [torch.linalg.vector_norm(g.reshape(replicas, -1), norm_type, dim=1) for g in grads if g.numel()]
+    if not rows:
+        return torch.zeros(replicas, device=grads[0].device if grads else None)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack([row.to(rows[0].device) for row in rows]), norm_type, dim=0)
+    if error_if_nonfinite and not bool(norms.isfinite().all()):
+        wrong = ", ".join(map(str, norms.isfinite().logical_not().nonzero().flatten().tolist()))
+        raise RuntimeError(f"the norm of order {norm_type} of the gradients is inf or nan, of replica {wrong}")
+    return norms
+
+
+def clip_replicas(grads: list[Tensor], max_norm: float, norms: Tensor) -> None:
+    """Scale each replica's gradients to ``max_norm`` where its norm is larger, as torch.nn.utils does for all."""
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    with torch.no_grad():
+        for g in grads:
+            g.mul_(factors.to(g.device, g.dtype).view(-1, *[1] * (g.dim() - 1)))
+
+
 def carriers(grads: list[Tensor]) -> list[Tensor]:
     """Return tensors that have these as ``.grad``, for what looks there."""
     carriers = [g.detach() for g in grads]

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svag_fast.numeric import number
+
+_IMMUTABLE = frozenset({float, int, bool, str, type(None)})
 CLOCKS = ("steps", "effective_steps", "effective_steps_lost", "time", "time_lost")
 
 
@@ -16,11 +19,17 @@ def on_device(group: dict[str, Any]) -> bool:
     return isinstance(lr, Tensor) and lr.device.type != "cpu" and bool(group.get("capturable"))
 
 
+def is_immutable(value: Any) -> bool:
+    """Whether the same object will always be the same value."""
+    return type(value) in _IMMUTABLE or (type(value) is tuple and all(map(is_immutable, value)))
+
+
 def start_clocks(group: dict[str, Any]) -> None:
     """Give the group the clocks that it lacks; ``_lost`` is what rounding the sums has lost (Kahan)."""
     for name in ("steps", "time"):
         group.setdefault(name, 0 if name == "steps" else 0.0)
-    group.setdefault("effective_steps", group["steps"] / group["l"])  # before it was summed
+    if "effective_steps" not in group:  # before it was summed
+        group["effective_steps"] = group["steps"] / group["l"] if group["steps"] else 0.0
     for name in ("effective_steps_lost", "time_lost"):
         group.setdefault(name, 0.0)
     if group.get("capturable"):  # a replayed graph reads lr and counts on
@@ -30,17 +39,44 @@ def start_clocks(group: dict[str, Any]) -> None:
                 group[name] = torch.tensor(float(group[name]), dtype=torch.float64, device=device)
 
 
-def count(group: dict[str, Any], taken: Any, time: Any) -> None:
+def check_clocks(group: dict[str, Any]) -> None:
+    """Refuse clocks of a loaded group that are no numbers, or not one of each replica, or out of range."""
+    for name in CLOCKS:
+        value = group.get(name, 0.0)
+        of_each = isinstance(value, Tensor) and value.shape == (group.get("replicas"),)
+        for each in value.tolist() if of_each else [value]:
+            number(name, each, **({} if name.endswith("_lost") else {"least": 0}))
+
+
+def as_clock(value: Any) -> Any:
+    """Return a number as it is, one of each replica as float64 [S]."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu") if isinstance(value, tuple) else value
+
+
+def read_clock(group: dict[str, Any], name: str) -> float:
+    """Return a number of a param group.
+
+    Raises:
+        ValueError: the replicas have one of each.
+    """
+    value = group[name]
+    if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() and len(value) > 1):
+        raise ValueError(f"the replicas have a {name} of each: read param_groups[0][{name!r}]")
+    return float(value)
+
+
+def count(group: dict[str, Any], taken: Any, l: Any, time: Any) -> None:
     """Add a step to the clocks, the sums compensated (Kahan): exact to about an ulp after any number of steps.
 
     Args:
         group: the param group.
         taken: 1, or a 0-d float64 tensor that is 0 where the step was skipped.
-        time: the step's own.
+        l: the step's; of replicas that differ [S].
+        time: the step's own; of replicas that differ [S].
     """
     new = {"steps": group["steps"] + taken}
     for name, lost, term in (
-        ("effective_steps", "effective_steps_lost", taken / group["l"]),
+        ("effective_steps", "effective_steps_lost", taken / l),
         ("time", "time_lost", taken * time),
     ):
         term = term + group[lost]

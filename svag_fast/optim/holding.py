@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from svag_fast.numeric import real
 from svag_fast.ops.step_stats import StepStats
-from svag_fast.optim.grad_lists import carriers
+from svag_fast.optim.grad_lists import carriers, clip_replicas, replica_norms
 from svag_fast.optim.held_gradient import HeldGradient
 from svag_fast.optim.optimizer_methods import outside_compiler, plain
 
@@ -27,6 +27,13 @@ class HoldingOptimizer(Optimizer):
     def stats(self) -> StepStats | None:
         """The last step's statistics."""
         return self._pair.stats
+
+    def _check_no_replicas(self, what: str) -> None:
+        if self.param_groups[0].get("replicas") is not None:
+            raise RuntimeError(
+                f"{what} has one scale for all replicas, and would lower it for all as long as one of them overflows: "
+                "train replicas in bfloat16 or float32, without it"
+            )
 
     @outside_compiler
     def hold_gradient(self) -> None:
@@ -90,7 +97,8 @@ class HoldingOptimizer(Optimizer):
         before.
 
         Returns:
-            The norms before: ``[2]``, held and current, or ``[1]`` where none is held (at ``l = 1``).
+            The norms before: ``[2]``, held and current, or ``[1]`` where none is held (at ``l = 1``). Replicas are
+            clipped each by its own norm, and there are ``[2, S]`` of them, or ``[1, S]``.
 
         Raises:
             RuntimeError: there is no second gradient, it alone was clipped, or a norm is inf or nan and
@@ -101,18 +109,23 @@ class HoldingOptimizer(Optimizer):
             raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
         if math.isnan(real("norm_type", norm_type)):
             raise ValueError(f"norm_type must be a number or inf, got {norm_type}")
+        replicas = self.param_groups[0].get("replicas")
         current = [p for group in self.param_groups for p in group["params"]]
         batches = [current]
         if self._pair.grads is not None:
             self._pair.second(self.param_groups, seen_by_scaler=False)
             batches = [carriers(self._pair.first()), current]
-        norms = [
-            nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type, error_if_nonfinite)
-            for params in batches
-        ]
+        grads = [[p.grad for p in params if p.grad is not None] for params in batches]
+        if replicas is None:
+            norms = [nn.utils.get_total_norm(listed, norm_type, error_if_nonfinite) for listed in grads]
+        else:
+            norms = [replica_norms(listed, replicas, norm_type, error_if_nonfinite) for listed in grads]
         self._pair.clipped = True
-        for params, norm in zip(batches, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        for params, listed, norm in zip(batches, grads, norms, strict=True):
+            if replicas is None:
+                nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+            else:
+                clip_replicas(listed, max_norm, norm)
         return torch.stack([norm.to(norms[0].device) for norm in norms])
 
     @outside_compiler
@@ -123,8 +136,9 @@ class HoldingOptimizer(Optimizer):
         is known to the scaler. Then ``scaler.step(optimizer)``.
 
         Raises:
-            RuntimeError: there is no second gradient yet, or the scaler refuses.
+            RuntimeError: there is no second gradient yet, the optimizer is one of replicas, or the scaler refuses.
         """
+        self._check_no_replicas("a GradScaler")
         if self._pair.grads is None:
             scaler.unscale_(self)
             return

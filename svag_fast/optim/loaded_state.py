@@ -49,12 +49,18 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
         buffers = {number: of.get("momentum_buffer") for number, of in state_dict["state"].items() if number in moving}
         state_dict["state"] = {k: {"momentum_buffer": buffer} for k, buffer in buffers.items() if buffer is not None}
     merged = [{**now, **loaded} for now, loaded in zip(groups, state_dict["param_groups"], strict=True)]
-    for i, group in enumerate(merged):
+    ls: list[Any] = []
+    for i, (now, group) in enumerate(zip(groups, merged, strict=True)):
+        if group.get("replicas") != now.get("replicas"):
+            raise ValueError(
+                f"replicas of param group {i} of the loaded state must be {now.get('replicas')}, as this optimizer's, "
+                f"got {group.get('replicas')}"
+            )
         try:
-            optimizer._check_loaded_group(group)
+            ls.append(optimizer._check_loaded_group(group).l)
         except (TypeError, ValueError) as error:
             raise type(error)(f"param group {i} of the loaded state: {error}") from error
-        if group["l"] != merged[0]["l"]:
+        if ls[-1] != ls[0]:
             raise ValueError(
                 f"l of the loaded state must be the same in all param groups, {merged[0]['l']} in group 0, got "
                 f"{group['l']} in group {i}"
@@ -124,9 +130,11 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
         raise ValueError(
             f"the loaded state must be without {had}, which {name} doesn't take over, got torch's {kin.name} with it"
         )
-    if now["l"] != 1 and (not kin.any_l or saved["momentum"]):
+    l = optimizer._check_group(optimizer.param_groups[i], read=True).l
+    if l != 1 and (not kin.any_l or saved["momentum"]):
+        shown = l if isinstance(l, tuple) else f"{l:g}"
         raise ValueError(
-            f"the loaded state must be of moments at l = {now['l']:g}, got torch's {kin.name}, whose are others"
+            f"the loaded state must be of moments at l = {shown}, got torch's {kin.name}, whose are others"
         )
     return {**now, **{k: v for k, v in saved.items() if k in now or k in _BESIDE}}
 

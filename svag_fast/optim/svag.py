@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -15,6 +16,7 @@ from svag_fast.ops.checks import PARAM_DTYPES
 from svag_fast.ops.step import SVAG_STEP
 from svag_fast.ops.step_call import StepLists
 from svag_fast.ops.step_options import MomentumRule, StepOptions, step_scalars, svag_coefficients
+from svag_fast.ops.step_replicas import SVAG_REPLICAS_STEP, ReplicaOptions, check_replicas
 from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.loaded_state import TorchKin
 from svag_fast.optim.two_batch import MakeCall, TwoBatchOptimizer, Work
@@ -119,6 +121,11 @@ class SVAG(TwoBatchOptimizer):
             there. Weight decay and momentum stay as they were at the capture. Take a few steps before it. Needs backend
             ``cuda`` or ``triton`` in a graph.
         backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
+        replicas: S, where all parameters are [S, ...] with a replica in each row, as :class:`svag_fast.Replicas` has
+            them. Each replica is stepped and measured by itself: every statistic is [S], :meth:`clip_grad_norm_` clips
+            each by its own norm, and what one holds, nan too, changes no bit of another. ``lr``, ``l`` and
+            ``weight_decay`` may then be S numbers, in a sequence or a tensor [S]. Neither ``capturable`` nor a
+            GradScaler serve replicas.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
     gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising.
@@ -132,22 +139,23 @@ class SVAG(TwoBatchOptimizer):
     )
     state_names = frozenset(_BUFFERS)
     values = operator.itemgetter(
-        *("lr", "l", "weight_decay", *_MOMENTUM_DEFAULTS, "compensated", "capturable", "backend")
+        *("lr", "l", "weight_decay", *_MOMENTUM_DEFAULTS, "compensated", "capturable", "backend", "replicas")
     )
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: float | Sequence[float] | Tensor,
         *,
-        l: float = 1,
-        weight_decay: float = 0.0,
+        l: float | Sequence[float] | Tensor = 1,
+        weight_decay: float | Sequence[float] | Tensor = 0.0,
         momentum: float = 0.0,
         momentum_rule: MomentumRule = "time",
         maximize: bool = False,
         compensated: bool = False,
         capturable: bool = False,
         backend: str = "auto",
+        replicas: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -159,6 +167,7 @@ class SVAG(TwoBatchOptimizer):
             "compensated": compensated,
             "capturable": capturable,
             "backend": backend,
+            "replicas": replicas,
         }
         # What a capturable step reads on each device, and all but the rate that was written there.
         self._on_device: dict[tuple[int, torch.device], tuple[Tensor, StepOptions]] = {}
@@ -166,13 +175,15 @@ class SVAG(TwoBatchOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            for name, value in (("capturable", False), *_MOMENTUM_DEFAULTS.items()):
+            for name, value in (("capturable", False), ("replicas", None), *_MOMENTUM_DEFAULTS.items()):
                 group.setdefault(name, value)
         self._on_device = {}
         super().__setstate__(state)
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
+        if group["replicas"] is not None:
+            check_replicas(group["params"], group["replicas"], " of the group")
         for i, p in enumerate(group["params"]):
             if group["compensated"] and p.requires_grad and p.dtype == torch.float64:
                 allowed = ", ".join(str(d) for d in PARAM_DTYPES if d != torch.float64)
@@ -180,12 +191,16 @@ class SVAG(TwoBatchOptimizer):
                     f"params[{i}] of the group must be {allowed} where it is compensated, got torch.float64"
                 )
 
-    def _check_options(self, group: dict[str, Any], lr: Any) -> StepOptions:
+    def _check_options(self, group: dict[str, Any], lr: Any) -> StepOptions | ReplicaOptions:
         for name in ("compensated", "capturable"):
             if not isinstance(group[name], bool):
                 raise TypeError(f"{name} must be a bool, got {group[name]!r}")
         named = (group[name] for name in ("l", "weight_decay", *_MOMENTUM_DEFAULTS))
-        return StepOptions.checked(lr, *named)
+        if group["replicas"] is None:
+            return StepOptions.checked(lr, *named)
+        if group["capturable"]:
+            raise ValueError("capturable serves no replicas: a captured step reads one lr")
+        return ReplicaOptions.checked(group["replicas"], lr, *named)
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameter's dtype; that of a 16-bit parameter is float32 here.
@@ -202,19 +217,23 @@ class SVAG(TwoBatchOptimizer):
     def _work(
         self,
         group: dict[str, Any],
-        options: StepOptions,
+        options: Any,
         params: list[Tensor],
         grads1: Grads,
         grads2: Grads | None,
         call: MakeCall,
     ) -> list[Work] | None:
-        coefficients = self._coefficients(group, options, params[0].device) if group["capturable"] else None
+        kind, extra = SVAG_STEP, None
+        if group["capturable"]:
+            extra = self._coefficients(group, options, params[0].device)
+        elif group["replicas"] is not None:
+            kind, extra = SVAG_REPLICAS_STEP, options.replicas
         fresh: list[_Fresh] = []
         kept: list[list[Tensor] | None] = []
         for name, wanted in zip(_BUFFERS, (group["compensated"], options.momentum != 0), strict=True):
             kept.append(self._buffers(name, params, fresh) if wanted else None)
         lists = StepLists(params, grads1, grads2, *kept)
-        step = call(SVAG_STEP, lists, options, extra=coefficients, backend=group["backend"])
+        step = call(kind, lists, options, extra=extra, backend=group["backend"])
         return None if step is None else [Work(step, functools.partial(self._keep, fresh) if fresh else None)]
 
     def _keep(self, fresh: list[_Fresh], *_: Any) -> None:

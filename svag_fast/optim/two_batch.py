@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 import operator
 import warnings
 from collections.abc import Callable
@@ -22,8 +21,17 @@ from svag_fast.ops.step_call import StepCall, check_calls_apart
 from svag_fast.ops.step_stats import FINITE, StepStats, is_one_batch, nothing_stepped, total
 from svag_fast.optim import loaded_state
 from svag_fast.optim.callers import only_makes_state, tell_scaler
+from svag_fast.optim.closure_losses import detached, mean
 from svag_fast.optim.grad_lists import divide, gradients, sharded
-from svag_fast.optim.group_options import CLOCKS, count, on_device, start_clocks
+from svag_fast.optim.group_options import (
+    as_clock,
+    check_clocks,
+    count,
+    is_immutable,
+    on_device,
+    read_clock,
+    start_clocks,
+)
 from svag_fast.optim.held_gradient import GroupGrads, HeldGradient
 from svag_fast.optim.holding import HoldingOptimizer
 from svag_fast.optim.optimizer_methods import as_torch_wraps, outside_compiler, plain
@@ -46,12 +54,13 @@ class Checked(NamedTuple):
 
     options: Any
     """As a step takes them."""
+    l: Any
+    """A number, or [S] where the replicas differ."""
     time: Any
     """The SDE's time of a step; None where only a captured step's kernel reads the rate."""
 
 
 MakeCall: TypeAlias = Callable[..., StepCall | None]
-_IMMUTABLE = frozenset({float, int, bool, str, type(None)})
 # By map, not by a comprehension: a step takes a small net's kernel little longer than some function calls.
 _RATE = operator.attrgetter("options.lr")
 _ROUNDING = operator.attrgetter("call.rounding")
@@ -91,12 +100,12 @@ class TwoBatchOptimizer(HoldingOptimizer):
     @property
     def l(self) -> float:
         """SVAG's hyperparameter, the same for all param groups."""
-        return float(self.param_groups[0]["l"])
+        return read_clock(self.param_groups[0], "l")
 
     @property
     def effective_steps(self) -> float:
         """The sum of ``1 / l`` over the steps: a schedule in the paper's sense is a function of these."""
-        return float(self.param_groups[0]["effective_steps"])
+        return read_clock(self.param_groups[0], "effective_steps")
 
     @property
     def time(self) -> float:
@@ -105,7 +114,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
         With momentum and ``momentum_rule="fixed"`` the limit is the SDE of SGD at lr/(1 - momentum), whose time runs
         1/(1 - momentum) times as fast.
         """
-        return float(self.param_groups[0]["time"])
+        return read_clock(self.param_groups[0], "time")
 
     # ---- param groups and their options
 
@@ -119,10 +128,11 @@ class TwoBatchOptimizer(HoldingOptimizer):
         """
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
-            number("l", group["l"])
-            if self.param_groups and group["l"] != self.l:
-                raise ValueError(f"l must be {self.l}, as in the other param groups, got {group['l']}")
-            self._check_group(group, read=True)
+            if "replicas" in group and "replicas" not in self.defaults:
+                raise TypeError(f"{type(self).__name__} has no replicas: SVAG steps and measures each by itself")
+            options = self._check_group(group, read=True)
+            if self.param_groups:
+                self._check_agrees(group, options.l, self._check_group(self.param_groups[0], read=True).l)
         _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
@@ -133,6 +143,17 @@ class TwoBatchOptimizer(HoldingOptimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _check_agrees(self, group: dict[str, Any], l: Any, wanted: Any) -> None:
+        """Refuse a group whose l, as a step takes it, isn't the one wanted, or that has other replicas."""
+        for name, value, other in (
+            ("l", l, wanted),
+            ("replicas", group.get("replicas"), self.param_groups[0].get("replicas")),
+        ):
+            if value != other:
+                raise ValueError(
+                    f"Invalid {name}: {group.get(name)} (the other param groups have {other}, and all must agree)"
+                )
 
     def _check_params(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
@@ -149,7 +170,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
         """
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            if lr.numel() != 1:
+            if lr.numel() != 1 and group.get("replicas") is None:
                 raise ValueError(f"Tensor lr must be 1-element, got shape {list(lr.shape)}")
             if not read and on_device(group):
                 lr = 0.0
@@ -164,23 +185,25 @@ class TwoBatchOptimizer(HoldingOptimizer):
 
     def _checked_options(self) -> list[Checked]:
         """Return all groups' options, checked where they are others than at the last step."""
-        l = self.param_groups[0]["l"]
-        checked = []
+        checked: list[Checked] = []
         for group in self.param_groups:
             values = self.values(group)
             kept = self._checked.get(id(group))
             if kept is not None and not all(map(operator.is_, values, kept[0])):
                 kept = None
             if kept is None:
-                number("l", group["l"])
-            if group["l"] != l:
-                raise ValueError(f"l must be {l}, as in the first param group, got {group['l']}")
-            if kept is None:
+                if checked and group.get("replicas") is None:  # before what depends on l
+                    self._check_agrees(group, number("l", group["l"]), checked[0].options.l)
                 options = self._check_group(group)
-                kept = values, Checked(options, None if on_device(group) else self._time_of(options.lr, options.l))
-                if all(map(_is_immutable, values)):  # the same objects then are the same values
+                l = as_clock(options.l)
+                time = None if on_device(group) else self._time_of(as_clock(options.lr), l)
+                kept = values, Checked(options, l, time)
+                if all(map(is_immutable, values)):  # the same objects then are the same values
                     self._checked[id(group)] = kept
             checked.append(kept[1])
+            options, first = kept[1].options, checked[0].options
+            if options.l != first.l or group.get("replicas") != self.param_groups[0].get("replicas"):
+                self._check_agrees(group, options.l, first.l)
         return checked
 
     # ---- the step
@@ -237,18 +260,20 @@ class TwoBatchOptimizer(HoldingOptimizer):
         if not any(map(_RATE, checked)) and only_makes_state():
             for group in groups:
                 self._make_state(group, [p for p in group["params"] if p.grad is not None])
-            return nothing_stepped(False) if value is None else value
+            return self._nothing_stepped() if value is None else value
         scaled = getattr(self, "found_inf", None) is not None
+        if scaled:
+            self._check_no_replicas("a GradScaler")
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
         if pair.grads is None:
-            lists = self._one_batch()
+            lists = self._one_batch(checked[0].options.l)
         else:
             if scaled:
                 pair.check_scaler(divides=scale is not None)
             second = pair.second(groups, seen_by_scaler=scaled and not pair.unscaled)
             lists = list(zip(pair.grads, second, strict=True))
         by_group = []
-        for group, (options, _), (grads1, grads2) in zip(groups, checked, lists, strict=True):
+        for group, (options, _, _), (grads1, grads2) in zip(groups, checked, lists, strict=True):
             work, params = None, group["params"]
             if params and all(map(is_not, grads1, _NONES)) and all(map(is_not, grads2 or (), _NONES)):
                 work = self._work(group, options, params, grads1, grads2, StepCall.by_reader)
@@ -265,22 +290,24 @@ class TwoBatchOptimizer(HoldingOptimizer):
             if keep is not None:
                 keep(raws[-1], scaled)
         if not raws:  # no parameter has a gradient
-            pair.stats = nothing_stepped(False)
+            pair.stats = self._nothing_stepped()
             return pair.stats if value is None else value
         held = pair.grads is not None
         two_batches = held and checked[0].options.l != 1
         raw = raws[0] if len(raws) == 1 else total(raws)
         pair.stats = StepStats(raw, held, two_batches, max(map(_ROUNDING, works)))
-        if two_batches and not pair.warned and raw.is_cpu and is_one_batch(*raw.tolist()):
+        if two_batches and not pair.warned and raw.is_cpu and is_one_batch(raw.view(-1, 5).tolist()):
             pair.warned = True
-            warnings.warn(f"{type(self).__name__}: {StepStats.ONE_BATCH}", stacklevel=3)
+            same = [s for s, row in enumerate(raw.view(-1, 5).tolist()) if is_one_batch([row])]
+            of = f" of replica {', '.join(map(str, same))}" if raw.dim() == 2 else ""
+            warnings.warn(f"{type(self).__name__}{of}: {StepStats.ONE_BATCH}", stacklevel=3)
         if scale is not None and held:  # it has looked at the second gradient alone
             tell_scaler(raw[FINITE])
         pair.clear()
         counted = raw[FINITE] if scaled else 1
-        for group, (_, time), parts in zip(groups, checked, by_group, strict=True):
+        for group, (_, l, time), parts in zip(groups, checked, by_group, strict=True):
             if not parts or any(map(_MOVES, parts)):
-                count(group, counted, self._time_of(group["lr"].double(), group["l"]) if time is None else time)
+                count(group, counted, l, self._time_of(group["lr"].double(), l) if time is None else time)
         return pair.stats if value is None else value
 
     def _backpropagated(self, closure: Callable[[], Any]) -> Any:
@@ -289,21 +316,26 @@ class TwoBatchOptimizer(HoldingOptimizer):
             raise RuntimeError(
                 "pair_pass has made both batches' gradients: call step() without a closure, or discard_gradient() first"
             )
-        self._checked_options()
+        checked = self._checked_options()
         with torch.enable_grad():
-            if self._pair.grads is not None or self.l == 1:
+            if self._pair.grads is not None or checked[0].options.l == 1:
                 return closure()
-            first = _detached(closure())
+            first = detached(closure())
             self.hold_gradient()
             self._pair.by_closure = True
-            return _mean(first, _detached(closure()))
+            return mean(first, detached(closure()))
 
-    def _one_batch(self) -> list[tuple[GroupGrads, GroupGrads | None]]:
+    def _nothing_stepped(self) -> StepStats:
+        replicas = self.param_groups[0].get("replicas")
+        return nothing_stepped(False, (5,) if replicas is None else (replicas, 5))
+
+    def _one_batch(self, l: Any) -> list[tuple[GroupGrads, GroupGrads | None]]:
         """Return the groups' gradients where none is held."""
         lists = [[p.grad for p in group["params"]] for group in self.param_groups]
-        if self.l != 1 and any(g is not None for listed in lists for g in listed):
+        if l != 1 and any(g is not None for listed in lists for g in listed):
+            shown = l if isinstance(l, tuple) else f"{l:g}"
             raise RuntimeError(
-                f"{type(self).__name__} with l = {self.l:g} combines two batches, and no gradient is held: call "
+                f"{type(self).__name__} with l = {shown} combines two batches, and no gradient is held: call "
                 "hold_gradient() between the two backward passes, or pass step() a closure"
             )
         return [(listed, None) for listed in lists]
@@ -366,32 +398,13 @@ class TwoBatchOptimizer(HoldingOptimizer):
             for handle in handles:
                 handle.remove()
 
-    def _check_loaded_group(self, group: dict[str, Any]) -> None:
-        self._check_group(group, read=True)
-        for name in CLOCKS:
-            number(name, group.get(name, 0.0), **({} if name.endswith("_lost") else {"least": 0}))
+    def _check_loaded_group(self, group: dict[str, Any]) -> Any:
+        options = self._check_group(group, read=True)
+        check_clocks(group)
+        return options
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         """Mend what torch's own loading leaves."""
 
 
 _watched_step = as_torch_wraps(TwoBatchOptimizer._step)
-
-
-def _is_immutable(value: Any) -> bool:
-    return type(value) in _IMMUTABLE or (type(value) is tuple and all(map(_is_immutable, value)))
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _mean(first: Any, second: Any) -> Any:
-    """Return the mean of two losses; where they have none, the first that there is."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        averaged = first.shape == second.shape and first.device == second.device
-    else:
-        averaged = isinstance(first, numbers.Real) and isinstance(second, numbers.Real)
-    if averaged:
-        return (first + second) / 2
-    return second if first is None else first

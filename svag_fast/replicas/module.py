@@ -32,8 +32,9 @@ class Replicas(nn.Module):
         model = replicas.unstack(3)                                 # an ordinary model
 
     The gradient of the replicas' summed losses gives each replica the gradient of its own samples. An optimizer that
-    works elementwise then steps each replica by itself; what adds up all parameters (a clipped norm, SVAG's statistics)
-    adds them over all replicas. A replica whose values are no longer finite doesn't disturb the others.
+    works elementwise then steps each replica by itself; what adds up all parameters, as a clipped norm, adds them over
+    all replicas. :class:`svag_fast.SVAG` given ``replicas=16`` measures and clips each by itself. A replica whose
+    values are no longer finite doesn't disturb the others.
 
     Args:
         build_model: makes a model, the same for every seed but for the values of its parameters and buffers. It draws

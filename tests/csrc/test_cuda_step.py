@@ -17,7 +17,7 @@ from draws import DTYPES, clones, dot, normals, same_bits
 from torch import Tensor
 
 from svag_fast import SVAG, svag_coefficients
-from svag_fast.ops import StepStats, svag_step_
+from svag_fast.ops import StepStats, svag_replicas_step_, svag_step_
 from svag_fast.ops.step import step_coefficients
 
 MODE = os.environ.get("SVAG_TEST_CUDA", "race")
@@ -79,6 +79,21 @@ def test_step_equals_the_formula_within_one_rounding(
     stats = svag_step_(params, grads1, grads2, lr=0.3, l=l, weight_decay=0.02, backend="cuda")
     check(params, start, grads1, grads2, l)
     check_stats(stats, start, grads1, grads2)
+
+
+@ran_on_host
+def test_replicas_step_each_as_alone(kernels: HostKernels) -> None:
+    replicas, l = 3, [1.0, 4.0, 65536.0]
+    lists = [draw(torch.float32, k, [(replicas, *shape) for shape in SHAPES]) for k in range(3)]
+    ours = clones(lists[0])
+    stats = svag_replicas_step_(ours, *lists[1:], replicas=replicas, lr=0.3, l=l, weight_decay=0.02, backend="cuda")
+    assert stats.raw.shape == (replicas, 5)
+    for s in range(replicas):
+        alone = [[t[s].clone() for t in listed] for listed in lists]
+        own = svag_step_(*alone, lr=0.3, l=l[s], weight_decay=0.02, backend="cuda")
+        # Rows begin anywhere in memory, so that packs of elements, and the sums' order, are others.
+        torch.testing.assert_close(stats.raw[s], own.raw, rtol=1e-6, atol=1e-2)
+        assert all(torch.equal(a[s], b) for a, b in zip(ours, alone[0], strict=True))
 
 
 @ran_on_host

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svag_fast.kernels import device_cache
 from svag_fast.kernels import step as kernel
-from svag_fast.ops import svag_step_
+from svag_fast.ops import svag_replicas_step_, svag_step_
 from svag_fast.ops.backends import select
 from svag_fast.ops.step_options import constant_coefficients, step_scalars
 from svag_fast.ops.step_stats import StepStats
@@ -174,3 +174,19 @@ def test_what_a_captured_graph_reads_is_kept_and_what_was_not_seen_before_is_ref
 
 def test_auto_never_takes_the_interpreter() -> None:
     assert "triton" not in select("svag_step_", "auto", [torch.ones(1)]).__name__
+
+
+def test_replicas_step_each_as_alone() -> None:
+    replicas, l = 3, [1.0, 4.0, 65536.0]
+    lists = [draw(torch.float32, k, [(replicas, *shape) for shape in SHAPES]) for k in range(3)]
+    for t in lists[2]:
+        t[1] = math.nan
+    ours = [t.clone() for t in lists[0]]
+    stats = svag_replicas_step_(ours, *lists[1:], replicas=replicas, lr=0.3, l=l, weight_decay=0.02, backend="triton")
+    for s in range(replicas):
+        alone = [[t[s].clone() for t in listed] for listed in lists]
+        own = svag_step_(*alone, lr=0.3, l=l[s], weight_decay=0.02, backend="triton")
+        torch.testing.assert_close(stats.raw[s], own.raw, rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(ours, alone[0], strict=True):
+            torch.testing.assert_close(a[s], b, rtol=0, atol=0, equal_nan=True)
+    assert stats.finite.tolist() == [True, False, True]

@@ -13,6 +13,7 @@ from svag_fast.ops import (
     affine_walk_,
     philox_normal_,
     svag_adaptive_step_,
+    svag_replicas_step_,
     svag_step_,
     svag_step_per_sample_,
     svag_weight_step_,
@@ -51,6 +52,12 @@ def _momentum(t: Tensors, backend: str) -> list[Tensor]:
     lists = [t["params"]], [t["grads1"]], [t["grads2"]]
     options = {"momentum": 0.9, "momentum_buffers": [t["momentum_buffers"]], "backend": backend}
     return [svag_step_(*lists, lr=0.3, l=4, weight_decay=0.1, **options).raw]
+
+
+def _replicas(t: Tensors, backend: str) -> list[Tensor]:
+    lists = [t["params"]], [t["grads1"]], [t["grads2"]]
+    options = {"momentum": 0.9, "momentum_buffers": [t["momentum_buffers"]], "backend": backend}
+    return [svag_replicas_step_(*lists, replicas=3, lr=[0.3, 0.1, 0.2], l=4, **options).raw]
 
 
 def _adaptive(t: Tensors, backend: str) -> list[Tensor]:
@@ -111,6 +118,10 @@ CALLS = {
     "svag_step_ momentum": Call(
         lambda d: drawn(d, params=(3, 5), grads1=(3, 5), grads2=(3, 5), momentum_buffers=(3, 5)),
         _momentum, ("params", "momentum_buffers"),
+    ),
+    "svag_replicas_step_": Call(
+        lambda d: drawn(d, params=(3, 5), grads1=(3, 5), grads2=(3, 5), momentum_buffers=(3, 5)),
+        _replicas, ("params", "momentum_buffers"),
     ),
     "svag_adaptive_step_": Call(_adaptive_tensors, _adaptive, ("params", "exp_avgs", "exp_avg_sqs")),
     "svag_step_per_sample_": Call(
