@@ -1,5 +1,9 @@
 """The fused step against what a user would write, on the same work: the update and the four statistics.
 
+``test_step_of_replicas``: 16 replicas' step in one pass, statistics of each, against the plain step on the same memory
+(target: at most 1.1 times it for the two large groups), and against the 16 steps that it replaces; and the optimizer's
+own step, from both gradients on, over 16 optimizers'.
+
 Floors: torch's fused SGD on one gradient (no statistics), and a triad (addcmul_: three streams read, one written).
 Targets on 2 cores: the triad at >= 0.95 of ours for the two large groups, eager at >= 10 and foreach at >= 5 times
 ours for vgg16, ``SVAG.step()`` at <= 1.5 times the kernel for preresnet32.
@@ -21,6 +25,7 @@ from svag_fast import SVAG
 from svag_fast.ops.step import SVAG_STEP
 from svag_fast.ops.step_call import StepCall, StepLists
 from svag_fast.ops.step_options import StepOptions
+from svag_fast.ops.step_replicas import SVAG_REPLICAS_STEP, ReplicaOptions
 
 LR, L, WEIGHT_DECAY, MOMENTUM = 1e-6, 4, 5e-4, 0.9
 OPTIONS = {"lr": LR, "l": L, "weight_decay": WEIGHT_DECAY}
@@ -156,3 +161,71 @@ def test_step_with_momentum(group: tuple[str, Lists], contender: str, benchmark:
             rounds=ROUNDS[name],
             bytes_moved=floor,
         )
+
+
+class Replicas:
+    """Nets of a group's shapes, stacked, and the ways to step all of them."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        stacked = [(REPLICAS, *shape) for shape in shapes]
+        generator = torch.Generator().manual_seed(0)
+        lists = [[torch.randn(s, generator=generator) for s in stacked] for _ in range(3)]
+        self.bytes_moved = 16 * sum(p.numel() for p in lists[0])
+        options = ReplicaOptions.checked(REPLICAS, **OPTIONS)
+        call = StepCall.by_reader(SVAG_REPLICAS_STEP, StepLists(*lists), options, extra=REPLICAS, backend="auto")
+        one = StepOptions.checked(**OPTIONS)
+        plain = StepCall.by_reader(SVAG_STEP, StepLists(*lists), one, backend="auto")
+        rows = [StepLists(*([t[s] for t in listed] for listed in lists)) for s in range(REPLICAS)]
+        alone = [StepCall.by_reader(SVAG_STEP, row, one, backend="auto") for row in rows]
+        assert call is not None
+        assert plain is not None
+        self.ours, self.plain = partial(call, False), partial(plain, False)
+        self.each = lambda: [one(False) for one in alone if one is not None]
+        self.optimizer = self._whole_step(lists, replicas=REPLICAS)
+        steps = [self._whole_step([[t[s].clone() for t in listed] for listed in lists]) for s in range(REPLICAS)]
+        self.optimizers = lambda: [step() for step in steps]
+
+    def _whole_step(self, lists: list[list[Tensor]], **options: Any) -> Callable[[], Any]:
+        leaves = [nn.Parameter(p.clone()) for p in lists[0]]
+        optimizer = SVAG(leaves, **OPTIONS, **options)
+
+        def step() -> None:
+            for p, g in zip(leaves, lists[2], strict=True):
+                p.grad = g
+            optimizer.hold_pair(dict(zip(leaves, lists[1], strict=True)))
+            optimizer.step()
+
+        return step
+
+
+REPLICAS = 16
+STACKED = {
+    "MLP 64-64-10": [(64, 64), (64,), (64, 64), (64,), (10, 64), (10,)],
+    "preresnet32": preresnet32_shapes(),
+    "flat1M": [(1_000_000,)],
+}
+STACKED_ROUNDS = {"MLP 64-64-10": 400, "preresnet32": 40, "flat1M": 20}
+OF_REPLICAS: dict[str, Callable[[Replicas], Any]] = {
+    "ours": lambda r: r.ours(),
+    "plain step, statistics of all": lambda r: r.plain(),
+    "a step of each": lambda r: r.each(),
+    "SVAG(replicas=16)": lambda r: r.optimizer(),
+    "16 SVAG": lambda r: r.optimizers(),
+}
+
+
+@pytest.fixture(scope="module", params=STACKED)
+def stacked(request: pytest.FixtureRequest) -> tuple[str, Replicas]:
+    return request.param, Replicas(STACKED[request.param])
+
+
+@pytest.mark.parametrize("contender", OF_REPLICAS)
+def test_step_of_replicas(stacked: tuple[str, Replicas], contender: str, benchmark: Any, contest: Any) -> None:
+    name, replicas = stacked
+    benchmark.group = f"{name}, {REPLICAS} replicas"
+    contest(
+        lambda: OF_REPLICAS[contender](replicas),
+        ours=replicas.ours,
+        rounds=STACKED_ROUNDS[name],
+        bytes_moved=replicas.bytes_moved,
+    )
