@@ -158,8 +158,8 @@ def check_replicas(params: Sequence[Tensor], replicas: int, of: str = "") -> Non
             raise ValueError(f"params[{i}]{of} must be [{replicas}, ...] with replicas={replicas}, got {list(p.shape)}")
         if replicas > 1 and p.numel() and p.stride(0) * replicas != p.numel():
             raise ValueError(
-                f"params[{i}]{of} (shape {list(p.shape)}, strides {list(p.stride())}) must have the replicas' "
-                "dimension outermost in memory"
+                f"params[{i}]{of} must have the replicas' dimension outermost in memory, got shape {list(p.shape)}, "
+                f"strides {list(p.stride())}"
             )
 
 

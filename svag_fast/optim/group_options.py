@@ -61,7 +61,7 @@ def read_clock(group: dict[str, Any], name: str) -> float:
     """
     value = group[name]
     if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() and len(value) > 1):
-        raise ValueError(f"the replicas have a {name} of each: read param_groups[0][{name!r}]")
+        raise ValueError(f"{name} must be one number for all replicas, got one of each: read param_groups[0][{name!r}]")
     return float(value)
 
 

@@ -199,7 +199,7 @@ class SVAG(TwoBatchOptimizer):
         if group["replicas"] is None:
             return StepOptions.checked(lr, *named)
         if group["capturable"]:
-            raise ValueError("capturable serves no replicas: a captured step reads one lr")
+            raise ValueError("capturable must be False with replicas, since a captured step reads one lr, got True")
         return ReplicaOptions.checked(group["replicas"], lr, *named)
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
             if "replicas" in group and "replicas" not in self.defaults:
-                raise TypeError(f"{type(self).__name__} has no replicas: SVAG steps and measures each by itself")
+                raise TypeError(f"the optimizer of replicas must be SVAG, got {type(self).__name__}")
             options = self._check_group(group, read=True)
             if self.param_groups:
                 self._check_agrees(group, options.l, self._check_group(self.param_groups[0], read=True).l)
@@ -151,9 +151,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
             ("replicas", group.get("replicas"), self.param_groups[0].get("replicas")),
         ):
             if value != other:
-                raise ValueError(
-                    f"Invalid {name}: {group.get(name)} (the other param groups have {other}, and all must agree)"
-                )
+                raise ValueError(f"{name} must be {other}, as in the other param groups, got {group.get(name)}")
 
     def _check_params(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):

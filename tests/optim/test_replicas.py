@@ -343,10 +343,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "innermost": (
         lambda: SVAG([nn.Parameter(torch.ones(3, S).T)], lr=0.1, replicas=S), ValueError, "outermost in memory"
     ),
-    "capturable": (refused(capturable=True), ValueError, "capturable serves no replicas"),
+    "capturable": (refused(capturable=True), ValueError, "capturable must be False with replicas"),
     "Adam": (lambda: SVAGAdam(parameters(), lr=0.1, replicas=S), TypeError, "replicas"),  # type: ignore[call-arg]
     "a group of Adam": (
-        lambda: SVAGAdam([{"params": parameters(), "replicas": S}], lr=0.1), TypeError, "SVAGAdam has no replicas"
+        lambda: SVAGAdam([{"params": parameters(), "replicas": S}], lr=0.1), TypeError, "must be SVAG, got SVAGAdam"
     ),
     "groups of other numbers": (
         lambda: SVAG([{"params": parameters()}, {"params": parameters(), "replicas": None}], lr=0.1, replicas=S),
@@ -356,9 +356,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "groups of other l": (
         lambda: SVAG([{"params": parameters()}, {"params": parameters(), "l": L}], lr=0.1, replicas=S),
         ValueError,
-        "Invalid l: .* all must agree",
+        "l must be .*, as in the other param groups",
     ),
-    "a group's l set later": (lambda: changed(l=L), ValueError, "Invalid l: .* all must agree"),
+    "a group's l set later": (lambda: changed(l=L), ValueError, "l must be .*, as in the other param groups"),
     "a group's replicas set later": (lambda: changed(replicas=None), ValueError, "Invalid replicas: None"),
     "a GradScaler": (with_scaler, RuntimeError, "a GradScaler has one scale for all replicas"),
     "unscale_": (with_unscale, RuntimeError, "a GradScaler has one scale for all replicas"),
@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one run's state": (lambda: loaded(None, S), ValueError, "has replicas=None, this optimizer 5"),
     "a clock of others": (lambda: loaded_clock(torch.ones(4)), TypeError, "Invalid time"),
     "a clock of nan": (lambda: loaded_clock(torch.full((S,), math.nan)), ValueError, "Invalid time"),
-    "a running mean": (noise, ValueError, "stats is of 5 replicas"),
+    "a running mean": (noise, ValueError, "must be of one run, got those of 5 replicas"),
     "l as one number": (lambda: a_property("l"), ValueError, r"param_groups\[0\]\['l'\]"),
     "time as one number": (lambda: a_property("time"), ValueError, r"param_groups\[0\]\['time'\]"),
 }  # fmt: skip
