@@ -43,7 +43,7 @@ class WeakReport:
                 "The order of weak convergence cannot be told: too few levels differ from the limit by more than noise."
             )
         end = "has -1 in it" if low <= -1 <= high else "does not have -1 in it"
-        return f"All test functions together: slope {slope:.2f}, 95 % interval {low:.2f} to {high:.2f}. The interval {end}."
+        return f"All test functions together: slope {slope:.2f}, 95 % interval {low:.2f} to {high:.2f}. It {end}."
 
     def to_dict(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return plain values for summary.json; None where a number can't be told."""

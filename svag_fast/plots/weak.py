@@ -63,7 +63,7 @@ def _panel(ax: Axes, name: str, orders: dict[int, WeakOrder], colors: list[str])
         if clear.any():
             lowest, highest = min(lowest, d[clear].min()), max(highest, d[clear].max())
     if highest:
-        ax.set_ylim(0.35 * lowest, 3 * highest)
+        ax.set_ylim(0.04 * lowest, 3 * highest)  # room for the legend
         guide = 1.6 * highest / ls
         ax.plot(ls, guide, color=INK, linestyle="--", linewidth=1.6, label="slope −1")
     ax.set_xticks(ls, [f"{l:g}" for l in ls])

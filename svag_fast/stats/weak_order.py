@@ -15,8 +15,8 @@ seldom small at the l that can be trained, and a line through the points would b
 - As theory gives all test functions the same order, `common_slope` fits one to all of them. In the bootstrap a run
   keeps all its values, so what they share is in the interval.
 
-A level where b/l² is more than a fifth of a/l is outside the 1/l regime. tests/stats/test_weak_order.py says how often the
-interval has -1 in it where the order is 1, and how often where it is not.
+A level where b/l² is more than a fifth of a/l is outside the 1/l regime. tests/stats/test_weak_order.py says how often
+the interval has -1 in it where the order is 1, and how often where it is not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class WeakOrder:
         fitted: [K] the levels that limit and slope are from.
         regime: [K] those of them in the 1/l regime.
         differences, difference_errors: [K] m(l) - m_inf, with the limit's error in them.
-        slope, low, high: of log |m(l) - m_inf| against log l as l grows, and its 95 % interval; nan where it can't be told.
+        slope, low, high: of log |m(l) - m_inf| against log l as l grows, and its 95 % interval; nan: can't be told.
         reason: why it can't be told, else "".
         gains: what `common_slope` needs, None where no levels fit.
     """
