@@ -60,7 +60,7 @@ def weak(out: Path, budget: float | None, **given: Any) -> None:
     console = Console()
     try:
         if "l" in given and "replicas" not in given:
-            given["replicas"] = (512,)
+            given["replicas"] = (256,)
         settings = WeakSettings(**given)
         had = _read(out, settings)
         from svag_fast.experiments.weak import digits_task

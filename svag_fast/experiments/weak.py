@@ -52,7 +52,7 @@ class WeakSettings:
         (4, 16, 32, 64), LENGTH, "N,...", "Effective steps, l steps each, after which the test functions are measured."
     )
     replicas: tuple[int, ...] = setting(
-        (1024, 1024, 1024, 1024, 640, 640, 512), LENGTH, "N[,...]", "Runs at each l: one number, or one for each l."
+        (512, 512, 512, 512, 320, 320, 256), LENGTH, "N[,...]", "Runs at each l: one number, or one for each l."
     )
     seed: int = setting(0, HOW, "N", "Of the one initialisation and, with l and the run's number, of the batches.")
     threads: int | None = setting(None, HOW, "N", "Threads, a run each.", shown="all cores")

@@ -111,7 +111,9 @@ def weak_order(ls: Array, means: Array, errors: Array, drawn: Array) -> WeakOrde
     there = np.isfinite(means)
     if (exact := there & (errors <= 0)).any():
         return _untold(ls, means, errors, f"all runs agree at l = {ls[exact][0]:g}")
-    first = next((i for i in np.flatnonzero(there) if there[i:].sum() >= 4 and _fits(ls, means, errors, i)), None)
+    first = next(
+        (i for i in np.flatnonzero(there).tolist() if there[i:].sum() >= 4 and _fits(ls, means, errors, i)), None
+    )
     if first is None:
         return _untold(ls, means, errors, "no four levels fit m_inf + a/l + b/l²")
     fitted = there & (np.arange(len(ls)) >= first)
@@ -141,10 +143,11 @@ def weak_order(ls: Array, means: Array, errors: Array, drawn: Array) -> WeakOrde
 
 
 def _untold(ls: Array, means: Array, errors: Array, reason: str) -> WeakOrder:
-    nowhere, unknown = np.zeros(len(ls), dtype=bool), np.full(len(ls), np.nan)
+    nan, nowhere, unknown = np.nan, np.zeros(len(ls), dtype=bool), np.full(len(ls), np.nan)
     return WeakOrder(
-        ls, means, errors, *[np.nan] * 6, nowhere, nowhere, unknown, unknown, np.nan, np.nan, np.nan, reason, None
-    )
+        ls, means, errors, nan, nan, nan, nan, nan, nan,
+        nowhere, nowhere, unknown, unknown, nan, nan, nan, reason, None,
+    )  # fmt: skip
 
 
 def _fits(ls: Array, means: Array, errors: Array, first: int) -> bool:
