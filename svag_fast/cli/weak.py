@@ -131,7 +131,8 @@ def _train(
         try:
             for values in run_levels(task, settings, had=had, budget=budget, planned=planned, advanced=advanced):
                 with replace_file(out / VALUES) as file:
-                    np.savez(file, settings=_identity(settings), **{f"{l:.17g}": x for l, x in values.items()})
+                    arrays: dict[str, Any] = {f"{l:.17g}": x for l, x in values.items()}
+                    np.savez(file, settings=_identity(settings), **arrays)
         except KeyboardInterrupt:
             return values, True
     return values, False
