@@ -8,7 +8,7 @@ from svag_fast.optim.two_batch import TwoBatchOptimizer
 
 
 class Look:
-    """What was there, compared in quick terms; it holds all of it, so that an id stands for one object."""
+    """What was there, compared in quick terms; it holds all of it, so that no id is given to another object."""
 
     def __init__(self, model: nn.Module, optimizer: TwoBatchOptimizer) -> None:
         self._optimizer = optimizer
