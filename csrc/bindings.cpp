@@ -18,6 +18,7 @@
 #include "cpu/affine_walk.h"
 #include "cpu/kernels/weight_grad/weight_grad.h"
 #include "cpu/kernels/weight_grad/weight_gram.h"
+#include "cpu/norm_relu.h"
 #include "cpu/philox_normal.h"
 #include "cpu/replicas/net.h"
 #include "cpu/replicas/runs.h"
@@ -264,6 +265,33 @@ void affine_walk(std::uintptr_t x, bool is_double, int64_t size, int64_t steps, 
     raise_for(SVAG_KERNEL(svag_affine_walk)(walk));
 }
 
+// Samples, channels, pixels, groups, segments.
+using NormSizes = std::array<int64_t, 5>;
+
+svag::NormShape norm_shape(const NormSizes& sizes, bool channels_last, bool is_double, bool relu, double eps,
+                           int threads) {
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], channels_last, is_double, relu, eps, threads};
+}
+
+// Addresses in the order of svag::NormForward, 0 for what is absent.
+void norm_relu(const svag::NormShape& shape, const std::array<std::uintptr_t, 7>& at) {
+    const auto array = [&at](int k) { return reinterpret_cast<void*>(at[static_cast<std::size_t>(k)]); };
+    const svag::NormForward arrays{array(0), array(1), array(2), array(3), array(4),
+                                   static_cast<double*>(array(5)), static_cast<double*>(array(6))};
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_norm_relu)(shape, arrays));
+}
+
+// Addresses in the order of svag::NormBackward.
+void norm_relu_grad(const svag::NormShape& shape, const std::array<std::uintptr_t, 11>& at) {
+    const auto array = [&at](int k) { return reinterpret_cast<void*>(at[static_cast<std::size_t>(k)]); };
+    const auto doubles = [&array](int k) { return static_cast<double*>(array(k)); };
+    const svag::NormBackward arrays{array(0), array(1), array(2), doubles(3), doubles(4), array(5),
+                                    array(6), array(7), array(8), doubles(9), doubles(10)};
+    py::gil_scoped_release unlocked;
+    raise_for(SVAG_KERNEL(svag_norm_relu_grad)(shape, arrays));
+}
+
 // In the order of svag::LayerSpec, from `kind` to `bias_trained`.
 using LayerFields = std::array<int64_t, 18>;
 
@@ -447,6 +475,9 @@ PYBIND11_MODULE(_C, m) {
         .def("weight_gram", &weight_gram);
     m.def("philox_normal", &philox_normal);
     m.def("affine_walk", &affine_walk);
+    py::class_<svag::NormShape>(m, "NormShape").def(py::init(&norm_shape));
+    m.def("norm_relu", &norm_relu);
+    m.def("norm_relu_grad", &norm_relu_grad);
     py::class_<svag::Net>(m, "ReplicaNet")
         .def(py::init(&replica_net))
         .def_property_readonly("scratch", [](const svag::Net& net) { return net.view().scratch; })

@@ -4,6 +4,7 @@ import contextlib
 
 from svag_fast.ops.adaptive_step import svag_adaptive_step_
 from svag_fast.ops.affine_walk import AffineStep, affine_walk_
+from svag_fast.ops.norm_relu import norm_relu
 from svag_fast.ops.philox_normal import philox_normal_
 from svag_fast.ops.step import svag_step_
 from svag_fast.ops.step_options import svag_coefficients
@@ -22,6 +23,7 @@ __all__ = [
     "StepStats",
     "WeightGrad",
     "affine_walk_",
+    "norm_relu",
     "philox_normal_",
     "svag_adaptive_step_",
     "svag_coefficients",

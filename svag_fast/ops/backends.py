@@ -155,6 +155,11 @@ def as_chosen(name: str | None, function: Callable[..., Any], *args: Any) -> Any
         return function(*args)
 
 
+def wanted() -> str:
+    """What ``backend="auto"`` means here: a backend's name, or "auto"."""
+    return CHOICE.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+
+
 def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
     """Why backend ``name`` can't serve ``op`` on these tensors (all on one device), or None where it can."""
     row, device_type = BACKENDS[name], tensors[0].device.type if tensors else "cpu"

@@ -188,7 +188,8 @@ def test_what_holds_no_values_is_refused_by_name(op: str, name: str, kind: str) 
     tensors = call.make(torch.float32)
     if len(tensors) == 1 and kind == "meta":
         return  # nothing is mixed: the op does nothing, in test_fake_tensors
-    if name == "weights" and kind == "none":
+    optional = ("weight", "bias", "residual") if op.startswith("norm_relu") else ("weights",)
+    if name in optional and kind == "none":
         return  # its default
     before = copies(tensors)
     tensors[name] = NO_VALUES[kind](tensors[name])  # type: ignore[assignment]

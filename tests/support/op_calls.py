@@ -11,6 +11,7 @@ from torch import Tensor
 from svag_fast.ops import (
     AffineStep,
     affine_walk_,
+    norm_relu,
     philox_normal_,
     svag_adaptive_step_,
     svag_replicas_step_,
@@ -101,6 +102,13 @@ def _philox(t: Tensors, backend: str) -> list[Tensor]:
     return [philox_normal_(t["out"], key=(1, 2), draw=3, backend=backend)]
 
 
+def _norm_relu(**units: int) -> Callable[[Tensors, str], list[Tensor]]:
+    def run(t: Tensors, backend: str) -> list[Tensor]:
+        return [norm_relu(t["x"], t["weight"], t["bias"], residual=t["residual"], **units, backend=backend)]
+
+    return run
+
+
 def _affine(t: Tensors, backend: str) -> list[Tensor]:
     return [affine_walk_(t["x"], AffineStep(0.9, 0.1, 0.2, 0.3, (1.5, -0.5)), 3, key=(1, 2), backend=backend)]
 
@@ -146,6 +154,12 @@ CALLS = {
         (torch.float32, torch.float64, *HALF),
     ),
     "philox_normal_": Call(lambda d: drawn(d, out=(3, 5)), _philox, ("out",)),
+    "norm_relu GroupNorm": Call(
+        lambda d: drawn(d, x=(4, 6, 5, 3), weight=(6,), bias=(6,), residual=(4, 6, 5, 3)), _norm_relu(groups=2), ()
+    ),
+    "norm_relu BatchNorm": Call(
+        lambda d: drawn(d, x=(4, 6, 5), weight=(6,), bias=(6,), residual=(4, 6, 5)), _norm_relu(segments=2), ()
+    ),
     "affine_walk_": Call(lambda d: drawn(d, x=(3, 5)), _affine, ("x",)),
 }  # fmt: skip
 
