@@ -16,6 +16,7 @@ from torch import Tensor
 
 import svag_fast
 from svag_fast.experiments.models import build_model
+from svag_fast.nn import fuse
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 L, LR = 4, 1e-3
@@ -50,6 +51,14 @@ class Step:
             pair.backward(F.cross_entropy(self.model(x), y, reduction="none"))
         self.optimizer.step()
 
+    def norms_apart(self) -> None:
+        """Without the kernel that norms and ReLUs share."""
+        least, fuse.FUSED_ELEMENTS = fuse.FUSED_ELEMENTS, sys.maxsize
+        try:
+            self.pair("auto")
+        finally:
+            fuse.FUSED_ELEMENTS = least
+
     def two_passes(self) -> None:
         self.optimizer.zero_grad()
         for which, (x, y) in enumerate(self.batches):
@@ -76,6 +85,7 @@ CONTENDERS: dict[str, Callable[[Step], None]] = {
     "pair_pass": lambda step: step.pair("auto"),
     "pair_pass, joint": lambda step: step.pair("joint"),
     "pair_pass, halves": lambda step: step.pair("halves"),
+    "pair_pass, norms apart": Step.norms_apart,
     "two passes, SVAG": Step.two_passes,
     "two forwards, SGD": Step.two_forwards,
     "SGD at 2B": Step.sgd,

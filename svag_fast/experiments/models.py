@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.experiments.config import check_range
+from svag_fast.nn.fuse import FusedSequential, norm_then_relu
 from svag_fast.replicas.chain import FixedLinear, register_chain
 
 NORMS = ("bn", "gn", "none")
@@ -116,9 +117,12 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels_in, H, W] to [B, channels_out, H / stride, W / stride]."""
-        normalised = self.norm1(x)
-        branch: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(torch.relu(normalised)))))
-        shortcut: Tensor = x if self.shortcut is None else self.shortcut(normalised)
+        if self.shortcut is None:
+            shortcut, rectified = x, norm_then_relu(self.norm1, x)
+        else:
+            normalised = self.norm1(x)
+            shortcut, rectified = self.shortcut(normalised), torch.relu(normalised)
+        branch: Tensor = self.conv2(norm_then_relu(self.norm2, self.conv1(rectified)))
         return shortcut + branch
 
 
@@ -147,7 +151,7 @@ def digits_net(*, in_channels: int = 1, num_classes: int = 10, generator: torch.
     layers: list[nn.Module] = []
     for channels_in, channels_out, stride in ((in_channels, 16, 1), (16, 32, 2), (32, 32, 1)):
         layers += [_conv(channels_in, channels_out, 3, stride), _norm("gn", channels_out), nn.ReLU()]
-    return FixedHeadNet(nn.Sequential(*layers), 32, num_classes, 4.0, generator)
+    return FixedHeadNet(FusedSequential(*layers), 32, num_classes, 4.0, generator)
 
 
 def preresnet(
@@ -179,7 +183,7 @@ def preresnet(
             channels = channels_out
     # The blocks end in a sum: without this norm the logits would grow with the weights.
     layers.append(_norm(norm, channels))
-    return FixedHeadNet(nn.Sequential(*layers), channels, num_classes, math.sqrt(2), generator)
+    return FixedHeadNet(FusedSequential(*layers), channels, num_classes, math.sqrt(2), generator)
 
 
 def vgg(
@@ -209,7 +213,7 @@ def vgg(
         for channels_out in (width * w for w in widths):
             layers += [_conv(channels, channels_out, 3), _norm(norm, channels_out), nn.ReLU()]
             channels = channels_out
-    return FixedHeadNet(nn.Sequential(*layers), channels, num_classes, math.sqrt(2), generator)
+    return FixedHeadNet(FusedSequential(*layers), channels, num_classes, math.sqrt(2), generator)
 
 
 _MODEL_NAME = re.compile(r"(?P<family>preresnet|vgg)(?P<depth>\d+)-(?P<norm>bn|gn|none)(?:-w(?P<width>\d+))?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from svag_fast.nn.fuse import FusedSequential, fuse_, norm_then_relu, unfuse_
 from svag_fast.nn.pair_batch_norm import (
     CoupledSamples,
     PairBatchNorm1d,
@@ -11,4 +12,15 @@ from svag_fast.nn.pair_batch_norm import (
     unpair_,
 )
 
-__all__ = ["CoupledSamples", "PairBatchNorm1d", "PairBatchNorm2d", "PairBatchNorm3d", "pair_", "unpair_"]
+__all__ = [
+    "CoupledSamples",
+    "FusedSequential",
+    "PairBatchNorm1d",
+    "PairBatchNorm2d",
+    "PairBatchNorm3d",
+    "fuse_",
+    "norm_then_relu",
+    "pair_",
+    "unfuse_",
+    "unpair_",
+]

@@ -57,17 +57,46 @@ def pair_batch_norm(
 
 def _normalise(module: _BatchNorm, x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: bool) -> Tensor:
     """One batch by its own statistics; as :class:`torch.nn.BatchNorm2d` does."""
-    factor = 0.0 if module.momentum is None else module.momentum
     mean, var = (module.running_mean, module.running_var) if updates else (None, None)
-    if updates and not torch.compiler.is_compiling() and in_backward():
-        factor = 0.0  # a checkpoint's second look, which must save the same tensors as the first
-    elif updates and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if module.momentum is None:
-            factor = 1.0 / float(module.num_batches_tracked)
+    factor = _counted(module) if updates else 0.0
     if module.eps == 0:
         return _without_eps(x, mean, var, weight, bias, factor)
     return F.batch_norm(x, mean, var, weight, bias, True, factor, module.eps)
+
+
+def _counted(module: _BatchNorm) -> float:
+    """Count a batch; what it weighs in the running statistics."""
+    if not torch.compiler.is_compiling() and in_backward():
+        return 0.0  # a checkpoint's second look, which must save the same tensors as the first
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            return 1.0 / float(module.num_batches_tracked)
+    return 0.0 if module.momentum is None else module.momentum
+
+
+def update_running_statistics(module: _BatchNorm, means: Tensor, variances: Tensor, *, values: int) -> None:
+    """Count each batch and put its moments into a BatchNorm's running statistics, as its own forward does.
+
+    A recomputation inside a backward pass leaves them alone, as in `pair_batch_norm`.
+
+    Args:
+        module: in training mode, if anything is to happen.
+        means, variances: [batches, C], each batch's, one after the other; the mean square about the mean.
+        values: how many each is of.
+    """
+    if not (module.training and module.track_running_stats):
+        return
+    paired = isinstance(module, _PairBatchNorm)
+    with torch.no_grad():
+        for mean, var in zip(means, variances, strict=True):
+            factor = _counted(module)
+            if module.running_mean is not None and module.running_var is not None:
+                pairs = ((module.running_mean, mean), (module.running_var, var * (values / (values - 1))))
+                for running, new in pairs:
+                    running.mul_(1 - factor).add_(new.to(running.dtype), alpha=factor)
+            if paired and not module.second_updates:
+                return
 
 
 def _without_eps(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from svag_fast.nn.fuse import FusedSequential
 from svag_fast.sample_norms.plan import UnsupportedModuleError
 
 
@@ -152,7 +153,9 @@ class FixedLinear:
 
 ChainStep: TypeAlias = "nn.Module | FixedLinear"
 ChainRule: TypeAlias = Callable[[Any], Sequence[tuple[str, ChainStep]]]
-_RULES: dict[type[nn.Module], ChainRule] = {nn.Sequential: lambda module: list(module._modules.items())}
+_RULES: dict[type[nn.Module], ChainRule] = dict.fromkeys(
+    (nn.Sequential, FusedSequential), lambda module: list(module._modules.items())
+)
 
 
 def register_chain(cls: type[nn.Module], rule: ChainRule) -> None:
