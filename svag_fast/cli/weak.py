@@ -94,9 +94,11 @@ def _read(out: Path, settings: WeakSettings) -> dict[float, Array]:
             identity = str(file["settings"])
             had = {l: np.asarray(file[f"{l:.17g}"]) for l in settings.l if f"{l:.17g}" in file.files}
     except (ValueError, KeyError, EOFError) as error:
-        raise ConfigError(f"{out / VALUES} is damaged ({error}): choose another folder with --out") from error
+        raise ConfigError(
+            f"{out / VALUES} must be whole, got a damaged one ({error}): choose another folder with --out"
+        ) from error
     if identity != _identity(settings):
-        raise ConfigError(f"{out / VALUES} has runs of other settings, {identity}: choose another folder with --out")
+        raise ConfigError(f"{out / VALUES} must be of these settings, got {identity}: choose another folder with --out")
     return had
 
 

@@ -119,16 +119,16 @@ def _checked(
 ) -> NormOptions:
     tensor("x", x)
     if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}: expected a floating dtype")
+        raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
     if x.layout != torch.strided:
-        raise TypeError(f"x is {x.layout}: expected a dense (strided) tensor")
+        raise TypeError(f"x must be a dense (strided) tensor, got {x.layout}")
     if x.dim() < 2:
-        raise ValueError(f"x has shape {list(x.shape)}: expected [B, C, ...]")
+        raise ValueError(f"x must be [B, C, ...], got {list(x.shape)}")
     if (groups is None) == (segments is None):
-        raise ValueError(f"expected either groups or segments, got groups={groups} and segments={segments}")
+        raise ValueError(f"either groups or segments must be given, got groups={groups} and segments={segments}")
     for name, count, size, of in (("groups", groups, x.shape[1], "C"), ("segments", segments, x.shape[0], "B")):
         if count is not None and (integer(name, count) < 1 or size % integer(name, count)):
-            raise ValueError(f"{name} must divide {of} = {size}, got {count}")
+            raise ValueError(f"{name} must be a divisor of {of} = {size}, got {count}")
     for name, t, shape in (
         ("weight", weight, x.shape[1:2]),
         ("bias", bias, x.shape[1:2]),
@@ -138,11 +138,11 @@ def _checked(
             continue
         tensor(name, t)
         if t.shape != shape:
-            raise ValueError(f"{name} has shape {list(t.shape)}: expected {list(shape)}")
+            raise ValueError(f"{name} must be {list(shape)}, got {list(t.shape)}")
         if t.dtype != x.dtype or t.layout != torch.strided:
-            raise TypeError(f"{name} is {t.dtype}, {t.layout}: expected {x.dtype} as x, strided")
+            raise TypeError(f"{name} must be {x.dtype} as x, strided, got {t.dtype}, {t.layout}")
         if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, but x on {x.device}")
+            raise ValueError(f"{name} must be on {x.device} as x, got {t.device}")
     return NormOptions(
         0 if groups is None else integer("groups", groups),
         1 if segments is None else integer("segments", segments),

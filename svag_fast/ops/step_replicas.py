@@ -158,7 +158,8 @@ def check_replicas(params: Sequence[Tensor], replicas: int, of: str = "") -> Non
             raise ValueError(f"params[{i}]{of} must be [{replicas}, ...] with replicas={replicas}, got {list(p.shape)}")
         if replicas > 1 and p.numel() and p.stride(0) * replicas != p.numel():
             raise ValueError(
-                f"params[{i}]{of} must have the replicas' dimension outermost in memory, got shape {list(p.shape)}, "
+                f"params[{i}]{of} must be in memory with the replicas' dimension outermost, got shape "
+                f"{list(p.shape)}, "
                 f"strides {list(p.stride())}"
             )
 

@@ -36,7 +36,7 @@ def test_writes_table_figure_summary_and_values_and_continues(tmp_path: Path) ->
         assert file["4"].shape[-1] == 12
     other = run(tmp_path, "--replicas", "8", "--lr", "1")
     assert other.exit_code == 2
-    assert "other settings" in other.output
+    assert "must be of these settings" in other.output
 
 
 def test_budget_and_replicas_together_are_refused_before_anything_is_written(tmp_path: Path) -> None:

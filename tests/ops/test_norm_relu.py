@@ -201,16 +201,16 @@ def test_a_changed_input_is_noticed() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "either groups or segments"),
     ({"groups": 2, "segments": 1}, "either groups or segments"),
-    ({"groups": 3}, "groups must divide C = 4"),
-    ({"segments": 0}, "segments must divide B = 2"),
-    ({"segments": 3}, "segments must divide B = 2"),
+    ({"groups": 3}, "groups must be a divisor of C = 4"),
+    ({"segments": 0}, "segments must be a divisor of B = 2"),
+    ({"segments": 3}, "segments must be a divisor of B = 2"),
     ({"groups": 2, "eps": -1.0}, "eps"),
-    ({"groups": 2, "weight": torch.ones(3)}, "weight has shape"),
-    ({"groups": 2, "bias": torch.ones(4).double()}, "bias is torch.float64"),
-    ({"groups": 2, "residual": torch.ones(2, 4, 1)}, "residual has shape"),
-    ({"groups": 2, "residual": torch.ones(2, 4, 5, device="meta")}, "residual is on meta"),
-    ({"groups": 2, "x": torch.ones(4)}, r"expected \[B, C, ...\]"),
-    ({"groups": 2, "x": torch.ones(2, 4, dtype=torch.int64)}, "expected a floating dtype"),
+    ({"groups": 2, "weight": torch.ones(3)}, r"weight must be \[4\]"),
+    ({"groups": 2, "bias": torch.ones(4).double()}, "bias must be torch.float32 as x"),
+    ({"groups": 2, "residual": torch.ones(2, 4, 1)}, "residual must be"),
+    ({"groups": 2, "residual": torch.ones(2, 4, 5, device="meta")}, "residual must be on cpu"),
+    ({"groups": 2, "x": torch.ones(4)}, r"x must be \[B, C, ...\]"),
+    ({"groups": 2, "x": torch.ones(2, 4, dtype=torch.int64)}, "of a floating dtype"),
 ]
 
 
