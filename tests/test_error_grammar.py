@@ -20,9 +20,10 @@ GRAMMAR = re.compile(r".+ must be .+, got .", re.S)
 OTHERS = {
     r"\{(path|where|compressed|folder)\}": "says what is wrong in a file or a folder, by its path",
     r"EXPR must_be\(": "numeric.py's writer of this grammar",
-    r"(\{scope\.label\}|param group \{i\} of the loaded state|replica \{s\}): \{error\}$|\{str\(error\)\}$|EXPR str\(error\)|\{error\}\{advice\}": (
+    r"(\{scope\.label\}|param group \{i\} of the loaded state|replica \{s\}): \{error\}$": (
         "names the place of an error that was written elsewhere"
     ),
+    r"\{str\(error\)\}$|EXPR str\(error\)|\{error\}\{advice\}": "hands on an error that was written elsewhere",
     r"its parts are larger than the file|the checksum of its part": "a checkpoint's, which CheckpointError names",
     r"\{(first\.name|seen\[numbers\]|first|name)\}( and|:)? (these )?(\{|has |differ )": "of runs that do not fit",
     r"unknown setting": "a key is wrong, and no value",

@@ -27,7 +27,7 @@ c1, c2 = svag_fast.svag_coefficients(4.0)
 with svag_fast.use_backend("cpu"), per_sample_sq_norms(model, loss_reduction="sum") as norms:
     total: torch.Tensor = norms.total
 
-svag_fast.SVAG(model.parameters(), lr=0.1, l="4")  # error: arg-type
+svag_fast.SVAG(model.parameters(), lr=0.1, l=4, momentum="0.9")  # error: arg-type
 svag_fast.SVAG(model.parameters(), l=4)  # error: call-arg
 svag_fast.SVAGAdam(model.parameters(), lr=0.1, l=4, beta=0.9)  # error: call-arg
 svag_fast.SVAGRMSprop(model.parameters(), lr=0.1, l=4, initial_square_avg=[1.0])  # error: arg-type

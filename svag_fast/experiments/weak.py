@@ -199,7 +199,7 @@ def measure(
             stat_every=math.gcd(*steps),
             threads=settings.threads or cores(),
         )
-        values, at = torch.empty(len(steps), len(task.functions), len(some), dtype=torch.float64), 0
+        values, at = torch.empty(len(steps), len(task.functions), len(some), dtype=torch.float64, device="cpu"), 0
         for row, to in enumerate(steps):
             for step in _stops(at, to, l):
                 runs.advance(step)

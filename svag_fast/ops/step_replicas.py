@@ -39,7 +39,7 @@ def svag_replicas_step_(
     momentum_rule: MomentumRule = "time",
     maximize: bool = False,
 ) -> StepStats:
-    """Take :func:`svag_fast.ops.svag_step_` of S replicas, which lie in the rows of the tensors, each by itself.
+    """Take :func:`svag_fast.ops.svag_step_` of S replicas, which are the rows of the tensors, each by itself.
 
     On ``cpu`` it is one pass, and each replica's params and statistics have the bits of its step alone: they depend
     neither on S, nor on the threads, nor on what the other replicas hold. ``reference``, ``triton`` and ``cuda`` step

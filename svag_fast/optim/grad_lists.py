@@ -53,7 +53,7 @@ def replica_norms(grads: list[Tensor], replicas: int, norm_type: float, error_if
     """
     rows = [torch.linalg.vector_norm(g.reshape(replicas, -1), norm_type, dim=1) for g in grads if g.numel()]
     if not rows:
-        return torch.zeros(replicas, device=grads[0].device if grads else None)
+        return torch.zeros(replicas, dtype=torch.float32, device=grads[0].device if grads else "cpu")
     norms: Tensor = torch.linalg.vector_norm(torch.stack([row.to(rows[0].device) for row in rows]), norm_type, dim=0)
     if error_if_nonfinite and not bool(norms.isfinite().all()):
         wrong = ", ".join(map(str, norms.isfinite().logical_not().nonzero().flatten().tolist()))

@@ -278,8 +278,8 @@ def test_margins_and_metrics_are_options_of_the_command(folder: Path) -> None:
     assert list(found) == ["train_loss"]
     assert found["train_loss"]["end"]["margin"] == 0.01
     for options, message in (
-        (["--margin", "nsr=1"], "given for nsr"),
-        (["--margin", "test_loss=much"], "'much' is not a margin"),
+        (["--margin", "nsr=1"], "judged, test_accuracy, test_loss, got nsr"),
+        (["--margin", "test_loss=much"], "a margin must be a number such as 0.02, or 10%, got 'much'"),
     ):
         result = CliRunner().invoke(main, ["report", str(folder), *options])
         assert result.exit_code in (1, 2)

@@ -185,7 +185,9 @@ def alone_in_made(folder):
     return alone_in(folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [("sums", "sums is"), ("head", "another head"), ("model", "KeyError")])
+@pytest.mark.parametrize(
+    ("change", "message"), [("sums", "sums must be"), ("head", "the head must be"), ("model", "KeyError")]
+)
 def test_a_checkpoint_with_half_a_state_is_refused(tmp_path, change, message):
     config = dataclasses.replace(BASE, l=1)
     together([config], tmp_path, should_stop=lambda: True)

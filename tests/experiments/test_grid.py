@@ -297,7 +297,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vgg3"], "model must be digits-net"),
+        (["--model", "vgg3"], "model must be digits-mlp"),
         (["--l", "1,x"], "'x' is not a number"),
         (["--l", "1,2/1"], "l must be one list, or 3: one for each batch size"),
         (["--replicas", "some"], "replicas must be auto, off or an integer from 1 to 10,000, got 'some'"),

@@ -124,11 +124,11 @@ def test_logits_have_a_row_a_sample_and_a_constant_image_gives_finite_ones():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "model must be digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn"),
+        ("resnet", "model must be digits-mlp, digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with"),
         ("preresnet31-gn", "6n \\+ 2"),
         ("preresnet2-gn", "6n \\+ 2"),
         ("vgg12-bn", "11, 13, 16, 19"),
-        ("vgg16-ln", "model must be digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with norm bn, gn"),
+        ("vgg16-ln", "model must be digits-mlp, digits-net, preresnet<depth>-<norm> or vgg<depth>-<norm>, with"),
         ("vgg16-gn-w0", "width must be"),
     ],
 )

@@ -67,9 +67,9 @@ def pair(**how):
 
 
 MOST = {
-    "norms, entered and left": (norms, 90),
-    "a pair": (pair, 98),
-    "a pair with norms": (lambda: pair(norms=True), 122),
+    "norms, entered and left": (norms, 91),
+    "a pair": (pair, 99),
+    "a pair with norms": (lambda: pair(norms=True), 123),
 }
 
 

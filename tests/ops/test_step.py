@@ -445,7 +445,7 @@ def test_backend_context_and_variable_replace_auto(monkeypatch: pytest.MonkeyPat
     with svag_fast.use_backend("cuda"), pytest.raises(BackendError, match="'cuda' can't serve"):
         svag_step_(**good_call())  # type: ignore[arg-type]
     monkeypatch.setenv("SVAG_FAST_BACKEND", "triton")
-    with pytest.raises(BackendError, match="'triton' can't serve"):
+    with pytest.raises(BackendError, match=r"'triton' \(of SVAG_FAST_BACKEND\) can't serve"):
         svag_step_(**good_call())  # type: ignore[arg-type]
     with svag_fast.use_backend("reference"):
         svag_step_(**good_call())  # type: ignore[arg-type]

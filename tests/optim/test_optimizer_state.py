@@ -87,9 +87,9 @@ SECOND_GROUPS: dict[str, tuple[Any, type[Exception], str]] = {
     "lr negative": (_options(lr=-1.0), ValueError, "Invalid learning rate: -1.0"),
     "lr nan": (_options(lr=math.nan), ValueError, "Invalid learning rate: nan"),
     "lr of two elements": (_options(lr=torch.ones(2)), ValueError, "Tensor lr must be 1-element"),
-    "l of zero": (_options(l=0), ValueError, "l must be 1, as in the first param group, got 0"),
+    "l of zero": (_options(l=0), ValueError, "l must be 1.0, as in the other param groups, got 0"),
     "l string": (_options(l="1"), TypeError, r"l must be a number, got '1' \(str\)"),
-    "another l": (_options(l=2), ValueError, "l must be 1, as in the first param group, got 2"),
+    "another l": (_options(l=2), ValueError, "l must be 1.0, as in the other param groups, got 2"),
     "weight_decay": (_options(weight_decay="x"), TypeError, "Invalid weight_decay value: 'x'"),
 }
 

@@ -212,7 +212,7 @@ def test_the_state_of_torch_s_sgd_is_taken_over() -> None:
     opt.load_state_dict(theirs.state_dict())
     assert (opt.param_groups[0]["lr"], opt.param_groups[0]["l"], opt.param_groups[0]["replicas"]) == (0.25, L, S)
     moving = torch.optim.SGD(params, lr=0.25, momentum=0.9)
-    with pytest.raises(ValueError, match="whose moments are not those at l = "):
+    with pytest.raises(ValueError, match="must be of moments at l = "):
         opt.load_state_dict(moving.state_dict())
 
 
@@ -333,15 +333,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"params\[0\] of the group must be \[4, ...\] with replicas=4, got \[5\]",
     ),
-    "none": (refused(replicas=0), ValueError, "Invalid replicas: 0"),
-    "no integer": (refused(replicas="5"), TypeError, "Invalid replicas: '5'"),
+    "none": (refused(replicas=0), ValueError, "replicas must be an integer >= 1, got 0"),
+    "no integer": (refused(replicas="5"), TypeError, "replicas must be an integer, got '5'"),
     "too few rates": (refused(lr=[0.1] * 4), ValueError, "lr must be .* one for each of the 5 replicas, got 4"),
     "too few rates in a tensor": (refused(lr=torch.ones(4)), ValueError, "lr must be one number"),
-    "l below 1": (refused(l=[1, 1, 1, 0, 1]), ValueError, "replica 3: Invalid l: 0"),
+    "l below 1": (refused(l=[1, 1, 1, 0, 1]), ValueError, "replica 3: l must be a finite number >= 1, got 0"),
     "rates without replicas": (refused(lr=LR, replicas=None), TypeError, "Invalid learning rate"),
-    "an l of each without replicas": (refused(l=L, replicas=None), TypeError, "Invalid l"),
+    "an l of each without replicas": (refused(l=L, replicas=None), TypeError, "l must be a number"),
     "innermost": (
-        lambda: SVAG([nn.Parameter(torch.ones(3, S).T)], lr=0.1, replicas=S), ValueError, "outermost in memory"
+        lambda: SVAG([nn.Parameter(torch.ones(3, S).T)], lr=0.1, replicas=S),
+        ValueError,
+        "replicas' dimension outermost",
     ),
     "capturable": (refused(capturable=True), ValueError, "capturable must be False with replicas"),
     "Adam": (lambda: SVAGAdam(parameters(), lr=0.1, replicas=S), TypeError, "replicas"),  # type: ignore[call-arg]
@@ -351,7 +353,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "groups of other numbers": (
         lambda: SVAG([{"params": parameters()}, {"params": parameters(), "replicas": None}], lr=0.1, replicas=S),
         ValueError,
-        "Invalid replicas: None",
+        "replicas must be 5, as in the other param groups, got None",
     ),
     "groups of other l": (
         lambda: SVAG([{"params": parameters()}, {"params": parameters(), "l": L}], lr=0.1, replicas=S),
@@ -359,13 +361,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "l must be .*, as in the other param groups",
     ),
     "a group's l set later": (lambda: changed(l=L), ValueError, "l must be .*, as in the other param groups"),
-    "a group's replicas set later": (lambda: changed(replicas=None), ValueError, "Invalid replicas: None"),
+    "a group's replicas set later": (lambda: changed(replicas=None), ValueError, "replicas must be 5, as in the other"),
     "a GradScaler": (with_scaler, RuntimeError, "a GradScaler has one scale for all replicas"),
     "unscale_": (with_unscale, RuntimeError, "a GradScaler has one scale for all replicas"),
-    "another number's state": (lambda: loaded(S, None), ValueError, "has replicas=5, this optimizer None"),
-    "one run's state": (lambda: loaded(None, S), ValueError, "has replicas=None, this optimizer 5"),
-    "a clock of others": (lambda: loaded_clock(torch.ones(4)), TypeError, "Invalid time"),
-    "a clock of nan": (lambda: loaded_clock(torch.full((S,), math.nan)), ValueError, "Invalid time"),
+    "another number's state": (lambda: loaded(S, None), ValueError, "must be None, as this optimizer's, got 5"),
+    "one run's state": (lambda: loaded(None, S), ValueError, "must be 5, as this optimizer's, got None"),
+    "a clock of others": (lambda: loaded_clock(torch.ones(4)), TypeError, "time must be a "),
+    "a clock of nan": (lambda: loaded_clock(torch.full((S,), math.nan)), ValueError, "time must be a "),
     "a running mean": (noise, ValueError, "must be of one run, got those of 5 replicas"),
     "l as one number": (lambda: a_property("l"), ValueError, r"param_groups\[0\]\['l'\]"),
     "time as one number": (lambda: a_property("time"), ValueError, r"param_groups\[0\]\['time'\]"),

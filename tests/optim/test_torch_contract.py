@@ -249,7 +249,7 @@ def a_path_of_a_transposed_parameter(optimizer: Any) -> Any:
     return train(optimizer([p], lr=0.02), p)
 
 
-@row(ours=(ValueError, "has gaps or repeated elements in memory"))
+@row(ours=(ValueError, "got gaps or repeated elements"))
 def a_path_of_a_parameter_with_gaps(optimizer: Any) -> Any:
     p = nn.Parameter(torch.ones(6, 2, dtype=torch.float64)[:, 0])
     return train(optimizer([p], lr=0.02), p)
@@ -263,7 +263,7 @@ def an_lr_that_becomes_negative(optimizer: Any) -> Any:
     return train(opt, p)
 
 
-@row(ours=(TypeError, "expected torch.float64"), only=("SVAGAdam", "SVAGRMSprop"))
+@row(ours=(TypeError, "must be torch.float64, got torch.float32"), only=("SVAGAdam", "SVAGRMSprop"))
 def a_model_whose_dtype_changes_after_a_step(optimizer: Any) -> Any:
     p = param(dtype=torch.float32)
     opt = optimizer([p], lr=0.02)
@@ -295,7 +295,7 @@ def a_path_with_a_tensor_lr(optimizer: Any) -> Any:
     return path, opt.param_groups[0]["lr"] is lr, float(lr), train(opt, p)
 
 
-@row(ours=(TypeError, "params[0] is torch.complex64"))
+@row(ours=(TypeError, "params[0] must be one of torch.float32, torch.float64, torch.bfloat16, torch.float16, got"))
 def complex_parameters(optimizer: Any) -> Any:
     p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     p.grad = torch.ones_like(p)

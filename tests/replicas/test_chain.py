@@ -113,7 +113,10 @@ class Doubled(nn.Linear):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "another layer": (lambda: sequential(nn.Sigmoid()), r"1\.0 \(Sigmoid\).*expected one of Sequential, FixedHeadNet"),
+    "another layer": (
+        lambda: sequential(nn.Sigmoid()),
+        r"1\.0 \(Sigmoid\).*expected one of Sequential, FusedSequential, FixedHeadNet",
+    ),
     "a subclass": (lambda: sequential(Doubled(4, 4)), r"1\.0 \(Doubled\)"),
     "the model itself": (lambda: nn.LSTM(3, 4), r"the model \(LSTM\)"),
     "BatchNorm": (lambda: sequential(nn.BatchNorm1d(4)), r"1\.0 \(BatchNorm1d\)"),

@@ -79,17 +79,13 @@ MUTANTS = (
         "list(zip(second, pair.grads, strict=True))",
         "steps-4.7",
     ),
-    Mutant(
-        "N: factor of 2", "ops/step_stats.py", "- 2 * self.raw[_INNER]) / 2", "- 2 * self.raw[_INNER])", "steps-4.7"
-    ),
-    Mutant(
-        "N: cross term once", "ops/step_stats.py", "- 2 * self.raw[_INNER]) / 2", "- self.raw[_INNER]) / 2", "steps-4.7"
-    ),
+    Mutant("N: factor of 2", "ops/step_stats.py", "- 2 * inner) / 2", "- 2 * inner)", "steps-4.7"),
+    Mutant("N: cross term once", "ops/step_stats.py", "- 2 * inner) / 2", "- inner) / 2", "steps-4.7"),
     Mutant(
         "G: |g1|² for <g1, g2>",
         "ops/step_stats.py",
-        "self._estimate(self.raw[_INNER])",
-        "self._estimate(self.raw[_SQ_NORM1])",
+        "self._estimate(self.raw.select(-1, _INNER))",
+        "self._estimate(self.raw.select(-1, _SQ_NORM1))",
         "steps-4.7",
     ),
     # the adaptive steps and their start
@@ -235,8 +231,8 @@ MUTANTS = (
     Mutant(
         "mean loss: B for B²",
         "sample_norms/context.py",
-        "sq_norms * float(B) ** 2 if mean",
-        "sq_norms * float(B) if mean",
+        'sq_norms * float(B) ** 2 if self._loss_reduction == "mean"',
+        'sq_norms * float(B) if self._loss_reduction == "mean"',
         "sample-norms",
     ),
     Mutant(
