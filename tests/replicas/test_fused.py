@@ -302,11 +302,16 @@ def test_frozen_values_stay_and_models_come_back(cases: dict[str, Case]) -> None
 def test_ctrl_c_leaves_whole_steps(cases: dict[str, Case]) -> None:
     case = cases["digits-net"]
     runs = runs_of(case, batch_size=8)
+    # A shell starts what it puts into the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        runs.advance(10**9)
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runs.advance(10**9)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     steps = runs.steps.tolist()
     again = runs_of(case, batch_size=8)
     again.advance(steps)
