@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from svag_fast.numeric import integer, shown
 from svag_fast.replicas.errors import NotReplicable
+from svag_fast.replicas.memory import free_memory
 from svag_fast.replicas.stacked import PerReplica
 
 BuildModel = Callable[[], nn.Module]
@@ -311,21 +311,12 @@ def _check_memory(tensors: Iterable[Tensor], replicas: int) -> None:
     for t in tensors:
         needed[t.device] = needed.get(t.device, 0) + replicas * _bytes([t])
     for device, count in needed.items():
-        free = _free_memory(device)
+        free = free_memory(device)
         if free is not None and count > free:
             raise MemoryError(
                 f"{replicas} replicas need {_size(count)} for parameters and buffers alone, and {device} has "
                 f"{_size(free)} free"
             )
-
-
-def _free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        text = Path("/proc/meminfo").read_text()
-        return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
-    return None
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

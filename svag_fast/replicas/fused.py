@@ -19,7 +19,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +30,7 @@ from svag_fast.ops.memory import address, mark_written
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.replicas.chain import Chain
 from svag_fast.replicas.fused_layers import fused_layers
+from svag_fast.replicas.memory import free_memory
 
 Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
 Schedule: TypeAlias = "float | Sequence[tuple[int, float]]"
@@ -160,7 +160,7 @@ class FusedRuns:
         self._stat_every = integer("stat_every", stat_every, least=0)
         self._threads = None if threads is None else integer("threads", threads, least=1, most=2**15)
         needed = self._net.memory(count, frozen.numel(), self._thread_count(count), len(inputs))
-        if (free := _free_memory()) is not None and needed > free:
+        if (free := free_memory(inputs.device)) is not None and needed > free:
             raise MemoryError(
                 f"{count} replicas need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: expected fewer "
                 "replicas or threads"
@@ -504,12 +504,3 @@ def _check_floats(name: str, value: Any, shape: str, *shapes: tuple[int, ...]) -
             f"{name} must be a dense torch.float32 {shape} on cpu, got {value.dtype} {list(value.shape)} on "
             f"{value.device}"
         )
-
-
-def _free_memory() -> int | None:
-    """Return the bytes that Linux would hand out without swapping, None where it doesn't say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

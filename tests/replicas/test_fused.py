@@ -334,7 +334,7 @@ def test_memory_is_said_and_checked_before_it_is_taken(cases: dict[str, Case], m
     case = cases["digits-net"]
     few, many = (memory_needed(case.chain, case.inputs, replicas=n, threads=1) for n in (1, 1001))
     assert many - few == 1000 * 4 * case.chain.weight_count
-    monkeypatch.setattr(fused, "_free_memory", lambda: 10_000)
+    monkeypatch.setattr(fused, "free_memory", lambda device: 10_000)
     with pytest.raises(MemoryError, match=r"3 replicas need 1 MiB, 0 MiB are free"):
         runs_of(case)
 

@@ -225,7 +225,7 @@ def test_per_sample_norms_are_refused() -> None:
 
 
 def test_what_doesnt_fit_into_memory_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_free_memory", lambda device: 79)
+    monkeypatch.setattr(build, "free_memory", lambda device: 79)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: pytest.fail("memory was taken"))
     with pytest.raises(MemoryError, match=r"2 replicas need 0\.0 MiB .* cpu has 0\.0 MiB free"):
         Replicas(linear, range(2))
