@@ -133,14 +133,14 @@ def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
 WHAT, LENGTH, HOW, BOOKKEEPING = "What to train", "How long", "How", "Bookkeeping"
 
 
-def _setting(
+def setting(
     default: Any, panel: str, metavar: str | None, text: str, *, choices: Iterable[str] = (), shown: str | None = None
 ) -> Any:
-    """A field that `svag-fast run` has an option for.
+    """A field that a command has an option for.
 
     Args:
         default: its value where none is given.
-        panel: of `svag-fast run --help`.
+        panel: of the command's help.
         metavar: what the help calls a value; None for choices.
         text: what it is, one or two sentences, as the help says it.
         choices: the values that it may have, where these are names; a number's are its `RANGES`.
@@ -154,20 +154,20 @@ def _setting(
 class Settings:
     """What all runs of an experiment share. `svag-fast run` makes its options from these fields."""
 
-    dataset: str = _setting("digits", WHAT, None, "Data set.", choices=TRAIN_SIZES)
-    label_noise: float = _setting(
+    dataset: str = setting("digits", WHAT, None, "Data set.", choices=TRAIN_SIZES)
+    label_noise: float = setting(
         0.2, WHAT, "PART", "Part of the training labels, chosen once, that is redrawn from all classes."
     )
     # The convolutional net's honest setting, in which N/G is far above 1 as well: B = 2, lr 0.1, decay 0.0025.
-    model: str = _setting(
+    model: str = setting(
         "digits-mlp",
         WHAT,
         "NAME",
         "digits-mlp, digits-net (convolutions; made for --batch-size 2 --lr 0.1 --weight-decay 0.0025), "
         "preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.",
     )
-    weight_decay: float = _setting(0.00125, WHAT, "LAMBDA", "Weight decay.")
-    schedule: str = _setting(
+    weight_decay: float = setting(0.00125, WHAT, "LAMBDA", "Weight decay.")
+    schedule: str = setting(
         "step",
         HOW,
         None,
@@ -175,22 +175,22 @@ class Settings:
         choices=SCHEDULES,
     )
     # The head of a net, which is fixed, is shared in any case.
-    init: str = _setting(
+    init: str = setting(
         "own", HOW, None, "Initial weights: one draw shared by all runs, or each run's own.", choices=INITS
     )
     # Independent draws have the theory's noise Σ/B; without an image twice it is (n - B)/(n - 1) of that.
-    sampling: str = _setting(
+    sampling: str = setting(
         "replacement",
         HOW,
         None,
         "Images of a batch: drawn with replacement, or all distinct.",
         choices=SAMPLINGS,
     )
-    backend: str = _setting("auto", HOW, "NAME", "Of the fused step: auto, or see `svag-fast info`.")
-    device: str = _setting("cpu", HOW, "NAME", "Where net and data live: cpu, cuda, cuda:1.")
-    threads: int = _setting(1, HOW, "N", "Threads of each run's process.")
-    rows: int = _setting(320, BOOKKEEPING, "N", "Rows of metrics a run, evenly spaced over the effective steps.")
-    evaluations: int = _setting(
+    backend: str = setting("auto", HOW, "NAME", "Of the fused step: auto, or see `svag-fast info`.")
+    device: str = setting("cpu", HOW, "NAME", "Where net and data live: cpu, cuda, cuda:1.")
+    threads: int = setting(1, HOW, "N", "Threads of each run's process.")
+    rows: int = setting(320, BOOKKEEPING, "N", "Rows of metrics a run, evenly spaced over the effective steps.")
+    evaluations: int = setting(
         320, BOOKKEEPING, "N", "Rows that evaluate the net on the test data; some 20 do on the training data too."
     )
 
@@ -310,37 +310,37 @@ class RunConfig(Settings):
 class ExperimentConfig(Settings):
     """A grid of runs: every batch size with its lr, every l, every seed."""
 
-    batch_size: tuple[int, ...] = _setting(DEFAULT_BATCH_SIZES, WHAT, "B,...", "Batch sizes.")
-    lr: tuple[float, ...] = _setting(
+    batch_size: tuple[int, ...] = setting(DEFAULT_BATCH_SIZES, WHAT, "B,...", "Batch sizes.")
+    lr: tuple[float, ...] = setting(
         (0.4,),
         WHAT,
         "LR[,...]",
         "Learning rate: one is scaled linearly from the first batch size, a list says each.",
     )
-    l: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = _setting(
+    l: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = setting(
         None,
         WHAT,
         "L,...",
         "SVAG's l; 1 is SGD. One list for all batch sizes, or one for each with / between.",
         shown="/".join(",".join(f"{l:g}" for l in ls) for ls in DEFAULT_L),
     )
-    seeds: int = _setting(24, WHAT, "N", "Number of seeds: 0, 1, ...")
-    effective_steps: int | None = _setting(
+    seeds: int = setting(24, WHAT, "N", "Number of seeds: 0, 1, ...")
+    effective_steps: int | None = setting(
         None,
         LENGTH,
         "N",
         "Length at the first batch size; the others train for the same time.",
         shown=str(EFFECTIVE_STEPS),
     )
-    epochs: float | None = _setting(None, LENGTH, "N", "Length in passes over the data, instead of effective steps.")
-    replicas: str | int = _setting(
+    epochs: float | None = setting(None, LENGTH, "N", "Length in passes over the data, instead of effective steps.")
+    replicas: str | int = setting(
         "auto",
         HOW,
         "auto|N|off",
         "Train runs that differ in the seed side by side in the fused CPU kernel: N at a time, or with auto the digits "
         "nets. off: each run alone, by PyTorch.",
     )
-    stat_every: int = _setting(1, HOW, "N", "Replicas measure G, N and |x|² at every Nth step, others at every step.")
+    stat_every: int = setting(1, HOW, "N", "Replicas measure G, N and |x|² at every Nth step, others at every step.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import HOW, LENGTH, RANGES, WHAT, ConfigError, Range, check_range
-from svag_fast.experiments.config import _setting as setting
+from svag_fast.experiments.config import HOW, LENGTH, RANGES, WHAT, ConfigError, Range, check_range, setting
 from svag_fast.numeric import shown
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def _test_functions(runs: FusedRuns, task: WeakTask, step: int) -> list[Tensor]:
 
 def _stops(at: int, to: int, l: float) -> list[int]:
     """Where to pause for the progress bar: about every effective step where these are long."""
-    pause = max(1, round(l * max(1.0, 16 / l)))
+    pause = round(max(l, 16))
     return [*range(at + pause, to, pause), to]
 
 

@@ -159,8 +159,7 @@ def check_replicas(params: Sequence[Tensor], replicas: int, of: str = "") -> Non
         if replicas > 1 and p.numel() and p.stride(0) * replicas != p.numel():
             raise ValueError(
                 f"params[{i}]{of} must be in memory with the replicas' dimension outermost, got shape "
-                f"{list(p.shape)}, "
-                f"strides {list(p.stride())}"
+                f"{list(p.shape)}, strides {list(p.stride())}"
             )
 
 
