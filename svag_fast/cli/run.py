@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from svag_fast.experiments.config import (
     ConfigError,
     ExperimentConfig,
     check_range,
+    cores,
     read_settings,
 )
 from svag_fast.experiments.grid import (
@@ -121,7 +121,7 @@ def run(
         run_experiment(
             config,
             out,
-            jobs=jobs or max(1, _cores() // config.threads),
+            jobs=jobs or max(1, cores() // config.threads),
             console=console,
             checkpoint_seconds=checkpoint_seconds,
             tensorboard=tensorboard,
@@ -211,10 +211,6 @@ def _free_folder(wanted: Path) -> Path:
     """Return `wanted`, or with the first number behind it that isn't taken."""
     names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))]
     return next(folder for folder in names if not folder.exists())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(config: ExperimentConfig) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -128,6 +129,11 @@ def _numbers(name: str, values: Any) -> tuple[Any, ...]:
 def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
     """Return the name of a run's folder."""
     return f"b{batch_size}-lr{lr:g}-l{l:g}-seed{seed}"
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 WHAT, LENGTH, HOW, BOOKKEEPING = "What to train", "How long", "How", "Bookkeeping"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import HOW, LENGTH, RANGES, WHAT, ConfigError, Range, check_range, setting
+from svag_fast.experiments.config import HOW, LENGTH, RANGES, WHAT, ConfigError, Range, check_range, cores, setting
 from svag_fast.numeric import shown
 
 if TYPE_CHECKING:
@@ -237,11 +236,6 @@ def _seed(seed: int, l: float, replica: int) -> int:
     """Return the key of a run's batches: runs of other l, numbers or seeds draw independently."""
     (bits,) = struct.unpack(">Q", struct.pack(">d", l))
     return int(np.random.SeedSequence([seed, bits, replica]).generate_state(1, np.uint64)[0])
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
