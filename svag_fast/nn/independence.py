@@ -46,10 +46,10 @@ class _Event(NamedTuple):
 def check_independence(model: nn.Module, *inputs: Any, **kwargs: Any) -> Independence:
     """Say whether each sample's output in training mode depends on that sample alone, and if not, where that begins.
 
-    One sample (the first, then the last) is changed and all others' outputs are compared, layer by layer. Random
-    layers such as Dropout draw the same numbers in each run; the parameters are moved meanwhile, since coupling may
-    hide behind weights that start at zero. It costs four forward passes without gradients, after which parameters,
-    buffers (running statistics) and torch's generators are as before.
+    One sample (the first a little, then the last a lot) is changed and all others' outputs are compared, layer by
+    layer. Random layers such as Dropout draw the same numbers in each run; the parameters are moved meanwhile, since
+    coupling may hide behind weights that start at zero. It costs four forward passes without gradients, after which
+    parameters, buffers (running statistics) and torch's generators are as before.
 
     Args:
         model: in training mode.
@@ -79,8 +79,9 @@ def check_independence(model: nn.Module, *inputs: Any, **kwargs: Any) -> Indepen
             run = functools.partial(_run, model, replay.rewind)
             base = run(inputs, kwargs)
             noise = _noise(base, run(inputs, kwargs))
-            for sample in (0, samples - 1):
-                changed = run(*_changed((inputs, kwargs), sample, samples))
+            # A little, as it may have been; and so much that a maximum over the batch is this sample's, too.
+            for sample, size in ((0, 1.0), (samples - 1, 16.0)):
+                changed = run(*_changed((inputs, kwargs), sample, samples, size))
                 coupled = _first_coupling(base, changed, sample, samples, noise)
                 if coupled is not None:
                     return coupled
@@ -139,8 +140,8 @@ def _noise(first: list[_Event], second: list[_Event]) -> float:
     return 16 * worst
 
 
-def _changed(arguments: tuple[Any, Any], sample: int, samples: int) -> tuple[Any, Any]:
-    """The arguments with one sample changed in every tensor that has samples."""
+def _changed(arguments: tuple[Any, Any], sample: int, samples: int, size: float) -> tuple[Any, Any]:
+    """The arguments with one sample changed, by so many times the largest value, in every tensor that has samples."""
     generator = torch.Generator("cpu").manual_seed(0)
     changes = 0
 
@@ -155,7 +156,7 @@ def _changed(arguments: tuple[Any, Any], sample: int, samples: int) -> tuple[Any
         elif x.is_floating_point() or x.is_complex():
             spread = x.abs().nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1e-3)
             draw = torch.randn(row.shape, generator=generator, dtype=torch.float64, device="cpu")
-            out[sample] = row + spread * draw.to(row)
+            out[sample] = row + size * spread * draw.to(row)
         else:  # another sample's own, which is a valid index where this one is
             others = [i for i in range(samples) if not torch.equal(x[i], row)]
             if others:

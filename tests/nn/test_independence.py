@@ -62,6 +62,12 @@ def test_coupled_samples_are_found_and_the_module_where_it_begins_is_named(model
     assert named in answer.reason
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_maximum_over_the_batch_is_found_whichever_sample_has_it(seed):
+    torch.manual_seed(seed)
+    assert not check_independence(Free(lambda x: x / x.detach().abs().max()), torch.randn(6, 4))
+
+
 def test_coupling_between_modules_is_put_into_the_forward_around_them():
     class Centred(nn.Module):
         def __init__(self):
