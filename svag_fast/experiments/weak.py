@@ -119,39 +119,13 @@ class WeakTask:
 
 def digits_task(settings: WeakSettings) -> WeakTask:
     """Return the settings' net, with its initial weights by the seed, and the digits with noisy training labels."""
-    import torch
-
     from svag_fast.experiments.data import load_dataset
     from svag_fast.experiments.models import build_model
     from svag_fast.replicas.chain import chain_of
 
-    data = load_dataset("digits")
-    labels = data.train_labels.clone()
-    draw = np.random.RandomState(1)  # the same labels at every seed
-    noisy = torch.from_numpy(draw.rand(len(labels)) < settings.label_noise)
-    labels[noisy] = torch.from_numpy(draw.randint(0, data.num_classes, int(noisy.sum())))
-    model: torch.nn.Module = (
-        _digits_mlp(settings.seed)
-        if settings.model == "digits-mlp"
-        else build_model(settings.model, in_channels=1, num_classes=data.num_classes, seed=settings.seed)
-    )
-    return WeakTask(chain_of(model), data.train_images, labels, data.test_images, data.test_labels)
-
-
-def _digits_mlp(seed: int) -> Any:
-    import torch
-    from torch import nn
-
-    generator = torch.Generator("cpu").manual_seed(seed)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for _ in range(3):
-        linear = nn.Linear(64, 64, bias=False)
-        nn.init.normal_(linear.weight, std=math.sqrt(2 / 64), generator=generator)
-        layers += [linear, nn.LayerNorm(64, eps=1e-12, elementwise_affine=False), nn.ReLU()]
-    head = nn.Linear(64, 10, bias=False)
-    nn.init.normal_(head.weight, std=4 / math.sqrt(64), generator=generator)
-    head.weight.requires_grad_(False)
-    return nn.Sequential(*layers, head)
+    data = load_dataset("digits", label_noise=settings.label_noise)
+    model = build_model(settings.model, in_channels=1, num_classes=data.num_classes, seed=settings.seed)
+    return WeakTask(chain_of(model), data.train_images, data.train_labels, data.test_images, data.test_labels)
 
 
 def measure(
