@@ -21,6 +21,7 @@ from svag_fast.nn.halves import Gradients, row_count
 from svag_fast.nn.joint_grads import OURS, PairCall, Twin
 from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
 from svag_fast.nn.replay import Replay, differ, randomised, rewound, tensors_of
+from svag_fast.optim.grad_watch import hooks_on
 from svag_fast.sample_norms.dispatch import is_served
 from svag_fast.sample_norms.layers.conv import conv_plan
 from svag_fast.sample_norms.layers.linear import LINEAR
@@ -110,7 +111,7 @@ class Joint:
         for name, p in self._params.items():
             if p not in reached:
                 raise NotJoint(f"{name} is not a parameter of the model's own modules")
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if hooks_on(p) or p._post_accumulate_grad_hooks:
                 raise NotJoint(f"{name} has gradient hooks, which must see each batch's gradient")
 
     def _way_of(self, label: str, module: nn.Module, trained: bool) -> Callable[..., Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from svag_fast.optim.grad_watch import hooks_on
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 
 
@@ -29,7 +30,7 @@ class Look:
         self._params = [(own, [*map(id, own.values())]) for own in (m._parameters for m in model.modules()) if own]
         # Whether each is trained, and whether nobody looks at its gradient.
         self._states = [
-            (p, p.requires_grad, not p._backward_hooks, not p._post_accumulate_grad_hooks)
+            (p, p.requires_grad, hooks_on(p) == 0, not p._post_accumulate_grad_hooks)
             for own, _ in self._params
             for p in own.values()
             if p is not None
@@ -57,7 +58,7 @@ class Look:
             if [*map(id, own.values())] != ids:
                 return False
         for p, trained, unwatched, unawaited in self._states:
-            if p.requires_grad is not trained or (not p._backward_hooks) is not unwatched:
+            if p.requires_grad is not trained or (p._backward_hooks is None or hooks_on(p) == 0) is not unwatched:
                 return False
             if (not p._post_accumulate_grad_hooks) is not unawaited:
                 return False

@@ -239,9 +239,15 @@ def fits_float32(options: Any) -> bool:
 
 
 def check_calls_apart(calls: list[StepCall], ends: Iterable[str]) -> None:
-    """Refuse steps that share memory with one another; ``ends`` tell them apart in the names of their tensors."""
+    """Refuse steps that share memory with one another, or of which some have tensors without memory (meta) and some
+    not: their statistics have no sum. ``ends`` tell them apart in the names of their tensors.
+    """
     read = [call.read for call in calls if call.read is not None]
     if len(read) == len(calls) and type(read[0]).apart(read):
         return
+    firsts = [call.lists.params[0] for call in calls]
+    if len({p.is_meta for p in firsts}) > 1:
+        devices = " and ".join(dict.fromkeys(str(p.device) for p in firsts))
+        raise ValueError(f"params must be all on meta or none of them, got some on {devices}")
     places = [call.kind.spans(call.lists, end) for call, end in zip(calls, ends, strict=True)]
     check_apart(*(list(itertools.chain(*listed)) for listed in zip(*places, strict=True)))

@@ -24,6 +24,12 @@ def is_immutable(value: Any) -> bool:
     return type(value) in _IMMUTABLE or (type(value) is tuple and all(map(is_immutable, value)))
 
 
+def takes_two_batches(group: dict[str, Any]) -> bool:
+    """Whether a step needs a second batch's gradient."""
+    l = group["l"]
+    return not isinstance(l, int | float) or l != 1
+
+
 def start_clocks(group: dict[str, Any]) -> None:
     """Give the group the clocks that it lacks; ``_lost`` is what rounding the sums has lost (Kahan)."""
     for name in ("steps", "time"):

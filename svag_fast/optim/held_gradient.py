@@ -7,14 +7,14 @@ import itertools
 import operator
 import sys
 import warnings
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svag_fast.ops.step_stats import StepStats
+from svag_fast.optim.grad_watch import GradWatch, is_plain, versions
 
 GroupGrads = list[Tensor | None]
 _Groups = list[dict[str, Any]]
@@ -32,6 +32,7 @@ class HeldGradient:
         self.warned = False
         self.run: object = None
         """What ``pair_pass`` keeps about the model."""
+        self.watch = GradWatch()
         self.clear()
 
     def clear(self) -> None:
@@ -46,17 +47,15 @@ class HeldGradient:
         self.by_closure = False
         """Whether ``step(closure)`` holds it itself."""
         self._params: list[list[Tensor]] = []
-        # How much more often each second gradient was changed in place than its first by what made them; None where
-        # the first's count says nothing.
-        self._more: list[list[int | None]] = []
-        # The second gradients where their backward pass ended, each with how often it had been changed in place.
-        self._made: list[list[tuple[Tensor, int] | None]] = []
+        # In one list, of each first gradient: whether it was as its backward pass left it where it was taken (None: not
+        # known), and how often it had been changed in place then.
+        self._first_kept: list[bool | None] = []
+        self._first_versions: list[int] = []
+        self._first_seen = self.watch.seen
+        self.watch.noted = None
         # The parameters with a first gradient, and how often each had been changed in place where it was taken.
         self._moving: list[Tensor] = []
         self._moves: list[int] = []
-        handle: torch.utils.hooks.RemovableHandle | None = self.__dict__.pop("_watching", None)
-        if handle is not None:
-            handle.remove()
 
     def take(self, groups: _Groups) -> None:
         """Take the groups' gradients out of ``.grad``, without a copy where nobody else can write to them.
@@ -64,17 +63,19 @@ class HeldGradient:
         Raises:
             RuntimeError: there is none.
         """
-        taken = [[_take(p) for p in group["params"]] for group in groups]
-        if all(g is None for pairs in taken for g, _ in pairs):
+        params = [list(group["params"]) for group in groups]
+        listed = [p for of_group in params for p in of_group]
+        reached = [p for p in listed if p.grad is not None]
+        if not reached:
             raise RuntimeError("no parameter has a gradient to hold: call backward() on the first batch's loss first")
+        kept = self.watch.kept(listed)
         self.clear()
         self.grads = []
-        for group, pairs in zip(groups, taken, strict=True):
-            self._add(group["params"], pairs)
+        for of_group in params:
+            self._add(of_group)
+        self._first_kept = kept
         self._note_the_point()
-        watched = next((p for p in self._moving if p.requires_grad), None)
-        if watched is not None:
-            self._watching = watched.register_hook(_AtTheEnd(self))  # type: ignore[no-untyped-call]
+        self.watch.follow(listed, reached)
 
     def put(self, groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
         """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
@@ -87,12 +88,9 @@ class HeldGradient:
         self.paired = True
         self.grads = [[first.get(p) for p in group["params"]] for group in groups]
         self._params = [list(group["params"]) for group in groups]
-        self._more = [
-            [None if g is None or p.grad is None else p.grad._version - g._version for p, g in zip(*pair, strict=True)]
-            for pair in zip(self._params, self.grads, strict=True)
-        ]
+        self.watch.follow([p for params in self._params for p in params])
         self._note_the_point()
-        self.second_is_made()
+        self.note_both()
 
     def take_group(self, params: list[Tensor]) -> None:
         """Take the gradients of a group that joins while the others' are held.
@@ -106,13 +104,15 @@ class HeldGradient:
                 "the new group's parameters have a gradient that may be the sum over both batches: add the group "
                 "before the second batch's backward(), or call discard_gradient() first"
             )
-        self._add(params, [_take(p) for p in params])
+        self._add(list(params))
+        self._first_kept += [None] * len(params)
+        self.watch.follow([p for listed in self._params for p in listed])
 
-    def _add(self, params: list[Tensor], pairs: list[tuple[Tensor | None, int | None]]) -> None:
+    def _add(self, params: list[Tensor]) -> None:
         assert self.grads is not None
-        self._params.append(list(params))
-        self.grads.append([g for g, _ in pairs])
-        self._more.append([more for _, more in pairs])
+        self._params.append(params)
+        self.grads.append([_take(p) for p in params])
+        self._first_versions += versions(self.grads[-1])
         for p in params:
             p.grad = None
 
@@ -123,12 +123,12 @@ class HeldGradient:
         self._moving = [p for p in having if not p.is_inference()]  # which keeps no count
         self._moves = [p._version for p in self._moving]
 
-    def second_is_made(self) -> None:
-        """Note how often each second gradient was changed in place, at the end of a backward pass."""
-        self._made = [
-            [None if (g := p.grad) is None or g.is_inference() else (g, g._version) for p in params]
-            for params in self._params
-        ]
+    def note_both(self) -> None:
+        """Take both gradients as they are for unchanged."""
+        self._first_versions = versions([g for listed in self.grads or [] for g in listed])
+        self._first_kept = [True] * len(self._first_versions)
+        self._first_seen = self.watch.seen
+        self.watch.note()
 
     def first(self) -> list[Tensor]:
         """Return what is held, in one list."""
@@ -162,21 +162,8 @@ class HeldGradient:
                 "a gradient is held, but no parameter has one of the second batch: call backward() on the second "
                 "batch's loss after hold_gradient() (a closure: at each of its calls)"
             )
-        by_scaler = _changes_of_a_scaler() if seen_by_scaler else 0
-        changed = [
-            (g1, None if more is None else then[1] - more)
-            for mores, made, listed1, listed2 in zip(self._more, self._made, self.grads or [], second, strict=False)
-            for more, then, g1, g2 in zip(mores, made, listed1, listed2, strict=True)
-            if then is not None and g1 is not None and g2 is then[0] and g2._version > then[1] + by_scaler
-        ]
-        if changed and _alone(changed, second):
-            raise RuntimeError(
-                "the second gradient, or a part of it, was changed in place after its backward pass and the held one "
-                "was not, as by clip_grad_norm_ after hold_gradient(). Clip both by "
-                "optimizer.clip_grad_norm_(max_norm) before step(), under a GradScaler after "
-                "optimizer.unscale_(scaler); or change each after its own backward "
-                "pass. (Gradients accumulated over several backward passes: as many for the one as for the other.)"
-            )
+        if self.watch.noted is not None or False in self._first_kept:
+            self._refuse_one_changed(_changes_of_a_scaler() if seen_by_scaler else 0)
         moves = [p._version for p in self._moving]
         if moves and all(map(operator.gt, moves, self._moves)):
             warnings.warn(
@@ -185,6 +172,31 @@ class HeldGradient:
                 stacklevel=6,
             )
         return second
+
+    def _refuse_one_changed(self, by_scaler: int) -> None:
+        watch = self.watch
+        params = [p for listed in self._params for p in listed]
+        first, second = self._first_kept, watch.kept(params, by_scaler)
+        if False in second:
+            now = versions([g for listed in self.grads or [] for g in listed])
+            first = [k and v == then for k, v, then in zip(first, now, self._first_versions, strict=True)]
+        if (False in first) == (False in second):
+            return
+        alone, other, until = (first, second, watch.seen) if False in first else (second, first, None)
+        changed = [p for p, a, b in zip(params, alone, other, strict=True) if a is False and b]
+        if not changed:
+            return
+        # A pass that the watch hasn't seen leaves the watched parameter's gradient alone.
+        since = self._first_seen if until else watch.seen
+        if watch.unseen(since, until) and all(p is not watch.hooked for p in changed):
+            return
+        which, than, when = ("held", "second", "before") if until else ("second", "held", "after")
+        raise RuntimeError(
+            f"the {which} gradient, or a part of it, was changed or replaced after its backward pass and the {than} "
+            f"one was not, as by clip_grad_norm_ {when} hold_gradient(). Clip both by "
+            "optimizer.clip_grad_norm_(max_norm) before step(), under a GradScaler after optimizer.unscale_(scaler); "
+            "or change each after its own backward pass, always: where it is to stay as it is, by a factor of 1"
+        )
 
     def check_scaler(self, *, divides: bool) -> None:
         """Refuse a step under a GradScaler that would take its scale out of one gradient alone, or too late.
@@ -204,33 +216,6 @@ class HeldGradient:
             )
 
 
-class _AtTheEnd:
-    """A hook that notes the second gradients at the end of each backward pass that it is called in."""
-
-    def __init__(self, pair: HeldGradient) -> None:
-        self._pair = weakref.ref(pair)
-
-    def __call__(self, _: Tensor) -> None:
-        pair = self._pair()
-        if pair is not None:
-            _after_the_pass(functools.partial(_after_the_pass, pair.second_is_made))  # and what others put behind it
-
-
-def _after_the_pass(function: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(function)
-
-
-def _alone(changed: list[tuple[Tensor, int | None]], second: list[GroupGrads]) -> bool:
-    """Whether of these first gradients, whose second was changed, none was, each with the count that says so.
-
-    None says nothing. A higher count: changed too, or accumulated over more backward passes.
-    """
-    if any(count is None or g1._version > count for g1, count in changed):
-        return False
-    # Views of one buffer count each other's changes.
-    return not any(_shares_memory(g) for listed in second for g in listed if g is not None)
-
-
 @functools.cache
 def _changes_of_a_scaler() -> int:
     """Return how many changes in place a GradScaler's pass over a gradient counts as, in this torch."""
@@ -240,13 +225,11 @@ def _changes_of_a_scaler() -> int:
     return g._version - version
 
 
-def _take(p: Tensor) -> tuple[Tensor | None, int | None]:
-    """Return the gradient to keep, and 0, or None where its count of changes in place can't be compared."""
+def _take(p: Tensor) -> Tensor | None:
+    """Return the gradient to keep."""
     owned = _owned(p)
     g = p.grad
-    if g is None:
-        return None, None
-    return (g, 0) if owned else (g.detach().clone(), None)
+    return g if g is None or owned else g.detach().clone()
 
 
 def _owned(p: Tensor) -> bool:
@@ -256,22 +239,10 @@ def _owned(p: Tensor) -> bool:
     user's variable refers to are not.
     """
     g = p.grad
-    if g is None or not _is_plain(g):
+    if g is None or not is_plain(g):
         return False
     storage = g.untyped_storage()
     return _fills(g, storage) and _references(g, storage) == _references_alone()
-
-
-def _shares_memory(g: Tensor) -> bool:
-    """Whether other tensors may be in the gradient's memory."""
-    if not _is_plain(g):
-        return True
-    storage = g.untyped_storage()
-    return not _fills(g, storage) or _references(g, storage)[0] != _references_alone()[0]
-
-
-def _is_plain(g: Tensor) -> bool:
-    return type(g) is Tensor and g.layout is torch.strided and not g.is_inference()
 
 
 def _fills(g: Tensor, storage: torch.UntypedStorage) -> bool:

@@ -42,6 +42,11 @@ class HoldingOptimizer(Optimizer):
         Nothing is copied, except gradients whose memory others see: buckets of DistributedDataParallel, a trainer's
         own buffers, a variable that refers to the gradient.
 
+        What changes gradients between their backward pass and the step (clipping, averaging, masks) must change both:
+        call it before this, and again before ``step()``. Where one alone was changed in place or replaced, the step is
+        refused. That goes by PyTorch's counts of changes in place, so it isn't noticed through ``.grad.data``, NumPy or
+        other libraries' kernels, nor in the first gradient of an optimizer made at ``l = 1`` that never held one.
+
         Raises:
             RuntimeError: a gradient is held already, or there is none to hold.
         """
@@ -101,7 +106,7 @@ class HoldingOptimizer(Optimizer):
             clipped each by its own norm, and there are ``[2, S]`` of them, or ``[1, S]``.
 
         Raises:
-            RuntimeError: there is no second gradient, it alone was clipped, or a norm is inf or nan and
+            RuntimeError: there is no second gradient, one alone was changed, or a norm is inf or nan and
                 ``error_if_nonfinite``; nothing was clipped.
             ValueError, TypeError: ``max_norm`` isn't a number >= 0, or ``norm_type`` is nan.
         """
@@ -126,6 +131,7 @@ class HoldingOptimizer(Optimizer):
                 nn.utils.clip_grads_with_norm_(params, max_norm, norm)
             else:
                 clip_replicas(listed, max_norm, norm)
+        self._pair.note_both()
         return torch.stack([norm.to(norms[0].device) for norm in norms])
 
     @outside_compiler
@@ -149,3 +155,4 @@ class HoldingOptimizer(Optimizer):
         finally:
             self.param_groups.pop()
         self._pair.unscaled = True
+        self._pair.note_both()

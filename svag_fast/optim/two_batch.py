@@ -31,6 +31,7 @@ from svag_fast.optim.group_options import (
     on_device,
     read_clock,
     start_clocks,
+    takes_two_batches,
 )
 from svag_fast.optim.held_gradient import GroupGrads, HeldGradient
 from svag_fast.optim.holding import HoldingOptimizer
@@ -96,6 +97,11 @@ class TwoBatchOptimizer(HoldingOptimizer):
         self._checked = {}
         for group in self.param_groups:
             start_clocks(group)
+        if any(map(takes_two_batches, self.param_groups)):
+            self._pair.watch.follow(self._all_params())
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     @property
     def l(self) -> float:
@@ -140,6 +146,8 @@ class TwoBatchOptimizer(HoldingOptimizer):
             start_clocks(group)
             if self._pair.grads is not None:
                 self._pair.take_group(group["params"])
+            elif takes_two_batches(group):
+                self._pair.watch.follow(self._all_params())
         except BaseException:
             self.param_groups.pop()
             raise
@@ -225,8 +233,9 @@ class TwoBatchOptimizer(HoldingOptimizer):
             any gradient changes and counts nothing.
 
         Raises:
-            RuntimeError: ``l > 1`` and no gradient is held; one is held and the second batch has none; the second
-                alone was clipped; a gradient is sparse; a closure is given where ``pair_pass`` made both gradients.
+            RuntimeError: ``l > 1`` and no gradient is held; one is held and the second batch has none; one alone
+                was changed after its backward pass; a gradient is sparse; a closure is given where ``pair_pass`` made
+                both gradients.
             ValueError, TypeError: an option of a group, or a gradient, is out of range, and which.
 
             In each case nothing was written, in no group.

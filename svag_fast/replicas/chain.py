@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.nn.fuse import FusedSequential
+from svag_fast.optim.grad_watch import hooks_on
 from svag_fast.sample_norms.plan import UnsupportedModuleError
 
 
@@ -229,7 +230,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
             raise _refused(path, module, f"{name} is {p.dtype}, expected torch.float32")
         if p.device.type != "cpu" or p.layout != torch.strided:
             raise _refused(path, module, f"{name} is {p.layout} on {p.device}, expected a dense tensor on the CPU")
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+        if hooks_on(p) or getattr(p, "_post_accumulate_grad_hooks", None):
             raise _refused(path, module, f"{name} has hooks, which would not be called")
         if not p.is_contiguous():
             raise _refused(path, module, f"{name} has strides {list(p.stride())}, expected a contiguous tensor")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from svag_fast.ops.memory import has_memory
+from svag_fast.optim.grad_watch import hooks_on
 
 # Forms the per-sample gradients [b, *shape] of the samples in a slice.
 SampleGrads: TypeAlias = Callable[[slice], Tensor]
@@ -229,7 +230,7 @@ class Recorder:
             current = self.open()
             if current is None:
                 return
-        if len(parameter._backward_hooks or ()) > 1:  # the user's, which come behind this one
+        if len(parameter._backward_hooks or ()) > 1 and hooks_on(parameter) > 1:  # the user's come behind this
             self._look_behind_hooks(name, parameter, grad)
         current.arrived.add(name)
         due = current.due.pop(name, None)

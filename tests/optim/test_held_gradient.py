@@ -457,16 +457,6 @@ def test_parameters_that_move_between_the_two_gradients_are_told() -> None:
         opt.step()
 
 
-def test_nothing_is_left_on_the_parameters() -> None:
-    model = net()
-    opt = SVAG(model.parameters(), lr=0.1, l=2)
-    for end in (opt.step, opt.discard_gradient):
-        opt.zero_grad()
-        both_backward(model, opt)
-        end()
-        assert all(not p._backward_hooks for p in model.parameters())
-
-
 @pytest.mark.parametrize("max_norm", [-1.0, float("nan"), "1"])
 def test_a_max_norm_that_is_none_is_refused(max_norm: Any) -> None:
     """torch's own turns the gradients round for a negative one."""

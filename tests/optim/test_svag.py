@@ -469,3 +469,13 @@ def test_repeated_steps_notice_what_changes_between_them() -> None:
     model.weight.data = torch.randn(6, 4).T
     step_with(torch.randn(4, 6))
     step_with(torch.randn(4, 6))
+
+
+def test_parameters_with_and_without_memory_are_refused_before_one_is_stepped() -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))
+    a.grad, b.grad = torch.ones(3), torch.ones(3, device="meta")
+    for groups in ([a, b], [{"params": [a]}, {"params": [b]}]):
+        with pytest.raises(ValueError, match="params must be all on meta or none of them, got some on cpu and meta"):
+            SVAG(groups, lr=0.1).step()
+        assert a.tolist() == [1, 1, 1]
+    SVAG([b], lr=0.1).step()
