@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,6 +82,15 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
     for number, p in zip(numbers, params, strict=True):
         _check_state(f"state {number}", state_dict["state"].get(number, {}), p, optimizer.state_names)
     return state_dict
+
+
+def own_memory(state: Mapping[Any, dict[str, Any]], loaded: dict[Any, dict[str, Any]]) -> None:
+    """Copy the state's tensors that torch's loading took over as they are: another optimizer may step with them."""
+    theirs = {id(value) for values in loaded.values() for value in values.values()}
+    for values in state.values():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and id(value) in theirs:
+                values[name] = value.detach().clone()
 
 
 def _check_form(state_dict: dict[str, Any]) -> None:

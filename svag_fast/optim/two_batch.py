@@ -392,6 +392,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
             return loaded
 
         def finish(_: Optimizer) -> None:
+            loaded_state.own_memory(self.state, loaded["state"])
             self._finish_loading(loaded)
 
         # Around the user's own hooks: the last to see what is loaded, the first to see it loaded.
