@@ -409,14 +409,16 @@ void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses
                const Addresses& momentum_buffers, const std::vector<int64_t>& sizes,
                const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes, double rate, double c1,
                double c2, double weight_decay, double momentum64, double momentum32,
-               std::uintptr_t device_coefficients, bool skip_nonfinite, int device, std::uintptr_t stream,
-               std::uintptr_t workspace, std::uintptr_t stats) {
+               std::uintptr_t device_coefficients, bool skip_nonfinite, std::uintptr_t scale, std::uintptr_t found_inf,
+               int device, std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t stats) {
     const auto tensors =
         step_tensors(params, grads1, grads2, compensation, momentum_buffers, sizes, param_dtypes, grad_dtypes);
     const svag::CudaStepOptions options{{rate, c1, c2, weight_decay},
                                         {momentum64, momentum32},
                                         reinterpret_cast<const double*>(device_coefficients),
                                         skip_nonfinite,
+                                        reinterpret_cast<const float*>(scale),
+                                        reinterpret_cast<const float*>(found_inf),
                                         device,
                                         reinterpret_cast<void*>(stream),
                                         reinterpret_cast<double*>(workspace),

@@ -57,20 +57,28 @@ def _store(pointer, offsets, values, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _block(
-    x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, mask, rate, c1, c2, weight_decay, mu, mu_rest,
+    x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, mask, rate, c1, c2, weight_decay, mu, mu_rest, unscale,
     s1, s2, s12, sx, poison,
     A: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, MOMENTUM: tl.constexpr, UPDATE: tl.constexpr,
-    MASKED: tl.constexpr,
+    SCALED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update one block where asked, and add its elements to the sums; ``poison`` becomes nan by an inf or a nan."""
     x = _load(x_ptr, offsets, mask, A, MASKED)
     g1 = _load(g1_ptr, offsets, mask, A, MASKED)
+    if SCALED:
+        g1 = g1 * unscale
+        if UPDATE and not GRAD2:
+            _store(g1_ptr, offsets, g1.to(g1_ptr.dtype.element_ty), mask, MASKED)
     s1 += g1 * g1
     sx += x * x
     poison += g1 * 0.0
     combined = c1 * g1
     if GRAD2:
         g2 = _load(g2_ptr, offsets, mask, A, MASKED)
+        if SCALED:
+            g2 = g2 * unscale
+            if UPDATE:
+                _store(g2_ptr, offsets, g2.to(g2_ptr.dtype.element_ty), mask, MASKED)
         s2 += g2 * g2
         s12 += g1 * g2
         poison += g2 * 0.0
@@ -103,7 +111,10 @@ def _block(
 
 
 @triton.jit
-def _sums_in_float64(g1_ptr, g2_ptr, start, size, GRAD2: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+def _sums_in_float64(
+    g1_ptr, g2_ptr, start, size, unscale,
+    GRAD2: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
     """The sums of finite gradients above 1e19, whose squares overflow float32."""
     s1 = tl.zeros((BLOCK,), dtype=tl.float64)
     s2 = tl.zeros((BLOCK,), dtype=tl.float64)
@@ -111,10 +122,12 @@ def _sums_in_float64(g1_ptr, g2_ptr, start, size, GRAD2: tl.constexpr, BLOCK: tl
     for k in range(ROUNDS):
         offsets = start + k * BLOCK + tl.arange(0, BLOCK)
         # Through float32, since no 16-bit type widens to float64 in one step everywhere.
-        g1 = tl.load(g1_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32).to(tl.float64)
+        g1 = tl.load(g1_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+        g1 = (g1 * unscale).to(tl.float64) if SCALED else g1.to(tl.float64)
         s1 += g1 * g1
         if GRAD2:
-            g2 = tl.load(g2_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32).to(tl.float64)
+            g2 = tl.load(g2_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+            g2 = (g2 * unscale).to(tl.float64) if SCALED else g2.to(tl.float64)
             s2 += g2 * g2
             s12 += g1 * g2
     return tl.sum(s1), tl.sum(s2), tl.sum(s12)
@@ -122,11 +135,14 @@ def _sums_in_float64(g1_ptr, g2_ptr, start, size, GRAD2: tl.constexpr, BLOCK: tl
 
 @triton.jit(do_not_specialize=["programs"])
 def _step_kernel(
-    table, owners, coefficients, partials, stats, programs,
+    table, owners, coefficients, partials, stats, scale, programs,
     PAIRS: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, MOMENTUM: tl.constexpr, UPDATE: tl.constexpr,
-    GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One program's share of one tensor; PAIRS has bit 4 * param_code + grad_code set for each pair in the list."""
+    """One program's share of one tensor; PAIRS has bit 4 * param_code + grad_code set for each pair in the list.
+
+    Where it is SCALED the gradients are divided by the scale, in memory too the last of them, which the user sees.
+    """
     # 64 bits from the start: a tensor may have more elements than 32 can count.
     program = tl.program_id(0).to(tl.int64)
     row = table + tl.load(owners + 2 * program) * 7
@@ -150,6 +166,9 @@ def _step_kernel(
                     exact_mu = tl.load(coefficients + (5 if pair // 4 == 1 else 6))
                     mu = exact_mu.to(A)
                     mu_rest = (exact_mu - mu.to(tl.float64)).to(A)
+                    unscale = mu
+                    if SCALED:
+                        unscale = (1.0 / tl.load(scale).to(tl.float64)).to(A)
                     x_ptr = _pointer(tl.load(row), pair // 4, ALIGNED)
                     g1_ptr = _pointer(tl.load(row + 1), pair % 4, ALIGNED)
                     g2_ptr = _pointer(tl.load(row + 2), pair % 4, ALIGNED)
@@ -167,14 +186,14 @@ def _step_kernel(
                         if first + BLOCK <= size:
                             s1, s2, s12, sx, poison = _block(
                                 x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, offsets < size, rate, c1, c2,
-                                weight_decay, mu, mu_rest, s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, MOMENTUM,
-                                UPDATE, False,
+                                weight_decay, mu, mu_rest, unscale, s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED,
+                                MOMENTUM, UPDATE, SCALED, False,
                             )  # fmt: skip
                         else:
                             s1, s2, s12, sx, poison = _block(
                                 x_ptr, g1_ptr, g2_ptr, e_ptr, v_ptr, offsets, offsets < size, rate, c1, c2,
-                                weight_decay, mu, mu_rest, s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED, MOMENTUM,
-                                UPDATE, True,
+                                weight_decay, mu, mu_rest, unscale, s1, s2, s12, sx, poison, A, GRAD2, COMPENSATED,
+                                MOMENTUM, UPDATE, SCALED, True,
                             )  # fmt: skip
                     if not GATED:
                         total1 = tl.sum(s1).to(tl.float64)
@@ -186,7 +205,7 @@ def _step_kernel(
                             overflow = (total1 + total2 + total12) * 0.0 != 0.0
                             if finite & overflow:
                                 total1, total2, total12 = _sums_in_float64(
-                                    g1_ptr, g2_ptr, start, size, GRAD2, BLOCK, ROUNDS
+                                    g1_ptr, g2_ptr, start, size, unscale, GRAD2, SCALED, BLOCK, ROUNDS
                                 )
                         tl.store(partials + program, total1)
                         tl.store(partials + programs + program, total2)
@@ -196,8 +215,11 @@ def _step_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _finish_kernel(partials, stats, programs, FINISH: tl.constexpr):
-    """Add the programs' partial sums in a fixed order: one program a statistic."""
+def _finish_kernel(partials, stats, found_inf, programs, FOUND_INF: tl.constexpr, FINISH: tl.constexpr):
+    """Add the programs' partial sums in a fixed order: one program a statistic.
+
+    Not finite is also what a GradScaler has found an inf in.
+    """
     which = tl.program_id(0)
     lanes = tl.arange(0, FINISH)
     total = tl.zeros((FINISH,), dtype=tl.float64)
@@ -209,7 +231,10 @@ def _finish_kernel(partials, stats, programs, FINISH: tl.constexpr):
         total += value
         least = tl.minimum(least, tl.where(inside, value, 1.0))
     if which == 4:
-        tl.store(stats + which, tl.min(least))
+        finite = tl.min(least)
+        if FOUND_INF:
+            finite = tl.where(tl.load(found_inf) == 0.0, finite, 0.0)
+        tl.store(stats + which, finite)
     else:
         tl.store(stats + which, tl.sum(total))
 
@@ -255,6 +280,8 @@ def svag_step(
     momentum_buffers: Sequence[Tensor],
     coefficients: Tensor,
     skip_nonfinite: bool,
+    found_inf: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Take the step in place and return the raw statistics, [5] float64.
 
@@ -263,6 +290,9 @@ def svag_step(
             params not empty; no compensation or momentum: an empty list.
         coefficients: [7] float64 on the device, as :func:`svag_fast.ops.step.step_scalars` names them.
         skip_nonfinite: update in a launch of its own, which does nothing where a gradient is not finite.
+        found_inf: a GradScaler's, float32 of one element on the device: where it is not 0 nothing is updated. It and
+            ``scale`` only with ``skip_nonfinite``.
+        scale: the gradients are divided by it; in memory too the second ones (the first where there are none).
     """
     device = params[0].device
     table, owners = _table(params, grads1, grads2, compensation, momentum_buffers)
@@ -278,6 +308,7 @@ def svag_step(
         "GRAD2": grads2 is not None,
         "COMPENSATED": len(compensation) > 0,
         "MOMENTUM": len(momentum_buffers) > 0,
+        "SCALED": scale is not None,
         # A view may begin anywhere; loads of 16 bytes then trap.
         "ALIGNED": all(t.data_ptr() % 16 == 0 for t in everything),
         "BLOCK": BLOCK,
@@ -286,9 +317,10 @@ def svag_step(
         # The reference's bits: it rounds after each product.
         "enable_fp_fusion": False,
     }
-    arguments = (table, owners, coefficients, partials, stats, programs)
+    arguments = (table, owners, coefficients, partials, stats, coefficients if scale is None else scale, programs)
     _step_kernel[(programs,)](*arguments, UPDATE=not skip_nonfinite, GATED=False, **options)
-    _finish_kernel[(5,)](partials, stats, programs, FINISH=_FINISH)
+    found = (stats if found_inf is None else found_inf, programs, found_inf is not None)
+    _finish_kernel[(5,)](partials, stats, *found, FINISH=_FINISH)
     if skip_nonfinite:
         _step_kernel[(programs,)](*arguments, UPDATE=True, GATED=True, **options)
     return stats

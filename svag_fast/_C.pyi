@@ -192,6 +192,8 @@ def cuda_step(
     momentum32: float,
     device_coefficients: int,
     skip_nonfinite: bool,
+    scale: int,
+    found_inf: int,
     device: int,
     stream: int,
     workspace: int,

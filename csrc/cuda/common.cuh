@@ -52,6 +52,10 @@ __device__ __forceinline__ double narrow<double, double>(double x) {
     return x;
 }
 template <>
+__device__ __forceinline__ float narrow<float, double>(double x) {
+    return static_cast<float>(x);
+}
+template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
     return __float2bfloat16_rn(x);
 }
@@ -159,7 +163,8 @@ cudaError_t launch_table(void (*kernel)(Table<kCapacity>, Pass), const StepTenso
 constexpr unsigned kAllStats = (1u << kStatCount) - 1;
 
 // Add the partial sums [kStatCount][count] of all blocks in a fixed order, into the stats whose bit is set in `which`.
-cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream);
+cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream,
+                          const float* found_inf = nullptr);
 
 // A status below zero is a CUDA error.
 inline int status_of(cudaError_t error) { return error == cudaSuccess ? kOk : -static_cast<int>(error); }

@@ -18,6 +18,7 @@ struct Pass {
     bool has_second, compensated, has_momentum;  // all tensors of the list, or none
     bool weights;                                // read the params, and update them
     const double* finite;                        // update only where this is 1; null: always
+    const float* scale;                          // as CudaStepOptions has it
     int64_t span;
     int64_t partial_stride;
     double* partials;  // [kStatCount][partial_stride]
@@ -36,14 +37,21 @@ __device__ __forceinline__ MomentumFactors momentum_of(const Pass& pass) {
     return from == nullptr ? pass.momentum : MomentumFactors{from[5], from[6]};
 }
 
+// What takes a GradScaler's scale out of a gradient.
+__device__ __forceinline__ double unscale_factor(const Pass& pass) {
+    return pass.scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*pass.scale);
+}
+
 // A block's part of one tensor, its pointers moved to the part's start.
 template <class P, class G, class A>
 struct Part {
     P* param;
     const G* grad1;
     const G* grad2;
+    G* shown;  // the gradient that the user sees after the step, in which the scale is to be no more; null: there is none
     float* compensation;
     A* momentum;
+    A unscale;
     StepCoefficients<A> c;
     Momentum<A> mu;
     const Pass& pass;
@@ -52,7 +60,7 @@ struct Part {
     // Elements i to i + V: statistics, and the update where it is asked for.
     template <int V>
     __device__ __forceinline__ void run(int i, Moments<A>& moments) const {
-        const Pack<G, V> g1 = load<V>(grad1 + i);
+        Pack<G, V> g1 = load<V>(grad1 + i);
         Pack<G, V> g2{};
         Pack<P, V> x{};
         Pack<float, V> e{};
@@ -65,8 +73,9 @@ struct Part {
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const A a1 = widen(g1.v[j]), a2 = widen(g2.v[j]), value = widen(x.v[j]);
+            const A a1 = widen(g1.v[j]) * unscale, a2 = widen(g2.v[j]) * unscale, value = widen(x.v[j]);
             moments.add(value, a1, a2);
+            if (shown != nullptr) g1.v[j] = narrow<G, A>(pass.has_second ? a2 : a1);
             // At l = 1 an inf in the second gradient must not reach the param.
             const A used2 = c.c2 == 0 ? A(0) : a2;
             if constexpr (sizeof(A) == sizeof(float)) {
@@ -85,6 +94,7 @@ struct Part {
             store<V>(param + i, x);
             if (pass.compensated) store<V>(compensation + i, e);
             if (pass.has_momentum) store<V>(momentum + i, v);
+            if (shown != nullptr) store<V>(shown + i, g1);
         }
     }
 
@@ -97,6 +107,7 @@ struct Part {
 };
 
 struct BlockShared {
+    double unscale;
     StepCoefficients<double> coefficients;
     MomentumFactors momentum;
     double of_warps[kWarps][kStatCount];
@@ -136,15 +147,19 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
                           16) == 0;
     const int64_t left = t.size - begin;
     const int size = static_cast<int>(left < pass.span ? left : pass.span);
+    const bool update = pass.weights && (pass.finite == nullptr || *pass.finite == 1);
+    G* const last = static_cast<G*>(const_cast<void*>(pass.has_second ? t.grad2 : t.grad1)) + begin;
     const Part<P, G, A> part{static_cast<P*>(t.param) + begin,
                              static_cast<const G*>(t.grad1) + begin,
                              pass.has_second ? static_cast<const G*>(t.grad2) + begin : nullptr,
+                             update && pass.scale != nullptr ? last : nullptr,
                              pass.compensated ? static_cast<float*>(t.compensation) + begin : nullptr,
                              pass.has_momentum ? static_cast<A*>(t.momentum) + begin : nullptr,
+                             A(block.unscale),
                              {A(c.rate), A(c.c1), A(c.c2), A(c.weight_decay)},
                              Momentum<A>::of(block.momentum),
                              pass,
-                             pass.weights && (pass.finite == nullptr || *pass.finite == 1)};
+                             update};
     Moments<A> moments{};
     const int packed = aligned ? size / V * V : 0;
     for (int i = static_cast<int>(threadIdx.x) * V; i < packed; i += kThreads * V) part.template run<V>(i, moments);
@@ -159,8 +174,8 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
             Moments<double> wide{};
 #pragma unroll 1
             for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
-                const double a1 = static_cast<double>(widen(part.grad1[i]));
-                const double a2 = pass.has_second ? static_cast<double>(widen(part.grad2[i])) : 0.0;
+                const double a1 = static_cast<double>(widen(part.grad1[i]) * part.unscale);
+                const double a2 = pass.has_second ? static_cast<double>(widen(part.grad2[i]) * part.unscale) : 0.0;
                 wide.add(0.0, a1, a2);
             }
             const double weight_sq_norm = totals[kWeightSqNorm];
@@ -184,6 +199,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (threadIdx.x == 0) {
         shared.coefficients = coefficients_of(pass);
         shared.momentum = momentum_of(pass);
+        shared.unscale = unscale_factor(pass);
     }
     __syncthreads();
     const int block = static_cast<int>(blockIdx.x);
@@ -206,9 +222,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
 }
 
-// One block: adds the blocks' partial sums in a fixed order, and writes the stats whose bit is set in `which`.
+// One block: adds the blocks' partial sums in a fixed order, and writes the stats whose bit is set in `which`. Not finite
+// is also what a GradScaler has found an inf in.
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const double* partials, int64_t count, unsigned which, double* stats) {
+    finish_kernel(const double* partials, int64_t count, unsigned which, const float* found_inf, double* stats) {
     __shared__ double of_warps[kWarps][kStatCount];
     double sums[kStatCount] = {};
 #pragma unroll 4
@@ -225,7 +242,8 @@ __global__ void __launch_bounds__(kThreads)
     if (k < kStatCount && (which >> k & 1) != 0) {
         double total = 0;
         for (int w = 0; w < kWarps; ++w) total += of_warps[w][k];
-        stats[k] = k == kFinite ? (total == 0 ? 1 : 0) : total;
+        const bool taken = total == 0 && (found_inf == nullptr || *found_inf == 0);
+        stats[k] = k == kFinite ? (taken ? 1 : 0) : total;
     }
 }
 
@@ -261,7 +279,8 @@ cudaError_t launch_pass(const StepTensor* tensors, int64_t count, const Pass& pa
         count <= kSmallTable ? launch_table(step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
                              : launch_table(step_kernel<kLargeTable>, tensors, count, blocks, pass, stream);
     return error != cudaSuccess ? error
-                                : launch_finish(pass.partials, pass.partial_stride, which, options.stats, stream);
+                                : launch_finish(pass.partials, pass.partial_stride, which, options.stats, stream,
+                                                options.found_inf);
 }
 
 cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions& o) {
@@ -271,6 +290,7 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
     pass.coefficients = o.coefficients;
     pass.momentum = o.momentum;
     pass.device_coefficients = o.device_coefficients;
+    pass.scale = o.scale;
     for (int64_t i = 0; i < count; ++i) {  // an empty tensor's addresses may be null
         pass.has_second |= tensors[i].grad2 != nullptr;
         pass.compensated |= tensors[i].compensation != nullptr;
@@ -293,9 +313,10 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
 
 }  // namespace
 
-cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream) {
+cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream,
+                          const float* found_inf) {
     const cudaLaunchConfig_t config = launch_config(1, stream);
-    return cudaLaunchKernelEx(&config, finish_kernel, partials, count, which, stats);
+    return cudaLaunchKernelEx(&config, finish_kernel, partials, count, which, found_inf, stats);
 }
 
 }  // namespace svag

@@ -15,6 +15,10 @@ struct CudaStepOptions {
     // where not null: a captured graph follows them.
     const double* device_coefficients;
     bool skip_nonfinite;  // leave every param untouched when any gradient entry is inf or nan
+    // A GradScaler's, one float each on the device, or null; only with skip_nonfinite. The gradients are divided by the
+    // scale, in memory too the last of them, which the user sees. Where found_inf isn't 0 nothing is updated.
+    const float* scale;
+    const float* found_inf;
     int device;
     void* stream;
     double* workspace;  // svag_step_cuda_workspace() values on the device

@@ -20,7 +20,7 @@ from svag_fast.ops.checks import check_decay, check_held, check_step_scalars, in
 from svag_fast.ops.memory import address
 from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
 from svag_fast.ops.step_options import svag_coefficients
-from svag_fast.ops.step_stats import StepStats, raw_statistics
+from svag_fast.ops.step_stats import StepStats
 from svag_fast.theory.scaling_rules import square_root_scaling_rule
 
 
@@ -224,7 +224,7 @@ def _reference(call: StepCall, skip_nonfinite: bool) -> Tensor:
     params, grads1, grads2, exp_avgs, exp_avg_sqs = call.lists
     assert exp_avg_sqs is not None
     steps, rates = call.extra, _rates(call.options)
-    raw = raw_statistics(params, grads1, grads2)
+    raw = call.statistics()
     for i, x in enumerate(params):
         grad = rates.c1 * grads1[i]
         if rates.c2 != 0 and grads2 is not None:
@@ -252,6 +252,8 @@ def _cpu_why_not(tensors: Sequence[Tensor]) -> str | None:
 
 @implements("svag_adaptive_step_", "cpu", why_not=_cpu_why_not)
 def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    if call.scaler is not None and bool(call.scaler.found_inf):
+        return call.statistics()
     rates = _rates(call.options)
     corrections = {step: (rates.step_size(step), rates.bias_correction2_sqrt(step)) for step in set(call.extra)}
     step_sizes, bias_corrections2_sqrt = zip(*map(corrections.__getitem__, call.extra), strict=True)

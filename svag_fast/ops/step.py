@@ -10,7 +10,7 @@ from torch import Tensor
 from svag_fast.ops.backends import device_and_stream, implements
 from svag_fast.ops.checks import check_like, tensor
 from svag_fast.ops.memory import address
-from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
+from svag_fast.ops.step_call import StepCall, StepKind, StepLists, reads_scale, take_step
 from svag_fast.ops.step_options import (
     HostScalars,
     MomentumRule,
@@ -24,7 +24,7 @@ from svag_fast.ops.step_options import (
     step_scalars,
     svag_coefficients,
 )
-from svag_fast.ops.step_stats import FINITE, StepStats, raw_statistics
+from svag_fast.ops.step_stats import FINITE, StepStats
 
 __all__ = ["SVAG_STEP", "StepOptions", "step_coefficients", "svag_coefficients", "svag_step_"]
 
@@ -172,7 +172,7 @@ def _host_scalars(call: StepCall) -> HostScalars:
 @torch.no_grad()
 def _reference(call: StepCall, skip_nonfinite: bool) -> Tensor:
     params, grads1, grads2, compensation, momentum_buffers = call.lists
-    raw = raw_statistics(params, grads1, grads2)
+    raw = call.statistics()
     finite = raw[FINITE] != 0
     rate, c1, c2, weight_decay, momentum64, momentum32 = _host_scalars(call)
 
@@ -212,6 +212,8 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @implements("svag_step_", "cpu")
 def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    if call.scaler is not None and bool(call.scaler.found_inf):
+        return call.statistics()
     scalars = options_scalars(call.options) if call.extra is None else _host_scalars(call)
     raw = torch.empty(5, dtype=torch.float64, device="cpu")
     place = raw.data_ptr() if type(raw) is Tensor else address(raw, "raw")
@@ -221,18 +223,22 @@ def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
 
 
 @implements("svag_step_", "cuda")
+@reads_scale
 def _cuda(call: StepCall, skip_nonfinite: bool) -> Tensor:
     from svag_fast import _C
 
     tensors = call.described() if call.read is None else call.read
     described, params, coefficients = tensors.columns(), call.lists.params, call.extra
     raw = params[0].new_empty(5, dtype=torch.float64)
+    found_inf, scale = (0 if t is None else address(t, "a GradScaler's") for t in call.scaler or (None, None))
     workspace = params[0].new_empty(_C.cuda_step_workspace(described[5]), dtype=torch.float64)
     _C.cuda_step(
         *described,
         *options_scalars(call.options),
         0 if coefficients is None else address(coefficients, "coefficients"),
         skip_nonfinite,
+        scale,
+        found_inf,
         *device_and_stream(params[0].device),
         address(workspace, "workspace"),
         address(raw, "raw"),
@@ -241,6 +247,7 @@ def _cuda(call: StepCall, skip_nonfinite: bool) -> Tensor:
 
 
 @implements("svag_step_", "triton")
+@reads_scale
 def _triton(call: StepCall, skip_nonfinite: bool) -> Tensor:
     from svag_fast.kernels.step import svag_step
 
@@ -250,6 +257,7 @@ def _triton(call: StepCall, skip_nonfinite: bool) -> Tensor:
         coefficients = constant_coefficients(step_scalars(*call.options), params[0].device)
     with torch.cuda.device_of(params[0]):  # type: ignore[no-untyped-call]
         raw: Tensor = svag_step(
-            params, grads1, grads2, compensation or [], momentum_buffers or [], coefficients, skip_nonfinite
-        )
+            params, grads1, grads2, compensation or [], momentum_buffers or [], coefficients, skip_nonfinite,
+            *(call.scaler or ()),
+        )  # fmt: skip
     return raw

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,12 +20,13 @@ from svag_fast.ops.backends import BACKENDS, select
 from svag_fast.ops.checks import check_like, check_params, check_strides, laid_out_like, tensors
 from svag_fast.ops.library import is_watched, register_op
 from svag_fast.ops.memory import Spans, addresses, check_apart, has_memory, mark_written, spans
-from svag_fast.ops.step_stats import ROUNDING, StepStats, nothing_stepped, rounding
+from svag_fast.ops.step_stats import FINITE, ROUNDING, StepStats, nothing_stepped, raw_statistics, rounding
 
 if TYPE_CHECKING:
     from svag_fast import _C
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ITEMSIZES = [dtype.itemsize for dtype in DTYPE_CODES]
 
 
 @functools.cache
@@ -118,6 +120,24 @@ class StepKind:
         return written, spans(grads1, "grads1", of), spans(grads2 or [], "grads2", of)
 
 
+class Scaler(NamedTuple):
+    """What a GradScaler hands a step: float32 tensors of one element on the params' device, which no host reads."""
+
+    found_inf: Tensor
+    """Where it isn't 0 the step is skipped; the statistics say "not finite" then."""
+    scale: Tensor | None = None
+    """What the step has to divide the gradients by, where :func:`read_the_scale` says that it can."""
+
+    def to(self, device: torch.device) -> Scaler:
+        """Return it on a device."""
+        return Scaler(*(None if t is None else t.to(device, torch.float32, non_blocking=True) for t in self))  # type: ignore[arg-type]
+
+    def note_in(self, raw: Tensor) -> Tensor:
+        """Write into the raw statistics that the step was skipped, if it was; return them."""
+        raw[FINITE] *= (self.found_inf == 0).view(())
+        return raw
+
+
 class StepCall(NamedTuple):
     """A step on tensors and options that have been checked; what is called takes it. Read-only."""
 
@@ -132,6 +152,7 @@ class StepCall(NamedTuple):
     """As in ``StepStats``."""
     read: _C.StepTensors | None = None
     """The tensors as C++ has read them, if it has."""
+    scaler: Scaler | None = None
 
     @classmethod
     def by_reader(
@@ -173,22 +194,34 @@ class StepCall(NamedTuple):
             backend=lambda _, skip_nonfinite: kind.dispatch(lists, options, extra, backend, skip_nonfinite)
         )
 
-    def __call__(self, skip_nonfinite: bool) -> Tensor:
-        """Take the step; return StepStats.raw."""
+    def __call__(self, skip_nonfinite: bool, scaler: Scaler | None = None) -> Tensor:
+        """Take the step; return StepStats.raw. ``scaler``: only with ``skip_nonfinite``."""
+        call = self if scaler is None else self._replace(scaler=scaler)
         if self.read is not None:
-            raw = self.backend(self, skip_nonfinite)
+            raw = self.backend(call, skip_nonfinite)
         else:
             with torch.no_grad():
-                raw = self.backend(self._laid_out(), skip_nonfinite)
-        params, _, _, kept1, kept2 = self.lists
+                raw = self.backend(call._laid_out(), skip_nonfinite)
+        params, grads1, grads2, kept1, kept2 = self.lists
         mark_written([*params, *(kept1 or ()), *(kept2 or ())])
+        if scaler is not None and scaler.scale is not None:
+            mark_written(grads2 or grads1)
         return raw
+
+    def statistics(self) -> Tensor:
+        """Return StepStats.raw by plain PyTorch, without a step."""
+        with torch.no_grad():
+            raw = raw_statistics(*self.lists[:3])
+        return raw if self.scaler is None else self.scaler.note_in(raw)
 
     def _laid_out(self) -> StepCall:
         lists = self.lists
         grads1 = laid_out_like(lists.grads1, lists.params)
         grads2 = None if lists.grads2 is None else laid_out_like(lists.grads2, lists.params)
         return self._replace(lists=lists._replace(grads1=grads1, grads2=grads2))
+
+    def _gradients(self) -> list[Tensor]:
+        return [*self.lists.grads1, *(self.lists.grads2 or [])]
 
     def described(self) -> _C.StepTensors:
         """Return the tensors, which C++ hasn't read, as the compiled kernels want them: addresses, sizes and dtypes."""
@@ -223,6 +256,37 @@ def take_step(
     with torch.no_grad():
         raw = kind.dispatch(lists, options, extra, backend, skip_nonfinite)
     return StepStats(raw, has_second, rounding=rounding(lists.params))
+
+
+_READS_SCALE: set[Callable[..., Any]] = set()
+
+
+def reads_scale(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backend whose kernel divides the gradients by a :class:`Scaler`'s scale itself.
+
+    It leaves those of the last batch divided in memory, as torch's fused optimizers do, for whoever looks at ``.grad``.
+    """
+    _READS_SCALE.add(function)
+    return function
+
+
+def read_the_scale(calls: list[StepCall]) -> bool:
+    """Whether all calls' kernels can read a GradScaler's scale: then no pass over the gradients has to go before.
+
+    They write to gradients then, so that none may be in two places.
+    """
+    if not all(call.backend in _READS_SCALE for call in calls):
+        return False
+    places = []
+    for call in calls:
+        if call.read is None and any(map(operator.is_not, call._gradients(), call._laid_out()._gradients())):
+            return False  # the kernel takes a copy
+        tensors = call.described() if call.read is None else call.read
+        params, grads1, grads2, _, _, sizes, param_dtypes, grad_dtypes = tensors.columns()
+        for starts, dtypes in ((params, param_dtypes), (grads1, grad_dtypes), (grads2, grad_dtypes)):
+            places += [(a, a + n * _ITEMSIZES[d]) for a, n, d in zip(starts, sizes, dtypes, strict=False) if n]
+    places.sort()
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
 
 
 _SINGLE = [torch.empty(0, dtype=torch.float32, device="cpu")]

@@ -81,7 +81,11 @@ class StepStats:
 
     @property
     def finite(self) -> Tensor:
-        """0-d bool, of S replicas [S]: False where any entry of a gradient was inf or nan."""
+        """0-d bool, of S replicas [S]: False where any entry of a gradient was inf or nan.
+
+        Under a GradScaler also where it says so of a gradient that is finite here, as of another process's. The step
+        was skipped then; the norms are those of the gradients that there were.
+        """
         return self.raw.select(-1, FINITE) != 0
 
     @property

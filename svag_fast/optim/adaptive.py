@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.ops.adaptive_step import ADAPTIVE_STEP, AdaptiveOptions
-from svag_fast.ops.step_call import StepCall, StepLists
-from svag_fast.ops.step_stats import FINITE, raw_statistics
+from svag_fast.ops.step_call import Scaler, StepCall, StepLists
+from svag_fast.ops.step_stats import FINITE
 from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.initial_square_avg import MEASURE, MEASURED_STEPS, averaged, check_start, filled, second_moment
 from svag_fast.optim.loaded_state import TorchKin
@@ -269,8 +269,8 @@ class SVAGRMSprop(_AdaptiveOptimizer):
             return None
 
         @torch.no_grad()
-        def measure(skip_nonfinite: bool) -> tuple[Tensor, list[Tensor] | None]:
-            raw = raw_statistics(params, grads1, grads2)
+        def measure(skip_nonfinite: bool, scaler: Scaler | None = None) -> tuple[Tensor, list[Tensor] | None]:
+            raw = ready._replace(scaler=scaler).statistics()
             if skip_nonfinite and not raw[FINITE]:
                 return raw, None
             seconds: Sequence[Tensor | None] = grads2 or [None] * len(params)
@@ -285,9 +285,9 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         early = None if scaled else measure(False)
         averages: list[Tensor] | None = None
 
-        def take(skip_nonfinite: bool) -> Tensor:
+        def take(skip_nonfinite: bool, scaler: Scaler | None) -> Tensor:
             nonlocal averages
-            raw, averages = early or measure(skip_nonfinite)
+            raw, averages = early or measure(skip_nonfinite, scaler)
             return raw
 
         def keep(raw: Tensor, skip_nonfinite: bool) -> None:

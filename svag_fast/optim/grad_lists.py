@@ -34,15 +34,30 @@ def gradients(
 def divide(grads: list[Tensor], scale: Tensor) -> None:
     """Divide each of them once, in place."""
     factor = scale.double().reciprocal()
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for g in {id(g): g for g in grads}.values():
-        alike.setdefault((g.device, g.dtype), []).append(g)
     with torch.no_grad():
-        for (device, dtype), listed in alike.items():
+        for (device, dtype), listed in _alike(grads):
             # A whole list takes one launch where the factor has its dtype. Not a half-precision one, where the factor
             # of a large scale would be 0.
             held = dtype if dtype in (torch.float32, torch.float64) else torch.float64
             torch._foreach_mul_(listed, factor.to(device, held))
+
+
+def overflow(grads: list[Tensor], like: Tensor) -> Tensor:
+    """Return a number, shaped and on a device as ``like``, that isn't 0 where any of them has an inf or nan."""
+    total = torch.zeros_like(like)
+    for (device, _), listed in _alike(grads):
+        found, one = (torch.full((), x, dtype=torch.float32, device=device) for x in (0.0, 1.0))
+        torch._amp_foreach_non_finite_check_and_unscale_(listed, found, one)
+        total += found.to(total.device, non_blocking=True)
+    return total
+
+
+def _alike(grads: list[Tensor]) -> Iterable[tuple[tuple[torch.device, torch.dtype], list[Tensor]]]:
+    """Yield each gradient once, those of one device and dtype together."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for g in {id(g): g for g in grads}.values():
+        alike.setdefault((g.device, g.dtype), []).append(g)
+    return alike.items()
 
 
 def replica_norms(grads: list[Tensor], replicas: int, norm_type: float, error_if_nonfinite: bool) -> Tensor:

@@ -128,7 +128,9 @@ class SVAG(TwoBatchOptimizer):
             GradScaler serve replicas.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
-    gradients are unscaled, and a step with an inf or nan in either is skipped without synchronising.
+    gradients are unscaled, and a step with an inf or nan in either, in any group, is skipped whole without
+    synchronising: ``stats.finite`` is False then. As in torch's fused optimizers a GPU's kernels read the scale and
+    ``found_inf`` themselves; they divide 16-bit gradients in float32, where ``unscale_`` rounds them to 16 bits.
 
     Raises:
         ValueError, TypeError: an option or a parameter is out of range, and which.

@@ -17,12 +17,12 @@ from torch.optim.optimizer import ParamsT
 
 from svag_fast.numeric import number
 from svag_fast.ops.backends import check_name
-from svag_fast.ops.step_call import StepCall, check_calls_apart
+from svag_fast.ops.step_call import Scaler, StepCall, check_calls_apart, read_the_scale
 from svag_fast.ops.step_stats import FINITE, StepStats, is_one_batch, nothing_stepped, total
 from svag_fast.optim import loaded_state
 from svag_fast.optim.callers import only_makes_state, tell_scaler
 from svag_fast.optim.closure_losses import detached, mean
-from svag_fast.optim.grad_lists import divide, gradients, sharded
+from svag_fast.optim.grad_lists import divide, gradients, overflow, sharded
 from svag_fast.optim.group_options import (
     as_clock,
     check_clocks,
@@ -44,7 +44,7 @@ class Work(NamedTuple):
     call: StepCall
     keep: Callable[[Tensor, bool], None] | None = None
     """Keeps the state that the step has used, called with what it returned and ``skip_nonfinite``."""
-    take: Callable[[bool], Tensor] | None = None
+    take: Callable[[bool, Scaler | None], Tensor] | None = None
     """What is called in place of ``call``."""
     moves: bool = True
     """Whether it moves parameters, so that the group's clocks count it."""
@@ -289,11 +289,13 @@ class TwoBatchOptimizer(HoldingOptimizer):
         if len(works) > 1:
             ends = [f" of group {k}" for k, parts in enumerate(by_group) for _ in parts]
             check_calls_apart([part.call for part in works], ends)
-        if scale is not None:
-            divide([g for both in lists for listed in both for g in listed or [] if g is not None], scale)
+        scaler = None
+        if scaled:
+            scaler = self._scaler(works, lists, scale)
         raws: list[Tensor] = []
         for call, keep, take, _ in works:
-            raws.append((take or call)(scaled))
+            of_device = None if scaler is None else scaler.to(call.lists.params[0].device)
+            raws.append((take or call)(scaled, of_device))
             if keep is not None:
                 keep(raws[-1], scaled)
         if not raws:  # no parameter has a gradient
@@ -316,6 +318,19 @@ class TwoBatchOptimizer(HoldingOptimizer):
             if not parts or any(map(_MOVES, parts)):
                 count(group, counted, l, self._time_of(group["lr"].double(), l) if time is None else time)
         return pair.stats if value is None else value
+
+    def _scaler(
+        self, works: list[Work], lists: list[tuple[GroupGrads, GroupGrads | None]], scale: Tensor | None
+    ) -> Scaler:
+        """Return what the works' kernels have to know of a GradScaler; what they can't take themselves is done here."""
+        found_inf: Tensor = self.found_inf  # type: ignore[attr-defined]
+        if len(works) > 1 and self._pair.grads is not None:
+            # A kernel sees its own list alone, and the scaler has looked at the second gradient alone.
+            found_inf = found_inf + overflow(self._pair.first(), found_inf)
+        if scale is not None and (any(w.take for w in works) or not read_the_scale([w.call for w in works])):
+            divide([g for both in lists for listed in both for g in listed or [] if g is not None], scale)
+            scale = None
+        return Scaler(found_inf, scale)
 
     def _backpropagated(self, closure: Callable[[], Any]) -> Any:
         """Call the closure once a batch that has no gradient yet, and return its value."""

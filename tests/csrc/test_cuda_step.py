@@ -6,7 +6,7 @@ Run again in a process with AddressSanitizer (``SVAG_TEST_CUDA=address``) by tes
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,13 @@ import torch
 from cuda_on_host.backend import DEVICE, STREAM, HostModule, cuda_on_host, load
 from cuda_on_host.build import HostKernels
 from draws import DTYPES, clones, dot, normals, same_bits
+from scaler_cases import CHECKS as SCALER_CHECKS
 from torch import Tensor
 
 from svag_fast import SVAG, svag_coefficients
 from svag_fast.ops import StepStats, svag_replicas_step_, svag_step_
 from svag_fast.ops.step import step_coefficients
+from svag_fast.optim import two_batch
 
 MODE = os.environ.get("SVAG_TEST_CUDA", "race")
 ASAN = MODE == "address"  # far slower where each of many threads copies a table of 32 KB
@@ -304,3 +306,20 @@ def test_a_capturable_step_follows_a_schedule_and_gives_the_same_bits(kernels: H
     assert isinstance(opt.param_groups[0]["lr"], Tensor)
     assert same_bits(params, expected)
     assert (opt.effective_steps, opt.time) == (plain.effective_steps, pytest.approx(plain.time))
+
+
+@ran_on_host
+@pytest.mark.parametrize("check", SCALER_CHECKS.values(), ids=SCALER_CHECKS)
+def test_under_a_scaler(kernels: HostKernels, check: Callable[[str], None]) -> None:
+    check("cuda")
+
+
+@ran_on_host
+def test_the_kernel_reads_the_scale_itself(kernels: HostKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a pass over the gradients before the step's own")
+
+    monkeypatch.setattr(two_batch, "divide", refuse)
+    kernels.launches()
+    SCALER_CHECKS["found_inf"]("cuda")
+    assert len(kernels.launches()) == 2 + 4  # a plain step, and one that may skip

@@ -32,6 +32,8 @@ class _StepOptions(ctypes.Structure):
         ("coefficients_and_momentum", ctypes.c_double * 6),
         ("device_coefficients", ctypes.c_void_p),
         ("skip_nonfinite", ctypes.c_bool),
+        ("scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
         ("device", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("stream", "workspace", "stats")),
     ]

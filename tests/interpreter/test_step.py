@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from draws import DTYPES, normals
+from scaler_cases import CHECKS as SCALER_CHECKS
 from torch import Tensor
 
 from svag_fast.kernels import device_cache
@@ -15,6 +16,7 @@ from svag_fast.ops import svag_replicas_step_, svag_step_
 from svag_fast.ops.backends import select
 from svag_fast.ops.step_options import constant_coefficients, step_scalars
 from svag_fast.ops.step_stats import StepStats
+from svag_fast.optim import two_batch
 
 # Around the block of 1024 and the program's 8 blocks.
 SHAPES = [(0,), (1,), (), (3,), (17, 5), (1023,), (1025,), (8193,)]
@@ -190,3 +192,16 @@ def test_replicas_step_each_as_alone() -> None:
         for a, b in zip(ours, alone[0], strict=True):
             torch.testing.assert_close(a[s], b, rtol=0, atol=0, equal_nan=True)
     assert stats.finite.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", [n for n in SCALER_CHECKS if "64" not in n and (n[0] != "l" or "float" not in n)])
+def test_under_a_scaler(name: str) -> None:
+    SCALER_CHECKS[name]("triton")
+
+
+def test_the_kernel_reads_the_scale_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a pass over the gradients before the step's own")
+
+    monkeypatch.setattr(two_batch, "divide", refuse)
+    SCALER_CHECKS["found_inf"]("triton")

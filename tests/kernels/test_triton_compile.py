@@ -11,9 +11,11 @@ from gpu_binary import ARCHITECTURES, Report, held_to_golden, report
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 STEP = {"table": "*i64", "owners": "*i64", "coefficients": "*fp64", "partials": "*fp64", "stats": "*fp64"}
+STEP |= {"scale": "*fp32", "programs": "i32"}
 STEP_OPTIONS = {
     "UPDATE": True,
     "GATED": False,
+    "SCALED": False,
     "ALIGNED": True,
     "BLOCK": 1024,
     "ROUNDS": 8,
@@ -56,18 +58,27 @@ FINISH_OPTIONS = {"SEGMENTS": 2, "BLOCK": 1024, "FINISH": 256, "SAMPLES": 16, "T
 
 # name: kernel, types of what is passed when it runs, constants. Bit 4p + g of PAIRS: param dtype p, gradient dtype g.
 KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "step, float32": ("_step_kernel", {**STEP, "programs": "i32"}, {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False}),
+    "step, float32": ("_step_kernel", STEP, {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False}),
+    "step, float32 under a scaler": (
+        "_step_kernel",
+        STEP,
+        {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False, "GATED": True, "SCALED": True},
+    ),
     "step, bfloat16 compensated": (
         "_step_kernel",
-        {**STEP, "programs": "i32"},
+        STEP,
         {**STEP_OPTIONS, "PAIRS": 1 << 10, "COMPENSATED": True},
     ),
     "step, float32 with momentum": (
         "_step_kernel",
-        {**STEP, "programs": "i32"},
+        STEP,
         {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False, "MOMENTUM": True},
     ),
-    "finish": ("_finish_kernel", {"partials": "*fp64", "stats": "*fp64", "programs": "i32"}, {"FINISH": 512}),
+    "finish": (
+        "_finish_kernel",
+        {"partials": "*fp64", "stats": "*fp64", "found_inf": "*fp32", "programs": "i32"},
+        {"FOUND_INF": True, "FINISH": 512},
+    ),
     "weight_grad, float32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="ieee"),
     "weight_grad, tf32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="tf32"),
     "weight_grad, bfloat16, step": weight_grad("*bf16", "*bf16", ONE_CHUNK=True, STEP=True, PRECISION="ieee"),
@@ -119,8 +130,9 @@ def test_nothing_spills_and_nothing_lies_on_the_stack(reports: dict[str, Report]
 
 def test_aligned_float32_steps_load_and_store_128_bits(reports: dict[str, Report]) -> None:
     for a in ARCHITECTURES:
-        # Three streams read and one written, 8 elements a thread; with momentum one more of each.
-        for name, loads, stores in (("", 6, 2), (" with momentum", 8, 4)):
+        # Three streams read and one written, 8 elements a thread; with momentum one more of each, under a scaler the
+        # second gradient written too.
+        for name, loads, stores in (("", 6, 2), (" with momentum", 8, 4), (" under a scaler", 6, 4)):
             line = reports[f"step, float32{name}, sm_{a}"]
             assert line["wide loads"] >= loads
             assert line["wide stores"] >= stores

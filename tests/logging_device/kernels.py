@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from logging_device.device import Device
 from torch import Tensor
@@ -58,7 +59,7 @@ def _nothing(t: Tensor) -> contextlib.nullcontext[None]:  # not a mock, which wo
 def _cuda_step(device: Device, *arguments: Any) -> None:
     """What ``_C.cuda_step`` launches, and the CPU kernel's work on the same addresses."""
     columns, scalars = arguments[:8], arguments[8:14]
-    coefficients, skip_nonfinite, _, _, _, raw = arguments[14:]
+    coefficients, skip_nonfinite, scale, found_inf, _, _, _, raw = arguments[14:]
     assert len(columns[0]) <= _ONE_TABLE
     for _ in range(2 if skip_nonfinite else 1):  # where it may skip, a pass over the gradients alone goes before
         device.note("launch", "cuda step_kernel")
@@ -66,7 +67,21 @@ def _cuda_step(device: Device, *arguments: Any) -> None:
     if coefficients:
         read = (ctypes.c_double * 7).from_address(coefficients)
         scalars = step_options.host_scalars(step_options.StepScalars(*read))
+    if scale:
+        _unscale(columns, ctypes.c_float.from_address(scale).value)
+    # Else it would write the statistics alone.
+    assert not found_inf or ctypes.c_float.from_address(found_inf).value == 0
     _C.StepTensors(*columns).step(*scalars, skip_nonfinite, 1, raw)
+
+
+def _unscale(columns: Any, scale: float) -> None:
+    """Divide the gradients where they are; they are float32 here."""
+    _, first, second, _, _, sizes, _, dtypes = columns
+    assert not any(dtypes)
+    for addresses in (first, second):
+        for address, size in zip(addresses, sizes, strict=bool(addresses)):
+            numbers = np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
+            numbers *= np.float32(1 / scale)
 
 
 def _product_tiles(
