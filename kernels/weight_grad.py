@@ -5,6 +5,7 @@ b_iᵀ a_i over shifted windows of the input, without an unfolded copy, squares 
 weighted, to the sum of the sample's segment. With a single chunk the tile ends there: the gradient is stored, or the
 SVAG step is applied and no gradient reaches memory; otherwise a second launch adds the chunks in order first. That
 launch also adds the tiles' shares of the norms and of the statistics.
+Two batches side by side are two PARTS: no chunk has samples of both, and each part has a gradient of its own.
 A tile's squares are added in float32: a sample's norm beyond 1e19 comes out as inf.
 """
 
@@ -36,7 +37,7 @@ def _end_tile(
     total1, total2, offsets, inside, target, coefficients, partials, program, programs,
     SEGMENTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient, or take the step on the weight; write the tile's share of the five statistics."""
+    """Store the gradient, or take the step on the weight; write the tile's share of the statistics, if any."""
     s2 = tl.zeros((), dtype=tl.float32)
     s12 = tl.zeros((), dtype=tl.float32)
     sx = tl.zeros((), dtype=tl.float32)
@@ -62,11 +63,12 @@ def _end_tile(
         if SEGMENTS == 2:
             total += total2
         tl.store(target + offsets, total, mask=inside)
-    tl.store(partials + program, tl.sum(total1 * total1).to(tl.float64))
-    tl.store(partials + programs + program, s2.to(tl.float64))
-    tl.store(partials + 2 * programs + program, s12.to(tl.float64))
-    tl.store(partials + 3 * programs + program, sx.to(tl.float64))
-    tl.store(partials + 4 * programs + program, tl.where(poison == 0.0, 1.0, 0.0).to(tl.float64))
+    if SEGMENTS == 2 or STEP:
+        tl.store(partials + program, tl.sum(total1 * total1).to(tl.float64))
+        tl.store(partials + programs + program, s2.to(tl.float64))
+        tl.store(partials + 2 * programs + program, s12.to(tl.float64))
+        tl.store(partials + 3 * programs + program, sx.to(tl.float64))
+        tl.store(partials + 4 * programs + program, tl.where(poison == 0.0, 1.0, 0.0).to(tl.float64))
 
 
 @triton.jit
@@ -95,14 +97,14 @@ def _to_tf32(x, INTERPRETED: tl.constexpr):
 # the inner loop's addresses are a pointer and constants.
 @triton.jit(do_not_specialize=["B", "CHUNK", "programs", "H", "OUT_H"])
 def _weight_grad_kernel(
-    a, b, weights, segments, target, coefficients, sums, sq_norms, partials,
+    a, b, weights, segments, target, target2, coefficients, sums, sq_norms, partials,
     B, CHUNK, programs, H, OUT_H, a_sample, b_sample,
     M: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, OUT_W: tl.constexpr,
     A_CHANNEL: tl.constexpr, A_ROW: tl.constexpr, A_COLUMN: tl.constexpr,
     B_CHANNEL: tl.constexpr, B_ROW: tl.constexpr, B_COLUMN: tl.constexpr,
     K_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
     PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNELS_FASTEST: tl.constexpr,
-    SEGMENTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, PARTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_FIT: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +130,14 @@ def _weight_grad_kernel(
     total1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     total2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     i = chunk.to(tl.int64) * CHUNK
+    end = B
+    if PARTS == 2:
+        chunks = tl.num_programs(2) // 2
+        if chunk < chunks:
+            end = B // 2
+        else:
+            i = B // 2 + (chunk - chunks).to(tl.int64) * CHUNK
+            target = target2
     a_here, b_here = a + i * a_sample, b + i * b_sample
     row_of_norms = (group * tl.num_programs(0) + tile).to(tl.int64) * B
     # From a sample's last turn to the next sample's first.
@@ -139,7 +149,7 @@ def _weight_grad_kernel(
     down = tl.zeros((), dtype=tl.int32)
     right = tl.zeros((), dtype=tl.int32)
     # One loop for all samples' turns: the loads run ahead from one sample to the next.
-    for _ in range(0, tl.minimum(CHUNK, B - i).to(tl.int32) * turns):
+    for _ in range(0, tl.minimum(CHUNK, end - i).to(tl.int32) * turns):
         b_seen = (m < M)[:, None]
         # As unsigned numbers those below 0 are large.
         a_seen = (n < N)[None, :]
@@ -203,8 +213,9 @@ def _weight_grad_kernel(
             total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
         )  # fmt: skip
     else:
-        # The next launch counts its programs there.
-        tl.store(partials + 5 * programs, 0.0, mask=(tile == 0) & (group == 0) & (chunk == 0))
+        if SEGMENTS == 2 or STEP:
+            # The next launch counts its programs there.
+            tl.store(partials + 5 * programs, 0.0, mask=(tile == 0) & (group == 0) & (chunk == 0))
         size = (tl.num_programs(1) * M).to(tl.int64) * N
         tl.store(sums + chunk * SEGMENTS * size + offsets, total1, mask=inside)
         if SEGMENTS == 2:
@@ -213,19 +224,25 @@ def _weight_grad_kernel(
 
 @triton.jit(do_not_specialize=["size", "chunks", "programs", "ends", "B", "tiles"])
 def _finish_layer_kernel(
-    sums, target, coefficients, partials, stats, shares, sq_norms, size, chunks, programs, ends, B, tiles,
-    SEGMENTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    sums, target, target2, coefficients, partials, stats, shares, sq_norms, size, chunks, programs, ends, B, tiles,
+    SEGMENTS: tl.constexpr, PARTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
     FINISH: tl.constexpr, SAMPLES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The first ``ends`` programs add the chunks' sums in order and end the tile, the others add the samples' norms.
+    """The first ``ends`` programs of each part add the chunks' sums in order and end the tile, the others add norms.
 
     Of the first, the one that comes last adds the statistics: it has seen all others' shares, and their order is fixed.
     """
     program = tl.program_id(0)
-    if program < ends:
+    if program < PARTS * ends:
         last = True
         if not ONE_CHUNK:
-            offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            block = program.to(tl.int64)
+            if PARTS == 2:
+                if program >= ends:
+                    block -= ends
+                    target = target2
+                    sums += chunks * size.to(tl.int64)
+            offsets = block * BLOCK + tl.arange(0, BLOCK)
             inside = offsets < size
             total1 = tl.zeros((BLOCK,), dtype=tl.float32)
             total2 = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -238,21 +255,23 @@ def _finish_layer_kernel(
             _end_tile(
                 total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
             )  # fmt: skip
-            # All of the program's stores, by whichever warp, before it counts itself done.
-            tl.debug_barrier()
-            last = tl.atomic_add(partials + 5 * programs, 1.0, sem="acq_rel") == ends - 1
-        if last:
-            which, lanes = tl.arange(0, 8), tl.arange(0, FINISH)
-            total = tl.zeros((8, FINISH), dtype=tl.float64)
-            for first in range(0, programs, FINISH):
-                inside_both = (which < 5)[:, None] & (first + lanes < programs)[None, :]
-                place = which[:, None] * programs + first + lanes[None, :]
-                total += tl.load(partials + place, mask=inside_both, other=0.0)
-            statistics = tl.sum(total, axis=1)
-            finite = tl.where(statistics == programs, 1.0, 0.0).to(tl.float64)
-            tl.store(stats + which, tl.where(which == 4, finite, statistics), mask=which < 5)
+            if SEGMENTS == 2 or STEP:
+                # All of the program's stores, by whichever warp, before it counts itself done.
+                tl.debug_barrier()
+                last = tl.atomic_add(partials + 5 * programs, 1.0, sem="acq_rel") == ends - 1
+        if SEGMENTS == 2 or STEP:
+            if last:
+                which, lanes = tl.arange(0, 8), tl.arange(0, FINISH)
+                total = tl.zeros((8, FINISH), dtype=tl.float64)
+                for first in range(0, programs, FINISH):
+                    inside_both = (which < 5)[:, None] & (first + lanes < programs)[None, :]
+                    place = which[:, None] * programs + first + lanes[None, :]
+                    total += tl.load(partials + place, mask=inside_both, other=0.0)
+                statistics = tl.sum(total, axis=1)
+                finite = tl.where(statistics == programs, 1.0, 0.0).to(tl.float64)
+                tl.store(stats + which, tl.where(which == 4, finite, statistics), mask=which < 5)
     else:
-        i = (program - ends) * SAMPLES + tl.arange(0, SAMPLES)
+        i = (program - PARTS * ends) * SAMPLES + tl.arange(0, SAMPLES)
         t = tl.arange(0, TILES)
         norms = tl.zeros((TILES, SAMPLES), dtype=tl.float64)
         for first in range(0, tiles, TILES):
@@ -281,9 +300,10 @@ def product_tiles(
     convolution: Convolution,
     *,
     target: Tensor,
+    target2: Tensor | None = None,
     channels_fastest: bool,
     coefficients: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Form the products' sum into ``target``, or take the SVAG step on it where ``coefficients`` are given.
 
     Args:
@@ -295,11 +315,14 @@ def product_tiles(
         convolution: its options; the default for Linear.
         target: the weight's numbers in memory order: [O, C / groups, k_h, k_w], or [O, k_h, k_w, C / groups] where
             ``channels_fastest``. float32 for a gradient, any of the weight's dtypes for a step.
+        target2: as ``target``, for the gradient of the second half of the samples (B is even); ``target`` then gets the
+            first half's. Only without segments and coefficients.
         coefficients: float64, beginning with lr, its divisor, c1, c2, weight_decay.
 
     Returns:
         sq_norms [B] float64, and the statistics [5] float64 of the segments' sums: both squared norms, the inner
-        product, the weight's squared norm before the step (0 without one), 1 if all is finite.
+        product, the weight's squared norm before the step (0 without one), 1 if all is finite. None for a gradient
+        without segments.
     """
     if len(weight_shape) == 2:
         # A column of T positions: its height is no constant of the kernel.
@@ -319,34 +342,38 @@ def product_tiles(
         M, N, (OUT_H, OUT_W), exact=inputs.dtype == torch.float32 and precision == "ieee", wide=a_strides[1] == 1
     )
     tiles = groups * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    PARTS = 1 if target2 is None else 2
     # Samples are cut up only as far as tiles alone would leave the GPU idle.
-    CHUNK = max(1, math.ceil(B / max(1, _WARPS // tile.warps // max(1, tiles))))
-    chunks = max(1, triton.cdiv(B, CHUNK))
+    CHUNK = max(1, math.ceil(B / PARTS / max(1, _WARPS // tile.warps // max(1, PARTS * tiles))))
+    chunks = max(1, triton.cdiv(B // PARTS, CHUNK))
     size = O * N
-    ends = 1 if chunks == 1 else triton.cdiv(size, _TILE_END)
+    step = coefficients is not None
+    measures = step or SEGMENTS == 2
+    ends = triton.cdiv(size, _TILE_END) if chunks > 1 else int(measures)
     programs = tiles if chunks == 1 else ends
 
     # A grid of no programs can't be launched.
     if size == 0:
         nothing = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
-        return torch.zeros(B, dtype=torch.float64, device=device), nothing
+        return torch.zeros(B, dtype=torch.float64, device=device), nothing if measures else None
     sq_norms = torch.empty(B, dtype=torch.float64, device=device)
-    stats = torch.empty(5, dtype=torch.float64, device=device)
+    stats = torch.empty(5, dtype=torch.float64, device=device) if measures else None
     shares = torch.empty((tiles, B), dtype=torch.float32, device=device)
-    partials = torch.empty(5 * programs + 1, dtype=torch.float64, device=device)
-    sums = torch.empty((chunks * SEGMENTS, size) if chunks > 1 else (1,), dtype=torch.float32, device=device)
-    step = coefficients is not None
-    end = (target, stats if coefficients is None else coefficients)
-    _weight_grad_kernel[(tiles // groups, groups, chunks)](
+    partials = torch.empty(5 * programs + 1 if measures else 0, dtype=torch.float64, device=device)
+    count = PARTS * chunks * SEGMENTS if chunks > 1 else 0
+    sums = torch.empty((count, size), dtype=torch.float32, device=device)
+    end = (target, target if target2 is None else target2, partials if coefficients is None else coefficients)
+    _weight_grad_kernel[(tiles // groups, groups, PARTS * chunks)](
         inputs, output_grads, weights, weights if segments is None else segments, *end, sums, shares, partials,
         B, CHUNK, programs, H, OUT_H, a_strides[0], b_strides[0], M, CHANNELS, W, OUT_W, *a_strides[1:],
         *b_strides[1:], K_W, K_H * K_W, *convolution.stride, *convolution.padding, *convolution.dilation,
-        channels_fastest, SEGMENTS, chunks == 1, step, precision, interpreting(),
+        channels_fastest, SEGMENTS, PARTS, chunks == 1, step, precision, interpreting(),
         **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    _finish_layer_kernel[(ends + triton.cdiv(B, _SAMPLES),)](
-        sums, *end, partials, stats, shares, sq_norms, size, chunks, programs, ends, B, tiles,
-        SEGMENTS, chunks == 1, step, _TILE_END, _FINISH, _SAMPLES, _TILES,
+    _finish_layer_kernel[(PARTS * ends + triton.cdiv(B, _SAMPLES),)](
+        sums, *end, partials, partials if stats is None else stats, shares, sq_norms,
+        size, chunks, programs, ends, B, tiles,
+        SEGMENTS, PARTS, chunks == 1, step, _TILE_END, _FINISH, _SAMPLES, _TILES,
     )  # fmt: skip
     return sq_norms, stats
 

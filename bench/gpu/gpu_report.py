@@ -45,7 +45,7 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps active, %",
     "launch__registers_per_thread": "registers",
 }
-KERNELS = "step_kernel|weight_grad_kernel|finish_kernel|finish_norms_kernel|add_chunks_kernel|add_norms_kernel"
+KERNELS = "step_kernel|weight_grad_kernel|finish_layer_kernel|finish_kernel|finish_norms_kernel"
 NCU = ["ncu", "--clock-control", "none", "--csv", "-k", f"regex:{KERNELS}", "--metrics", ",".join(METRICS)]
 
 

@@ -37,18 +37,14 @@ __device__ __forceinline__ MomentumFactors momentum_of(const Pass& pass) {
     return from == nullptr ? pass.momentum : MomentumFactors{from[5], from[6]};
 }
 
-// What takes a GradScaler's scale out of a gradient.
-__device__ __forceinline__ double unscale_factor(const Pass& pass) {
-    return pass.scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*pass.scale);
-}
 
-// A block's part of one tensor, its pointers moved to the part's start.
-template <class P, class G, class A>
+// A block's part of one tensor, its pointers moved to the part's start. kScaled: there is a scale to divide by.
+template <class P, class G, class A, bool kScaled>
 struct Part {
     P* param;
     const G* grad1;
     const G* grad2;
-    G* shown;  // the gradient that the user sees after the step, in which the scale is to be no more; null: there is none
+    G* last;  // the gradient that the user sees after the step: where kScaled it is to be divided too
     float* compensation;
     A* momentum;
     A unscale;
@@ -73,9 +69,14 @@ struct Part {
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const A a1 = widen(g1.v[j]) * unscale, a2 = widen(g2.v[j]) * unscale, value = widen(x.v[j]);
+            A a1 = widen(g1.v[j]), a2 = widen(g2.v[j]);
+            const A value = widen(x.v[j]);
+            if constexpr (kScaled) {
+                a1 *= unscale;
+                a2 *= unscale;
+                g1.v[j] = narrow<G, A>(pass.has_second ? a2 : a1);
+            }
             moments.add(value, a1, a2);
-            if (shown != nullptr) g1.v[j] = narrow<G, A>(pass.has_second ? a2 : a1);
             // At l = 1 an inf in the second gradient must not reach the param.
             const A used2 = c.c2 == 0 ? A(0) : a2;
             if constexpr (sizeof(A) == sizeof(float)) {
@@ -94,7 +95,7 @@ struct Part {
             store<V>(param + i, x);
             if (pass.compensated) store<V>(compensation + i, e);
             if (pass.has_momentum) store<V>(momentum + i, v);
-            if (shown != nullptr) store<V>(shown + i, g1);
+            if constexpr (kScaled) store<V>(last + i, g1);
         }
     }
 
@@ -135,7 +136,7 @@ __device__ __forceinline__ void sum_block(const Moments<A>& m, BlockShared& bloc
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
 
-template <class P, class G, class A>
+template <class P, class G, class A, bool kScaled>
 __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, const Pass& pass, int partial,
                                          BlockShared& block) {
     double* const totals = block.totals;
@@ -147,19 +148,18 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
                           16) == 0;
     const int64_t left = t.size - begin;
     const int size = static_cast<int>(left < pass.span ? left : pass.span);
-    const bool update = pass.weights && (pass.finite == nullptr || *pass.finite == 1);
-    G* const last = static_cast<G*>(const_cast<void*>(pass.has_second ? t.grad2 : t.grad1)) + begin;
-    const Part<P, G, A> part{static_cast<P*>(t.param) + begin,
-                             static_cast<const G*>(t.grad1) + begin,
-                             pass.has_second ? static_cast<const G*>(t.grad2) + begin : nullptr,
-                             update && pass.scale != nullptr ? last : nullptr,
-                             pass.compensated ? static_cast<float*>(t.compensation) + begin : nullptr,
-                             pass.has_momentum ? static_cast<A*>(t.momentum) + begin : nullptr,
-                             A(block.unscale),
-                             {A(c.rate), A(c.c1), A(c.c2), A(c.weight_decay)},
-                             Momentum<A>::of(block.momentum),
-                             pass,
-                             update};
+    void* const last = const_cast<void*>(pass.has_second ? t.grad2 : t.grad1);
+    const Part<P, G, A, kScaled> part{static_cast<P*>(t.param) + begin,
+                                      static_cast<const G*>(t.grad1) + begin,
+                                      pass.has_second ? static_cast<const G*>(t.grad2) + begin : nullptr,
+                                      static_cast<G*>(last) + begin,
+                                      pass.compensated ? static_cast<float*>(t.compensation) + begin : nullptr,
+                                      pass.has_momentum ? static_cast<A*>(t.momentum) + begin : nullptr,
+                                      A(block.unscale),
+                                      {A(c.rate), A(c.c1), A(c.c2), A(c.weight_decay)},
+                                      Momentum<A>::of(block.momentum),
+                                      pass,
+                                      pass.weights && (pass.finite == nullptr || *pass.finite == 1)};
     Moments<A> moments{};
     const int packed = aligned ? size / V * V : 0;
     for (int i = static_cast<int>(threadIdx.x) * V; i < packed; i += kThreads * V) part.template run<V>(i, moments);
@@ -174,9 +174,12 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
             Moments<double> wide{};
 #pragma unroll 1
             for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
-                const double a1 = static_cast<double>(widen(part.grad1[i]) * part.unscale);
-                const double a2 = pass.has_second ? static_cast<double>(widen(part.grad2[i]) * part.unscale) : 0.0;
-                wide.add(0.0, a1, a2);
+                A a1 = widen(part.grad1[i]), a2 = pass.has_second ? widen(part.grad2[i]) : A(0);
+                if constexpr (kScaled) {
+                    a1 *= part.unscale;
+                    a2 *= part.unscale;
+                }
+                wide.add(0.0, static_cast<double>(a1), static_cast<double>(a2));
             }
             const double weight_sq_norm = totals[kWeightSqNorm];
             __syncthreads();
@@ -191,15 +194,12 @@ __host__ __device__ constexpr int pair(DType param, DType grad) {
     return static_cast<int>(param) * 4 + static_cast<int>(grad);
 }
 
-template <int kCapacity>
-// Three blocks a multiprocessor have twice the loads under way that the bandwidth asks for (docs/roofline.md).
-__global__ void __launch_bounds__(kThreads, 3)
-    step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
-    __shared__ BlockShared shared;
+template <bool kScaled, int kCapacity>
+__device__ __forceinline__ void run_block(const Table<kCapacity>& table, const Pass& pass, BlockShared& shared) {
     if (threadIdx.x == 0) {
         shared.coefficients = coefficients_of(pass);
         shared.momentum = momentum_of(pass);
-        shared.unscale = unscale_factor(pass);
+        if constexpr (kScaled) shared.unscale = 1.0 / static_cast<double>(*pass.scale);
     }
     __syncthreads();
     const int block = static_cast<int>(blockIdx.x);
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int partial = table.first_partial + block;
     switch (pair(t.param_dtype, t.grad_dtype)) {
 #define SVAG_CASE(P, G, A, param, grad) \
-    case pair(DType::param, DType::grad): return run_part<P, G, A>(t, begin, pass, partial, shared)
+    case pair(DType::param, DType::grad): return run_part<P, G, A, kScaled>(t, begin, pass, partial, shared)
         SVAG_CASE(float, float, float, float32, float32);
         SVAG_CASE(double, double, double, float64, float64);
         SVAG_CASE(double, float, double, float64, float32);
@@ -220,6 +220,22 @@ __global__ void __launch_bounds__(kThreads, 3)
 #undef SVAG_CASE
         default: return;  // refused on the host
     }
+}
+
+template <int kCapacity>
+// Three blocks a multiprocessor have twice the loads under way that the bandwidth asks for (docs/roofline.md).
+__global__ void __launch_bounds__(kThreads, 3)
+    step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
+    __shared__ BlockShared shared;
+    run_block<false>(table, pass, shared);
+}
+
+template <int kCapacity>
+// With a GradScaler's scale to divide by, three blocks' registers would spill.
+__global__ void __launch_bounds__(kThreads, 2)
+    scaled_step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
+    __shared__ BlockShared shared;
+    run_block<true>(table, pass, shared);
 }
 
 // One block: adds the blocks' partial sums in a fixed order, and writes the stats whose bit is set in `which`. Not finite
@@ -275,9 +291,13 @@ cudaError_t launch_pass(const StepTensor* tensors, int64_t count, const Pass& pa
                         const CudaStepOptions& options) {
     const auto stream = static_cast<cudaStream_t>(options.stream);
     const auto blocks = [&pass](const StepTensor& t) { return blocks_of(t.size, pass.span); };
+    const bool small = count <= kSmallTable;
     const cudaError_t error =
-        count <= kSmallTable ? launch_table(step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
-                             : launch_table(step_kernel<kLargeTable>, tensors, count, blocks, pass, stream);
+        pass.scale == nullptr
+            ? (small ? launch_table(step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
+                     : launch_table(step_kernel<kLargeTable>, tensors, count, blocks, pass, stream))
+            : (small ? launch_table(scaled_step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
+                     : launch_table(scaled_step_kernel<kLargeTable>, tensors, count, blocks, pass, stream));
     return error != cudaSuccess ? error
                                 : launch_finish(pass.partials, pass.partial_stride, which, options.stats, stream,
                                                 options.found_inf);

@@ -308,7 +308,7 @@ def test_a_capturable_step_follows_a_schedule_and_gives_the_same_bits(kernels: H
     assert (opt.effective_steps, opt.time) == (plain.effective_steps, pytest.approx(plain.time))
 
 
-@ran_on_host
+@pytest.mark.kernels("scaled_step_kernel", "finish_kernel", ran="host")
 @pytest.mark.parametrize("check", SCALER_CHECKS.values(), ids=SCALER_CHECKS)
 def test_under_a_scaler(kernels: HostKernels, check: Callable[[str], None]) -> None:
     check("cuda")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import products
+from gpu_cases import products, weight_grad_halves
 from layer_cases import CONVOLUTION, LINEAR, bias_z, loop, make
 from torch import Tensor
 
@@ -106,3 +106,16 @@ def test_tf32_keeps_inf_and_nan(bits: int) -> None:
     with products("tf32"):
         norms = weight_grad_and_sq_norms(x, dy, [8, 4, 3, 3], backend="triton").sq_norms
     assert norms.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("warps", [4, 24, 1024])
+@pytest.mark.parametrize("case", ["linear, rows", "odd channels", "groups", "no samples"])
+def test_both_halves_of_a_batch_are_one_launch(case: str, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one chunk of samples and with several: none reaches into the other half."""
+    monkeypatch.setattr(kernel, "_WARPS", warps)
+    launches: list[object] = []
+    real = kernel.product_tiles
+    monkeypatch.setattr(kernel, "product_tiles", lambda *a, **k: launches.append(a) or real(*a, **k))
+    shares = dict(weight_grad_halves(torch.device("cpu"), case))
+    assert max(shares.values()) <= 1, shares
+    assert len(launches) == 1

@@ -28,7 +28,7 @@ CONVOLUTION = {
     "M": 64, "CHANNELS": 64, "W": 32, "OUT_W": 32, "A_CHANNEL": 1, "A_ROW": 2048, "A_COLUMN": 64,
     "B_CHANNEL": 1, "B_ROW": 2048, "B_COLUMN": 64,
     "K_W": 3, "TAPS": 9, "STRIDE_H": 1, "STRIDE_W": 1, "PAD_H": 1, "PAD_W": 1, "DILATION_H": 1, "DILATION_W": 1,
-    "CHANNELS_FASTEST": True, "SEGMENTS": 2, "INTERPRETED": False,
+    "CHANNELS_FASTEST": True, "SEGMENTS": 2, "PARTS": 1, "INTERPRETED": False,
 }  # fmt: skip
 
 
@@ -41,19 +41,19 @@ def tile_of_case(exact: bool) -> Any:
 def weight_grad(a: str, target: str, **options: Any) -> tuple[str, dict[str, str], dict[str, Any]]:
     """With the tile that the launch takes for such products."""
     pointers = {
-        "a": a, "b": a, "weights": "*fp32", "segments": "*i64", "target": target, "coefficients": "*fp64",
-        "sums": "*fp32", "sq_norms": "*fp32", "partials": "*fp64",
+        "a": a, "b": a, "weights": "*fp32", "segments": "*i64", "target": target, "target2": target,
+        "coefficients": "*fp64", "sums": "*fp32", "sq_norms": "*fp32", "partials": "*fp64",
     }  # fmt: skip
     tile = tile_of_case(a == "*fp32" and options["PRECISION"] == "ieee")
     return "_weight_grad_kernel", {**pointers, **SIZES}, {**CONVOLUTION, **tile.constants, **options}
 
 
 FINISH = {
-    "sums": "*fp32", "target": "*fp32", "coefficients": "*fp64", "partials": "*fp64", "stats": "*fp64",
-    "shares": "*fp32", "sq_norms": "*fp64",
+    "sums": "*fp32", "target": "*fp32", "target2": "*fp32", "coefficients": "*fp64", "partials": "*fp64",
+    "stats": "*fp64", "shares": "*fp32", "sq_norms": "*fp64",
     **dict.fromkeys(["size", "chunks", "programs", "ends", "B", "tiles"], "i32"),
 }  # fmt: skip
-FINISH_OPTIONS = {"SEGMENTS": 2, "BLOCK": 1024, "FINISH": 256, "SAMPLES": 16, "TILES": 64}
+FINISH_OPTIONS = {"SEGMENTS": 2, "PARTS": 1, "BLOCK": 1024, "FINISH": 256, "SAMPLES": 16, "TILES": 64}
 
 
 # name: kernel, types of what is passed when it runs, constants. Bit 4p + g of PAIRS: param dtype p, gradient dtype g.
@@ -81,9 +81,17 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     "weight_grad, float32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="ieee"),
     "weight_grad, tf32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="tf32"),
+    "weight_grad, tf32, two halves": weight_grad(
+        "*fp32", "*fp32", SEGMENTS=1, PARTS=2, ONE_CHUNK=False, STEP=False, PRECISION="tf32"
+    ),
     "weight_grad, bfloat16, step": weight_grad("*bf16", "*bf16", ONE_CHUNK=True, STEP=True, PRECISION="ieee"),
     "finish_layer, many chunks, step": (
         "_finish_layer_kernel", FINISH, {**FINISH_OPTIONS, "ONE_CHUNK": False, "STEP": True}
+    ),
+    "finish_layer, many chunks, two halves": (
+        "_finish_layer_kernel",
+        FINISH,
+        {**FINISH_OPTIONS, "SEGMENTS": 1, "PARTS": 2, "ONE_CHUNK": False, "STEP": False},
     ),
     "finish_layer, one chunk": ("_finish_layer_kernel", FINISH, {**FINISH_OPTIONS, "ONE_CHUNK": True, "STEP": False}),
 }  # fmt: skip

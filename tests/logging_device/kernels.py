@@ -97,7 +97,7 @@ def _product_tiles(
 ) -> tuple[Tensor, Tensor]:
     """The kernels' launches, and the reference's values in what they would have written."""
     sq_norms, stats = launches(inputs, output_grads, weight_shape, weights, segments, convolution, **options)
-    target, coefficients = options["target"], options.get("coefficients")
+    target, target2, coefficients = options["target"], options.get("target2"), options.get("coefficients")
     with device.unlogged(), torch.no_grad():
         geometry = Geometry(convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
         count = 0 if segments is None else 2
@@ -111,9 +111,15 @@ def _product_tiles(
         else:
             serve = weight_grad_cpu.serve if inputs.numel() and output_grads.numel() else reference
             grad, norms, gram = serve(product)
+            if target2 is not None:
+                half = len(inputs) // 2
+                grad, _, _ = serve(product._replace(inputs=host[0][:half], output_grads=host[1][:half], weights=None))
+                second, _, _ = serve(product._replace(inputs=host[0][half:], output_grads=host[1][half:], weights=None))
+                target2.copy_(second.to(target2.dtype))
             target.copy_(grad.to(target.dtype))
         sq_norms.copy_(norms)
         if count:
             stats[:3].copy_(torch.stack([gram[0, 0], gram[1, 1], gram[0, 1]]))
-        stats[4] = 1.0
+        if stats is not None:
+            stats[4] = 1.0
     return sq_norms, stats

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from draws import BF16, DTYPES, F32, F64
 from layer_cases import CONVOLUTION, LINEAR, STEP, make, step_by_two_ops
-from torch import Tensor
+from torch import Tensor, nn
 
-from svag_fast import per_sample_sq_norms, svag_coefficients, use_backend
+from svag_fast import SVAG, per_sample_sq_norms, svag_coefficients, use_backend
 from svag_fast.ops import (
     StepStats,
     svag_adaptive_step_,
@@ -26,6 +26,8 @@ from svag_fast.ops import (
     svag_weight_step_,
     weight_grad_and_sq_norms,
 )
+from svag_fast.ops.weight_grad.op import unchecked_weight_grads
+from svag_fast.ops.weight_grad.shapes import layer_product
 
 Shares = Iterator[tuple[str, float]]
 
@@ -119,6 +121,33 @@ def step(
         stepped(x, a, grads2[i] if grads2 else None, l) for i, (x, a) in enumerate(zip(start, grads1, strict=True))
     ]
     yield "params", share(params, exact, [b * scale for b in step_bounds(start, exact, device)])
+    yield "statistics", stats_share(stats, start, grads1, grads2)
+
+
+def scaled_step(device: torch.device, backend: str, dtypes: tuple[torch.dtype, torch.dtype], found_inf: bool) -> Shares:
+    """As ``scaler.step`` leaves it to the optimizer: the kernel takes the scale out, or lets the step be."""
+    start, grads1, grads2 = draw(dtypes[0], 0), draw(dtypes[1], 1), draw(dtypes[1], 2)
+    params = [nn.Parameter(p) for p in on(device, start)]
+    optimizer = SVAG(params, lr=LR, l=4, weight_decay=DECAY, backend=backend)
+    for grads in (grads1, grads2):
+        if params[0].grad is not None:
+            optimizer.hold_gradient()
+        for p, g in zip(params, on(device, grads), strict=True):
+            p.grad = g.to(p.dtype) * 1024
+    vars(optimizer).update(
+        grad_scale=torch.tensor(1024.0, device=device), found_inf=torch.tensor(float(found_inf), device=device)
+    )
+    stats = optimizer.step()
+    yield "finite", 0.0 if bool(stats.finite.cpu()) != found_inf else math.inf
+    if found_inf:
+        same = all(torch.equal(a.detach().cpu(), b) for a, b in zip(params, start, strict=True))
+        yield "params left alone", 0.0 if same else math.inf
+        return
+    seen = [p.grad for p in params if p.grad is not None]
+    same = all(torch.equal(a.cpu(), b.to(a.dtype)) for a, b in zip(seen, grads2, strict=True))
+    yield "gradient divided in memory", 0.0 if same else math.inf
+    exact = [stepped(x, a, b, 4) for x, a, b in zip(start, grads1, grads2, strict=True)]
+    yield "params", share([p.detach() for p in params], exact, step_bounds(start, exact, device))
     yield "statistics", stats_share(stats, start, grads1, grads2)
 
 
@@ -317,6 +346,29 @@ def weight_grad(
     assert exact.segment_gram is not None
     gram_bound = 8 * bound * (float(exact.grad.norm()) + scale)
     yield "segments' products", norm_share(ours.segment_gram, exact.segment_gram, gram_bound)
+
+
+def weight_grad_halves(
+    device: torch.device, case: str, dtype: torch.dtype = F32, *, precision: str = "ieee", channels_last: bool = False
+) -> Shares:
+    """Both batches side by side, each with a gradient of its own, in one launch."""
+    (half, *rest), shape, options = LAYERS[case]
+    x, dy = make([2 * half, *rest], shape, dtype=dtype, **options)
+    if channels_last:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    product = layer_product(x, dy, shape, **options)
+    operands = on(device, [product.inputs, product.output_grads])
+    with products(precision), use_backend("triton"):
+        grads, sq_norms = unchecked_weight_grads(*operands, shape, product.geometry, 2)
+    assert sq_norms is not None
+    taps = shape[2] * shape[3] if len(shape) == 4 else 1
+    for name, some in (("first", slice(half)), ("second", slice(half, None))):
+        a, b = x[some].double(), dy[some].double()
+        exact = weight_grad_and_sq_norms(a, b, shape, backend="reference", **options)
+        scale = float((a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)).sum()) + 1e-30
+        bound = 4 * PRODUCT_EPS[precision] * scale * taps**0.5
+        yield f"{name} gradient", norm_share(grads[name == "second"], exact.grad, 2 * bound)
+        yield f"{name} norms", norm_share(sq_norms[some].cpu().sqrt(), exact.sq_norms.sqrt(), bound)
 
 
 def weight_step(device: torch.device, case: str, dtype: torch.dtype, l: float) -> Shares:

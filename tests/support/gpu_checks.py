@@ -38,15 +38,18 @@ from gpu_cases import (
     per_sample_bits,
     per_sample_step,
     same_bits,
+    scaled_step,
     step,
     step_bits,
     weight_grad,
+    weight_grad_halves,
     weight_step,
 )
 
 from svag_fast.ops.backends import BACKENDS
 
 STEP_KERNELS = {"cuda": ("step_kernel", "finish_kernel"), "triton": ("_step_kernel", "_finish_kernel")}
+SCALED_KERNELS = {"cuda": ("scaled_step_kernel", "finish_kernel"), "triton": STEP_KERNELS["triton"]}
 PER_SAMPLE_KERNELS = ("per_sample_step_kernel", "finish_norms_kernel", "finish_kernel")
 LAYER_KERNELS = ("_weight_grad_kernel", "_finish_layer_kernel")
 
@@ -98,6 +101,21 @@ def checks() -> list[Check]:
             ),
             add("momentum, fixed", partial(momentum_step, backend=b, dtypes=(F32, F32), l=4, rule="fixed")),
             add("momentum, an inf is skipped", partial(momentum_step, backend=b, dtypes=(F32, F32), l=4, bad=math.inf)),
+            *(
+                add(
+                    f"under a scaler, {name_of(dtypes)}",
+                    partial(scaled_step, backend=b, dtypes=dtypes, found_inf=False),
+                    kernels=SCALED_KERNELS[b],
+                )
+                for dtypes in ((F32, F32), (F64, F64), (BF16, BF16))
+            ),
+            add(
+                "under a scaler that found an inf",
+                partial(scaled_step, backend=b, dtypes=(F32, F32), found_inf=True),
+                kernels=SCALED_KERNELS[b],
+                small=True,
+                dry=True,
+            ),
             add("500 tensors, mixed and unaligned", partial(mixed_list, backend=b, count=500)),
             add("the same bits", partial(same_bits, call=partial(step_bits, b))),
         ]
@@ -139,6 +157,15 @@ def _layer_checks() -> list[Check]:
             name = f"{case}, {str(dtype).removeprefix('torch.')}"
             run = partial(weight_grad, case=case, dtype=dtype)
             found.append(add(name, run, dry=case == "linear, rows"))
+    for case in some:
+        small = case in ("linear, rows", "many chunks")
+        found.append(add(f"{case}, two halves", partial(weight_grad_halves, case=case), small=small, dry=small))
+    found.append(
+        add(
+            "3x3, channels_last, tf32, two halves",
+            partial(weight_grad_halves, case="3x3", precision="tf32", channels_last=True),
+        )
+    )
     for case in ("many chunks", "one chunk"):
         found.append(add(f"{case}, the same bits", partial(same_bits, call=partial(layer_bits, case))))
     add = partial(Check, "svag_weight_step_", "triton", kernels=LAYER_KERNELS)

@@ -144,8 +144,12 @@ def unchecked_weight_grads(
         if served is not None:
             return served
         inputs, output_grads = in_sum_dtype(inputs, output_grads)
-    rows = len(inputs) // parts
-    shape, results = list(weight_shape), []
+    rows, shape = len(inputs) // parts, list(weight_shape)
+    if parts == 2 and function is weight_grad_triton.serve:
+        halves = weight_grad_triton.serve_halves(LayerProduct(inputs, output_grads, shape, None, None, 0, geometry))
+        if halves is not None:
+            return halves
+    results = []
     for x, b in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True):
         results.append(function(LayerProduct(x, b, shape, None, None, 0, geometry)))
     return [grad for grad, *_ in results], torch.cat([sq_norms for _, sq_norms, _ in results])

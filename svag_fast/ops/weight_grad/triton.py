@@ -56,22 +56,39 @@ def choose(
 
 def serve(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     """Serve the call in the way that :func:`choose` names; half precision directly: PyTorch would round to it."""
+    return library(product) if _way(product, len(product.inputs)) == "library" else direct(product)
+
+
+def _way(product: LayerProduct, samples: int) -> str:
     from svag_fast.kernels.weight_grad import tf32_allowed
 
     inputs, output_grads, shape = product.inputs, product.output_grads, product.weight_shape
-    positions = math.prod(output_grads.shape[2:] if inputs.dim() == 4 else inputs.shape[1:2])
-    if inputs.dtype == torch.float32 and inputs.numel() and output_grads.numel():
-        way = choose(
-            shape,
-            len(inputs),
-            positions,
-            groups=product.geometry.groups,
-            segments=max(1, product.num_segments),
-            tf32=tf32_allowed(len(shape) == 2),
-        )
-        if way == "library":
-            return library(product)
-    return direct(product)
+    if inputs.dtype != torch.float32 or not inputs.numel() or not output_grads.numel():
+        return "direct"
+    return choose(
+        shape,
+        samples,
+        math.prod(output_grads.shape[2:] if inputs.dim() == 4 else inputs.shape[1:2]),
+        groups=product.geometry.groups,
+        segments=max(1, product.num_segments),
+        tf32=tf32_allowed(len(shape) == 2),
+    )
+
+
+def serve_halves(product: LayerProduct) -> tuple[list[Tensor], Tensor] | None:
+    """Return the gradient of each half of the samples and all squared norms from one launch; None where :func:`choose`
+    would rather have another way. The product has no weights and no segments."""
+    if _way(product, len(product.inputs) // 2) == "library":
+        return None
+    grads = [_new_grad(product) for _ in range(2)]
+    sq_norms, _ = _tiles(product, _ones(len(product.inputs), product.inputs.device), None, grads[0], target2=grads[1])
+    return grads, sq_norms
+
+
+def _new_grad(product: LayerProduct) -> Tensor:
+    inputs, shape = product.inputs, product.weight_shape
+    memory_format = grad_format(inputs, shape)
+    return torch.empty(shape, dtype=sum_dtype(inputs), device=inputs.device, memory_format=memory_format)
 
 
 def library(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,15 +133,14 @@ def direct(product: LayerProduct) -> tuple[Tensor, Tensor, Tensor]:
     inputs, shape, segments = product.inputs, product.weight_shape, product.segments
     w = _ones(len(inputs), inputs.device) if product.weights is None else product.weights.float()
 
-    def products(weights: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        memory_format = grad_format(inputs, shape)
-        grad = torch.empty(shape, dtype=sum_dtype(inputs), device=inputs.device, memory_format=memory_format)
+    def products(weights: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        grad = _new_grad(product)
         return grad, *_tiles(product, weights, which, grad)
 
     if segments is None or product.num_segments <= 2:
         grad, sq_norms, stats = products(w, segments)
-        if segments is None:
-            return grad, sq_norms, stats.new_empty((0, 0))
+        if stats is None:
+            return grad, sq_norms, sq_norms.new_empty((0, 0))
         # Not stats[[0, 2, 2, 1]]: that index is a copy from the host, which waits, and which a capture forbids.
         gram = torch.stack([stats[0], stats[2], stats[2], stats[1]]).view(2, 2)
         return grad, sq_norms, gram[: product.num_segments, : product.num_segments]
@@ -165,6 +181,7 @@ def direct_step(product: LayerProduct, weight: Tensor, coefficients: Tensor) -> 
     assert product.weights is not None
     segments = product.segments if product.num_segments == 2 else None
     sq_norms, stats = _tiles(product, product.weights.float(), segments, target, coefficients)
+    assert stats is not None
     if not in_order:
         weight.copy_(target)
     return sq_norms, stats
@@ -175,12 +192,17 @@ def _channels_last(weight: Tensor) -> bool:
 
 
 def _tiles(
-    product: LayerProduct, weights: Tensor, segments: Tensor | None, target: Tensor, coefficients: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    product: LayerProduct,
+    weights: Tensor,
+    segments: Tensor | None,
+    target: Tensor,
+    coefficients: Tensor | None = None,
+    target2: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     from svag_fast.kernels.weight_grad import Convolution, product_tiles
 
     with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]
-        result: tuple[Tensor, Tensor] = product_tiles(
+        result: tuple[Tensor, Tensor | None] = product_tiles(
             product.inputs,
             product.output_grads,
             product.weight_shape,
@@ -188,6 +210,7 @@ def _tiles(
             segments,
             Convolution(*product.geometry),
             target=target,
+            target2=target2,
             channels_fastest=target.dim() == 4 and _channels_last(target),
             coefficients=coefficients,
         )
