@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,17 +13,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from svag_fast.numeric import integer, shown
 from svag_fast.replicas.errors import NotReplicable
 from svag_fast.replicas.memory import free_memory
 from svag_fast.replicas.stacked import PerReplica
+from svag_fast.replicas.state import attributes
 
 BuildModel = Callable[[], nn.Module]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = {*vars(nn.Module())} - {"training"}
 
 
 class Memory(NamedTuple):
@@ -117,7 +115,11 @@ def build(build_model: BuildModel, seeds: tuple[int, ...]) -> Built:
         for s, seed in enumerate(seeds):
             other = model if s == 0 else seeded(build_model, seed)
             if s > 0:
-                _check_same(model, other, first, seeds[0], seed)
+                if other is model:
+                    raise NotReplicable(
+                        "build_model returned the same model twice: it must make a new one at each call"
+                    )
+                check_same(first, description(other), "the models differ between seeds", seeds[0], seed)
             for name, tensor in named_tensors(other):
                 if name in stacks:
                     stacks[name][s].copy_(tensor)
@@ -140,22 +142,6 @@ def description(model: nn.Module) -> dict[str, str]:
     for name, tensor in named_tensors(model):
         kind = "trained " * tensor.requires_grad + ("parameter" if isinstance(tensor, nn.Parameter) else "buffer")
         found[name] = f"a {kind} {list(tensor.shape)} {tensor.dtype} on {tensor.device}, first named {names[tensor]}"
-    return found
-
-
-def attributes(model: nn.Module) -> dict[str, str]:
-    """What modules keep beside parameters, buffers and children, as text that changes with its value.
-
-    Raises:
-        NotReplicable: tensors, modules or generators among it.
-    """
-    found: dict[str, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for key, value in vars(module).items():
-            if key not in _OWN:
-                where = f"{path}.{key}".removeprefix(".")
-                _check_state(where, value, set())
-                found[where] = _shown(value)
     return found
 
 
@@ -263,47 +249,12 @@ def _check_module(where: str, module: nn.Module) -> None:
             raise NotReplicable(f"{where}: parameter {name} is {p.dtype}, and only real floating point can be trained")
 
 
-def _check_state(where: str, value: Any, seen: set[int]) -> None:
-    """Refuse what a model keeps outside its parameters, buffers and children."""
-    if id(value) in seen or isinstance(value, (type, types.ModuleType, str)) or (callable(value) and not _holds(value)):
-        return
-    seen.add(id(value))
-    if isinstance(value, (Tensor, nn.Module, torch.Generator)):
-        raise NotReplicable(
-            f"{where} is a {type(value).__name__} outside the model's parameters, buffers and modules, where a replica "
-            "can't have its own: register it"
-        )
-    if isinstance(value, dict):
-        inside: Iterable[Any] = value.values()
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inside = value
-    else:
-        inside = vars(value).values() if hasattr(value, "__dict__") else ()
-    for part in inside:
-        _check_state(where, part, seen)
-
-
-def _holds(value: Any) -> bool:
-    """Whether something that can be called is an object that may hold tensors, rather than a function."""
-    return not isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType))
-
-
-def _shown(value: Any) -> str:
-    """Text by which plain values are compared; of objects only the kind."""
-    plain = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-    if all(isinstance(leaf, plain) for leaf in tree_leaves(value)):
-        return repr(value)
-    return f"a {type(value).__qualname__}"
-
-
-def _check_same(model: nn.Module, other: nn.Module, first: dict[str, str], seed: int, other_seed: int) -> None:
-    if other is model:
-        raise NotReplicable("build_model returned the same model twice: it must make a new one at each call")
-    second = description(other)
+def check_same(first: dict[str, str], second: dict[str, str], what: str, one: object, other: object) -> None:
+    """Refuse two models whose :func:`description` differs; the message begins with ``what``."""
     for place in [*first, *(place for place in second if place not in first)]:
         a, b = first.get(place, "absent"), second.get(place, "absent")
         if a != b:
-            raise NotReplicable(f"the models differ between seeds: {place} is {a} at {seed}, {b} at {other_seed}")
+            raise NotReplicable(f"{what}: {place} is {a} at {one}, {b} at {other}")
 
 
 def _check_memory(tensors: Iterable[Tensor], replicas: int) -> None:

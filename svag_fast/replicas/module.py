@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from svag_fast.numeric import integer
-from svag_fast.replicas.build import BuildModel, Memory, alone, build, checked_seeds, memory_needed
+from svag_fast.replicas.build import (
+    BuildModel,
+    Memory,
+    alone,
+    build,
+    check_same,
+    checked_seeds,
+    description,
+    memory_needed,
+)
 from svag_fast.replicas.errors import NotReplicable
 from svag_fast.replicas.probe import Run, Trial, compare, measure, run_alone
 from svag_fast.replicas.stacked import coupled, split
@@ -157,10 +166,22 @@ class Replicas(nn.Module):
         """
         model = alone(self._built, self._index(s))
         model.load_state_dict(dict(state_dict))
-        loaded = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with torch.no_grad():
-            for name, place in self._built.places.items():
-                place.stacked[s].copy_(loaded[name])
+        self._take(s, model)
+
+    def apply(self, fn: Callable[[nn.Module], object]) -> Replicas:
+        """Call a function, such as one that draws initial weights, on every module of each replica as if alone.
+
+        Raises:
+            NotReplicable: it changes more than the values of parameters and buffers; nothing was written.
+        """
+        models = [alone(self._built, s) for s in range(len(self.seeds))]
+        for model in models:
+            before = description(model)
+            model.apply(fn)  # type: ignore[arg-type]
+            check_same(before, description(model), "apply's function must change values alone", "before", "after")
+        for s, model in enumerate(models):
+            self._take(s, model)
+        return self
 
     def train(self, mode: bool = True) -> Replicas:
         """Set training or evaluation mode."""
@@ -180,6 +201,13 @@ class Replicas(nn.Module):
         """Take the engine of a saved run, where none was asked for."""
         if state["engine"] in ENGINES and self._asked == "auto":
             self._set(state["engine"], "as in the saved state")
+
+    def _take(self, s: int, model: nn.Module) -> None:
+        """Give replica s an ordinary model's parameters and buffers."""
+        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with torch.no_grad():
+            for name, place in self._built.places.items():
+                place.stacked[s].copy_(values[name])
 
     def _index(self, s: int) -> int:
         return integer("s", s, least=0, most=len(self.seeds) - 1)

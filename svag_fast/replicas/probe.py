@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from svag_fast.nn.independence import check_independence
-from svag_fast.replicas.build import Built, alone, attributes
+from svag_fast.replicas.build import Built, alone
 from svag_fast.replicas.errors import NotReplicable
+from svag_fast.replicas.state import attributes
 from svag_fast.replicas.vmap import substituted, with_tensors
 
 TIMED = 3  # passes a candidate, of which the fastest counts

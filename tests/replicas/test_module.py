@@ -90,6 +90,30 @@ def test_load_replica_takes_an_ordinary_models_state() -> None:
     assert same(replicas.unstack(1), model)
 
 
+def test_apply_takes_each_replicas_modules_one_by_one() -> None:
+    def draw(module):
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+
+    replicas, models = make(), [make().unstack(s) for s in range(3)]
+    torch.manual_seed(3)
+    assert replicas.apply(draw) is replicas
+    torch.manual_seed(3)
+    assert all(same(replicas.unstack(s), model.apply(draw)) for s, model in enumerate(models))
+
+
+def test_apply_of_more_than_values_is_refused_and_nothing_is_written() -> None:
+    def spoil(module):
+        if isinstance(module, nn.Linear):
+            module.weight.data.zero_()
+            module.weight.requires_grad_(False)
+
+    replicas, before = make(), make()
+    with pytest.raises(NotReplicable, match=r"must change values alone: 0.weight is a trained parameter"):
+        replicas.apply(spoil)
+    assert same(replicas.stacked, before.stacked)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_whole_and_apart(way) -> None:
     replicas, x = make("auto"), NET.inputs(3, B)

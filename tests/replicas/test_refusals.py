@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
 import itertools
+import threading
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -66,6 +70,29 @@ class Holds(nn.Module):
         return self.then(self, self.lin(x))
 
 
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def closed_over(value):
+    return lambda y: y * value
+
+
+def ring(value):
+    items = []
+    items += [items, value]
+    return items
+
+
+def calls_itself():
+    model = Holds()
+    model.kept = lambda x: model.lin(x)  # of a copy of the model, this would still be the first one
+    return model
+
+
 def with_hook():
     model = linear()
     model.register_forward_hook(lambda *args: None)
@@ -94,10 +121,18 @@ MODELS = {
     "data parallel": (lambda: nn.DataParallel(linear()), "the model itself is a DataParallel"),
     "script": (lambda: torch.jit.script(linear()), "ScriptModule"),
     "a tensor that is no buffer": (lambda: Holds(torch.ones(2)), "kept is a Tensor outside"),
-    "tensors in containers": (lambda: Holds({"a": [torch.ones(2)]}), "kept is a Tensor outside"),
-    "a module in a list": (lambda: Holds([linear()]), "kept is a Linear outside"),
+    "tensors in containers": (lambda: Holds({"a": [torch.ones(2)]}), "kept holds a Tensor outside"),
+    "tensors in a queue": (lambda: Holds(collections.deque([torch.ones(2)])), "kept holds a Tensor outside"),
+    "a tensor in a slot": (lambda: Holds(Slots(torch.ones(2))), "kept holds a Tensor outside"),
+    "a tensor of a partial": (lambda: Holds(functools.partial(torch.mul, torch.ones(2))), "kept holds a Tensor"),
+    "a tensor of a function": (lambda: Holds(closed_over(torch.ones(2))), "kept holds a Tensor outside"),
+    "a tensor that is a default": (lambda: Holds(lambda y, by=X: y * by), "kept holds a Tensor outside"),
+    "a tensor beside a lock": (lambda: Holds([threading.Lock(), torch.ones(2)]), "kept holds a Tensor outside"),
+    "a tensor in a ring": (lambda: Holds(ring(torch.ones(2))), "kept holds a Tensor outside"),
+    "the model in a function": (calls_itself, "kept holds a Holds outside"),
+    "a module in a list": (lambda: Holds([linear()]), "kept holds a Linear outside"),
     "a generator": (lambda: Holds(torch.Generator()), "kept is a Generator outside"),
-    "recurrent": (lambda: nn.LSTM(4, 4), "_flat_weights is a Parameter outside"),
+    "recurrent": (lambda: nn.LSTM(4, 4), "_flat_weights holds a Parameter outside"),
 }
 
 
@@ -109,6 +144,32 @@ def test_models(name: str) -> None:
     with pytest.raises(NotReplicable, match=message):
         Replicas(build_model, range(2))
     assert torch.equal(before, torch.get_rng_state())
+
+
+PLAIN = {
+    "a ring": lambda: ring(3),
+    "a function that calls itself": lambda: recursive(3),
+    "a method of its own": lambda: None,
+}
+
+
+def recursive(most):
+    def descend(y, n=0):
+        return y if n == most else descend(y, n + 1)
+
+    return descend
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_holds_no_tensor_and_stays_as_it_is_is_served(name: str) -> None:
+    def build_model():
+        model = Holds(PLAIN[name]())
+        if name == "a method of its own":
+            model.kept = model.lin.forward
+        return model
+
+    replicas = Replicas(build_model, range(2))
+    assert torch.allclose(replicas(X)[1], replicas.unstack(1)(X[1]))
 
 
 def alternating(*builders):
@@ -132,6 +193,9 @@ DIFFERENT = {
         r"1.weight is .*first named 0.weight at 0, .*first named 1.weight",
     ),
     "a drawn number": (lambda: Holds(float(torch.rand(()))), "kept is 0"),
+    "a drawn array": (lambda: Holds(torch.rand(2).numpy()), "kept is a ndarray with the digest .* at 0, a ndarray"),
+    "a number in an object": (lambda: Holds(Slots(float(torch.rand(())))), "kept is a Slots with the digest"),
+    "a number of a function": (lambda: Holds(closed_over(float(torch.rand(())))), "kept is a function with the digest"),
     "one model": (lambda: same, "same model twice"),
 }
 
@@ -153,6 +217,11 @@ def count(self, y):
     return y
 
 
+def count_inside(self, y):
+    self.kept[0] += 1
+    return y
+
+
 def append(self, y):
     self.kept.append(1.0)
     return y
@@ -163,6 +232,7 @@ IN_THE_FORWARD_PASS = {
     "functional dropout": (lambda: Holds(None, lambda self, y: nn.functional.dropout(y)), "draws random numbers"),
     "remembers": (lambda: Holds(None, remember), "kept is a Tensor outside"),
     "counts": (lambda: Holds(0, count), "changes kept"),
+    "counts in an array": (lambda: Holds(numpy.zeros(1), count_inside), "changes kept"),
     "appends": (lambda: Holds([], append), "changes kept"),
     "needs values": (
         lambda: Holds(None, lambda self, y: y if y.sum() > 0 else y.mean(0)),
