@@ -14,26 +14,21 @@ for step in range(16, 5120 + 1, 16):
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from svag_fast.numeric import integer, number
-from svag_fast.ops.checks import check_representable
+from svag_fast.numeric import integer
 from svag_fast.ops.memory import address, mark_written
-from svag_fast.ops.step import svag_coefficients
 from svag_fast.replicas.chain import Chain
-from svag_fast.replicas.fused_layers import fused_layers
+from svag_fast.replicas.fused_net import FusedNet, Loss, check_floats, sample_shape
+from svag_fast.replicas.fused_settings import Schedule, listed, one_each, run_settings
 from svag_fast.replicas.memory import free_memory
 
-Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
-Schedule: TypeAlias = "float | Sequence[tuple[int, float]]"
+__all__ = ["Evaluation", "FusedRuns", "Loss", "RunMeans", "RunSums", "Schedule", "memory_needed"]
 
 # What one call of the kernel does at most, so that Ctrl-C is answered soon: multiply-adds of a replica, some 0.2 s.
 _CALL_OPERATIONS = 2e9
@@ -146,17 +141,17 @@ class FusedRuns:
         if loss not in ("cross_entropy", "squared_error"):
             raise ValueError(f"loss must be 'cross_entropy' or 'squared_error', got {loss!r}")
         count = len(weights) if isinstance(weights, Tensor) and weights.dim() else 0
-        _check_floats("weights", weights, f"[S, {chain.weight_count}]", (count, chain.weight_count))
+        check_floats("weights", weights, f"[S, {chain.weight_count}]", (count, chain.weight_count))
         if not count:
             raise ValueError("weights must be a row for each replica, got none")
         frozen = chain.initial().frozen if frozen is None else frozen
         shapes = ((chain.frozen_count,), (count, chain.frozen_count))
-        _check_floats("frozen", frozen, f"[{shapes[0][0]}] or {list(shapes[1])}", *shapes)
+        check_floats("frozen", frozen, f"[{shapes[0][0]}] or {list(shapes[1])}", *shapes)
         self.chain = chain
         self._loss = loss
-        self._net = _FusedNet(chain, _sample_shape("inputs", inputs), loss)
+        self._net = FusedNet(chain, sample_shape("inputs", inputs), loss)
         self._net.check(inputs, targets)
-        self._settings = _settings(count, seeds, batch_size, lr, l, weight_decay)
+        self._settings = run_settings(count, seeds, batch_size, lr, l, weight_decay)
         self._stat_every = integer("stat_every", stat_every, least=0)
         self._threads = None if threads is None else integer("threads", threads, least=1, most=2**15)
         needed = self._net.memory(count, frozen.numel(), self._thread_count(count), len(inputs))
@@ -172,8 +167,19 @@ class FusedRuns:
         self._steps = torch.zeros(count, dtype=torch.int64, device="cpu")
         self._diverged = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._sums = torch.zeros(count, len(RunSums._fields), dtype=torch.float64, device="cpu")
+        self._prepare_work()
+
+    def _prepare_work(self) -> None:
         self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self._at_work = threading.Lock()  # the kernels lend their work space to one call at a time
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._at_work:  # a copy stands at a whole step too
+            return {key: value for key, value in vars(self).items() if key not in ("_scratch", "_slots", "_at_work")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare_work()
 
     @property
     def weights(self) -> Tensor:
@@ -219,7 +225,8 @@ class FusedRuns:
         Raises:
             TypeError, ValueError: these are no steps.
         """
-        targets = [integer("to_steps", t, least=0, most=2**62) for t in _each("to_steps", to_steps, len(self._weights))]
+        each = one_each("to_steps", to_steps, len(self._weights))
+        targets = [integer("to_steps", t, least=0, most=2**62) for t in each]
         while True:
             steps = self._steps.tolist()
             behind = [
@@ -269,14 +276,14 @@ class FusedRuns:
 
     def gradient(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the gradient of the mean loss over these training samples for every replica: [S, P] float32."""
-        listed = [integer("indices", i, least=0, most=self._train.count - 1) for i in _listed("indices", indices)]
-        if not listed:
+        samples = [integer("indices", i, least=0, most=self._train.count - 1) for i in listed("indices", indices)]
+        if not samples:
             raise ValueError("indices must be one sample or more, got none")
         grads = torch.empty_like(self._weights)
         count = len(self._weights)
         with self._at_work:
             self._replicas(range(count)).gradient(
-                count, self._train.addresses, self._train.count, listed, address(grads, "grads")
+                count, self._train.addresses, self._train.count, samples, address(grads, "grads")
             )
         return grads
 
@@ -297,6 +304,8 @@ class FusedRuns:
         """
         for name in _STATE:
             ours, theirs = getattr(self, f"_{name}"), state[name]
+            if not isinstance(theirs, Tensor):
+                raise TypeError(f"{name} must be a tensor, got a {type(theirs).__name__}")
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
                 raise ValueError(
                     f"{name} must be {ours.dtype} {list(ours.shape)}, got {theirs.dtype} {list(theirs.shape)}"
@@ -336,171 +345,7 @@ def memory_needed(
     chain: Chain, inputs: Tensor, *, replicas: int, loss: Loss = "cross_entropy", threads: int | None = None
 ) -> int:
     """Return the bytes that :class:`FusedRuns` takes for these inputs: weights, a copy of the data, work space."""
-    net = _FusedNet(chain, _sample_shape("inputs", inputs), loss)
+    net = FusedNet(chain, sample_shape("inputs", inputs), loss)
     replicas = integer("replicas", replicas, least=1)
     threads = torch.get_num_threads() if threads is None else integer("threads", threads, least=1)
     return net.memory(replicas, chain.frozen_count, min(threads, replicas), len(inputs))
-
-
-class _FusedNet:
-    """A chain laid out for samples of one shape."""
-
-    def __init__(self, chain: Chain, sample_shape: tuple[int, ...], loss: Loss) -> None:
-        from svag_fast import _C
-
-        self.layers = fused_layers(chain, sample_shape)
-        self.sample_shape = sample_shape
-        self.loss = loss
-        self.compiled = _C.ReplicaNet(self.layers.fields, self.layers.eps, loss == "squared_error")
-        self.scratch: int = self.compiled.scratch
-        self.operations = 3.0 * sum(self.layers.operations)  # of one sample's step
-        self._weights = chain.weight_count
-
-    def memory(self, replicas: int, frozen: int, threads: int, samples: int) -> int:
-        values = replicas * self._weights + frozen + threads * self.scratch
-        return 4 * (values + samples * (math.prod(self.sample_shape) + self.layers.outputs))
-
-    def check(self, inputs: Tensor, targets: Tensor) -> None:
-        """Refuse samples that the net can't take."""
-        shape, outputs = self.sample_shape, self.layers.outputs
-        count = max(1, len(inputs)) if isinstance(inputs, Tensor) and inputs.dim() else 1
-        _check_floats("inputs", inputs, f"[n, {', '.join(map(str, shape))}] with n >= 1", (count, *shape))
-        if self.loss == "squared_error":
-            return _check_floats("targets", targets, str([count, outputs]), (count, outputs))
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets must be a tensor, got a {type(targets).__name__}")
-        if targets.dtype != torch.int64 or targets.shape != (len(inputs),) or targets.device.type != "cpu":
-            raise ValueError(
-                f"targets must be torch.int64 [{len(inputs)}] on cpu, got {targets.dtype} {list(targets.shape)} on "
-                f"{targets.device}"
-            )
-        least, most = (int(end) for end in torch.aminmax(targets))
-        if least < 0 or most >= outputs:
-            raise ValueError(f"targets must be classes from 0 to {outputs - 1}, got {least} to {most}")
-        return None
-
-    def samples(self, inputs: Tensor, targets: Tensor) -> _Samples:
-        """Return checked samples as the kernel reads them: images channels last."""
-        channels, height, width = self.layers.input_shape
-        inputs = inputs.detach()
-        if inputs.dim() == 4 and inputs.shape[1:] == (channels, height, width):
-            inputs = inputs.permute(0, 2, 3, 1)
-        inputs, targets = inputs.contiguous(), targets.detach().contiguous()
-        at = (address(inputs, "inputs"), address(targets, "targets"))
-        addresses = (at[0], 0, at[1]) if self.loss == "squared_error" else (*at, 0)
-        return _Samples(inputs, targets, addresses, len(inputs))
-
-
-@dataclass(frozen=True)
-class _Samples:
-    inputs: Tensor  # with the targets, what keeps the addresses alive
-    targets: Tensor
-    addresses: tuple[int, int, int]
-    count: int
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """One replica's."""
-
-    seed: int
-    batch_size: int
-    l: float
-    weight_decay: float
-    rate_from: list[int]
-    rates: list[float]
-
-    def fields(self, step: int, to_step: int, last_step: int) -> tuple[Any, ...]:
-        """What the kernel is told of the run."""
-        c1, c2 = svag_coefficients(self.l)
-        settings = (self.seed, self.batch_size, self.l, c1, c2, self.weight_decay, self.rate_from, self.rates)
-        return (*settings, step, to_step, last_step)
-
-
-def _settings(count: int, seeds: Any, batch_size: Any, lr: Any, l: Any, weight_decay: Any) -> list[_Settings]:
-    """Return each replica's settings, checked."""
-    schedules = [_schedule(f"lr[{s}]", value) for s, value in enumerate(_each_schedule(lr, count))]
-    listed = _listed("seeds", seeds)
-    if len(listed) != count:
-        raise ValueError(f"seeds must be one for each of the {count} replicas, got {len(listed)}")
-    settings = [
-        _Settings(
-            integer(f"seeds[{s}]", seed, least=0, most=2**64 - 1),
-            integer("batch_size", size, least=1, most=2**31),
-            number("l", own_l, least=1),
-            number("weight_decay", decay, least=0),
-            *schedule,
-        )
-        for s, (seed, size, own_l, decay, schedule) in enumerate(
-            zip(
-                listed,
-                _each("batch_size", batch_size, count),
-                _each("l", l, count),
-                _each("weight_decay", weight_decay, count),
-                schedules,
-                strict=True,
-            )
-        )
-    ]
-    for s, own in enumerate(settings):
-        for rate in own.rates:
-            check_representable(torch.float32, f"replica {s}", rate, own.l, own.weight_decay)
-    return settings
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes)):
-        raise TypeError(f"{name} must be a sequence, got {values!r}")
-    try:
-        return list(values.tolist() if isinstance(values, Tensor) else values)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a sequence, got {values!r}") from error
-
-
-def _each(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value for each replica, of one for all or of one each."""
-    if isinstance(value, (int, float)) or not hasattr(value, "__len__"):
-        return [value] * count
-    listed = _listed(name, value)
-    if len(listed) != count:
-        raise ValueError(f"{name} must be one for each of the {count} replicas, got {len(listed)}")
-    return listed
-
-
-def _is_piece(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and not any(isinstance(v, (tuple, list)) for v in value)
-
-
-def _each_schedule(lr: Any, count: int) -> list[Any]:
-    shared = isinstance(lr, (tuple, list)) and len(lr) > 0 and all(_is_piece(piece) for piece in lr)
-    return [lr] * count if shared else _each("lr", lr, count)
-
-
-def _schedule(name: str, value: Any) -> tuple[list[int], list[float]]:
-    """Return the steps from which learning rates hold, and these."""
-    pieces = value if isinstance(value, (tuple, list)) else [(0, value)]
-    if not pieces or not all(_is_piece(piece) for piece in pieces):
-        raise TypeError(f"{name} must be a number or pairs (from step, learning rate), got {value!r}")
-    starts = [integer(f"{name}'s step", start, least=0, most=2**62) for start, _ in pieces]
-    if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-        raise ValueError(f"{name} must be pieces that begin at step 0, then at ascending steps, got {starts}")
-    return starts, [number("learning rate", rate, least=0) for _, rate in pieces]
-
-
-def _sample_shape(name: str, inputs: Tensor) -> tuple[int, ...]:
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"{name} must be a tensor, got a {type(inputs).__name__}")
-    if inputs.dim() < 2:
-        raise ValueError(f"{name} must be [n, ...], a sample a row, got shape {list(inputs.shape)}")
-    return tuple(inputs.shape[1:])
-
-
-def _check_floats(name: str, value: Any, shape: str, *shapes: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
-    fits = tuple(value.shape) in shapes and value.layout == torch.strided
-    if value.dtype != torch.float32 or value.device.type != "cpu" or not fits:
-        raise ValueError(
-            f"{name} must be a dense torch.float32 {shape} on cpu, got {value.dtype} {list(value.shape)} on "
-            f"{value.device}"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import signal
 import threading
 import time
@@ -218,6 +219,29 @@ def test_pauses_and_resumed_states_change_no_bit(cases: dict[str, Case], monkeyp
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda runs: pickle.loads(pickle.dumps(runs))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_to_the_same_bits_and_apart(
+    cases: dict[str, Case], way: Callable[[FusedRuns], FusedRuns]
+) -> None:
+    for name, settings in (("mlp", {}), ("digits-net", {"l": 2, "stat_every": 3})):
+        runs = runs_of(cases[name], **settings)
+        runs.advance(5)
+        copied = way(runs)
+        before = runs.state_dict()
+        copied.advance(12)
+        assert all(torch.equal(value, runs.state_dict()[key]) for key, value in before.items())
+        runs.advance(12)
+        assert all(torch.equal(value, copied.state_dict()[key]) for key, value in runs.state_dict().items())
+
+
+def test_a_tensor_without_dimensions_is_one_number_for_all(cases: dict[str, Case]) -> None:
+    numbers = {"lr": 0.125, "l": 2, "weight_decay": 0.5}
+    a, b = runs_of(cases["mlp"], **numbers), runs_of(cases["mlp"], **{k: torch.tensor(v) for k, v in numbers.items()})
+    a.advance(3)
+    b.advance(3)
+    assert torch.equal(a.weights, b.weights)
+
+
 def test_measuring_does_not_change_sgd(cases: dict[str, Case]) -> None:
     for name, batch_size in (("mlp", 5), ("mlp", 150), ("odd", 40)):
         ends = []
@@ -358,6 +382,7 @@ REFUSED: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
     "seed that is a float": (bad(seeds=[1, 2.5, 3]), r"seeds\[1\] must be an integer, got 2\.5 \(float\)"),
     "batch size 0": (bad(batch_size=0), "batch_size must be an integer >= 1 and <= 2147483648, got 0"),
     "two batch sizes": (bad(batch_size=[1, 2]), "batch_size must be one for each of the 3 replicas, got 2"),
+    "l of text": (bad(l="4"), "l must be a number, got '4'"),
     "l below 1": (bad(l=0.5), r"l must be a finite number >= 1, got 0\.5"),
     "negative rate": (bad(lr=-1.0), "Invalid learning rate: -1.0"),
     "nan rate": (bad(lr=float("nan")), "Invalid learning rate: nan"),
@@ -403,6 +428,7 @@ def test_a_refused_call_changes_nothing(cases: dict[str, Case]) -> None:
         lambda: runs.advance([1, 2]),
         lambda: runs.advance(2.5),  # type: ignore[arg-type]
         lambda: runs.load_state_dict(bad_state),
+        lambda: runs.load_state_dict(before | {"weights": "weights"}),  # type: ignore[dict-item]
         lambda: runs.load_state_dict(before | {"steps": before["steps"] - 9}),
         lambda: runs.evaluate(case.inputs[:, 1:], case.labels),
         lambda: runs.evaluate(case.inputs, case.labels + 100),
