@@ -115,12 +115,12 @@ class Replicas(nn.Module):
         """How the engine was chosen: times of a forward and backward pass, or why an engine can't serve the model."""
         return self._why
 
-    def forward(self, *inputs: Any, shared: bool = False) -> Any:
+    def forward(self, *inputs: Any, shared: bool = False, **named: Any) -> Any:
         """Each replica's output of its own samples.
 
         Args:
-            inputs: what the model takes. Each tensor among them is [S, B, ...], replica s's samples at s; anything
-                else goes to all replicas as it is.
+            inputs, named: what the model takes, by place and by name. Each tensor among them is [S, B, ...], replica
+                s's samples at s; anything else goes to all replicas as it is.
             shared: one batch for all: each tensor is [B, ...]. It is never guessed from shapes.
 
         Returns:
@@ -135,7 +135,7 @@ class Replicas(nn.Module):
                 "something replaced the replicas' forward, as svag_fast.pair_pass does, which takes one model: call "
                 "the replicas with each batch"
             )
-        leaves, spec = tree_flatten(inputs)
+        leaves, spec = tree_flatten((inputs, named))
         self._check(leaves, shared)
         key = self._key(leaves, spec, shared)
         if self._engine is None or key not in self._tried:
@@ -145,9 +145,9 @@ class Replicas(nn.Module):
         assert self._engine is not None
         return self._call(self._engine, leaves, spec, shared)
 
-    def choose_engine(self, *inputs: Any, shared: bool = False) -> str:
+    def choose_engine(self, *inputs: Any, shared: bool = False, **named: Any) -> str:
         """Choose the engine for such inputs now, as the first call does, and return ``why``."""
-        leaves, spec = tree_flatten(inputs)
+        leaves, spec = tree_flatten((inputs, named))
         self._check(leaves, shared)
         self._engine = None
         self._tried.clear()
@@ -235,7 +235,7 @@ class Replicas(nn.Module):
             else repr(x)
             for x in leaves
         ]
-        return self.training, shared, str(spec) if len(leaves) > 1 else "", tuple(shown)
+        return self.training, torch.is_grad_enabled(), shared, str(spec), tuple(shown)
 
     def _set(self, engine: Engine, why: str) -> None:
         self._engine, self._why = engine, why
@@ -247,7 +247,8 @@ class Replicas(nn.Module):
         if shared:
             leaves = [x.expand(S, *x.shape) if isinstance(x, Tensor) else x for x in leaves]
         folded = [x.flatten(0, 1) if isinstance(x, Tensor) else x for x in leaves]
-        out = self._built.model(*tree_unflatten(folded, spec))
+        args, named = tree_unflatten(folded, spec)
+        out = self._built.model(*args, **named)
         return tree_map(lambda x: split(x, S) if isinstance(x, Tensor) else x, out)
 
     def _choose(self, leaves: list[Any], spec: TreeSpec, shared: bool) -> None:
@@ -256,10 +257,10 @@ class Replicas(nn.Module):
         Raises:
             NotReplicable: none does, or not the one asked for.
         """
-        S = len(self.seeds)
+        S, grad = len(self.seeds), torch.is_grad_enabled()
         with torch.inference_mode(False):
             inputs = tree_unflatten([x.detach().clone() if isinstance(x, Tensor) else x for x in leaves], spec)
-            trial = run_alone(self._built, inputs, S, shared=shared)
+            trial = run_alone(self._built, inputs, S, shared=shared, grad=grad)
             runs = {e: self._run(e, spec, shared) for e in ENGINES}
             if self._engine is not None and compare(self._built, runs[self._engine], trial, S) is None:
                 return
@@ -276,10 +277,11 @@ class Replicas(nn.Module):
                 if able == ["vmap"]:
                     warnings.warn(f"svag_fast.Replicas: {self._why}. It is mostly slower.", stacklevel=5)
             else:
-                times = {e: measure(self._built, runs[e], inputs) for e in able}
+                times = {e: measure(self._built, runs[e], inputs, grad=grad) for e in able}
                 best: Engine = "vmap" if times["vmap"] < MUCH_FASTER * times["stacked"] else "stacked"
                 shown = ", ".join(f"{e} {1e3 * t:.2f} ms" for e, t in times.items())
-                self._set(best, f"{best}; a forward and backward pass took: {shown}")
+                passes = "forward and backward pass" if grad else "forward pass"
+                self._set(best, f"{best}; a {passes} took: {shown}")
 
     def _candidates(self) -> tuple[Engine, ...]:
         return ENGINES if self._asked == "auto" else (self._asked,)

@@ -21,7 +21,7 @@ from svag_fast.replicas.vmap import substituted, with_tensors
 TIMED = 3  # passes a candidate, of which the fastest counts
 
 Run = Callable[[Any], Any]
-"""From inputs [S, ...] (or one for all) to outputs [S, ...]."""
+"""From inputs [S, ...] (or one for all), by place and by name, to outputs [S, ...]."""
 
 
 class Found(NamedTuple):
@@ -33,15 +33,19 @@ class Found(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Replicas run alone, by number, which an engine is to be compared with."""
+    """Replicas run alone, by number, which an engine is to be compared with; with gradients or without."""
 
     inputs: Any
     shared: bool
+    grad: bool
     singles: dict[int, Found]
 
 
-def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool) -> Trial:
+def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool, grad: bool) -> Trial:
     """Run the first and the last replica alone, without a trace in parameters, buffers or generators.
+
+    Args:
+        grad: whether to form gradients, which keep all activations meanwhile.
 
     Raises:
         NotReplicable: the model draws random numbers, or changes what it keeps outside its buffers.
@@ -55,8 +59,8 @@ def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool) -> Tria
         states = _generator_states(built)
         for name in built.trained:
             tensors[name].requires_grad_()
-        with torch.enable_grad(), with_tensors(built, tensors) as replaced:
-            outputs = tree_leaves(built.model(*own))
+        with torch.set_grad_enabled(grad), with_tensors(built, tensors) as replaced:
+            outputs = tree_leaves(built.model(*own[0], **own[1]))
             grads = _gradients(outputs, tensors, built)
         singles[s] = Found(outputs, grads, {name: replaced.get(name, tensors[name]) for name in built.buffers})
         if any(not torch.equal(a, b) for a, b in zip(states, _generator_states(built), strict=True)):
@@ -68,7 +72,7 @@ def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool) -> Tria
     changed = [place for place in after if before.get(place) != after[place]]
     if changed:
         raise NotReplicable(f"the model's forward pass changes {changed[0]}, which is no parameter and no buffer")
-    return Trial(inputs, shared, singles)
+    return Trial(inputs, shared, grad, singles)
 
 
 def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
@@ -76,7 +80,7 @@ def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
     states = _generator_states(built)
     try:
         tensors = {name: place.stacked.detach().clone() for name, place in built.places.items()}
-        found = _pass(built, run, tensors, trial.inputs, replicas)
+        found = _pass(built, run, tensors, trial.inputs, replicas, grad=trial.grad)
         del tensors  # as large as all parameters
         for s, single in trial.singles.items():
             reason = _differs(_of(found, slice(s, s + 1)), _of(single, None))
@@ -88,7 +92,7 @@ def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
         half = (replicas + 1) // 2
         inputs = trial.inputs if trial.shared else tree_map(lambda x: _poisoned(x, half), trial.inputs)
         poisoned = {name: _poisoned(place.stacked, half) for name, place in built.places.items()}
-        beside_nan = _pass(built, run, poisoned, inputs, replicas)
+        beside_nan = _pass(built, run, poisoned, inputs, replicas, grad=trial.grad)
         for s in range(half, replicas):
             reason = _differs(_of(beside_nan, slice(s, s + 1)), _of(found, slice(s, s + 1)))
             if reason is not None:
@@ -102,12 +106,12 @@ def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
         _restore_generators(built, states)
 
 
-def measure(built: Built, run: Run, inputs: Any) -> float:
-    """Seconds of a forward and backward pass, without a trace in gradients and buffers."""
+def measure(built: Built, run: Run, inputs: Any, *, grad: bool) -> float:
+    """Seconds of a forward and, with ``grad``, backward pass, without a trace in gradients and buffers."""
     trained = [place.stacked for place in built.places.values() if place.stacked.requires_grad]
     device = next((p.stacked.device for p in built.places.values()), torch.device("cpu"))
     best = math.inf
-    with torch.enable_grad():
+    with torch.set_grad_enabled(grad):
         for _ in range(1 + TIMED):
             clones = {name: built.places[name].stacked.detach().clone() for name in built.buffers}
             start = _now(device)
@@ -119,11 +123,11 @@ def measure(built: Built, run: Run, inputs: Any) -> float:
     return best
 
 
-def _pass(built: Built, run: Run, tensors: dict[str, Tensor], inputs: Any, replicas: int) -> Found:
+def _pass(built: Built, run: Run, tensors: dict[str, Tensor], inputs: Any, replicas: int, *, grad: bool) -> Found:
     """All replicas, with other stacked tensors in place of theirs."""
     for name in built.trained:
         tensors[name].requires_grad_()
-    with torch.enable_grad(), substituted(built.places, tensors):
+    with torch.set_grad_enabled(grad), substituted(built.places, tensors):
         outputs = tree_leaves(run(inputs))
         for x in outputs:
             if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] != replicas):
@@ -184,9 +188,11 @@ def _differs(got: Found, want: Found) -> str | None:
 def _coupling(built: Built, trial: Trial) -> str:
     """Where samples meet, if they do elsewhere than in a BatchNorm: text to add."""
     model = alone(built, 0)
-    inputs = tree_map(lambda x: x if trial.shared or not isinstance(x, Tensor) else x[0], trial.inputs)
+    args, named = tree_map(lambda x: x if trial.shared or not isinstance(x, Tensor) else x[0], trial.inputs)
+    if named:
+        return ""
     try:
-        found = check_independence(model, *inputs)
+        found = check_independence(model, *args)
     except (ValueError, RuntimeError):  # it has too few samples, or is in evaluation mode: nothing to add
         return ""
     if found.module is None or isinstance(model.get_submodule(found.module), _BatchNorm):

@@ -55,7 +55,8 @@ def call_vmap(built: Built, leaves: list[Any], spec: TreeSpec, *, shared: bool) 
             filled[i] = x
         given = dict(zip(names, tensors, strict=True))
         with with_tensors(built, given) as changed:
-            found = tree_flatten(built.model(*tree_unflatten(filled, spec)))
+            args, named = tree_unflatten(filled, spec)
+            found = tree_flatten(built.model(*args, **named))
         returned.append(found)
         replaced[:] = changed
         return [x for x in found[0] if isinstance(x, Tensor)], list(changed.values())

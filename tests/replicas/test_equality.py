@@ -244,6 +244,8 @@ def test_several_inputs_of_any_structure() -> None:
         replicas = Replicas(Two, SEEDS, engine=engine)
         out = replicas(parts, 2.0)
         assert out["factor"] == 2.0
+        named = replicas(factor=2.0, parts=parts)
+        assert torch.equal(named["sum"], out["sum"])
         for s in range(3):
             want = F.linear(parts["a"][s], replicas.unstack(s).lin.weight, replicas.unstack(s).lin.bias) * 2
             torch.testing.assert_close(out["sum"][s], want + parts["b"][s])

@@ -14,7 +14,7 @@ from torch import nn
 
 import svag_fast
 from svag_fast import Replicas
-from svag_fast.replicas import NotReplicable
+from svag_fast.replicas import NotReplicable, stacked
 from svag_fast.replicas import module as replicas_module
 
 SEEDS = (5, 0, 11)
@@ -180,6 +180,18 @@ def test_inference_mode_and_no_grad_may_come_first() -> None:
         assert all(p.grad is not None for p in replicas.parameters())
 
 
+def test_without_gradients_the_trial_forms_none_and_with_them_it_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas, x = make(name="mlp"), NETS["mlp"].inputs(3, B)
+    form = stacked.FORMS[nn.functional.linear]
+    monkeypatch.setitem(stacked.FORMS, nn.functional.linear, lambda *args: form(*args).detach())
+    kept = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        assert replicas(x).shape == (3, B, 3)
+    assert not kept
+    with pytest.raises(NotReplicable, match="gradient"):
+        replicas(x)
+
+
 def test_the_trial_leaves_no_gradient_and_no_statistics() -> None:
     replicas = make("auto")
     before = copy.deepcopy(replicas.stacked.state_dict())
@@ -192,7 +204,7 @@ def test_the_trial_leaves_no_gradient_and_no_statistics() -> None:
 @pytest.mark.parametrize(("times", "best"), [((1.0, 0.5), "vmap"), ((1.0, 0.9), "stacked"), ((1.0, 2.0), "stacked")])
 def test_the_measured_engine_is_said(monkeypatch: pytest.MonkeyPatch, times, best) -> None:
     measured = iter(times)
-    monkeypatch.setattr(replicas_module, "measure", lambda *args: next(measured))
+    monkeypatch.setattr(replicas_module, "measure", lambda *args, **options: next(measured))
     replicas = make("auto")
     assert replicas.engine == "auto"
     replicas(NET.inputs(3, B))
