@@ -39,7 +39,7 @@ def test_gradients(benchmark: Any, contest: Any, batch_size: int, contender: str
         optimizer.discard_gradient()
 
     def ours() -> None:
-        pair_gradients(model, optimizer, images, labels, norms=True)
+        pair_gradients(model, optimizer, (images, labels), norms=True)
         optimizer.discard_gradient()
 
     targets: dict[str, Callable[[], None]] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from svag_fast import moved
 
 if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
+    from svag_fast.experiments.task import Task as Task
     from svag_fast.nn.independence import Independence as Independence
     from svag_fast.nn.independence import check_independence as check_independence
     from svag_fast.nn.pair_pass import pair_pass as pair_pass
@@ -46,6 +47,7 @@ _LAZY: dict[str, str] = {
     "RunningMean": "svag_fast.noise.estimators",
     "RunningNoise": "svag_fast.noise.running",
     "SampleNorms": "svag_fast.sample_norms.context",
+    "Task": "svag_fast.experiments.task",
     "UnsupportedModuleError": "svag_fast.sample_norms.context",
     "by_vmap": "svag_fast.sample_norms.context",
     "Independence": "svag_fast.nn.independence",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svag_fast.analysis.margins import METRICS, Margin
+from svag_fast.analysis.margins import METRICS, Margin, default_metrics
 from svag_fast.analysis.prediction import Prediction, predict_if_possible
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs
 from svag_fast.analysis.verdict import Cell, Decision, SharedLimit, Verdict, combine, judge, shared_limits
@@ -206,17 +206,33 @@ class Report:
 def make_report(
     folder: str | os.PathLike[str],
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     margins: Mapping[str, Margin] | None = None,
     confidence: float = 0.95,
 ) -> Report:
-    """Read the runs in ``folder``, finished or not, and judge them; see `load_runs` and `judge` for what it raises."""
+    """Read the runs in ``folder``, finished or not, and judge them; see `load_runs` and `judge` for what it raises.
+
+    Args:
+        folder: of the runs.
+        metrics: the columns to judge by; None: accuracy, or a task's own first metric, and the loss, on the test data.
+        margins, confidence: see `judge`.
+    """
     runs = load_runs(folder)
+    metrics = compared_metrics(runs) if metrics is None else metrics
     verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
     rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
     found = predict_if_possible(runs, confidence=confidence)
     prediction, missing = (None, found) if isinstance(found, str) else (found, None)
     return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
+
+
+def compared_metrics(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return the columns that runs are judged by unless others are asked for."""
+    if not runs[0].config.get("task"):
+        return METRICS
+    # One that has only just started has no columns.
+    started = next((run for run in runs if len(run.metrics["effective_step"])), runs[0])
+    return default_metrics(started.metrics)
 
 
 def _number_keys(values: Iterable[float]) -> dict[float, str]:

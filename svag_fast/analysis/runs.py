@@ -13,6 +13,7 @@ import numpy as np
 
 from svag_fast.experiments.data import TRAIN_SIZES
 from svag_fast.experiments.run_folder import Array, read_config, read_metrics, require_comparable
+from svag_fast.experiments.task_file import known_hashes
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Run:
         """The number of training images where a batch's are distinct; None for independent draws, or if unknown."""
         if self.config.get("sampling") != "distinct":
             return None
+        if self.config.get("task"):
+            return int(self.config["train_size"]) or None
         return TRAIN_SIZES.get(self.config.get("dataset", ""))
 
     @property
@@ -140,6 +143,7 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
         raise FileNotFoundError(f"{folder}: no run in it (no subfolder with a config.json){hint}")
     # Here, before any mean is taken: curves of two data sets would be averaged without a word.
     require_comparable({run.name: run.config for run in runs})
+    _refuse_other_tasks(folder, runs)
     _refuse_copies(runs)
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
 
@@ -158,6 +162,14 @@ def group_by_l(runs: Iterable[Run]) -> dict[float, list[Run]]:
     for run in sorted(runs, key=lambda run: run.l):
         groups.setdefault(run.l, []).append(run)
     return groups
+
+
+def _refuse_other_tasks(folder: Path, runs: Iterable[Run]) -> None:
+    """Refuse runs of two files of a task, unless the experiment was told to continue with a changed one."""
+    hashes = {str(found): run.name for run in runs if (found := run.config.get("task_sha256"))}
+    if len(hashes) > 1 and not hashes.keys() <= set(known_hashes(folder)):
+        one, other, *_ = hashes.values()
+        raise ValueError(f"the runs must be of one version of their task's file, got {one} and {other}, of two")
 
 
 def _refuse_copies(runs: Iterable[Run]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import rich_click as click
 
-from svag_fast.analysis.margins import METRICS, Margin
+from svag_fast.analysis.margins import Margin
 
 
 class MarginList(click.ParamType[dict[str, Margin]]):
@@ -37,8 +37,8 @@ metric_option = click.option(
     "metrics",
     multiple=True,
     metavar="NAME",
-    default=METRICS,
-    help="Column of metrics.csv to judge by; may be given again.  [default: test_accuracy and test_loss]",
+    help="Column of metrics.csv to judge by; may be given again.  [default: test_accuracy, or a task's own first "
+    "metric of the test data, and test_loss]",
 )
 margin_option = click.option(
     "--margin",
@@ -84,7 +84,8 @@ def setting_options(settings: type[Any]) -> Callable[[Command], Command]:
     types = get_type_hints(settings)
 
     def decorate(command: Command) -> Command:
-        for field in reversed(dataclasses.fields(settings)):  # click shows first what was added last
+        fields = [field for field in dataclasses.fields(settings) if field.metadata]
+        for field in reversed(fields):  # click shows first what was added last
             command = _setting_option(field, types[field.name])(command)
         return command
 
@@ -114,5 +115,5 @@ def _option_name(field: dataclasses.Field[Any]) -> str:
 
 def setting_panel(settings: type[Any], name: str, *more: str) -> Callable[[Command], Command]:
     """A panel of the help: the settings whose field names it, then ``more``."""
-    names = [_option_name(f) for f in dataclasses.fields(settings) if f.metadata["panel"] == name]
+    names = [_option_name(f) for f in dataclasses.fields(settings) if f.metadata.get("panel") == name]
     return click.option_panel(name, options=[*names, *more])

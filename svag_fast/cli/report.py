@@ -41,7 +41,7 @@ def report(folder: Path, metrics: Sequence[str], margins: dict[str, Margin], con
     from rich.console import Console
 
     try:
-        found = make_report(folder, metrics=metrics, margins=margins, confidence=confidence)
+        found = make_report(folder, metrics=metrics or None, margins=margins, confidence=confidence)
         save(found, folder)
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error

@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.analysis.margins import Margin, choose_margins
+from svag_fast.analysis.margins import Margin, choose_margins, default_metrics
 from svag_fast.cli.options import margin_option, metric_option, setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
@@ -27,19 +27,25 @@ from svag_fast.experiments.config import (
     cores,
     read_settings,
 )
-from svag_fast.experiments.grid import (
+from svag_fast.experiments.experiment_folder import (
     ExperimentError,
-    ExperimentInterruptedError,
     check_experiment,
     holds_something,
     prepare_folder,
     read_experiment,
-    run_experiment,
-    start_fork_server,
+    with_size,
 )
+from svag_fast.experiments.grid import ExperimentInterruptedError, run_experiment, start_fork_server
+from svag_fast.experiments.task_error import TaskError
+from svag_fast.experiments.task_file import load_task, parse_target, short_name
+from svag_fast.numeric import must_be, shown
+
+if TYPE_CHECKING:
+    from svag_fast.experiments.task import Task
 
 
 @click.command()
+@click.argument("target", required=False)
 @setting_panel(ExperimentConfig, WHAT)
 @setting_panel(ExperimentConfig, LENGTH)
 @setting_panel(ExperimentConfig, HOW)
@@ -51,6 +57,7 @@ from svag_fast.experiments.grid import (
     "--out",
     "--config",
     "--resume",
+    "--force",
     "--checkpoint-seconds",
     "--tensorboard",
     "--help",
@@ -58,7 +65,7 @@ from svag_fast.experiments.grid import (
 @setting_options(ExperimentConfig)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/DATASET]"
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/NAME]"
 )
 @click.option(
     "--config",
@@ -71,14 +78,17 @@ from svag_fast.experiments.grid import (
     is_flag=True,
     help="Continue the experiment in --out, or start it where there is none yet. Without --out: the newest in runs.",
 )
+@click.option("--force", is_flag=True, help="With --resume: continue although the task's file has changed.")
 @click.option("--checkpoint-seconds", type=float, default=5.0, show_default=True, help="Save this often.")
 @metric_option
 @margin_option
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
 def run(
+    target: str | None,
     out: Path | None,
     file: Path | None,
     resume: bool,
+    force: bool,
     jobs: int | None,
     checkpoint_seconds: float,
     tensorboard: bool,
@@ -87,6 +97,9 @@ def run(
     **given: Any,
 ) -> None:
     """Train with SGD and SVAG: does SVAG converge, and does SGD match its limit?
+
+    TARGET is what to train: your own task, FILE.py[:NAME] or package.module:NAME (docs/tasks.md); or a built-in data
+    set, such as digits, and perhaps its net, such as digits/preresnet8-bn. A task is code, which runs with your rights.
 
     Without options this is the paper's Figure 4 in small, on scikit-learn's digits with 20 % label noise. Batch sizes
     are 4, and 32 and 256 by the linear scaling rule. l is 1, 2, 4 and 8, at 256 also 16, with 24 seeds. It takes little
@@ -99,23 +112,27 @@ def run(
     """
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
-    judging = {"metrics": metrics, "margins": margins}
+    judging = {"metrics": metrics or None, "margins": margins}
     try:
+        if target is not None:
+            given = _with_target(target, given)
         if resume:
             out = out or _newest_experiment()
             there = read_experiment(out).to_dict() if holds_something(out) else {}
             config = ExperimentConfig.from_dict(there | _from_file(file) | given)
         else:
             config = ExperimentConfig.from_dict(_from_file(file) | given)
-            out = out or _free_folder(Path("runs", config.dataset))
+            out = out or _free_folder(Path("runs", short_name(config.task).replace(":", "-") or config.dataset))
         start_fork_server()  # its imports and ours run side by side
+        task = load_task(config.task) if config.task else None
+        config = with_size(config, task)
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("--tensorboard needs a package that is not there: pip install tensorboard")
         check_range("jobs", jobs or 1)
         check_range("checkpoint_seconds", checkpoint_seconds)
-        check_experiment(config)
-        _check_judging(metrics, margins)
-        prepare_folder(out, config, resume=resume)
+        check_experiment(config, task)
+        _check_judging(task, metrics, margins)
+        prepare_folder(out, config, resume=resume, force=force)
         console.print(_plan(config))
         console.print(f"in {out}\n", markup=False)
         run_experiment(
@@ -132,15 +149,27 @@ def run(
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
         raise Stopped(f"{error}. Continue with: svag-fast run --resume --out {out}", error.number) from error
+    except TaskError as error:
+        raise click.ClickException(f"{error}\n\nNothing was written.") from error
     except (ExperimentError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 
-def _check_judging(metrics: Sequence[str], margins: dict[str, Margin]) -> None:
-    """Refuse now what the report would refuse after hours of training."""
-    from svag_fast.experiments.run_folder import COLUMNS
+def _with_target(target: str, given: dict[str, Any]) -> dict[str, Any]:
+    settings = parse_target(target)
+    for name in settings.keys() & given.keys():
+        expected = f"left out beside {target}, which says it"
+        raise ConfigError(must_be(f"--{name}", expected, shown(given[name])))
+    return given | settings
 
-    numbers = [column for column in COLUMNS if column != "noise_source"]
+
+def _check_judging(task: Task | None, metrics: Sequence[str], margins: dict[str, Margin]) -> None:
+    """Refuse now what the report would refuse after hours of training."""
+    from svag_fast.experiments.run_folder import columns_of
+
+    own = ["accuracy"] if task is None else list(task.metrics)
+    numbers = [column for column in columns_of(own) if column != "noise_source"]
+    metrics = metrics or default_metrics(columns_of(own))
     if unknown := [metric for metric in metrics if metric not in numbers]:
         raise ConfigError(f"metric must be a column of metrics.csv, got {unknown[0]!r}: one of {', '.join(numbers)}")
     try:
@@ -215,9 +244,8 @@ def _free_folder(wanted: Path) -> Path:
 
 def _plan(config: ExperimentConfig) -> Table:
     noise = f" with {100 * config.label_noise:g} % label noise" if config.label_noise else ""
-    table = Table(
-        title=f"{config.model} on {config.dataset}{noise}, weight decay {config.weight_decay:g}, {config.schedule} lr"
-    )
+    what = short_name(config.task) if config.task else f"{config.model} on {config.dataset}{noise}"
+    table = Table(title=f"{what}, weight decay {config.weight_decay:g}, {config.schedule} lr")
     for column in ("batch size", "lr", "effective steps", "l", "seeds", "runs"):
         table.add_column(column, justify="right")
     runs = config.runs()

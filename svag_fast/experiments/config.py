@@ -25,10 +25,13 @@ from svag_fast.numeric import integer, number, shown
 SETTINGS_BYTES = 1 << 20
 
 SAMPLINGS = ("replacement", "distinct")
+# Settings of the built-in nets and data, and what they are where a task takes their place.
+BUILTIN: dict[str, Any] = {"dataset": "", "model": "", "label_noise": 0.0}
 INITS = ("shared", "own")
 ENGINES = ("torch", "fused")
 # What the files of a run mean where they don't name a setting, as older versions'.
 UNSAID = {"sampling": "distinct", "init": "shared", "label_noise": 0.0, "engine": "torch", "stat_every": 1}
+UNSAID |= {"task": "", "train_size": 0}
 SCHEDULES: dict[str, Callable[[float], float]] = {
     # fraction of the effective steps done, in [0, 1) -> factor on lr
     "constant": lambda done: 1.0,
@@ -160,6 +163,10 @@ def setting(
 class Settings:
     """What all runs of an experiment share. `svag-fast run` makes its options from these fields."""
 
+    # The network and data of one's own instead of dataset and model: "/path/file.py:name", "package.module:name", or
+    # "<name>" where it was made in Python; and how many training samples it has, filled in when it is loaded.
+    task: str = ""
+    train_size: int = 0
     dataset: str = setting("digits", WHAT, None, "Data set.", choices=TRAIN_SIZES)
     label_noise: float = setting(
         0.2, WHAT, "PART", "Part of the training labels, chosen once, that is redrawn from all classes."
@@ -201,14 +208,26 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        _check(isinstance(self.task, str), "task", self.task, "a string")
+        sizes = Range(0, 10**15 if self.task else 0, whole=True)
+        _check(self.train_size in sizes, "train_size", self.train_size, str(sizes))
         for field in dataclasses.fields(Settings):
-            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
-            if choices:
+            name, value, choices = field.name, getattr(self, field.name), field.metadata.get("choices")
+            if self.task and name in BUILTIN:
+                nothing = BUILTIN[name]
+                _check(value in (field.default, nothing), name, value, "left out: the task has its own")
+                object.__setattr__(self, name, nothing)
+            elif choices:
                 _check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
             elif name in RANGES:
                 object.__setattr__(self, name, check_range(name, value))
-            else:
+            elif name != "train_size":
                 _check(isinstance(value, str), name, value, "a string")
+
+    @property
+    def population(self) -> int:
+        """The number of training samples; 0 of a task that isn't loaded yet."""
+        return self.train_size if self.task else TRAIN_SIZES[self.dataset]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +261,7 @@ class RunConfig(Settings):
         if self.engine == "torch":
             _check(self.stat_every == 1, "stat_every", self.stat_every, "1 where runs are not trained as replicas")
         else:
+            _check(not self.task, "task", self.task, "left out, or replicas off")
             _check(self.device == "cpu", "device", self.device, "cpu, or replicas off")
             _check(self.backend == "auto", "backend", self.backend, "auto, or replicas off")
             _check(self.sampling == "replacement", "sampling", self.sampling, "replacement, or replicas off")
@@ -249,9 +269,10 @@ class RunConfig(Settings):
             _check(self.schedule in PIECEWISE, "schedule", self.schedule, expected)
         expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
         _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
-        if self.sampling == "distinct":
-            size = TRAIN_SIZES[self.dataset]
-            expected = f"at most {size}, the size of {self.dataset}'s training set, or sampling replacement"
+        if self.sampling == "distinct" and (size := self.population):
+            expected = (
+                f"at most {size}, the size of {self.dataset or 'the task'}'s training set, or sampling replacement"
+            )
             _check(self.batch_size <= size, "batch_size", self.batch_size, expected)
 
     @property
@@ -397,7 +418,12 @@ class ExperimentConfig(Settings):
     @property
     def engine(self) -> str:
         """How the runs are trained; see :class:`RunConfig`."""
-        served = self.model in SMALL_CHAINS and self.sampling == "replacement" and self.schedule in PIECEWISE
+        served = (
+            not self.task
+            and self.model in SMALL_CHAINS
+            and self.sampling == "replacement"
+            and self.schedule in PIECEWISE
+        )
         served = served and self.device == "cpu" and self.backend == "auto"
         return "torch" if self.replicas == "off" or (self.replicas == "auto" and not served) else "fused"
 
@@ -415,7 +441,7 @@ class ExperimentConfig(Settings):
         runs = []
         for batch_size, lr, ls in zip(self.batch_size, lrs, self.levels, strict=True):
             if self.epochs is not None:
-                length = self.epochs * TRAIN_SIZES[self.dataset] / batch_size
+                length = self.epochs * max(1, self.population) / batch_size
             else:
                 # The same time lr * steps at each batch size: the SDE's own clock.
                 length = (self.effective_steps or EFFECTIVE_STEPS) * lrs[0] / lr

@@ -122,11 +122,11 @@ class FusedRun(MeasuredRun):
         spans = [(max(0, min(end, self.step) - begin), lr) for (begin, lr), end in zip(pieces, ends, strict=True)]
         return math.fsum(steps * lr for steps, lr in spans) / self.config.l
 
-    def evaluate(self, part: Part) -> tuple[float, float]:
-        """Return mean loss and accuracy (a fraction) of the net as it is now."""
+    def evaluate(self, part: Part) -> dict[str, float]:
+        """Return "loss", the mean, and "accuracy", a fraction, of the net as it is now."""
         found = self._training.evaluation(part)
         assert found.accuracy is not None  # of classes
-        return float(found.loss[self.replica]), float(found.accuracy[self.replica])
+        return {"loss": float(found.loss[self.replica]), "accuracy": float(found.accuracy[self.replica])}
 
     def start_values(self) -> tuple[float, float | None]:
         """Return R, and for SGD the part of its gradients that are formed for the measurement alone."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
-from svag_fast.nn.pair_pass import pair_pass
+from svag_fast.nn.pair_pass import Way, pair_pass
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import UnsupportedModuleError, per_sample_sq_norms
+
+# (model, batch) -> each sample's loss, [rows of the batch]
+Losses: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 
 class PairResult(NamedTuple):
@@ -39,26 +43,46 @@ def has_sample_norms(model: nn.Module) -> bool:
         return False
 
 
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Each sample's cross-entropy [B], of images [B, ...] and labels [B]."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels, reduction="none")
+
+
 def pair_gradients(
-    model: nn.Module, optimizer: TwoBatchOptimizer, images: Tensor, labels: Tensor, *, norms: bool
+    model: nn.Module,
+    optimizer: TwoBatchOptimizer,
+    batch: Any,
+    *,
+    norms: bool,
+    losses: Losses = cross_entropy,
+    way: Way = "auto",
 ) -> PairResult:
-    """Leave both batches' cross-entropy gradients in the optimizer, by the cheapest way that is exact for the model.
+    """Leave the gradients of both batches' mean losses in the optimizer, by the cheapest way that is exact.
 
     Args:
-        model: maps images to logits.
+        model: a module.
         optimizer: of its parameters; its ``step()`` takes the gradients.
-        images: [2B, ...]: the first batch, then the second.
-        labels: [2B] int64.
+        batch: of 2B samples: the first batch, then the second.
         norms: every sample's squared gradient norm as well; only where `has_sample_norms`.
+        losses: each sample's loss.
+        way: see :class:`svag_fast.pair_pass`.
     """
-    with pair_pass(model, optimizer, norms=norms) as pair:
-        losses = F.cross_entropy(model(images), labels, reduction="none")
-        pair.backward(losses)
-    return PairResult(losses.detach().view(2, -1).mean(1), pair.norms.total if norms else None, pair.way)
+    with pair_pass(model, optimizer, norms=norms, way=way) as pair:
+        found = losses(model, batch)
+        pair.backward(found)
+    return PairResult(found.detach().view(2, -1).mean(1), pair.norms.total if norms else None, pair.way)
 
 
 def measuring_cost(
-    model: nn.Module, optimizer: TwoBatchOptimizer, images: Tensor, labels: Tensor, *, both: bool, repeats: int = 5
+    model: nn.Module,
+    optimizer: TwoBatchOptimizer,
+    batch: Any,
+    *,
+    both: bool,
+    repeats: int = 5,
+    losses: Losses = cross_entropy,
+    way: Way = "auto",
 ) -> float:
     """Return the time that measuring adds to the gradient that a step needs, as a fraction of that one's time.
 
@@ -67,39 +91,45 @@ def measuring_cost(
     in alternation, medians. Gradients are cleared after it. Only where `has_sample_norms`.
 
     Args:
-        model, optimizer, images, labels: as in `pair_gradients`.
+        model, optimizer, batch, losses, way: as in `pair_gradients`.
         both: whether the step needs both.
         repeats: of the measurement, after one that warms up.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    half = len(labels) // 2
-    way: str | None = None
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    cuda = tensors[0].is_cuda
+    rows = len(tensors[0])
+    halves = [
+        tree_map(lambda x, part=part: x[part] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x, batch)
+        for part in (slice(rows // 2), slice(rows // 2, None))
+    ]
+    taken: str | None = None
 
-    def one(images: Tensor, labels: Tensor) -> None:
-        torch.autograd.grad(F.cross_entropy(model(images), labels), params)
+    def one(batch: Any) -> None:
+        torch.autograd.grad(losses(model, batch).mean(), params, allow_unused=True)
 
     def plain() -> None:
-        if both and way == "joint":
-            one(images, labels)
+        if both and taken == "joint":
+            one(batch)
             return
-        one(images[:half], labels[:half])
+        one(halves[0])
         if both:
-            one(images[half:], labels[half:])
+            one(halves[1])
 
     def with_norms() -> None:
-        nonlocal way
-        way = pair_gradients(model, optimizer, images, labels, norms=True).way
+        nonlocal taken
+        taken = pair_gradients(model, optimizer, batch, norms=True, losses=losses, way=way).way
 
     ways: list[Callable[[], None]] = [with_norms, plain]
     # On one thread its own time: a busy machine takes a thread off its core in the middle of a pass.
-    clock = time.thread_time if torch.get_num_threads() == 1 and not images.is_cuda else time.perf_counter
+    clock = time.thread_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
     times: list[list[float]] = [[], []]
     for _ in range(repeats + 1):
         for run, seconds in zip(ways, times, strict=True):
             start = clock()
             run()
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
+            if cuda:
+                torch.cuda.synchronize(tensors[0].device)
             seconds.append(clock() - start)
         optimizer.discard_gradient()
     optimizer.zero_grad()

@@ -5,7 +5,6 @@ The parent process starts workers and keeps the books; it needs no torch for tha
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing.forkserver
 import os
@@ -17,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,9 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svag_fast import __version__
-from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig, RunConfig, check_range, read_settings
-from svag_fast.experiments.run_folder import read_config, read_metrics, require_comparable
-from svag_fast.files import is_leftover, remove_leftovers, replace_file
+from svag_fast.experiments.config import ExperimentConfig, RunConfig, check_range
+from svag_fast.experiments.experiment_folder import ExperimentError
+from svag_fast.experiments.task_file import hash_of, load_task, source_of
 from svag_fast.versions import package_version
 
 PATIENCE = 20.0  # seconds that an interrupted worker gets to save its run
@@ -38,10 +37,6 @@ PRELOADED = [
     "svag_fast.cli.main",
     "sklearn.datasets",
 ]  # imported once, in the process that workers are forked from
-
-
-class ExperimentError(RuntimeError):
-    """The experiment can't continue; the message says what to do."""
 
 
 class ExperimentInterruptedError(ExperimentError):
@@ -56,6 +51,7 @@ class ExperimentInterruptedError(ExperimentError):
 @dataclass
 class _Worker:
     runs: list[RunConfig]
+    out: Path
     process: BaseProcess
     messages: Connection
     steps_done: list[int]
@@ -64,97 +60,6 @@ class _Worker:
     @property
     def cost_done(self) -> float:
         return sum(run.cost * steps / run.steps for run, steps in zip(self.runs, self.steps_done, strict=True))
-
-
-def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool) -> None:
-    """Make `out` the folder of the experiment that `config` describes or, with `resume`, check that it is.
-
-    With `resume` too a folder that is missing or empty is made: one command line starts a job and continues it.
-
-    Raises:
-        ExperimentError: without `resume`, it holds something already; with it, another experiment, none, or runs that
-            can't be continued or reported beside its own.
-        OSError: it can't be written.
-    """
-    if holds_something(out):
-        if not resume:
-            raise ExperimentError(f"{out} is not empty: --resume continues it, and --out chooses another folder.")
-        theirs, ours = read_experiment(out).to_dict(), config.to_dict()
-        # A resumed experiment with other settings would mix two experiments' runs in one report.
-        if differing := [key for key in ours if ours[key] != theirs[key]]:
-            details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
-            raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
-        _check_runs(out, config)
-        remove_leftovers(out)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
-    with replace_file(out / "experiment.json") as file:
-        file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")
-
-
-def holds_something(out: Path) -> bool:
-    """Whether there is anything in the folder `out` (but for what a killed process left half-written)."""
-    return out.is_dir() and any(not is_leftover(entry) for entry in os.scandir(out))
-
-
-def _check_runs(out: Path, config: ExperimentConfig) -> None:
-    """Fail now where a run or the report would fail after all else was trained."""
-    from svag_fast.experiments.checkpoint import CheckpointError
-    from svag_fast.experiments.training import read_state
-
-    ours = config.runs()
-    for run in ours:
-        try:
-            read_state(out / run.name / "checkpoint.pt", run)
-        except CheckpointError as error:
-            raise ExperimentError(f"run {run.name} can't continue: {error}") from error
-    names = {run.name for run in ours}
-    others = [book.parent for book in sorted(out.glob("*/config.json")) if book.parent.name not in names]
-    try:
-        configs = {run.name: asdict(run) for run in ours}
-        for folder in others:
-            configs[folder.name] = read_config(folder / "config.json")
-            read_metrics(folder / "metrics.csv")
-        require_comparable(configs)
-    except ValueError as error:
-        raise ExperimentError(f"{error}. Move what is no run of this experiment out of {out}.") from error
-
-
-def read_experiment(out: Path) -> ExperimentConfig:
-    """Read the settings of the experiment in `out`.
-
-    Raises:
-        ExperimentError: there is none.
-        ConfigError: its settings can't be read.
-    """
-    book = out / "experiment.json"
-    if not book.exists():
-        raise ExperimentError(f"{out} holds no experiment to resume: there is no {book}.")
-    settings = read_settings(book)
-    if "label_noise" not in settings:  # an older version's, whose runs had no such thing and another length
-        settings |= {"label_noise": UNSAID["label_noise"], "replicas": "off"}
-        if settings.get("effective_steps") is None and settings.get("epochs") is None:
-            settings["effective_steps"] = 1008
-    return ExperimentConfig.from_dict({name: UNSAID[name] for name in ("sampling", "init")} | settings)
-
-
-def check_experiment(config: ExperimentConfig) -> None:
-    """Fail now, before anything is written, where every run would: on the data, the model, the device, the backend.
-
-    Raises:
-        ConfigError: what isn't there, with what is.
-    """
-    from svag_fast.experiments.data import load_dataset
-    from svag_fast.experiments.training import make_engine
-
-    # The first steps of the smallest run cost least, and go through all that may be missing.
-    run = min(config.runs(), key=lambda run: run.batch_size)
-    try:
-        make_engine([run], load_dataset(run.dataset, label_noise=run.label_noise)).advance()
-    except (OSError, ValueError, RuntimeError, AssertionError, MemoryError, ImportError, TypeError) as error:
-        advice = " (--replicas off trains each run alone, by PyTorch)" if run.engine == "fused" else ""
-        raise ConfigError(f"{error}{advice}") from error
 
 
 def run_experiment(
@@ -188,23 +93,14 @@ def run_experiment(
     # `pop` takes the longest first: a long run that starts last would keep one core busy alone.
     waiting = sorted(_groups(config, jobs), key=lambda group: sum(run.cost for run in group))
     total, count = sum(run.cost for run in config.runs()), len(config.runs())
-    options = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard, "provenance": provenance()}
+    options: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard}
+    options["provenance"] = provenance(config.task)
     workers: list[_Worker] = []
     done: list[RunConfig] = []
     context = start_fork_server()
     # Nobody writes to it. It ends with this process, however that ends, and with it the workers.
     lifeline, ours = context.Pipe(duplex=False)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        speed_estimate_period=60,
-    )
+    progress = progress_bar(console)
     with progress, _termination_as_interrupt():
         bar = progress.add_task(f"0 of {count} runs", total=total)
         try:
@@ -238,6 +134,21 @@ def run_experiment(
                 lifeline.close()
 
 
+def progress_bar(console: Console) -> Progress:
+    """Return the bar of an experiment, whose unit is the runs' cost."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        speed_estimate_period=60,
+    )
+
+
 def _groups(config: ExperimentConfig, jobs: int) -> list[list[RunConfig]]:
     """Return the runs in lists, each for one process: alone, or as replicas that differ in the seed alone."""
     if config.engine == "torch":
@@ -254,11 +165,13 @@ def _groups(config: ExperimentConfig, jobs: int) -> list[list[RunConfig]]:
     return [runs[i : i + size] for runs in kinds.values() for i in range(0, len(runs), size)]
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, platform and, where the package runs from a checkout, the commit."""
+def provenance(task: str = "") -> dict[str, Any]:
+    """Versions, platform, the hash of a task's file and, where the package runs from a checkout, the commit."""
     packages = ("torch", "numpy", "scipy", "scikit-learn")
     versions = {name: package_version(name) for name in packages}
+    own = {"task_sha256": hash_of(source_of(task))} if task and not task.startswith("<") else {}
     return {
+        **own,
         "versions": {"svag_fast": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "commit": _commit(),
@@ -327,7 +240,7 @@ def _start(
     process = context.Process(target=_work, args=arguments, name=runs[0].name, daemon=True)
     process.start()
     theirs.close()  # so that the worker's end shows as the end of the messages
-    return _Worker(runs, process, ours, [0] * len(runs))
+    return _Worker(runs, out, process, ours, [0] * len(runs))
 
 
 def _work(
@@ -359,7 +272,8 @@ def _work(
     from svag_fast.experiments.training import train_together
 
     try:
-        train_together(runs, folders, on_progress=report, should_stop=lambda: stop, **options)
+        task = load_task(runs[0].task, options["provenance"]["task_sha256"]) if runs[0].task else None
+        train_together(runs, folders, task=task, on_progress=report, should_stop=lambda: stop, **options)
     except Exception as error:
         expected = isinstance(error, (OSError, RuntimeError, ValueError))
         with suppress(BrokenPipeError):  # the parent is gone
@@ -387,7 +301,7 @@ def _post_mortem(worker: _Worker) -> str:
         reason = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         worker.error = f"its process ended by {reason} (out of memory?)"
     run = worker.runs[0].name if len(worker.runs) == 1 else f"one of {worker.runs[0].name} to {worker.runs[-1].name}"
-    return f"run {run} failed: {worker.error}"
+    return f"run {run} failed (in {worker.out / worker.runs[0].name}): {worker.error}"
 
 
 def _stop(workers: list[_Worker]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import Dataset
 from svag_fast.experiments.models import FixedHeadNet, build_model
-from svag_fast.experiments.run_folder import COLUMNS, MUST_BE_FINITE
+from svag_fast.experiments.run_folder import METRICS, MUST_BE_FINITE, columns_of
 from svag_fast.experiments.run_output import MetricsRow
 from svag_fast.noise.estimators import NoiseEstimate
 
@@ -43,10 +44,12 @@ class MeasuredRun(ABC):
         step: how many steps it has taken.
         seconds: that they took since the last row.
         rows: of metrics so far; the first is of the initial weights.
+        columns: of a row.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, metrics: Sequence[str] = ("accuracy",)) -> None:
         self.config = config
+        self.columns = columns_of(metrics)
         self.step = 0
         self.seconds = 0.0
         self.rows: list[MetricsRow] = []
@@ -62,8 +65,8 @@ class MeasuredRun(ABC):
         """The SDE's time: the sum of lr/l over the steps taken."""
 
     @abstractmethod
-    def evaluate(self, part: Part) -> tuple[float, float]:
-        """Return mean loss and accuracy (a fraction) of the net as it is now."""
+    def evaluate(self, part: Part) -> dict[str, float]:
+        """Return "loss", the mean, and each metric of the net as it is now."""
 
     @abstractmethod
     def start_values(self) -> tuple[float, float | None]:
@@ -87,7 +90,7 @@ class MeasuredRun(ABC):
 
     @property
     def diverged(self) -> bool:
-        """Whether the last row has a loss, weight norm, G or N that is not finite: no number can follow."""
+        """Whether the last row has a loss, metric, weight norm, G or N that is not finite: no number can follow."""
         return diverged(self.rows[-1])
 
     @property
@@ -100,12 +103,12 @@ class MeasuredRun(ABC):
         weight_sq_norm, noise_cost = self.start_values()
         start: MetricsRow = {"step": 0, "effective_step": 0.0, "time": 0.0, "weight_sq_norm": weight_sq_norm}
         start |= {"noise_source": self.noise_source, "noise_cost": noise_cost, "lr": self.config.lr_at(0)}
-        self.rows.append(dict.fromkeys(COLUMNS) | start | self._evaluation("test") | self._evaluation("train"))
+        self.rows.append(dict.fromkeys(self.columns) | start | self._evaluation("test") | self._evaluation("train"))
 
     def end_row(self) -> None:
         """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
         config, means = self.config, self.row_means()
-        row: MetricsRow = dict.fromkeys(COLUMNS) | {
+        row: MetricsRow = dict.fromkeys(self.columns) | {
             "step": self.step,
             "effective_step": self.step / config.l,
             "time": self.time,
@@ -127,14 +130,15 @@ class MeasuredRun(ABC):
         self.clear_sums()
 
     def _evaluation(self, part: Part) -> MetricsRow:
-        loss, accuracy = self.evaluate(part)
-        return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+        return {f"{part}_{name}": value for name, value in self.evaluate(part).items()}
 
 
 # Integers are never nan, and a cell that was not measured holds None.
 def diverged(row: MetricsRow) -> bool:
-    """Whether a row has a loss, weight norm, G or N that is not finite."""
-    return not all(math.isfinite(value) for name in MUST_BE_FINITE if isinstance(value := row[name], float))
+    """Whether a row has a loss, a task's metric, weight norm, G or N that is not finite."""
+    # What METRICS doesn't know is a task's own.
+    judged = (v for name, v in row.items() if name in MUST_BE_FINITE or name not in METRICS)
+    return not all(math.isfinite(value) for value in judged if isinstance(value, float))
 
 
 def initial_model(config: RunConfig, dataset: Dataset) -> FixedHeadNet:

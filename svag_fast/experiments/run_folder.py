@@ -13,7 +13,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,13 +32,15 @@ TABLE_BYTES = 1 << 28
 # What a run's config.json must say for its curve to be placed among the others. Another trainer's length may be broken.
 NEEDED = {name: RANGES[name] for name in ("batch_size", "lr", "weight_decay", "l", "seed")}
 NEEDED["effective_steps"] = Range(1e-6, RANGES["effective_steps"].most)
-TEXTS = ("dataset", "model")
+TEXTS = ("dataset", "model", "task_sha256")
 # What runs that are compared may differ in: what is varied (lengths are compared by the rows themselves), how and how
 # often a run was computed and looked at, and where it comes from. All else decides its curve, known here or not.
 MAY_DIFFER = {"batch_size", "lr", "l", "seed", "effective_steps", "epochs", "steps"}
 MAY_DIFFER |= {"backend", "device", "threads", "jobs", "rows", "evaluations", "checkpoint_seconds"}
 MAY_DIFFER |= {"engine", "stat_every", "replicas"}
 MAY_DIFFER |= {"versions", "platform", "commit"}
+# Runs of two files of one task are told apart by who knows which ones belong together: analysis.runs.
+MAY_DIFFER |= {"task_sha256"}
 
 _FINITE = Range(-1.8e308, 1.8e308)
 _NOT_NEGATIVE = Range(0, 1.8e308)
@@ -64,6 +66,19 @@ METRICS: dict[str, Range | None] = {
     "samples_per_second": _NOT_NEGATIVE,
 }
 COLUMNS = tuple(METRICS)
+
+
+def columns_of(metrics: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns of a run whose task has these metrics: in accuracy's place each, of both data."""
+    own = [f"{part}_{name}" for name in metrics for part in ("train", "test")]
+    first = COLUMNS.index("train_accuracy")
+    return (*COLUMNS[:first], *own, *COLUMNS[first + 2 :])
+
+
+def metrics_of(columns: Iterable[str]) -> tuple[str, ...]:
+    """Return the metrics, but for the loss, that a run's columns hold, in their order."""
+    return tuple(name.removeprefix("train_") for name in columns if name.startswith("train_") and name != "train_loss")
+
 
 # The columns that another trainer's log may have.
 LOG: dict[str, Range | None] = {
@@ -127,6 +142,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} must be a short text, got {_short(value)}")
     for name in UNSAID.keys() - {"sampling"}:
         config.setdefault(name, UNSAID[name])
+    if config["task"] and config["train_size"] not in Range(0, 10**15, whole=True):
+        raise ValueError(f"{path}: train_size must be an integer of at least 0, got {_short(config['train_size'])}")
     # Older versions drew distinct images, where the data set has as many as a batch; another trainer's say nothing.
     size = TRAIN_SIZES.get(config.get("dataset", ""))
     if "sampling" not in config and size is not None and config["batch_size"] <= size:
@@ -159,8 +176,8 @@ def read_metrics(path: str | os.PathLike[str]) -> Table:
         table = read_table(path, METRICS, needed=("effective_step", "lr"), others=_FINITE)
     except FileNotFoundError:
         return Table({"effective_step": np.empty(0), "lr": np.empty(0)}, {}, None)
-    written = [name for name, range_ in METRICS.items() if range_ is not None]
-    found = [name for name in table.values if name in METRICS]
+    written = [name for name in columns_of(metrics_of(table.values)) if METRICS.get(name, _FINITE) is not None]
+    found = [name for name in table.values if name in written]
     # With all its columns it is `svag-fast run`'s own file, which writes them in this order.
     if sorted(found) == sorted(written) and found != written:
         moved = [f"{theirs} for {ours}" for theirs, ours in zip(found, written, strict=True) if theirs != ours]
@@ -313,8 +330,12 @@ def require_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
             raise ValueError(f"{name} and {seen[key]} have the same batch_size, lr, l and seed: {key}")
         seen[key] = name
         for setting in sorted((configs[first].keys() | config.keys()) - MAY_DIFFER):
-            if config.get(setting) != configs[first].get(setting):
+            one, other = configs[first].get(setting), config.get(setting)
+            # A task's file may lie in another folder on another machine: its hash says whether it is the same.
+            if setting == "task":
+                one, other = (Path(str(value or "")).name for value in (one, other))
+            if other != one:
                 raise ValueError(
-                    f"{first} has {setting} {configs[first].get(setting)!r} and {name} {config.get(setting)!r}: "
+                    f"{first} has {setting} {one!r} and {name} {other!r}: "
                     "runs that differ in more than batch size, lr, l and seed belong in folders of their own"
                 )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from svag_fast.experiments.run_folder import COLUMNS, read_config
+from svag_fast.experiments.run_folder import read_config
 from svag_fast.files import remove_leftovers, replace_file
 
 MetricsRow = dict[str, "float | int | str | None"]
@@ -32,7 +32,7 @@ def write_metrics(path: Path, rows: list[MetricsRow]) -> None:
 
 def _as_csv(rows: list[MetricsRow]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()

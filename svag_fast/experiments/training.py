@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from svag_fast.experiments.checkpoint import ADVICE, CheckpointError, load_checkpoint, save_checkpoint
+from svag_fast.experiments.book import Book
 from svag_fast.experiments.config import RunConfig, check_range
 from svag_fast.experiments.data import Dataset, draw_batch, load_dataset
+from svag_fast.experiments.evaluation import checked_losses, evaluate
 from svag_fast.experiments.fused_training import FusedTraining
 from svag_fast.experiments.gradients import has_sample_norms, measuring_cost, pair_gradients
 from svag_fast.experiments.measured_run import (
@@ -23,18 +22,19 @@ from svag_fast.experiments.measured_run import (
     MeasuredRun,
     Part,
     RowMeans,
-    diverged,
-    initial_model,
     own_seed,
 )
-from svag_fast.experiments.run_folder import COLUMNS
-from svag_fast.experiments.run_output import Events, alone_in, repair, write_config, write_metrics
+from svag_fast.experiments.random_state import OwnRandom
+from svag_fast.experiments.run_output import alone_in
+from svag_fast.experiments.task import BuiltinTask, Task, builtin_task
+from svag_fast.experiments.task_check import augmented, check_task, new_model
+from svag_fast.experiments.task_data import TaskData
+from svag_fast.experiments.task_error import own_code
+from svag_fast.nn.pair_pass import Way
 from svag_fast.noise.estimators import NoiseEstimate, from_two_batches, from_two_batches_of_samples
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.svag import SVAG
-
-EVALUATION_BATCH = 128
 
 
 class Training(MeasuredRun):
@@ -45,15 +45,28 @@ class Training(MeasuredRun):
 
     Args:
         config: the run.
-        dataset: its data, on the run's device.
+        task: what it trains; a data set means the config's net on it.
+
+    Raises:
+        TypeError, ValueError: what is wrong with the task, by name.
+        TaskError: its own code failed.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
-        super().__init__(config)
-        self.data = dataset
-        self.model = initial_model(config, dataset).to(config.device)
+    def __init__(self, config: RunConfig, task: Task | Dataset) -> None:
+        self.task = builtin_task(config, task) if isinstance(task, Dataset) else task
+        super().__init__(config, tuple(self.task.metrics))
+        self.train_data, self.test_data = (
+            TaskData(data, self.task.collate, config.device) for data in (self.task.train, self.task.test)
+        )
+        self.augmentation = torch.Generator(config.device).manual_seed(own_seed(config, "augmentation"))
+        self.random = None if isinstance(self.task, BuiltinTask) else OwnRandom(0, config.device)
+        self.way: Way = "auto"
+        if self.random is None:
+            self.model = self.task.model().to(config.device)
+            self.has_sample_norms = has_sample_norms(self.model)
+        else:
+            self._begin_own_task(self.random)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.has_sample_norms = has_sample_norms(self.model)
         self.optimizer = SVAG(
             self.params,
             config.lr_at(0),
@@ -64,7 +77,29 @@ class Training(MeasuredRun):
         # A stream of batches each, so that SGD's path does not depend on the batches that only measure its noise.
         self.streams = [torch.Generator("cpu").manual_seed(own_seed(config, f"stream {stream}")) for stream in range(2)]
         self.clear_sums()
-        self.begin()
+        with self._task_code():
+            self.begin()
+        if self.random is not None:  # what was drawn so far, for the first row, is no part of the training
+            self.random.seed(own_seed(config, "the task's own random numbers"))
+
+    def _begin_own_task(self, random: OwnRandom) -> None:
+        """Try the task, then make the model that is trained."""
+        config = self.config
+        with self._task_code():
+            facts = check_task(self.task, self.train_data, self.test_data, config.batch_size)
+        self.has_sample_norms, self.way = facts.norms, facts.way
+        random.seed(own_seed(config, "initial weights") if config.init == "own" else 0)
+        with self._task_code():
+            self.model = new_model(self.task, facts.model).to(config.device)
+
+    @contextmanager
+    def _task_code(self) -> Iterator[None]:
+        """Context in which a task's own code runs: with the run's random numbers; its errors are told as such."""
+        if self.random is None:
+            yield
+            return
+        with self.random.active(), own_code(self.task.name):
+            yield
 
     @property
     def runs(self) -> Sequence[MeasuredRun]:
@@ -89,10 +124,15 @@ class Training(MeasuredRun):
     def take_step(self) -> None:
         """One SVAG step on two fresh batches; at l = 1, where it is SGD on the first, the second measures the noise."""
         config = self.config
-        images, labels = self._two_batches()
         # Set each step rather than by a scheduler: the factor depends on the effective step, and resumes with it.
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
-        pair = pair_gradients(self.model, self.optimizer, images, labels, norms=self.has_sample_norms)
+        with self._task_code():
+            batch = self._two_batches()
+            if self.task.augment is not None:
+                batch = augmented(self.task, batch, self.augmentation)
+            pair = pair_gradients(
+                self.model, self.optimizer, batch, norms=self.has_sample_norms, losses=self._losses, way=self.way
+            )
         stats = self.optimizer.step()
         self.losses += pair.losses
         self.raw_stats += stats.raw
@@ -101,16 +141,17 @@ class Training(MeasuredRun):
         self.steps_summed += 1
         self.step += 1
 
-    def _two_batches(self) -> tuple[Tensor, Tensor]:
-        population, replacement = len(self.data.train_labels), self.config.sampling == "replacement"
+    def _losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return checked_losses(self.task.losses(model, batch), 2 * self.config.batch_size)
+
+    def _two_batches(self) -> Any:
+        population, replacement = len(self.train_data), self.config.sampling == "replacement"
         drawn = [
             draw_batch(population, self.config.batch_size, replacement=replacement, generator=stream)
             for stream in self.streams
         ]
-        # Drawn on the CPU, so that a run has the same batches on every device. A blocking copy would wait for the step
-        # before. From memory that isn't pinned, as here, the other kind has read everything too when it returns.
-        indices = torch.cat(drawn).to(self.config.device, non_blocking=True)
-        return self.data.train_images[indices], self.data.train_labels[indices]
+        # Drawn on the CPU, so that a run has the same batches on every device.
+        return self.train_data.take(torch.cat(drawn))
 
     def row_means(self) -> RowMeans:
         """Return the means over the steps since the last row."""
@@ -137,10 +178,10 @@ class Training(MeasuredRun):
         if self.noise_source == "two_batches":
             return 1.0 if self.config.l == 1 else 0.0  # SGD draws its second batch for the measurement alone
         # Any samples do, but not the streams' own: a draw here would shift the run's batches.
-        some = torch.arange(2 * self.config.batch_size, dtype=torch.int64, device="cpu") % len(self.data.train_labels)
-        some = some.to(self.config.device)
-        images, labels = self.data.train_images[some], self.data.train_labels[some]
-        return measuring_cost(self.model, self.optimizer, images, labels, both=self.config.l > 1)
+        some = torch.arange(2 * self.config.batch_size, dtype=torch.int64, device="cpu") % len(self.train_data)
+        batch = self.train_data.take(some)
+        both = self.config.l > 1
+        return measuring_cost(self.model, self.optimizer, batch, both=both, losses=self.task.losses, way=self.way)
 
     def _noise(self, stats: StepStats) -> NoiseEstimate:
         """G and N from the means over a row's steps, in which every estimator is linear."""
@@ -149,7 +190,7 @@ class Training(MeasuredRun):
             return from_two_batches(*norms)  # type: ignore[arg-type]
         # Distinct images have less noise than the theory's, by a factor that the estimator undoes: it needs the
         # population.
-        population = len(self.data.train_labels) if self.config.sampling == "distinct" else None
+        population = len(self.train_data) if self.config.sampling == "distinct" else None
         sq_norms = self.sample_sq_norms / self.steps_summed
         return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
 
@@ -157,16 +198,23 @@ class Training(MeasuredRun):
         """Return R of the initial weights, and what measuring the noise adds to a gradient's time."""
         return sum(float(p.detach().double().square().sum()) for p in self.params), self._noise_cost()
 
-    def evaluate(self, part: Part) -> tuple[float, float]:
-        """Return mean loss and accuracy (a fraction) of the net as it is now."""
-        data, limit = self.data, EVALUATION_LIMIT
+    def evaluate(self, part: Part) -> dict[str, float]:
+        """Return "loss", the mean, and each of the task's metrics, of the net as it is now."""
         if part == "train":
-            return evaluate(self.model, data.train_images[:limit], data.train_labels[:limit])
-        return evaluate(self.model, data.test_images, data.test_labels)
+            return evaluate(self.task, self.model, self.train_data, EVALUATION_LIMIT)
+        return evaluate(self.task, self.model, self.test_data)
+
+    def end_row(self) -> None:
+        """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
+        with self._task_code():
+            super().end_row()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next: tensors and plain Python."""
+        own: dict[str, Any] = {} if self.random is None else {"random": self.random.state_dict()}
+        own |= {} if self.task.augment is None else {"augmentation": self.augmentation.get_state()}
         return {
+            **own,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -185,6 +233,10 @@ class Training(MeasuredRun):
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.
         """
+        if state["rows"][0].keys() != set(self.columns):
+            raise ValueError(
+                f"rows must be of the columns {', '.join(self.columns)}, got {', '.join(state['rows'][0])}"
+            )
         # These are added to, and a sum over another shape would broadcast without a word.
         for name in ("losses", "raw_stats", "sample_sq_norms"):
             theirs, ours = state[name], getattr(self, name)
@@ -196,6 +248,10 @@ class Training(MeasuredRun):
         self.optimizer.load_state_dict(state["optimizer"])
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.set_state(saved)
+        if self.random is not None:
+            self.random.load_state_dict(state["random"])
+        if self.task.augment is not None:
+            self.augmentation.set_state(state["augmentation"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.steps_summed = state["steps_summed"]
         self.losses = state["losses"].to(self.config.device)
@@ -214,22 +270,32 @@ class Engine(Protocol):
         """Take whole steps of some of them, none beyond its next row."""
 
 
-def make_engine(configs: Sequence[RunConfig], dataset: Dataset) -> Engine:
+def make_engine(configs: Sequence[RunConfig], task: Task | Dataset | None = None) -> Engine:
     """Return runs that are alike but for the seed at their start; of engine "torch", a single one.
+
+    Args:
+        configs: the runs.
+        task: what they train; None for what the config names, and a data set for its net on that.
 
     Raises:
         UnsupportedModuleError: engine "fused" has no kernel for the net.
+        TypeError, ValueError, TaskError: as :class:`Training`.
     """
-    if configs[0].engine == "fused":
-        return FusedTraining(configs, dataset)
+    first = configs[0]
+    if task is None:
+        task = load_dataset(first.dataset, label_noise=first.label_noise)
+    if first.engine == "fused":
+        assert isinstance(task, Dataset)
+        return FusedTraining(configs, task)
     (config,) = configs
-    return Training(config, dataset.to(config.device))
+    return Training(config, task)
 
 
 def train(
     config: RunConfig,
     folder: Path,
     *,
+    task: Task | None = None,
     provenance: dict[str, Any] | None = None,
     checkpoint_seconds: float = 5.0,
     tensorboard: bool = False,
@@ -247,6 +313,7 @@ def train(
     Args:
         config: the run.
         folder: made if missing; one process at a time may train in it.
+        task: what it trains; None for the built-in net and data that the config names.
         provenance: goes into config.json beside the config: versions, commit.
         checkpoint_seconds: a checkpoint is written when the last one is so old, and at the end.
         tensorboard: write events into `folder` as well, against effective steps, and the config as hyperparameters.
@@ -262,6 +329,7 @@ def train(
     return train_together(
         [config],
         [folder],
+        task=task,
         provenance=provenance,
         checkpoint_seconds=checkpoint_seconds,
         tensorboard=tensorboard,
@@ -274,6 +342,7 @@ def train_together(
     configs: Sequence[RunConfig],
     folders: Sequence[Path],
     *,
+    task: Task | None = None,
     provenance: dict[str, Any] | None = None,
     checkpoint_seconds: float = 5.0,
     tensorboard: bool = False,
@@ -285,7 +354,7 @@ def train_together(
     Args:
         configs: the runs; more than one of engine "fused" alone, alike but for the seed.
         folders: of each.
-        provenance, checkpoint_seconds, tensorboard: see `train`.
+        task, provenance, checkpoint_seconds, tensorboard: see `train`.
         on_progress: called with a run's place in `configs` and its number of steps done, at every row.
         should_stop: asked after whole steps, some tenths of a second apart at most where steps are short.
 
@@ -302,17 +371,19 @@ def train_together(
         for place, (config, folder) in enumerate(zip(configs, folders, strict=True)):
             folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(alone_in(folder))
-            book = _Book(place, config, folder, provenance, tensorboard)
+            book = Book(place, config, folder, provenance, tensorboard)
             if not book.complete:
                 books.append(book)
         if not books:
             return True
-        data = load_dataset(configs[0].dataset, label_noise=configs[0].label_noise)
-        engine = make_engine([book.config for book in books], data)
+        engine = make_engine([book.config for book in books], task)
         working = list(zip(books, engine.runs, strict=True))
         for book, run in working:
             book.load_into(run)
             book.open_events()
+            if run.ended:  # diverged before the first step
+                book.save(run)
+        working = [(book, run) for book, run in working if not run.ended]
         saved_at = time.monotonic()
         while working:
             engine.advance()
@@ -332,92 +403,3 @@ def train_together(
             if stopped:
                 break
         return not working
-
-
-class _Book:
-    """A run's folder while it is trained: what is there, and what is written."""
-
-    def __init__(
-        self, place: int, config: RunConfig, folder: Path, provenance: dict[str, Any] | None, tensorboard: bool
-    ) -> None:
-        self.place, self.config, self.folder, self.tensorboard = place, config, folder, tensorboard
-        self.row_steps = set(config.row_steps)
-        self.events: Events | None = None
-        self.identity = dataclasses.asdict(config)
-        self.checkpoint = folder / "checkpoint.pt"
-        self.state = read_state(self.checkpoint, config)
-        self.provenance = provenance
-        self.complete = False
-        if self.state is None:
-            write_config(folder, self.identity, provenance or {})
-            return
-        rows = self.state["rows"]
-        self.provenance = self.state.get("provenance", provenance)
-        repair(folder, self.identity, self.provenance or {}, rows)
-        self.complete = self.state["step"] == config.steps or diverged(rows[-1])
-        # A complete run may have been trained without events.
-        if self.complete and tensorboard and not any(folder.glob("events.out.tfevents.*")):
-            Events(folder, self.identity).write(rows)
-
-    def load_into(self, run: MeasuredRun) -> None:
-        """Continue the run from the checkpoint, if there is one."""
-        if self.state is None:
-            return
-        try:
-            run.load_state_dict(self.state)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.checkpoint} holds no whole state of this run ({error!r}). {ADVICE}"
-            ) from error
-
-    def open_events(self) -> None:
-        """Begin TensorBoard's file, if asked for."""
-        self.events = Events(self.folder, self.identity) if self.tensorboard else None
-
-    def save(self, run: MeasuredRun) -> None:
-        """Write the checkpoint and what follows from it."""
-        # Events first: of a complete run they are not written again.
-        if self.events is not None:
-            self.events.write(run.rows)
-        save_checkpoint(self.checkpoint, self.identity, {**run.state_dict(), "provenance": self.provenance})
-        write_metrics(self.folder / "metrics.csv", run.rows)
-
-
-def read_state(checkpoint: Path, config: RunConfig) -> dict[str, Any] | None:
-    """Read the state that `config`'s run was last saved in, None where it never was.
-
-    Raises:
-        CheckpointError: the file is damaged or another run's.
-        OSError: it can't be read.
-    """
-    if not checkpoint.exists():
-        return None
-    state = load_checkpoint(checkpoint, dataclasses.asdict(config))
-    step, rows = state.get("step"), state.get("rows")
-    if not isinstance(step, int) or not 0 <= step <= config.steps:
-        raise CheckpointError(f"{checkpoint} stands at step {step!r} of {config.steps}. {ADVICE}")
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, dict) and set(row) == set(COLUMNS) for row in rows)
-    ):
-        raise CheckpointError(f"{checkpoint} holds no rows of metrics. {ADVICE}")
-    return state
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the mean cross-entropy and the accuracy (a fraction) of `model` in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=images.device)
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for some, expected in zip(
-        torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True
-    ):
-        logits = model(some)
-        # Sums, since the last batch may be smaller: a mean of means would weigh its samples more.
-        loss += F.cross_entropy(logits, expected, reduction="sum")
-        correct += (logits.argmax(1) == expected).sum()
-    model.train(was_training)
-    return float(loss) / len(labels), float(correct) / len(labels)

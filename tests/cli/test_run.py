@@ -11,7 +11,7 @@ from svag_fast.cli.run import run
 from svag_fast.experiments.config import ExperimentConfig
 
 OPTIONS = {option.name: option for option in run.params}
-FIELDS = dataclasses.fields(ExperimentConfig)
+FIELDS = [field for field in dataclasses.fields(ExperimentConfig) if field.metadata]  # TARGET says the others
 
 
 def default_shown(name: str) -> str | None:

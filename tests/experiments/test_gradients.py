@@ -55,7 +55,7 @@ def test_gradients_are_those_of_two_plain_passes_in_as_many_calls_as_the_rule_sa
     model.features.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):  # the first looks at the model more often
         calls.clear()
-        result = pair_gradients(model, optimizer, images, labels, norms=False)
+        result = pair_gradients(model, optimizer, (images, labels), norms=False)
         assert torch.allclose(result.losses, expected[0], rtol=1e-12)
         assert_gradients(model, optimizer, *expected[1:])
         optimizer.discard_gradient()
@@ -72,7 +72,7 @@ def test_norms_are_those_of_each_samples_own_gradient():
     for image, label in zip(images, labels, strict=True):
         grads = torch.autograd.grad(F.cross_entropy(model(image[None]), label[None]), params)
         expected.append(sum(g.square().sum() for g in grads))
-    result = pair_gradients(model, optimizer, images, labels, norms=True)
+    result = pair_gradients(model, optimizer, (images, labels), norms=True)
     assert result.way == "joint"
     assert torch.allclose(result.sq_norms, torch.stack(expected), rtol=1e-10)
     assert_gradients(model, optimizer, *one_by_one(model, images, labels)[1:])
@@ -82,10 +82,10 @@ def test_the_model_is_left_as_it_was_also_after_an_error():
     model, optimizer = made("digits-net", 1)
     images, labels = batches(4, 1, 8)
     before = model(images)
-    pair_gradients(model, optimizer, images, labels, norms=True)
+    pair_gradients(model, optimizer, (images, labels), norms=True)
     optimizer.discard_gradient()
     with pytest.raises(RuntimeError):
-        pair_gradients(model, optimizer, torch.randn(4, 3, 8, 8, dtype=torch.float64), labels, norms=True)
+        pair_gradients(model, optimizer, (torch.randn(4, 3, 8, 8, dtype=torch.float64), labels), norms=True)
     assert all("forward" not in vars(module) for module in model.modules())
     assert torch.equal(model(images), before)
 
@@ -101,7 +101,7 @@ def test_batchnorm_sees_each_batch_alone_and_at_l_1_the_measuring_batch_leaves_n
     images, labels = batches(8, 1, 8)
     (model, optimizer), (first_only, _), (plain, _) = (made("preresnet8-bn", 1, l=1) for _ in range(3))
     expected = one_by_one(plain, images, labels)
-    result = pair_gradients(model, optimizer, images, labels, norms=False)
+    result = pair_gradients(model, optimizer, (images, labels), norms=False)
     first_only(images[:4])
     for name, value in first_only.named_buffers():
         assert torch.equal(model.get_buffer(name), value), name
@@ -113,7 +113,7 @@ def test_batchnorm_sees_each_batch_alone_and_at_l_1_the_measuring_batch_leaves_n
 def test_measuring_the_cost_leaves_the_model_and_the_optimizer_as_they_were(both):
     model, optimizer = made("digits-net", 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    cost = measuring_cost(model, optimizer, *batches(4, 1, 8), both=both, repeats=1)
+    cost = measuring_cost(model, optimizer, batches(4, 1, 8), both=both, repeats=1)
     assert -1 < cost < 100
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

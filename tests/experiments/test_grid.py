@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from svag_fast.cli.main import main
 from svag_fast.experiments.config import ExperimentConfig
-from svag_fast.experiments.grid import ExperimentError, prepare_folder, read_experiment
+from svag_fast.experiments.experiment_folder import ExperimentError, prepare_folder, read_experiment
 from svag_fast.experiments.run_output import RunBusyError, alone_in
 
 OPTIONS = ["--batch-size", "4,16", "--lr", "0.1", "--l", "1,3", "--seeds", "2", "--effective-steps", "4000"]

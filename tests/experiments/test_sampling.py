@@ -22,7 +22,7 @@ from svag_fast.cli.main import main
 from svag_fast.experiments.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from svag_fast.experiments.config import SAMPLINGS, UNSAID, ExperimentConfig, RunConfig
 from svag_fast.experiments.data import load_dataset
-from svag_fast.experiments.grid import read_experiment
+from svag_fast.experiments.experiment_folder import read_experiment
 from svag_fast.experiments.training import Training
 from svag_fast.noise import estimators as noise
 from svag_fast.plots.prediction import figure

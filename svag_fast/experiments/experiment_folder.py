@@ -1,0 +1,152 @@
+"""An experiment's folder: what must be so before its runs are trained in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig, read_settings
+from svag_fast.experiments.run_folder import read_config, read_metrics, require_comparable
+from svag_fast.experiments.task_file import COPY, difference, hash_of, keep_copy, known_hashes, place_of, source_of
+from svag_fast.files import is_leftover, remove_leftovers, replace_file
+
+if TYPE_CHECKING:
+    from svag_fast.experiments.task import Task
+
+
+class ExperimentError(RuntimeError):
+    """The experiment can't continue; the message says what to do."""
+
+
+def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool, force: bool = False) -> None:
+    """Make `out` the folder of the experiment that `config` describes or, with `resume`, check that it is.
+
+    With `resume` too a folder that is missing or empty is made: one command line starts a job and continues it.
+    With `force` a task's file may have changed since: runs from here on are of the new one.
+
+    Raises:
+        ConfigError: a task's file isn't there.
+        ExperimentError: without `resume`, it holds something already; with it, another experiment, none, one of a
+            task's file that has changed, or runs that can't be continued or reported beside its own.
+        OSError: it can't be written.
+    """
+    source = source_of(config.task) if config.task and not config.task.startswith("<") else None
+    if holds_something(out):
+        if not resume:
+            raise ExperimentError(f"{out} is not empty: --resume continues it, and --out chooses another folder.")
+        theirs, ours = read_experiment(out).to_dict(), config.to_dict()
+        # A resumed experiment with other settings would mix two experiments' runs in one report.
+        if differing := [key for key in ours if ours[key] != theirs[key]]:
+            details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
+            raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
+        _check_runs(out, config)
+        if source is not None:
+            _check_task_file(out, config.task, source, force)
+        remove_leftovers(out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    if source is not None:
+        keep_copy(out, config.task, source)
+    with replace_file(out / "experiment.json") as file:
+        file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+
+def _check_task_file(out: Path, task: str, source: str, force: bool) -> None:
+    """Refuse a task's file that is another one than the experiment's, or with `force` take it from here on."""
+    try:
+        known = known_hashes(out)
+        if known and known[-1] == hash_of(source):
+            return
+        changes = difference(out, source) if known else ""
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{out} has no whole copy of its task's file: {error}") from error
+    if known and not force:
+        raise ExperimentError(
+            f"{place_of(task).path} has changed since {out} began:\n\n{changes}\n\nRuns of two tasks don't belong in "
+            "one report: take the change back, or choose another --out. --force continues with the new file all the same."
+        )
+    if known:
+        (out / COPY).rename(out / f"task-{known[-1][:8]}.py")
+    keep_copy(out, task, source, known)
+
+
+def holds_something(out: Path) -> bool:
+    """Whether there is anything in the folder `out` (but for what a killed process left half-written)."""
+    return out.is_dir() and any(not is_leftover(entry) for entry in os.scandir(out))
+
+
+def _check_runs(out: Path, config: ExperimentConfig) -> None:
+    """Fail now where a run or the report would fail after all else was trained."""
+    from svag_fast.experiments.book import read_state
+    from svag_fast.experiments.checkpoint import CheckpointError
+
+    ours = config.runs()
+    for run in ours:
+        try:
+            read_state(out / run.name / "checkpoint.pt", run)
+        except CheckpointError as error:
+            raise ExperimentError(f"run {run.name} can't continue: {error}") from error
+    names = {run.name for run in ours}
+    others = [book.parent for book in sorted(out.glob("*/config.json")) if book.parent.name not in names]
+    try:
+        configs = {run.name: asdict(run) for run in ours}
+        for folder in others:
+            configs[folder.name] = read_config(folder / "config.json")
+            read_metrics(folder / "metrics.csv")
+        require_comparable(configs)
+    except ValueError as error:
+        raise ExperimentError(f"{error}. Move what is no run of this experiment out of {out}.") from error
+
+
+def read_experiment(out: Path) -> ExperimentConfig:
+    """Read the settings of the experiment in `out`.
+
+    Raises:
+        ExperimentError: there is none.
+        ConfigError: its settings can't be read.
+    """
+    book = out / "experiment.json"
+    if not book.exists():
+        raise ExperimentError(f"{out} holds no experiment to resume: there is no {book}.")
+    settings = read_settings(book)
+    if "label_noise" not in settings:  # an older version's, whose runs had no such thing and another length
+        settings |= {"label_noise": UNSAID["label_noise"], "replicas": "off"}
+        if settings.get("effective_steps") is None and settings.get("epochs") is None:
+            settings["effective_steps"] = 1008
+    return ExperimentConfig.from_dict({name: UNSAID[name] for name in ("sampling", "init")} | settings)
+
+
+def with_size(config: ExperimentConfig, task: Task | None) -> ExperimentConfig:
+    """Return the settings with the number of the task's training samples filled in; of no task as they are."""
+    return config if task is None else replace(config, train_size=task.train_size)
+
+
+def check_experiment(config: ExperimentConfig, task: Task | None = None) -> None:
+    """Fail now, before anything is written, where every run would: on the data, the model, the device, the backend.
+
+    Args:
+        config: the grid.
+        task: the task that it names.
+
+    Raises:
+        ConfigError: what isn't there, with what is, and what is wrong with the task.
+        TaskError: its own code failed.
+    """
+    from svag_fast.experiments.task_error import TaskError
+    from svag_fast.experiments.training import make_engine
+
+    # The first steps of the smallest run cost least, and go through all that may be missing.
+    run = min(config.runs(), key=lambda run: run.batch_size)
+    try:
+        if task is not None:
+            task.check_batch_size(max(config.batch_size))
+        make_engine([run], task).advance()
+    except TaskError:
+        raise
+    except (OSError, ValueError, RuntimeError, AssertionError, MemoryError, ImportError, TypeError) as error:
+        advice = " (--replicas off trains each run alone, by PyTorch)" if run.engine == "fused" else ""
+        raise ConfigError(f"{error}{advice}") from error
