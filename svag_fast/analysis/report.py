@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svag_fast.analysis.margins import METRICS, Margin, default_metrics
+from svag_fast.analysis.margins import METRICS, Margin, choose_margins, default_metrics
+from svag_fast.analysis.phases import END
 from svag_fast.analysis.prediction import Prediction, predict_if_possible
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs
-from svag_fast.analysis.verdict import Cell, Decision, SharedLimit, Verdict, combine, judge, shared_limits
+from svag_fast.analysis.verdict import Cell, Decision, Mean, SharedLimit, Verdict, combine, judge, shared_limits
 from svag_fast.analysis.verdict_text import (
     headline,
     name,
@@ -29,6 +30,7 @@ from svag_fast.analysis.verdict_text import (
     unit,
     with_error,
 )
+from svag_fast.experiments.run_folder import columns_of
 from svag_fast.files import replace_file
 from svag_fast.stats.estimate import Estimate
 from svag_fast.theory.closeness import Norms, c_closeness
@@ -126,17 +128,21 @@ class Report:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # fits 80 columns
-        for heading in ("\nB", "\nl", "\nruns", "final test\naccuracy, %", "train\nloss", "\nG", "\nN", "\nnsr"):
+        metric = next(iter(self.verdicts[0].cells))
+        part, _, rest = name(metric).partition(" ")
+        final = f"final {part}\n{rest}" + (", %" if unit(metric)[0] == 100 else "")
+        for heading in ("\nB", "\nl", "\nruns", final, "train\nloss", "\nG", "\nN", "\nnsr"):
             table.add_column(heading, justify="right", no_wrap=True)
         for heading in ("C-\nclose", "samples\nper s"):
             table.add_column(heading, justify="right", no_wrap=True)
         for verdict, rows in zip(self.verdicts, self.rows, strict=True):
+            ends = verdict.cells[metric].get(END)
             for i, row in enumerate(rows):
                 table.add_row(
                     str(verdict.batch_size) if i == 0 else "",
                     f"{row.l:g}",
                     f"{row.seeds}" + (f"/{row.seeds + row.unfinished}" if row.unfinished else ""),
-                    _accuracy(row.final_accuracy, row.final_accuracy_sd),
+                    _final(ends.means.get(row.l) if ends else None, metric),
                     "" if row.final_train_loss is None else f"{row.final_train_loss:.3g}",
                     *(_number(e.value if e else None) for e in (row.grad_sq_norm, row.noise_trace)),
                     _number(row.nsr),
@@ -233,6 +239,23 @@ def compared_metrics(runs: Sequence[Run]) -> tuple[str, ...]:
     # One that has only just started has no columns.
     started = next((run for run in runs if len(run.metrics["effective_step"])), runs[0])
     return default_metrics(started.metrics)
+
+
+def check_judging(own: Sequence[str], metrics: Sequence[str] | None, margins: Mapping[str, Margin] | None) -> None:
+    """Refuse, before runs are trained, what the report on them would refuse.
+
+    Args:
+        own: the metrics that the runs measure, but for the loss.
+        metrics, margins: as of `make_report`.
+
+    Raises:
+        ValueError: no such column, or a margin of one that is not judged.
+    """
+    columns = [column for column in columns_of(own) if column != "noise_source"]
+    metrics = metrics or default_metrics(columns)
+    if unknown := [metric for metric in metrics if metric not in columns]:
+        raise ValueError(f"metric must be a column of metrics.csv, got {unknown[0]!r}: one of {', '.join(columns)}")
+    choose_margins(metrics, margins or {})
 
 
 def _number_keys(values: Iterable[float]) -> dict[float, str]:
@@ -404,10 +427,12 @@ def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     return float(finite.mean()), float(finite.std(ddof=1)) if len(finite) > 1 else None
 
 
-def _accuracy(mean: float | None, sd: float | None) -> str:
+def _final(mean: Mean | None, metric: str) -> str:
+    """A mean at the end of runs, with the standard deviation of one run."""
     if mean is None:
         return ""
-    return f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if sd is not None else "")
+    error = mean.standard_error
+    return number(mean.value, metric) + ("" if error is None else f" ± {number(error * math.sqrt(mean.runs), metric)}")
 
 
 def _number(value: float | None) -> str:

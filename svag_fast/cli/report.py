@@ -9,23 +9,11 @@ from pathlib import Path
 import rich_click as click
 
 from svag_fast.analysis.margins import Margin
-from svag_fast.analysis.report import Report, make_report
+from svag_fast.analysis.report import make_report
 from svag_fast.cli.options import margin_option, metric_option
-from svag_fast.plots import style as plots
-from svag_fast.plots.convergence import convergence_figure
+from svag_fast.plots.report import save
 
 ALL_DIVERGED = 3  # the commands' exit status where there is no verdict since every run diverged
-
-
-def save(report: Report, folder: Path) -> None:
-    """Write ``summary.json`` and ``convergence.png`` into ``folder``, each in one step.
-
-    Raises:
-        OSError: The folder is missing or not writable, or the disk is full; no file is left half-written.
-    """
-    report.save(folder)
-    with plots.style():
-        plots.save(convergence_figure(report.runs, report.verdicts), folder / "convergence.png")
 
 
 @click.command()

@@ -13,7 +13,8 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.analysis.margins import Margin, choose_margins, default_metrics
+from svag_fast.analysis.margins import Margin
+from svag_fast.analysis.report import check_judging
 from svag_fast.cli.options import margin_option, metric_option, setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
@@ -30,6 +31,7 @@ from svag_fast.experiments.config import (
 from svag_fast.experiments.experiment_folder import (
     ExperimentError,
     check_experiment,
+    free_folder,
     holds_something,
     prepare_folder,
     read_experiment,
@@ -122,7 +124,7 @@ def run(
             config = ExperimentConfig.from_dict(there | _from_file(file) | given)
         else:
             config = ExperimentConfig.from_dict(_from_file(file) | given)
-            out = out or _free_folder(Path("runs", short_name(config.task).replace(":", "-") or config.dataset))
+            out = out or free_folder(config)
         start_fork_server()  # its imports and ours run side by side
         task = load_task(config.task) if config.task else None
         config = with_size(config, task)
@@ -149,10 +151,18 @@ def run(
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
         raise Stopped(f"{error}. Continue with: svag-fast run --resume --out {out}", error.number) from error
-    except TaskError as error:
-        raise click.ClickException(f"{error}\n\nNothing was written.") from error
+    except TaskError as error:  # before the experiment began: a worker's comes as an ExperimentError
+        raise _failure(f"{error}\nNothing was written.") from error
     except (ExperimentError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        raise _failure(str(error)) from error
+
+
+def _failure(text: str) -> click.ClickException:
+    """Print what has more lines than one, such as a traceback, as it is: in the error's box its lines would break."""
+    first, newline, _ = text.partition("\n")
+    if newline:
+        click.echo(text, err=True)
+    return click.ClickException(first.rstrip(":"))
 
 
 def _with_target(target: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -165,15 +175,8 @@ def _with_target(target: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _check_judging(task: Task | None, metrics: Sequence[str], margins: dict[str, Margin]) -> None:
     """Refuse now what the report would refuse after hours of training."""
-    from svag_fast.experiments.run_folder import columns_of
-
-    own = ["accuracy"] if task is None else list(task.metrics)
-    numbers = [column for column in columns_of(own) if column != "noise_source"]
-    metrics = metrics or default_metrics(columns_of(own))
-    if unknown := [metric for metric in metrics if metric not in numbers]:
-        raise ConfigError(f"metric must be a column of metrics.csv, got {unknown[0]!r}: one of {', '.join(numbers)}")
     try:
-        choose_margins(metrics, margins)
+        check_judging(["accuracy"] if task is None else list(task.metrics), metrics, margins)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -187,7 +190,7 @@ class _EarlyReport:
 
     def refresh(self) -> None:
         from svag_fast.analysis.report import make_report
-        from svag_fast.cli.report import save
+        from svag_fast.plots.report import save
 
         start = time.monotonic()
         if start < self.not_before:
@@ -205,7 +208,8 @@ def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     from svag_fast.analysis.prediction import from_runs
     from svag_fast.analysis.report import make_report
     from svag_fast.cli.predict import show_table
-    from svag_fast.cli.report import ALL_DIVERGED, save
+    from svag_fast.cli.report import ALL_DIVERGED
+    from svag_fast.plots.report import save
 
     try:
         report = make_report(out, **judging)
@@ -234,12 +238,6 @@ def _newest_experiment() -> Path:
     if not books:
         raise ExperimentError("there is no experiment in the folder runs to resume: name its folder with --out.")
     return books[-1].parent
-
-
-def _free_folder(wanted: Path) -> Path:
-    """Return `wanted`, or with the first number behind it that isn't taken."""
-    names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))]
-    return next(folder for folder in names if not folder.exists())
 
 
 def _plan(config: ExperimentConfig) -> Table:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig, read_settings
 from svag_fast.experiments.run_folder import read_config, read_metrics, require_comparable
-from svag_fast.experiments.task_file import COPY, difference, hash_of, keep_copy, known_hashes, place_of, source_of
+from svag_fast.experiments.task_file import (
+    COPY,
+    difference,
+    hash_of,
+    keep_copy,
+    known_hashes,
+    place_of,
+    short_name,
+    source_of,
+)
 from svag_fast.files import is_leftover, remove_leftovers, replace_file
 
 if TYPE_CHECKING:
@@ -67,11 +77,19 @@ def _check_task_file(out: Path, task: str, source: str, force: bool) -> None:
     if known and not force:
         raise ExperimentError(
             f"{place_of(task).path} has changed since {out} began:\n\n{changes}\n\nRuns of two tasks don't belong in "
-            "one report: take the change back, or choose another --out. --force continues with the new file all the same."
+            "one report: take the change back, or choose another --out. --force continues with the new file anyway."
         )
     if known:
         (out / COPY).rename(out / f"task-{known[-1][:8]}.py")
     keep_copy(out, task, source, known)
+
+
+def free_folder(config: ExperimentConfig) -> Path:
+    """Return a folder in runs that isn't there yet, of what the experiment trains."""
+    name = re.sub(r"[^\w.-]+", "-", short_name(config.task)) if config.task else config.dataset
+    wanted = Path("runs", name)
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))]
+    return next(folder for folder in names if not folder.exists())
 
 
 def holds_something(out: Path) -> bool:

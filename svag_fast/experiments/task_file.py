@@ -98,7 +98,9 @@ def short_name(task: str) -> str:
     """Return a task's name for people: its file's or module's last part, and the name in it unless it is the usual."""
     if task.startswith("<"):
         return task[1:-1]
-    place, _, name = task.rpartition(":")
+    place, colon, name = task.rpartition(":")
+    if not colon:  # another program's
+        return task
     last = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     return last if name == DEFAULT_NAME else f"{last}:{name}"
 

@@ -14,6 +14,7 @@ from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
 from svag_fast.analysis.verdict import Cell, SharedLimit, Verdict, same_sde, shared_limits
 from svag_fast.analysis.verdict_text import headline, svag_answer, unit
 from svag_fast.experiments.run_folder import Array
+from svag_fast.experiments.task_file import short_name
 from svag_fast.plots.style import GREY, INK, l_colors
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     finished = sum(run.finished and run.diverged_at is None for run in runs)
     diverged = sum(run.diverged_at is not None for run in runs)
     config = runs[0].config
-    parts = [f"{config.get('dataset')}", f"{config.get('model')}", f"weight decay {config['weight_decay']:g}"]
+    task = config.get("task")
+    parts = [short_name(str(task))] if task else [f"{config.get('dataset')}", f"{config.get('model')}"]
+    parts.append(f"weight decay {config['weight_decay']:g}")
     parts += [f"{100 * noise:g} % label noise"] if (noise := config.get("label_noise")) else []
     seeds = {len({run.seed for run in group}) for group in group_by_l(runs).values()}
     parts.append(f"{max(seeds)} seed{'s' if max(seeds) > 1 else ''}" + (" at most" if len(seeds) > 1 else ""))

@@ -1,0 +1,83 @@
+"""svag_fast.study: the grid, its files and its report from Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+
+import svag_fast
+from svag_fast.analysis.margins import Margin
+from svag_fast.experiments.config import ConfigError
+from svag_fast.experiments.experiment_folder import ExperimentError
+from svag_fast.experiments.task_error import TaskError
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(64, 4, generator=GENERATOR)
+Y = X @ torch.ones(4, 1) + 0.3 * torch.randn(64, 1, generator=GENERATOR)
+GRID = {"l": (1, 2), "batch_size": (4, 8), "lr": 0.02, "seeds": 2, "effective_steps": 20, "rows": 4, "progress": False}
+
+
+def regression(**changes):
+    parts = {"model": lambda: torch.nn.Linear(4, 1), "train": (X, Y), "test": (X[:9], Y[:9]), "name": "line"}
+    return svag_fast.Task(**(parts | {"loss": lambda outputs, targets: (outputs - targets).square().mean(1)} | changes))
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_regression_is_compared_by_its_loss_alone_and_may_be_continued(tmp_path):
+    threads = torch.get_num_threads()
+    report = svag_fast.study(regression(), out=tmp_path / "x", **GRID)
+    assert [list(verdict.cells) for verdict in report.verdicts] == [["test_loss"]] * 2
+    assert {run.name for run in report.runs} == {
+        f"{b}-l{l}-seed{seed}" for b in ("b4-lr0.02", "b8-lr0.04") for l in (1, 2) for seed in (0, 1)
+    }
+    assert all(run.finished for run in report.runs)
+    assert torch.get_num_threads() == threads
+    report.print(console := Console(record=True, width=80, quiet=False, file=(tmp_path / "printed").open("w")))
+    assert "final test" in console.export_text()
+    assert (tmp_path / "x" / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    before = files(tmp_path / "x")
+    for path in (tmp_path / "x" / "b4-lr0.02-l1-seed1").iterdir():
+        path.unlink()
+    again = svag_fast.study(regression(), out=tmp_path / "x", resume=True, **GRID)
+    assert again.as_dict()["batch_sizes"]["4"]["metrics"] == report.as_dict()["batch_sizes"]["4"]["metrics"]
+    complete = [path for path in before if path.name == "metrics.csv" and "l1-seed1" not in str(path)]
+    assert {path: path.read_bytes() for path in complete} == {path: before[path] for path in complete}
+
+
+def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path):
+    for changes, message in (
+        ({"batch_sizes": 4}, "unknown setting 'batch_sizes'"),
+        ({"batch_size": (65,)}, "batch_size must be at most 64"),
+        ({"metrics": ["test_accuracy"]}, "metric must be a column of metrics.csv, got 'test_accuracy'"),
+        ({"margins": {"test_top": Margin(0.1)}}, "margins must be for metrics .*, test_loss, got test_top"),
+        ({"replicas": 2}, "task must be left out, or replicas off"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            svag_fast.study(regression(), out=tmp_path / "x", **(GRID | changes))
+    with pytest.raises(TypeError, match=r"^task must be a svag_fast.Task or a target such as 'my_task.py', got None"):
+        svag_fast.study(None)
+    with pytest.raises(ConfigError, match=r"^TARGET must be a file that is there"):
+        svag_fast.study("my_task.py", out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_is_continued_by_a_task_of_the_same_name_alone(tmp_path):
+    grid = GRID | {"batch_size": 4, "l": 1, "seeds": 1}
+    svag_fast.study(regression(), out=tmp_path, resume=True, **grid)
+    with pytest.raises(ExperimentError, match="task is '<line>' there and '<other>' here"):
+        svag_fast.study(regression(name="other"), out=tmp_path, resume=True, **grid)
+
+
+def test_the_tasks_own_error_names_the_runs_folder(tmp_path):
+    def breaks(x, generator):
+        if x.requires_grad or next(calls) > 4:
+            raise LookupError("gone")
+        return x
+
+    calls = iter(range(100))
+    with pytest.raises(TaskError, match=r"run b4-lr0.02-l1-seed0 failed \(in .*b4-lr0.02-l1-seed0\)(.|\n)*gone"):
+        svag_fast.study(regression(augment=breaks), out=tmp_path, **GRID)
