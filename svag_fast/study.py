@@ -12,7 +12,13 @@ from rich.console import Console
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.report import Report, check_judging, make_report
 from svag_fast.experiments.config import ExperimentConfig, RunConfig, cores
-from svag_fast.experiments.experiment_folder import check_experiment, free_folder, prepare_folder, with_size
+from svag_fast.experiments.experiment_folder import (
+    check_experiment,
+    check_task_file,
+    free_folder,
+    prepare_folder,
+    with_size,
+)
 from svag_fast.experiments.grid import progress_bar, provenance, run_experiment
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import load_task, parse_target
@@ -78,11 +84,13 @@ def study(
     else:
         raise TypeError(must_be("task", "a svag_fast.Task or a target such as 'my_task.py'", shown(task)))
     config = ExperimentConfig.from_dict(named | settings)
-    made = task if isinstance(task, Task) else load_task(config.task) if config.task else None
+    folder = free_folder(config) if out is None else Path(out)
+    made = task if isinstance(task, Task) else None
+    if made is None and config.task:
+        made = load_task(config.task, check_task_file(folder, config.task, force=force))
     config = with_size(config, made)
     check_experiment(config, made)
     check_judging(["accuracy"] if made is None else list(made.metrics), metrics, margins)
-    folder = free_folder(config) if out is None else Path(out)
     prepare_folder(folder, config, resume=resume, force=force)
     console = Console(quiet=not progress)
     console.print(f"in {folder}", markup=False)

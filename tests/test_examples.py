@@ -12,6 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PRINTED = {
+    "language_model.py": "whether SGD follows its SDE limit at B = 8",
     "own_loop.py": r"accuracy 0\.\d+ after 200 effective steps",
     "noise_scale.py": r"B_simple = Tr Sigma / G = \d+ samples",
     "predict_from_csv.py": r"must fail beyond B\*",
@@ -21,9 +22,10 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_it_runs(example: Path) -> None:
+def test_it_runs(example: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, str(example)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(PRINTED[example.name], done.stdout), done.stdout
 

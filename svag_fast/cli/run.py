@@ -31,6 +31,7 @@ from svag_fast.experiments.config import (
 from svag_fast.experiments.experiment_folder import (
     ExperimentError,
     check_experiment,
+    check_task_file,
     free_folder,
     holds_something,
     prepare_folder,
@@ -121,19 +122,24 @@ def run(
         if resume:
             out = out or _newest_experiment()
             there = read_experiment(out).to_dict() if holds_something(out) else {}
+            if (task := there.get("task")) and target is None:
+                expected = (
+                    f"named again, since no file of settings has code run: svag-fast run {task} --resume --out {out}"
+                )
+                raise ConfigError(must_be("TARGET", expected, "none"))
             config = ExperimentConfig.from_dict(there | _from_file(file) | given)
         else:
             config = ExperimentConfig.from_dict(_from_file(file) | given)
             out = out or free_folder(config)
         start_fork_server()  # its imports and ours run side by side
-        task = load_task(config.task) if config.task else None
-        config = with_size(config, task)
+        made = load_task(config.task, check_task_file(out, config.task, force=force)) if config.task else None
+        config = with_size(config, made)
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("--tensorboard needs a package that is not there: pip install tensorboard")
         check_range("jobs", jobs or 1)
         check_range("checkpoint_seconds", checkpoint_seconds)
-        check_experiment(config, task)
-        _check_judging(task, metrics, margins)
+        check_experiment(config, made)
+        _check_judging(made, metrics, margins)
         prepare_folder(out, config, resume=resume, force=force)
         console.print(_plan(config))
         console.print(f"in {out}\n", markup=False)
@@ -150,7 +156,8 @@ def run(
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
-        raise Stopped(f"{error}. Continue with: svag-fast run --resume --out {out}", error.number) from error
+        again = f"svag-fast run {f'{config.task} ' if config.task else ''}--resume --out {out}"
+        raise Stopped(f"{error}. Continue with: {again}", error.number) from error
     except TaskError as error:  # before the experiment began: a worker's comes as an ExperimentError
         raise _failure(f"{error}\nNothing was written.") from error
     except (ExperimentError, OSError) as error:
@@ -230,7 +237,12 @@ def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:
-    return {} if file is None else read_settings(file)
+    settings = {} if file is None else read_settings(file)
+    if task := settings.get("task"):
+        raise ConfigError(
+            must_be("task", "named on the command line, since no file of settings has code run", shown(task))
+        )
+    return settings
 
 
 def _newest_experiment() -> Path:

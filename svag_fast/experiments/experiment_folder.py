@@ -43,19 +43,22 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool, force: 
             task's file that has changed, or runs that can't be continued or reported beside its own.
         OSError: it can't be written.
     """
-    source = source_of(config.task) if config.task and not config.task.startswith("<") else None
+    in_file = config.task and not config.task.startswith("<")
+    source = source_of(config.task) if in_file else None
     if holds_something(out):
         if not resume:
             raise ExperimentError(f"{out} is not empty: --resume continues it, and --out chooses another folder.")
+        if in_file:
+            check_task_file(out, config.task, force=force)
         theirs, ours = read_experiment(out).to_dict(), config.to_dict()
         # A resumed experiment with other settings would mix two experiments' runs in one report.
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
         _check_runs(out, config)
-        if source is not None:
-            _check_task_file(out, config.task, source, force)
         remove_leftovers(out)
+        if source is not None:
+            _renew_copy(out, config.task, source)
         return
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
@@ -65,20 +68,37 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool, force: 
         file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")
 
 
-def _check_task_file(out: Path, task: str, source: str, force: bool) -> None:
-    """Refuse a task's file that is another one than the experiment's, or with `force` take it from here on."""
+def check_task_file(out: Path, task: str, *, force: bool = False) -> str:
+    """Return the hash of a task's file, before any of it is run; refuse another one than the experiment's in `out`.
+
+    Args:
+        out: the experiment's folder, perhaps none yet.
+        task: the setting.
+        force: let it be another one.
+
+    Raises:
+        ConfigError: there is no such file.
+        ExperimentError: it has changed since; the message shows how.
+    """
+    source = source_of(task)
+    found = hash_of(source)
     try:
         known = known_hashes(out)
-        if known and known[-1] == hash_of(source):
-            return
-        changes = difference(out, source) if known else ""
+        if not known or known[-1] == found or force:
+            return found
+        changes = difference(out, source)
     except (OSError, ValueError) as error:
         raise ExperimentError(f"{out} has no whole copy of its task's file: {error}") from error
-    if known and not force:
-        raise ExperimentError(
-            f"{place_of(task).path} has changed since {out} began:\n\n{changes}\n\nRuns of two tasks don't belong in "
-            "one report: take the change back, or choose another --out. --force continues with the new file anyway."
-        )
+    raise ExperimentError(
+        f"{place_of(task).path} has changed since {out} began:\n\n{changes}\n\nRuns of two tasks don't belong in one "
+        "report: take the change back, or choose another --out. --force continues with the new file anyway."
+    )
+
+
+def _renew_copy(out: Path, task: str, source: str) -> None:
+    known = known_hashes(out)
+    if known and known[-1] == hash_of(source):
+        return
     if known:
         (out / COPY).rename(out / f"task-{known[-1][:8]}.py")
     keep_copy(out, task, source, known)

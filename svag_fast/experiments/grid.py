@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from svag_fast import __version__
 from svag_fast.experiments.config import ExperimentConfig, RunConfig, check_range
 from svag_fast.experiments.experiment_folder import ExperimentError
-from svag_fast.experiments.task_file import hash_of, load_task, source_of
+from svag_fast.experiments.task_file import known_hashes, load_task
 from svag_fast.versions import package_version
 
 PATIENCE = 20.0  # seconds that an interrupted worker gets to save its run
@@ -94,7 +94,9 @@ def run_experiment(
     waiting = sorted(_groups(config, jobs), key=lambda group: sum(run.cost for run in group))
     total, count = sum(run.cost for run in config.runs()), len(config.runs())
     options: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard}
-    options["provenance"] = provenance(config.task)
+    options["provenance"] = provenance()
+    if config.task:
+        options["provenance"]["task_sha256"] = known_hashes(out)[-1]
     workers: list[_Worker] = []
     done: list[RunConfig] = []
     context = start_fork_server()
@@ -165,13 +167,11 @@ def _groups(config: ExperimentConfig, jobs: int) -> list[list[RunConfig]]:
     return [runs[i : i + size] for runs in kinds.values() for i in range(0, len(runs), size)]
 
 
-def provenance(task: str = "") -> dict[str, Any]:
-    """Versions, platform, the hash of a task's file and, where the package runs from a checkout, the commit."""
+def provenance() -> dict[str, Any]:
+    """Versions, platform and, where the package runs from a checkout, the commit."""
     packages = ("torch", "numpy", "scipy", "scikit-learn")
     versions = {name: package_version(name) for name in packages}
-    own = {"task_sha256": hash_of(source_of(task))} if task and not task.startswith("<") else {}
     return {
-        **own,
         "versions": {"svag_fast": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "commit": _commit(),

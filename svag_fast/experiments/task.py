@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -109,7 +110,7 @@ class Task:
             expected = f"at most {self.train_size}, the number of the task's training samples"
             raise ValueError(must_be("batch_size", expected, str(batch_size)))
 
-    @property
+    @cached_property
     def takes_model(self) -> bool:
         """Whether the loss is a function of (model, batch)."""
         if isinstance(self.loss, nn.Module):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.util
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +20,15 @@ from svag_fast.analysis.report import make_report
 from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.experiment_folder import check_experiment, with_size
+from svag_fast.experiments.gradients import pair_gradients
 from svag_fast.experiments.measured_run import own_seed
+from svag_fast.experiments.run_folder import columns_of
 from svag_fast.experiments.task import builtin_task
 from svag_fast.experiments.task_error import TaskError
+from svag_fast.experiments.task_file import load_task
 from svag_fast.experiments.training import Training, train
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 8, generator=GENERATOR), torch.randint(3, (64,), generator=GENERATOR)
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
@@ -272,6 +279,68 @@ def test_the_tasks_own_error_has_its_own_traceback(tmp_path):
 def test_a_layer_on_another_shape_is_told_from_the_layer_on():
     with pytest.raises(TaskError, match="shapes cannot be multiplied"):
         Training(config(), make(model=lambda: nn.Linear(7, 3)))
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_language_models_norms_are_those_of_its_sequences_and_it_learns():
+    """Tokens [B, T], a loss a sequence, embeddings that are tied to the head."""
+    task = dataclasses.replace(example("language_model").task, metrics={})
+    run = Training(config(lr=0.3, effective_steps=50, rows=1, train_size=400), task)
+    assert run.columns == columns_of(())
+    assert run.noise_source == "per_sample"
+    run.model.eval()  # the same function twice: no dropout
+    batch = run.train_data.take(torch.arange(8))
+    losses = task.losses(run.model, batch)
+    grads = [torch.autograd.grad(loss, run.params, retain_graph=True) for loss in losses]
+    expected = torch.tensor([sum(float(g.double().square().sum()) for g in gs) for gs in grads], dtype=torch.float64)
+    pair = pair_gradients(run.model, run.optimizer, batch, norms=True, losses=task.losses, way=run.way)
+    run.optimizer.discard_gradient()
+    assert torch.allclose(pair.sq_norms, expected, rtol=1e-4)
+    run.model.train()
+    while not run.ended:
+        run.advance()
+        if run.step == run.config.steps:
+            run.end_row()
+    assert run.rows[-1]["test_loss"] < run.rows[0]["test_loss"] - 0.1
+
+
+def test_a_regression_of_several_outputs_is_trained_on_dicts_by_a_loss_of_the_model():
+    """A Dataset of dicts, a collate, and a model whose loss is its own business."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, i):
+            return {"x": X[i], "y": X[i, :2]}
+
+    def loss(model, batch):
+        return (model(batch["x"]) - batch["y"]).square().mean(1)
+
+    def collate(items):
+        return {name: torch.stack([item[name] for item in items]) for name in ("x", "y")}
+
+    task = Task(model=lambda: nn.Linear(8, 2), train=Rows(), test=Rows(), loss=loss, collate=collate)
+    run = Training(config(effective_steps=40, rows=1, train_size=32), task)
+    while run.step < run.config.steps:
+        run.advance()
+    run.end_row()
+    assert run.rows[-1]["test_loss"] < run.rows[0]["test_loss"] / 2
+    assert "test_accuracy" not in run.rows[-1]
+
+
+def test_the_pages_task_runs(tmp_path):
+    page = (EXAMPLES.parent / "docs" / "tasks.md").read_text()
+    (tmp_path / "my_task.py").write_text(page.split("```")[1].removeprefix("python"))
+    task = load_task(f"{tmp_path / 'my_task.py'}:task")
+    assert task.name == "my_task"
+    Training(config(train_size=800), task).advance()
 
 
 def test_a_checkpoint_of_other_metrics_is_refused(tmp_path):

@@ -82,7 +82,7 @@ def test_a_file_is_named_whole_so_that_it_is_found_from_any_folder(file):
         ("my_task.py:a-b", "TARGET must be one whose NAME is a Python name"),
         ("a/b:c", "TARGET must be FILE.py:NAME or package.module:NAME, got 'a/b:c'"),
         ("no_module:task", "task must be a module that is there, in a file, got 'no_module'"),
-        ("my_task.py:other", "'other' in .*my_task.py must be a svag_fast.Task, or .* got no such name there, but task"),
+        ("my_task.py:other", "'other' in .*my_task.py must be a svag_fast.Task, or .* no such name there, but task"),
         ("my_task.py:number", "'number' in .*my_task.py must be a svag_fast.Task, or a function .* one, got 3"),
     ],
 )  # fmt: skip
@@ -109,6 +109,13 @@ def test_what_the_target_says_is_refused_as_an_option_too(file):
     assert "left out beside digits" in " ".join(answer.output.split())
 
 
+def test_a_file_of_settings_names_no_code(file):
+    (file.parent / "settings.json").write_text(json.dumps({"task": f"{file}:task"}))
+    answer = invoke("--config", "settings.json")
+    assert answer.exit_code == 2
+    assert "task must be named on the command line" in " ".join(answer.output.split())
+
+
 def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     answer = invoke("my_task.py", *OPTIONS)
     assert answer.exit_code == 0, answer.output
@@ -125,16 +132,21 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     # The copy is never run: it may be anything, the file that is named is what counts.
     file.write_text(SOURCE.replace("Linear(8, neighbour.CLASSES)", "Linear(8, 3, bias=False)"))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    refused = invoke("--resume", "--out", out)
+    unnamed = invoke("--resume", "--out", out)
+    assert unnamed.exit_code == 2
+    assert "TARGET must be named again, since no file of settings has code run" in " ".join(unnamed.output.split())
+    (file.parent / "neighbour.py").write_text("raise SystemExit('the changed file was run')")
+    refused = invoke("my_task.py", "--resume", "--out", out)
     assert refused.exit_code == 1
     assert "-        model=lambda: torch.nn.Linear(8, neighbour.CLASSES)," in refused.output
     assert "+        model=lambda: torch.nn.Linear(8, 3, bias=False)," in refused.output
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
-    # Trained anew under --force, one run is of the new file; the report takes both, as it was told to.
+    # Trained again under --force, one run is of the new file; the report takes both, as it was told to.
     for name in ("checkpoint.pt", "metrics.csv", "config.json"):
         (out / "b4-lr0.1-l1-seed0" / name).unlink()
-    forced = invoke("--resume", "--force", "--out", out)
+    (file.parent / "neighbour.py").write_text("CLASSES = 3\n")
+    forced = invoke("my_task.py", "--resume", "--force", "--out", out)
     assert forced.exit_code == 0, forced.output
     hashes = json.loads((out / "task.json").read_text())["sha256"]
     assert hashes[0] == sha
