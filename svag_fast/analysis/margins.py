@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 METRICS = ("test_accuracy", "test_loss")  # what the verdict is about, unless something else is asked for
-
-
-def default_metrics(columns: Iterable[str]) -> tuple[str, ...]:
-    """Return what the verdict is about of runs of a task with these columns: its first metric, if any, and the loss."""
-    own = [name for name in columns if name.startswith("test_") and name != "test_loss"]
-    return (*own[:1], "test_loss")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svag_fast.analysis.margins import METRICS, Margin, choose_margins, default_metrics
+from svag_fast.analysis.compared import compared_metrics
+from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.phases import END
 from svag_fast.analysis.prediction import Prediction, predict_if_possible
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs
@@ -30,7 +31,6 @@ from svag_fast.analysis.verdict_text import (
     unit,
     with_error,
 )
-from svag_fast.experiments.run_folder import columns_of
 from svag_fast.files import replace_file
 from svag_fast.stats.estimate import Estimate
 from svag_fast.theory.closeness import Norms, c_closeness
@@ -230,32 +230,6 @@ def make_report(
     found = predict_if_possible(runs, confidence=confidence)
     prediction, missing = (None, found) if isinstance(found, str) else (found, None)
     return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
-
-
-def compared_metrics(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return the columns that runs are judged by unless others are asked for."""
-    if not runs[0].config.get("task"):
-        return METRICS
-    # One that has only just started has no columns.
-    started = next((run for run in runs if len(run.metrics["effective_step"])), runs[0])
-    return default_metrics(started.metrics)
-
-
-def check_judging(own: Sequence[str], metrics: Sequence[str] | None, margins: Mapping[str, Margin] | None) -> None:
-    """Refuse, before runs are trained, what the report on them would refuse.
-
-    Args:
-        own: the metrics that the runs measure, but for the loss.
-        metrics, margins: as of `make_report`.
-
-    Raises:
-        ValueError: no such column, or a margin of one that is not judged.
-    """
-    columns = [column for column in columns_of(own) if column != "noise_source"]
-    metrics = metrics or default_metrics(columns)
-    if unknown := [metric for metric in metrics if metric not in columns]:
-        raise ValueError(f"metric must be a column of metrics.csv, got {unknown[0]!r}: one of {', '.join(columns)}")
-    choose_margins(metrics, margins or {})
 
 
 def _number_keys(values: Iterable[float]) -> dict[float, str]:

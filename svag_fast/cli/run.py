@@ -13,8 +13,8 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
+from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
-from svag_fast.analysis.report import check_judging
 from svag_fast.cli.options import margin_option, metric_option, setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
@@ -26,7 +26,6 @@ from svag_fast.experiments.config import (
     ExperimentConfig,
     check_range,
     cores,
-    read_settings,
 )
 from svag_fast.experiments.experiment_folder import (
     ExperimentError,
@@ -39,6 +38,7 @@ from svag_fast.experiments.experiment_folder import (
     with_size,
 )
 from svag_fast.experiments.grid import ExperimentInterruptedError, run_experiment, start_fork_server
+from svag_fast.experiments.settings_file import read_settings
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import load_task, parse_target, short_name
 from svag_fast.numeric import must_be, shown
@@ -122,10 +122,10 @@ def run(
         if resume:
             out = out or _newest_experiment()
             there = read_experiment(out).to_dict() if holds_something(out) else {}
-            if (task := there.get("task")) and target is None:
-                expected = (
-                    f"named again, since no file of settings has code run: svag-fast run {task} --resume --out {out}"
-                )
+            task = str(there.get("task", ""))
+            if task and target is None and not task.startswith("<"):
+                again = f"svag-fast run {task} --resume --out {out}"
+                expected = f"named again, since no file of settings has code run: {again}"
                 raise ConfigError(must_be("TARGET", expected, "none"))
             config = ExperimentConfig.from_dict(there | _from_file(file) | given)
         else:

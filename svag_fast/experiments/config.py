@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 from svag_fast.experiments.data import TRAIN_SIZES
-from svag_fast.files import read_text
 from svag_fast.numeric import integer, number, shown
-
-SETTINGS_BYTES = 1 << 20
 
 SAMPLINGS = ("replacement", "distinct")
 # Settings of the built-in nets and data, and what they are where a task takes their place.
@@ -477,27 +466,3 @@ class ExperimentConfig(Settings):
                 value = settings[name]
                 settings[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         return cls(**settings)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read the settings of a TOML or (by its suffix) JSON file, for `ExperimentConfig.from_dict`.
-
-    Raises:
-        ConfigError: the file can't be read, or isn't TOML or JSON of keys and values.
-    """
-    kind = "JSON" if path.suffix == ".json" else "TOML"
-    try:
-        text = read_text(path, SETTINGS_BYTES)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    try:
-        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except RecursionError as error:
-        raise ConfigError(f"{path} is not {kind} of settings: it is nested too deeply") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not {kind}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return values

@@ -39,7 +39,7 @@ def broken():
 small = task()
 number = 3
 """
-OPTIONS = ["--batch-size", "4", "--lr", "0.1", "--l", "1,2", "--seeds", "2", "--effective-steps", "20", "--rows", "4"]
+OPTIONS = ["--batch-size", "4", "--lr", "0.1", "--l", "1", "--seeds", "2", "--effective-steps", "20", "--rows", "4"]
 
 
 @pytest.fixture
