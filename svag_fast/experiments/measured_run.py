@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from torch import nn
+
 from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import Dataset
-from svag_fast.experiments.models import FixedHeadNet, build_model
+from svag_fast.experiments.models import build_model
 from svag_fast.experiments.run_folder import METRICS, MUST_BE_FINITE, columns_of
 from svag_fast.experiments.run_output import MetricsRow
 from svag_fast.noise.estimators import NoiseEstimate
@@ -141,16 +143,17 @@ def diverged(row: MetricsRow) -> bool:
     return not all(math.isfinite(value) for value in judged if isinstance(value, float))
 
 
-def initial_model(config: RunConfig, dataset: Dataset) -> FixedHeadNet:
-    """Build the net with its initial weights; the head, which is part of the problem, is the same for all runs."""
+def initial_model(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """Build the net with its initial weights; a fixed head, which is part of the problem, is the same for all runs."""
     image = dataset.train_images[0]
     shape = {"in_channels": len(image), "pixels": image[0].numel(), "num_classes": dataset.num_classes}
     model = build_model(config.model, **shape)
     if config.init == "shared":
         return model
     own = build_model(config.model, **shape, seed=own_seed(config, "initial weights"))
-    # The head is part of the problem, not of the initial weights.
-    own.head.copy_(model.head)
+    # What isn't trained, such as a fixed head, is part of the problem, not of the initial weights.
+    for mine, shared in zip(own.buffers(), model.buffers(), strict=True):
+        mine.copy_(shared)
     return own
 
 

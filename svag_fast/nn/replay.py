@@ -57,10 +57,10 @@ def rewound(model: nn.Module) -> Iterator[Replay]:
 
 
 @contextmanager
-def randomised(model: nn.Module) -> Iterator[None]:
+def randomised(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Context in which a model's parameters are moved by half of their size: a dependence may hide behind zeros, such
-    as a residual branch's that starts with weight 0."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    as a residual branch's that starts with weight 0. Each seed moves them to another place."""
+    generator = torch.Generator("cpu").manual_seed(seed)
     before = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
     try:
         for p, data in before:
