@@ -84,7 +84,8 @@ class GPT(nn.Module):
         """Logits [B, T, vocabulary] of tokens [B, T], int64."""
         if tokens.dim() != 2 or tokens.shape[1] > self.context:
             raise ValueError(f"tokens must be [B, T] with T at most {self.context}, got {list(tokens.shape)}")
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        # A row for each sample, made of the samples: pair_pass takes both batches at once.
+        positions = torch.ones_like(tokens).cumsum(1) - 1
         x = self.norm(self.blocks(self.token(tokens) + self.position(positions)))
         logits: Tensor = F.linear(x, self.head) if isinstance(self.head, Tensor) else self.head(x)
         return logits
@@ -126,7 +127,8 @@ def gpt(
     if tied and not plain:
         raise ValueError("tied must be of the plain form, got the scale-invariant one, whose head is not trained")
     model = GPT(layers, width, vocabulary, context, plain, tied)
-    ends = {id(module) for block in model.blocks for module in (block.attention.out, block.down)}
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    ends = {id(module) for block in blocks for module in (block.attention.out, block.down)}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=PLAIN_STD if plain else 1.0, generator=generator)

@@ -93,9 +93,7 @@ def scale_invariance_report(
     return report_of(model, lambda m: loss(m(inputs), targets), scale=scale)
 
 
-def report_of(
-    model: nn.Module, loss_of: Callable[[nn.Module], Tensor], *, scale: float = 3.0
-) -> ScaleInvarianceReport:
+def report_of(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], *, scale: float = 3.0) -> ScaleInvarianceReport:
     """As :func:`scale_invariance_report`, for any loss of the model itself; the mean of what it returns is L."""
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
@@ -118,7 +116,8 @@ def report_of(
             return report
         radial, loss = look.radial(), loss.detach()
         breaking = tuple(
-            BreakingParameter(name, look.change_alone(name, loss), float(radial[name])) for name in look.breaking(radial)
+            BreakingParameter(name, look.change_alone(name, loss), float(radial[name]))
+            for name in look.breaking(radial)
         )
     return ScaleInvarianceReport(report.loss_change, report.radial_gradient, report.gradient_change, breaking)
 
@@ -171,9 +170,7 @@ class _Look:
         gradients = [g.double() for g in self.gradients(self.loss())]
         values = [w.detach().double() for w in self.weights.values()]
         size = math.sqrt(sum(float(g.square().sum()) for g in gradients) * sum(float(v.square().sum()) for v in values))
-        return {
-            name: (g * v).sum() / (size or 1.0) for name, g, v in zip(self.weights, gradients, values, strict=True)
-        }
+        return {name: (g * v).sum() / (size or 1.0) for name, g, v in zip(self.weights, gradients, values, strict=True)}
 
     def scaled(self, names: Container[str]) -> _Scaled:
         """A context in which some parameters are c times as large."""
@@ -199,8 +196,14 @@ class _Look:
         rows = torch.stack([torch.stack([radial[n] for n in names]).sum(0) for names in self.modules.values()])
         # In units of each point's largest: the gradient of a wide net is almost all across x.
         size = rows.abs().amax(0)
-        radial = {name: r / size for name, r in radial.items()}
-        rows, total = rows / size, rows.sum(0) / size
+        eps = max(torch.finfo(w.dtype).eps for w in self.weights.values())
+        # At the others there is nothing but rounding, or what a norm's eps leaves. What is nan tells.
+        telling = ~(size <= max(1000 * eps, 1e-3 * float(size.max())))
+        if not bool(telling.any()):
+            return list(self.weights)
+        radial = {name: r[telling] / size[telling] for name, r in radial.items()}
+        rows = rows[:, telling] / size[telling]
+        total = rows.sum(0)
         # A module on whose scale nothing depends is none to blame; nan is.
         modules = [m for m, r in zip(self.modules, rows, strict=True) if not bool((r.abs() <= TOLERANCE).all())]
         suspects = [name for module in modules for name in self.modules[module]]
@@ -216,7 +219,7 @@ class _Look:
                 names = [name for i in chosen for name in self.modules[modules[i]]]
                 if self._suffice(names):
                     return self._fewest(names, radial, total)
-        return suspects or list(self.weights)
+        return suspects
 
     def _fewest(self, names: list[str], radial: dict[str, Tensor], total: Tensor) -> list[str]:
         """Without those that may be scaled with all others."""

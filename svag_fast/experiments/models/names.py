@@ -98,9 +98,7 @@ def grammar() -> str:
     )
 
 
-def build_model(
-    name: str, *, in_channels: int | None, num_classes: int, seed: int = 0, pixels: int = 64
-) -> nn.Module:
+def build_model(name: str, *, in_channels: int | None, num_classes: int, seed: int = 0, pixels: int = 64) -> nn.Module:
     """Build a net by its name, with initial weights that depend on the name, the shapes and `seed` alone.
 
     Args:
