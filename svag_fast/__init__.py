@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from svag_fast import moved
 
-if TYPE_CHECKING:  # the names of _LAZY, for editors and type checkers
+if TYPE_CHECKING:  # the names of _LAZY and _MODULES, for editors and type checkers
+    from svag_fast import augment as augment
     from svag_fast.experiments.task import Task as Task
     from svag_fast.nn.independence import Independence as Independence
     from svag_fast.nn.independence import check_independence as check_independence
@@ -66,6 +67,9 @@ _LAZY: dict[str, str] = {
     "use_backend": "svag_fast.ops.backends",
 }
 
+# Modules that need no import of their own: svag_fast.augment.crop_flip.
+_MODULES = ("augment",)
+
 _RENAMED = {"UnsupportedModule": "UnsupportedModuleError", "backend": "use_backend"}
 
 __all__ = ["__version__", *_LAZY]
@@ -78,8 +82,10 @@ if not TYPE_CHECKING:  # else a type checker would take every unknown name for A
             value = getattr(importlib.import_module(_LAZY[name]), name)
             globals()[name] = value
             return value
+        if name in _MODULES:
+            return importlib.import_module(f"svag_fast.{name}")
         return moved.old_name(__name__, _RENAMED, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up: a package imports from those above it in this list, and from no other.
 FLOORS = [
-    "moved", "versions", "files", "numeric", "_C", "kernels", "stats", "theory", "ops", "optim", "sample_norms", "nn",
-    "replicas", "noise", "sde", "experiments", "analysis", "verify", "plots", "study", "cli", "__main__",
+    "moved", "versions", "files", "numeric", "augment", "_C", "kernels", "stats", "theory", "ops", "optim",
+    "sample_norms", "nn", "replicas", "noise", "sde", "experiments", "analysis", "verify", "plots", "study", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -35,6 +35,8 @@ svag_fast.SVAGD(model.parameters())  # error: attr-defined
 from svag_fast import SGD  # error: attr-defined
 per_sample_sq_norms(model, batch_size="2")  # error: arg-type
 per_sample_sq_norms(model, reduction="sum")  # error: call-arg
+images: torch.Tensor = svag_fast.augment.crop_flip(4)(torch.ones(1), torch.Generator())
+svag_fast.augment.crop_flip("4")  # error: arg-type
 noise.update(1.0)  # error: arg-type
 noise.noise_scale("8")  # error: arg-type
 noise.nsr.error  # error: attr-defined
@@ -72,11 +74,11 @@ def test_mypy_finds_every_misuse_of_the_public_names_and_no_other(tmp_path: Path
 
 
 def test_what_type_checkers_see_is_what_is_imported() -> None:
-    """The names imported under TYPE_CHECKING are those of the lazy table, from the same modules."""
+    """The names imported under TYPE_CHECKING are those of the lazy tables, from the same modules."""
     tree = ast.parse(Path(svag_fast.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names if alias.asname == alias.name}
-    assert seen == svag_fast._LAZY
+    assert seen == svag_fast._LAZY | dict.fromkeys(svag_fast._MODULES, "svag_fast")
     for name in svag_fast.__all__:
         assert getattr(svag_fast, name) is not None

@@ -166,7 +166,7 @@ class Settings:
         WHAT,
         "NAME",
         "digits-mlp, digits-net (convolutions; made for --batch-size 2 --lr 0.1 --weight-decay 0.0025), "
-        "preresnet<depth>-<norm>[-w<width>] or vgg<depth>-<norm>[-w<width>], norm bn, gn or none.",
+        "or by its family: preresnet32-bn, resnet32-bn-plain, vgg16-gn-w2, wrn16-4-gn, mlp128x64-ln; see docs/nets.md.",
     )
     weight_decay: float = setting(0.00125, WHAT, "LAMBDA", "Weight decay.")
     schedule: str = setting(

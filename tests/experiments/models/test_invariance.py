@@ -1,5 +1,8 @@
 """The report of scale invariance: what holds, what doesn't, and which parameters are to blame."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -157,3 +160,11 @@ def test_a_scale_that_is_not_positive_and_a_model_without_parameters_are_refused
         scale_invariance_report(nn.Linear(4, 2), torch.ones(1, 4), torch.zeros(1, dtype=torch.long), scale=0)
     with pytest.raises(ValueError, match="the model must be one with a trained parameter to scale, got none"):
         scale_invariance_report(nn.Flatten(), torch.ones(1, 4), torch.zeros(1, dtype=torch.long))
+
+
+def test_the_nets_pages_code_prints_what_stands_below_it(capsys):
+    """But for the figures, which another processor may round to others."""
+    _, code, _, printed, _ = (Path(__file__).parents[3] / "docs/nets.md").read_text().split("```")
+    exec(compile(code.removeprefix("python"), "nets.md", "exec"), {})
+    number = r"[+-]?\d[\d.e-]*"
+    assert re.sub(number, "", capsys.readouterr().out) == re.sub(number, "", printed.lstrip("\n"))
