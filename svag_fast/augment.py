@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device where they are, each sample by itself, from a generator.
 
 An augmentation is a function of images and a generator. All that is random in it comes from the generator, so that a
-run which saves the generator's state goes on to the bit.
+run which saves the generator's state continues to the bit.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_an_empty_step_has_its_statistics_on_the_cpu(default: Callable[[], None]
 # Functions that make a tensor of the default dtype or on the default device where none is named.
 MAKERS = {"empty", "zeros", "ones", "full", "tensor", "eye", "linspace", "rand", "randn", "scalar_tensor"}
 BY_ARGUMENT = {"arange", "empty_strided", "randint", "randperm"}  # of integers here: int64 is no default
-OWN_MODELS = "models.py"  # its nets follow the default device, as torch.nn's layers do
+OWN_MODELS = "models"  # the folder; its nets follow the default device, as torch.nn's layers do
 
 
 def test_every_new_tensor_names_its_device_and_dtype() -> None:
@@ -168,7 +168,7 @@ def test_every_new_tensor_names_its_device_and_dtype() -> None:
                 continue
             named = {keyword.arg for keyword in node.keywords}
             needed = {"device", "dtype"} if called in MAKERS else {"device"}
-            if not needed <= named and path.name != OWN_MODELS:
+            if not needed <= named and path.parent.name != OWN_MODELS:
                 unnamed.append(f"{path.name}:{node.lineno}: torch.{called} without {sorted(needed - named)}")
     assert not unnamed, "\n".join(unnamed)
 

@@ -212,7 +212,7 @@ class _Look:
         for count in range(1, min(MOST_MODULES, len(modules) - 1) + 1):
             if math.comb(len(modules), count) > MOST_SETS:
                 break
-            sets = torch.combinations(torch.arange(len(modules)), count)
+            sets = torch.combinations(torch.arange(len(modules), device=rows.device), count)
             rest = (total - rows[sets].sum(1)).abs().amax(1)
             for chosen in sets[rest <= CANCELLED].tolist()[: MOST_TRIES - tries]:
                 tries += 1

@@ -54,7 +54,7 @@ class Family:
         return "vocabulary" in self.shape
 
     def options(self, name: str) -> dict[str, Any] | None:
-        """The arguments that a name stands for, or None where it is another family's.
+        """The arguments that a name means, or None where it is another family's.
 
         Raises:
             ValueError: a number is out of range.
