@@ -16,6 +16,8 @@ from svag_fast.cli.stopped import Stopped
 # command -> (module:attribute, the line that `svag-fast --help` shows)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("svag_fast.cli.run:run", "Train with SGD and SVAG: does SVAG converge, does SGD match its limit?"),
+    "new": ("svag_fast.cli.new:new", "Write a task's file to begin from: your network, your data."),
+    "check": ("svag_fast.cli.check:check", "Try a task: what would fail, what is measured, what a grid costs."),
     "report": ("svag_fast.cli.report:report", "Judge a folder of runs: matches, departs or open."),
     "predict": ("svag_fast.cli.predict:predict", "Predict from a baseline run where linear scaling fails."),
     "weak": ("svag_fast.cli.weak:weak", "See on a net that SVAG goes to its limit as 1/l (Theorem 4.3)."),

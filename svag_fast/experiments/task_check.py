@@ -29,12 +29,14 @@ class TaskFacts(NamedTuple):
         norms: whether each sample's own gradient norm is measured in the backward pass.
         way: how `pair_pass` takes its model.
         reason: why there are no norms, in words; "" where there are.
+        coupled: whether that is since the samples are not independent, or may not be.
         model: the one that was tried.
     """
 
     norms: bool
     way: Way
     reason: str
+    coupled: bool
     model: nn.Module
 
 
@@ -81,7 +83,7 @@ def check_task(task: Task, train: TaskData, test: TaskData, batch_size: int) -> 
         coupled = _coupling(task, model, batch)
         norms, reason = (False, coupled) if coupled else _norms(task, model, optimizer, batch)
     evaluate(task, model, test, limit=rows)
-    return TaskFacts(norms, "halves" if way == "halves" else "auto", reason, model)
+    return TaskFacts(norms, "halves" if way == "halves" else "auto", reason, bool(coupled), model)
 
 
 def new_model(task: Task, than: nn.Module | None = None) -> nn.Module:
