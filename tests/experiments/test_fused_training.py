@@ -53,7 +53,10 @@ def together(configs, folder, **options):
     return train_together(configs, [folder / config.name for config in configs], **options)
 
 
-@pytest.mark.parametrize(("l", "model"), [(1, "digits-mlp"), (2, "digits-mlp"), (2.5, "digits-net")])
+@pytest.mark.parametrize(
+    ("l", "model"),
+    [(1, "digits-mlp"), (2, "digits-mlp"), (2.5, "digits-net"), (2, "mlp48x24-gn-plain"), (2, "mlp16-none-plain")],
+)
 def test_rows_are_those_of_a_plain_pytorch_loop_on_the_same_samples(tmp_path, l, model):
     configs = runs_of(2, l=l, model=model, effective_steps=20, rows=4, evaluations=2)
     assert together(configs, tmp_path)

@@ -134,6 +134,19 @@ def test_own_initial_weights_differ_by_run_and_the_fixed_head_does_not():
             assert float(one[k].std() / shared[k].std()) == pytest.approx(1, abs=0.3)
 
 
+def test_a_trained_head_is_part_of_the_initial_weights():
+    one, other = (Training(config(model="mlp8-ln-plain", init="own", seed=seed), DIGITS) for seed in (0, 1))
+    assert not torch.equal(one.model.head.weight, other.model.head.weight)
+    before = one.model.head.bias.clone()
+    one.take_step()
+    assert not torch.equal(one.model.head.bias, before)
+
+
+def test_a_net_of_tokens_is_refused_on_images():
+    with pytest.raises(ValueError, match="model must be one for images, got 'gpt1x12-ln', which takes tokens"):
+        Training(config(model="gpt1x12-ln"), DIGITS)
+
+
 def test_evaluated_rows_hold_the_plain_mean_loss_and_accuracy_of_all_the_data(tmp_path):
     assert train(config(), tmp_path)
     run = Training(config(), DIGITS)
