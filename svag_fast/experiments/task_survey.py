@@ -98,6 +98,8 @@ def _independence(facts: TaskFacts) -> Finding:
     question = "samples independent in training mode"
     if not facts.coupled:
         return Finding("ok", question, "yes")
+    if not facts.reason.startswith("the samples are coupled"):
+        return Finding("note", question, f"can't be told: {facts.reason}")
     return Finding("note", question, f"no: {facts.reason}. Each of the two batches has statistics of its own")
 
 

@@ -13,6 +13,7 @@ QUICK += ["--rows", "1", "--evaluations", "1", "--jobs", "1"]
 
 TASK = """
 import os
+import numpy
 import torch
 from torch import nn
 import svag_fast
@@ -25,6 +26,11 @@ x, y = torch.randn(24, 1, 4, 4, generator=GENERATOR), torch.arange(24) % 3
 class Centred(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.from_numpy(numpy.random.default_rng().normal(size=x.shape)).to(x)
 
 
 class Scale(nn.Module):
@@ -134,6 +140,11 @@ TOLD = {
         tried(model="net(lambda: nn.BatchNorm1d(16))"),
         r"note  per-sample norms: no: .*; G and N come from pairs of batches\n"
         r"      none of 1 \(BatchNorm1d\), 2 \(Linear\): 1 \(BatchNorm1d\): .*BatchNorm",
+    ),
+    "numbers from elsewhere": (
+        tried(model="net(Noisy)"),
+        r"note  samples independent in training mode: can't be told: two runs on the same inputs differ in .*\n"
+        r"note  deterministic: no: losses differ when made twice",
     ),
     "no rule": (
         tried(model="net(Scale)"),
