@@ -182,6 +182,15 @@ TOLD = {
         ),
         r"ok    one loss a sample: yes",
     ),
+    "a data set with a collate function": (
+        tried(
+            train="torch.utils.data.TensorDataset(x, y)",
+            test="torch.utils.data.TensorDataset(x, y)",
+            collate="lambda items: {'x': torch.stack([x for x, _ in items]), 'y': torch.stack([y for _, y in items])}",
+            loss="lambda model, batch: nn.functional.cross_entropy(model(batch['x']), batch['y'], reduction='none')",
+        ),
+        r"ok    deterministic: yes: .*\nok    per-sample norms: of all layers: 1 Linear",
+    ),
     "a language model": (
         """
         tokens = torch.randint(11, (24, 6), generator=GENERATOR)

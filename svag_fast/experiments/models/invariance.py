@@ -46,8 +46,9 @@ class ScaleInvarianceReport:
         radial_gradient: |<grad L(x), x>| / (|grad L(x)| |x|).
         gradient_change: |c grad L(c x) - grad L(x)| / |grad L(x)|.
         breaking: empty where all three are within 1e-3. Else the parameters of the fewest modules, three at most, such
-            that the loss does not change when all other parameters are scaled and these stay as they are. Where no
-            three modules are enough: every parameter whose scaling alone changes the loss.
+            that the loss does not change when all other parameters are scaled and these stay as they are; the first in
+            the model where several would do. Where no three modules are enough: the parameters of every module whose
+            scaling alone changes the loss.
     """
 
     loss_change: float

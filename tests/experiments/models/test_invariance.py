@@ -125,6 +125,22 @@ def test_a_bias_behind_the_norm_is_named_also_while_it_is_zero_and_one_before_it
     assert [p.name for p in report.breaking] == (["2.bias"] if target == "2.bias" else [])
 
 
+def test_where_either_of_two_modules_would_do_the_first_is_named():
+    """W (γ x̂ + β) + b before a norm: with all scaled its terms grow as c² and c, and without W, or γ and β, alike."""
+    torch.manual_seed(0)
+    body = [nn.Linear(5, 8, bias=False), nn.LayerNorm(8, 1e-12), nn.Linear(8, 8), nn.LayerNorm(8, 1e-12, False)]
+    net = nn.Sequential(*body, nn.Linear(8, 3)).double()
+    net[4].requires_grad_(False)
+    batch = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+    report = scale_invariance_report(net, *batch)
+    assert [p.name for p in report.breaking] == ["1.weight", "1.bias"]
+    net[1].requires_grad_(False)
+    assert scale_invariance_report(net, *batch).holds(1e-6)
+    net[1].requires_grad_(True)
+    net[2].weight.requires_grad_(False)
+    assert scale_invariance_report(net, *batch).holds(1e-6)
+
+
 def test_a_regression_s_loss():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(5, 8, bias=False), nn.LayerNorm(8, 1e-12, False), nn.Linear(8, 1)).double()
@@ -164,7 +180,8 @@ def test_a_scale_that_is_not_positive_and_a_model_without_parameters_are_refused
 
 def test_the_nets_pages_code_prints_what_stands_below_it(capsys):
     """But for the figures, which another processor may round to others."""
-    _, code, _, printed, _ = (Path(__file__).parents[3] / "docs/nets.md").read_text().split("```")
+    page = (Path(__file__).parents[3] / "docs/nets.md").read_text().partition("## Which parameters break it")[2]
+    _, code, _, printed, _ = page.split("```")
     exec(compile(code.removeprefix("python"), "nets.md", "exec"), {})
     number = r"[+-]?\d[\d.e-]*"
     assert re.sub(number, "", capsys.readouterr().out) == re.sub(number, "", printed.lstrip("\n"))
