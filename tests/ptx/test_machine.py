@@ -58,6 +58,29 @@ def test_threads_part_and_meet_again_before_a_barrier() -> None:
     assert run(body, ints()).tolist() == [i ^ 1 for i in range(64)]
 
 
+BY_TABLE = """
+        rem.u32 %r4, %r1, {numbers};
+    $table:
+        .branchtargets
+            $first,
+            $second;
+        brx.idx %r4, $table;
+    $first:
+        mov.u32 %r5, 5;
+        bra.uni $end;
+    $second:
+        mov.u32 %r5, 6;
+    $end:
+        st.global.b32 [%rd3], %r5;
+    """
+
+
+def test_an_indexed_branch_parts_threads_by_their_numbers() -> None:
+    assert run(BY_TABLE.format(numbers=2), ints()).tolist() == [5, 6] * 32
+    with pytest.raises(FaultError, match="index 2 of 2 labels"):
+        run(BY_TABLE.format(numbers=3), ints())
+
+
 def test_half_of_the_threads_may_end_before_a_barrier() -> None:
     body = """
         setp.ge.u32 %p1, %r1, 32;

@@ -134,6 +134,10 @@ class Machine:
                 self._join(self.program.labels[instruction.operands[0]], chosen)
                 self._join(place + 1, on & ~chosen)
                 return
+            if parts[0] == "brx":
+                self._by_table(instruction, chosen)
+                self._join(place + 1, on & ~chosen)
+                return
             if parts[0] in ("ret", "exit"):
                 self.live = self.live & ~chosen
                 self._join(place + 1, on & ~chosen)
@@ -151,6 +155,14 @@ class Machine:
                     raise UnsupportedError(self.at)
                 _MEANING[parts[0]](self, instruction, parts, chosen)
             place += 1
+
+    def _by_table(self, instruction: Instruction, chosen: Array) -> None:
+        """Send each lane to the label that its number says."""
+        index, table = self.register(instruction.operands[0]), self.program.tables[instruction.operands[1]]
+        for i in np.unique(index[chosen]):
+            if i >= len(table):
+                raise FaultError(f"{self.at}: index {i} of {len(table)} labels")
+            self._join(self.program.labels[table[i]], chosen & (index == i))
 
     def _release(self) -> None:
         """Let those blocks go on of which every thread that lives waits at a barrier."""

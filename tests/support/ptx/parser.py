@@ -41,6 +41,8 @@ class Program:
     threads: int
     code: tuple[Instruction, ...]
     labels: dict[str, int]
+    tables: dict[str, tuple[str, ...]]
+    """The labels that an indexed branch chooses from, by the table's own."""
 
 
 def split_operands(text: str) -> tuple[str, ...]:
@@ -63,16 +65,21 @@ def parse(ptx: str) -> Program:
         raise UnsupportedError("a kernel without a name or a number of threads")
     code: list[Instruction] = []
     labels: dict[str, int] = {}
+    tables: dict[str, tuple[str, ...]] = {}
+    label = ""
     for statement in _statements(re.sub(r"//[^\n]*", "", rest)):
         if statement.endswith(":"):
-            labels[statement[:-1]] = len(code)
+            label = statement[:-1]
+            labels[label] = len(code)
+        elif statement.startswith(".branchtargets"):
+            tables[label] = split_operands(statement.removeprefix(".branchtargets"))
         elif not statement.startswith("."):
             found = _STATEMENT.fullmatch(statement)
             if found is None:
                 raise UnsupportedError(f"{name[1]}: {statement!r}")
             negated, guard, op, operands = found.groups()
             code.append(Instruction(op.replace("::cta", ""), split_operands(operands), guard, bool(negated)))
-    return Program(name[1], tuple(parameters), int(threads[1]), tuple(code), labels)
+    return Program(name[1], tuple(parameters), int(threads[1]), tuple(code), labels, tables)
 
 
 def _statements(body: str) -> list[str]:
