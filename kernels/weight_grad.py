@@ -343,9 +343,7 @@ def product_tiles(
     )
     tiles = groups * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
     PARTS = 1 if target2 is None else 2
-    # Samples are cut up only as far as tiles alone would leave the GPU idle.
-    CHUNK = max(1, math.ceil(B / PARTS / max(1, _WARPS // tile.warps // max(1, PARTS * tiles))))
-    chunks = max(1, triton.cdiv(B // PARTS, CHUNK))
+    CHUNK, chunks = chunks_of(B // PARTS, PARTS * tiles, tile.warps)
     size = O * N
     step = coefficients is not None
     measures = step or SEGMENTS == 2
@@ -376,6 +374,13 @@ def product_tiles(
         SEGMENTS, PARTS, chunks == 1, step, _TILE_END, _FINISH, _SAMPLES, _TILES,
     )  # fmt: skip
     return sq_norms, stats
+
+
+def chunks_of(samples: int, tiles: int, warps: int) -> tuple[int, int]:
+    """Return how many samples of a part a chunk has, and how many chunks a part; ``tiles`` are those of all parts."""
+    # Samples are cut up only as far as tiles alone would leave the GPU idle.
+    chunk = max(1, math.ceil(samples / max(1, _WARPS // warps // max(1, tiles))))
+    return chunk, max(1, math.ceil(samples / chunk))
 
 
 @dataclass(frozen=True)

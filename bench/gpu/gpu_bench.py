@@ -33,7 +33,8 @@ from torch import Tensor, nn
 import svag_fast
 from svag_fast.ops import svag_step_, svag_step_per_sample_
 from svag_fast.ops.backends import BACKENDS
-from svag_fast.ops.step import step_coefficients
+from svag_fast.ops.step import SVAG_STEP, StepOptions, step_coefficients
+from svag_fast.ops.step_call import Scaler, StepCall, StepLists
 from svag_fast.ops.weight_grad import triton as weight_grad_triton
 from svag_fast.ops.weight_grad.shapes import LayerProduct, layer_product
 
@@ -84,6 +85,13 @@ class Lists:
     def with_momentum(self, backend: str) -> Target:
         return self.ours(backend, momentum_buffers=[torch.zeros_like(p) for p in self.params], momentum=0.9)
 
+    def scaled(self, backend: str) -> Target:
+        """As under a GradScaler, whose own pass over the gradients isn't in it."""
+        _must_be_available(backend)
+        lists, options = StepLists(self.params, self.grads1, self.grads2), StepOptions(LR, L, WEIGHT_DECAY)
+        call = StepCall.of(SVAG_STEP, lists, options, backend=backend)
+        return partial(call, True, Scaler(*(torch.full((), x, device=self.device) for x in (0.0, 1.0))))
+
     def per_sample(self, samples: int) -> Target:
         _must_be_available("cuda")
         grads = [[torch.randn(samples, *s, device=self.device) for s in self.shapes] for _ in range(2)]
@@ -125,6 +133,7 @@ def update(report: Report, name: str, shapes: list[tuple[int, ...]]) -> None:
         *((f"step, {b}", partial(lists.ours, b), 4 * n) for b in both),
         *((f"compensated, {b}", partial(lists.compensated, b), 6 * n) for b in both),
         *((f"skip_nonfinite, {b}", partial(lists.ours, b, skip_nonfinite=True), 6 * n) for b in both),
+        *((f"under a GradScaler, {b}", partial(lists.scaled, b), 7 * n) for b in both),
         *((f"momentum, {b}", partial(lists.with_momentum, b), 6 * n) for b in both),
         ("SGD(fused=True), one gradient", lists.fused_sgd, 3 * n),
         ("torch._foreach", lambda: lists.plain(foreach), 0),
@@ -177,6 +186,8 @@ def layers(report: Report, names: dict[str, tuple[int, int, int, int]], precisio
         }
         if dtype != torch.float32:
             del ways["PyTorch's, products of rows"]
+        if weight_grad_triton.serve_halves(product) is not None:  # else the tiles are not chosen
+            ways["both halves in one launch"] = partial(weight_grad_triton.serve_halves, product)
         operations = 2 * batch * image * image * weight.numel()
         moved = (x.numel() + dy.numel()) * x.element_size() + 4 * weight.numel()
         with products(precision), torch.no_grad():
@@ -211,6 +222,42 @@ def norms(report: Report, name: str, net: nn.Module, image: tuple[int, ...], bat
             report.time(f"norms, {name}", kernel, target, as_called=True)
 
 
+def training_steps(report: Report, name: str, net: nn.Module, image: tuple[int, ...], batch: int) -> None:
+    """A whole step of both batches as the host calls it, against SGD's on as many samples."""
+    net = net.to(report.device)
+    params = [p for p in net.parameters() if p.requires_grad]
+    svag, sgd = svag_fast.SVAG(params, lr=LR, l=L), torch.optim.SGD(params, lr=LR, fused=report.device.type == "cuda")
+    x = torch.randn(2 * batch, *image, device=report.device)
+    y = torch.randint(0, 10, (2 * batch,), device=report.device)
+
+    def pair(norms: bool) -> None:
+        with svag_fast.pair_pass(net, svag, norms=norms) as pair:
+            pair.backward(F.cross_entropy(net(x), y, reduction="none"))
+        svag.step()
+
+    def two_passes() -> None:
+        svag.zero_grad()
+        for which, rows in enumerate((slice(batch), slice(batch, None))):
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            if which == 0:
+                svag.hold_gradient()
+        svag.step()
+
+    def plain() -> None:
+        sgd.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        sgd.step()
+
+    with svag_fast.use_backend("auto" if report.device.type == "cuda" else "triton"):
+        for kernel, target in (
+            ("pair_pass, norms", partial(pair, True)),
+            ("pair_pass", partial(pair, False)),
+            ("two passes", two_passes),
+            ("SGD at 2B", plain),
+        ):
+            report.time(f"training step, {name}, B = {batch}", kernel, target, as_called=True)
+
+
 def all_groups(report: Report) -> list[Callable[[], None]]:
     """What matters most first: a cut-off costs the comparisons, not the kernels."""
     one = {"64-64, 32x32": LAYERS["64-64, 32x32"]}
@@ -222,6 +269,7 @@ def all_groups(report: Report) -> list[Callable[[], None]]:
         partial(update, report, "preresnet32", preresnet32_shapes()),
         partial(per_sample, report, "preresnet32", preresnet32_shapes(), 64),
         partial(update, report, "vgg16", vgg16_shapes()),
+        lambda: training_steps(report, "preresnet32", preresnet32(), (3, 32, 32), 64),
         lambda: norms(report, "preresnet32", preresnet32(), (3, 32, 32), B),
         lambda: norms(report, "vgg16", vgg16(), (3, 32, 32), B),
         lambda: norms(report, "mlp", mlp(), (784,), B),
@@ -237,6 +285,7 @@ def tiny_groups(report: Report) -> list[Callable[[], None]]:
         partial(update, report, "tiny", [(16, 3, 3, 3), (1000,)]),
         partial(per_sample, report, "tiny", [(16, 3, 3, 3)], 2),
         partial(layers, report, TINY_LAYERS, "float32"),
+        lambda: training_steps(report, "tiny", nn.Sequential(nn.Linear(9, 17), nn.ReLU(), nn.Linear(17, 10)), (9,), 2),
         lambda: norms(report, "tiny", nn.Sequential(nn.Linear(9, 17), nn.ReLU(), nn.Linear(17, 10)), (9,), 2),
     ]
 

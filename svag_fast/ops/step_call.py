@@ -279,10 +279,12 @@ def read_the_scale(calls: list[StepCall]) -> bool:
         return False
     places = []
     for call in calls:
-        if call.read is None and any(map(operator.is_not, call._gradients(), call._laid_out()._gradients())):
-            return False  # the kernel takes a copy
-        tensors = call.described() if call.read is None else call.read
-        params, grads1, grads2, _, _, sizes, param_dtypes, grad_dtypes = tensors.columns()
+        if call.read is None:
+            if any(map(operator.is_not, call._gradients(), call._laid_out()._gradients())):
+                return False  # the kernel takes a copy
+            places += [(span.start, span.end) for listed in call.kind.spans(call.lists) for span in listed]
+            continue
+        params, grads1, grads2, _, _, sizes, param_dtypes, grad_dtypes = call.read.columns()
         for starts, dtypes in ((params, param_dtypes), (grads1, grad_dtypes), (grads2, grad_dtypes)):
             places += [(a, a + n * _ITEMSIZES[d]) for a, n, d in zip(starts, sizes, dtypes, strict=False) if n]
     places.sort()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,37 +19,24 @@ import triton
 from gpu_binary import report
 from gpu_cases import products
 from ptx.driver import Launch, as_a_gpu
-from ptx.inner_loop import inner_loop
+from ptx.inner_loop import GOLDEN, LAYERS, inner_loop
 
 from svag_fast.ops import weight_grad_and_sq_norms
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "inner_loop.json"
-
-# The 3x3 layers of PreResNet-32 and VGG-16: channels in and out, height, stride.
-LAYERS = {
-    "16-16, 32x32": (16, 16, 32, 1),
-    "16-32, 32x32, stride 2": (16, 32, 32, 2),
-    "32-32, 16x16": (32, 32, 16, 1),
-    "32-64, 16x16, stride 2": (32, 64, 16, 2),
-    "64-64, 8x8": (64, 64, 8, 1),
-    "64-64, 32x32": (64, 64, 32, 1),
-    "128-128, 16x16": (128, 128, 16, 1),
-    "256-256, 8x8": (256, 256, 8, 1),
-    "512-512, 4x4": (512, 512, 4, 1),
-}
 SHORT = ("16-16, 32x32", "32-32, 16x16", "64-64, 8x8", "512-512, 4x4")
 
 
 def compiled(name: str, last: bool, precision: str) -> Launch:
     """The launch of a layer's products."""
     channels, out, size, stride = LAYERS[name]
+    k = 1 if "1x1" in name else 3
     x, dy = torch.zeros(16, channels, size, size), torch.zeros(16, out, size // stride, size // stride)
     if last:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     launches: list[Launch] = []
     with as_a_gpu(launches.append), products(precision):
         weight_grad_and_sq_norms(
-            x, dy, [out, channels, 3, 3], segments=[0, 1] * 8, padding=1, stride=stride, backend="triton"
+            x, dy, [out, channels, k, k], segments=[0, 1] * 8, padding=k // 2, stride=stride, backend="triton"
         )
     assert report(launches[0].cubin, launches[0].shared)["spills"] == 0
     return launches[0]

@@ -3,16 +3,45 @@
 A multiprocessor of sm_80 issues an instruction for each of its four partitions a cycle, and a tensor core does 128 tf32
 or 256 half-precision multiply-adds a cycle: NVIDIA's A100 whitepaper. A loop that issues longer than its tensor cores
 work is bound by its issue slots.
+
+PYTHONPATH=tests/support python tests/support/ptx/inner_loop.py VERSION     the table of docs/roofline.md, of a Triton
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpu_binary import tool
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "inner_loop.json"
+# The layers of PreResNet-32 and VGG-16: channels in and out, height, stride; 3x3, or 1x1 where the name says so.
+LAYERS = {
+    "3-16, 32x32": (3, 16, 32, 1),
+    "16-16, 32x32": (16, 16, 32, 1),
+    "16-16, 1x1, 32x32": (16, 16, 32, 1),
+    "16-32, 32x32, stride 2": (16, 32, 32, 2),
+    "16-32, 1x1, 32x32, stride 2": (16, 32, 32, 2),
+    "32-32, 16x16": (32, 32, 16, 1),
+    "32-64, 16x16, stride 2": (32, 64, 16, 2),
+    "32-64, 1x1, 16x16, stride 2": (32, 64, 16, 2),
+    "64-64, 8x8": (64, 64, 8, 1),
+    "3-64, 32x32": (3, 64, 32, 1),
+    "64-64, 32x32": (64, 64, 32, 1),
+    "64-128, 16x16": (64, 128, 16, 1),
+    "128-128, 16x16": (128, 128, 16, 1),
+    "128-256, 8x8": (128, 256, 8, 1),
+    "256-256, 8x8": (256, 256, 8, 1),
+    "256-512, 4x4": (256, 512, 4, 1),
+    "512-512, 4x4": (512, 512, 4, 1),
+    "512-512, 2x2": (512, 512, 2, 1),
+}
 
 _LABEL = re.compile(r"\s*\.(L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -54,3 +83,25 @@ def inner_loop(cubin: bytes) -> Loop:
     skipped = max((to - place - 1 for place, to in jumps.items() if first <= place < to <= last), default=0)
     tensor = sum(_TENSOR[name] for name in inside if name.startswith("HMMA"))
     return Loop(len(inside) - skipped, skipped, tensor)
+
+
+def table(version: str) -> list[str]:
+    """Issue cycles over tensor core cycles, of a turn and of a whole sample, in both memory formats."""
+    from svag_fast.kernels.weight_grad import tile_of
+
+    golden, lines = json.loads(GOLDEN.read_text())[version], []
+    for name, (channels, out, size, stride) in LAYERS.items():
+        cells, taps, image = [], 1 if "1x1" in name else 9, size // stride
+        for last in (True, False):
+            line = golden[f"{name}, {'channels_last' if last else 'contiguous'}"]
+            tile = tile_of(out, channels * taps, (image, image), exact=False, wide=last)
+            turns = math.ceil(image / tile.ROWS) * math.ceil(image / tile.COLUMNS)
+            turn, tensor = line["turn"], line["tensor core cycles of a turn"]
+            whole = turn + line["sample's end"] / turns
+            cells.append(f"{turn / tensor:.2f}; {whole / tensor:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table(sys.argv[1])))
