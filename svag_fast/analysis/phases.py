@@ -38,12 +38,17 @@ def phases(run: Run) -> list[tuple[float, float]]:
 
 
 def phase_rates(run: Run) -> dict[str, float]:
-    """Return the learning rate of each part by its name."""
-    stretches = constant_stretches(run.metrics["lr"], run.metrics["effective_step"])
+    """Return the learning rate of each part by its name, nan of an end that is in no phase: there it is moving."""
+    lr = run.metrics["lr"]
+    stretches = constant_stretches(lr, run.metrics["effective_step"])
     rows = [last for _, last, begin, end in stretches if end - begin >= _LEAST * run.effective_steps]
-    rates = {f"phase {i}": float(run.metrics["lr"][row]) for i, row in enumerate(rows, 1)}
-    known = run.metrics["lr"][np.isfinite(run.metrics["lr"])]
-    return rates | ({END: float(known[-1])} if len(known) else {END: math.nan})
+    rates = {f"phase {i}": float(lr[row]) for i, row in enumerate(rows, 1)}
+    return rates | {END: float(lr[-1]) if len(lr) - 1 in rows else math.nan}
+
+
+def same_within_rounding(rate: float, other: float) -> bool:
+    """Whether two parts have the same rate, or both a moving one."""
+    return abs(rate - other) <= 1e-6 * rate or (math.isnan(rate) and math.isnan(other))
 
 
 def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
@@ -67,7 +72,7 @@ def common_phases(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
             )
         ours, others_rates = phase_rates(first), phase_rates(other)
         for part, rate in ours.items():
-            if abs(rate - others_rates[part]) > 1e-6 * rate:
+            if not same_within_rounding(rate, others_rates[part]):
                 raise ValueError(
                     f"{first.name} has the rate {rate:g} in {part} (column lr of metrics.csv) and {other.name} "
                     f"{others_rates[part]:g}: runs that are compared must have the same schedule"

@@ -55,7 +55,7 @@ class Series:
     """R, G and N of one SGD run: float64 arrays [rows], ``step`` ascending, ``lr`` the rate used at each row.
 
     ``population``: n, where a batch is made of distinct samples of n; None for independent draws, or with ``unsized``
-    where n isn't known.
+    where n isn't known. ``met``: see :attr:`svag_fast.analysis.runs.Run.met_its_batches`.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Series:
     weight_sq_norm: Array | None
     population: int | None = None
     unsized: bool = False
+    met: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Baseline:
     """n, where a batch is made of distinct samples of n; None for independent draws, or where n isn't known."""
     unsized: bool = False
     """Whether a batch is made of distinct samples of a data set of unknown size."""
+    met: bool = False
+    """Whether G was estimated from images that the weights may have met since the epoch began."""
 
     def noise_factor(self, batch_size: int) -> float:
         """Return N over Tr Σ₁/B for batches of another size that are drawn in the same way."""
@@ -168,6 +171,11 @@ class Prediction:
             said.append(
                 "Batches are made of distinct images of a data set whose size n isn't known: B_simple lacks its factor "
                 "(n-1)/(n-B), and N at another batch size is not quite 1/B's law."
+            )
+        if base.met:
+            said.append(
+                "Batches came from epochs, and G from images that the weights may have met since one began: G is too "
+                "high by an unknown part, and N/G, B_simple and B* are too low."
             )
         for other in self.outlook:
             word = {"fails": "predicted to fail", "silent": "no failure predicted", "undecided": "within B*'s interval"}
@@ -290,6 +298,7 @@ def measure(series: Sequence[Series], *, last: float = 0.25, tolerance: float = 
         equilibrium=equilibrium,
         population=first.population,
         unsized=first.unsized,
+        met=any(s.met for s in series),
     )
 
 
@@ -456,6 +465,7 @@ def _series(run: Run) -> Series:
         column("weight_sq_norm"),
         run.population,
         run.unsized,
+        run.met_its_batches,
     )
 
 

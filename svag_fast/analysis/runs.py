@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from svag_fast.experiments.data import TRAIN_SIZES
+from svag_fast.experiments.data import train_size
+from svag_fast.experiments.data.sampling import MODES, population_of
 from svag_fast.experiments.run_folder import Array, read_config, read_metrics, require_comparable
 from svag_fast.experiments.task_file import known_hashes
+from svag_fast.stats.sampling import halves_noise_factor, noise_factor
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,41 @@ class Run:
     @property
     def population(self) -> int | None:
         """The number of training images where a batch's are distinct; None for independent draws, or if unknown."""
-        if self.config.get("sampling") != "distinct":
-            return None
-        if self.config.get("task"):
-            return int(self.config["train_size"]) or None
-        return TRAIN_SIZES.get(self.config.get("dataset", ""))
+        size = (
+            int(self.config["train_size"]) or None
+            if self.config.get("task")
+            else train_size(self.config.get("dataset", ""))
+        )
+        return population_of(self._sampling, size)
 
     @property
     def unsized(self) -> bool:
         """Whether a batch's images are distinct ones of a data set of unknown size."""
-        return self.config.get("sampling") == "distinct" and self.population is None
+        return MODES[self._sampling].distinct and self.population is None
+
+    @property
+    def noise_factor(self) -> float | None:
+        """What the draw of the batches makes of the SDE's noise, over Tr Σ₁/B; None where n isn't known.
+
+        The SDE is SVAG's limit, or SGD's where batches come in one fixed order.
+        """
+        if self.unsized:
+            return None
+        if self.population is not None and MODES[self._sampling].halves and 2 * self.batch_size <= self.population:
+            return halves_noise_factor(self.batch_size, self.population, math.inf)
+        return noise_factor(self.batch_size, self.population)
+
+    @property
+    def met_its_batches(self) -> bool:
+        """Whether G and N were estimated from images that the weights may have met since the epoch began: G is high.
+
+        SGD's second batch is drawn afresh, and with per-sample norms it is enough.
+        """
+        return MODES[self._sampling].epochs and not (self.l == 1 and self.noise_source == "per_sample")
+
+    @property
+    def _sampling(self) -> str:
+        return str(self.config.get("sampling", "replacement"))
 
     @property
     def last_step(self) -> float:

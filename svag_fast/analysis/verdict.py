@@ -15,10 +15,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from svag_fast.analysis.margins import METRICS, Margin, choose_margins
-from svag_fast.analysis.phases import END, SAME, common_phases, part_mean, phase_rates, resolution
+from svag_fast.analysis.phases import END, SAME, common_phases, part_mean, phase_rates, resolution, same_within_rounding
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
 from svag_fast.stats.limit_fit import Figure, fit_limit, outside, t_quantile, within
-from svag_fast.stats.sampling import noise_factor
 
 Answer: TypeAlias = Literal["matches", "departs", "open"]
 Interval: TypeAlias = tuple[float, float]
@@ -118,7 +117,7 @@ class Verdict:
         diverged: By l, the effective steps at which runs were found to have diverged.
         confidence: Of each interval.
         sampling: How batches were drawn; None where the runs don't say.
-        noise_factor: What that makes of a batch's noise, as a multiple of one sample's by B; None where n isn't known.
+        noise_factor: What that makes of the SDE's noise, over one sample's by B; None where n isn't known.
         times: Of each part, from when to when it is, as effective steps times lr.
         rates: Of each part, its learning rate.
     """
@@ -283,7 +282,7 @@ def _judge_batch_size(
         {l: at for l, at in diverged.items() if at},
         confidence,
         runs[0].config.get("sampling"),
-        None if runs[0].unsized else noise_factor(batch_size, runs[0].population),
+        runs[0].noise_factor,
         times,
         rates,
     )
@@ -386,8 +385,7 @@ def _same_time(part: str, reference: Verdict, verdict: Verdict) -> bool:
         return not reference.times  # it has no usable runs, and no limit
     # A whole step of either counts as no difference: a milestone falls on one.
     room = SAME * max(verdict.times[END]) + max(verdict.lr, reference.lr)
-    rates = verdict.rates[part] / verdict.lr, reference.rates[part] / reference.lr
-    if abs(rates[0] - rates[1]) > 1e-6 * rates[0]:
+    if not same_within_rounding(verdict.rates[part] / verdict.lr, reference.rates[part] / reference.lr):
         return False
     return all(abs(a - b) <= room for a, b in zip(reference.times[part], verdict.times[part], strict=True))
 

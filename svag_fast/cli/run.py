@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from svag_fast.experiments.config import (
     check_range,
     cores,
 )
+from svag_fast.experiments.data import download as download_dataset
+from svag_fast.experiments.data.files import roots
 from svag_fast.experiments.experiment_folder import (
     ExperimentError,
     check_experiment,
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 @setting_panel(
     ExperimentConfig,
     BOOKKEEPING,
+    "--data-dir",
+    "--download",
     "--jobs",
     "--out",
     "--config",
@@ -66,6 +71,14 @@ if TYPE_CHECKING:
     "--help",
 )
 @setting_options(ExperimentConfig)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of data sets, searched first.  [default: SVAG_FAST_DATA, then data here and at home]",
+)
+@click.option(
+    "--download", is_flag=True, help="Let torchvision download what is missing into --data-dir.  [default: data]"
+)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the experiment.  [default: runs/NAME]"
@@ -88,6 +101,8 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
 def run(
     target: str | None,
+    data_dir: Path | None,
+    download: bool,
     out: Path | None,
     file: Path | None,
     resume: bool,
@@ -116,6 +131,8 @@ def run(
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
     judging = {"metrics": metrics or None, "margins": margins}
+    if data_dir is not None:
+        os.environ["SVAG_FAST_DATA"] = str(data_dir.absolute())  # which the processes of the runs inherit
     try:
         if target is not None:
             given = _with_target(target, given)
@@ -138,6 +155,8 @@ def run(
             raise ConfigError("--tensorboard needs a package that is not there: pip install tensorboard")
         check_range("jobs", jobs or 1)
         check_range("checkpoint_seconds", checkpoint_seconds)
+        if download:
+            _download(config.dataset)
         check_experiment(config, made)
         _check_judging(made, metrics, margins)
         prepare_folder(out, config, resume=resume, force=force)
@@ -234,6 +253,13 @@ def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     console.print(f"\n{out / 'convergence.png'}, {out / 'summary.json'}", highlight=False, markup=False)
     if report.all_diverged:
         sys.exit(ALL_DIVERGED)
+
+
+def _download(dataset: str) -> None:
+    try:
+        download_dataset(dataset, roots()[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _from_file(file: Path | None) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from svag_fast.experiments.data import TRAIN_SIZES
+from svag_fast.experiments.data import DATASETS, check_name, train_size
+from svag_fast.experiments.data.sampling import MODES, require_drawable
+from svag_fast.experiments.schedules import milestones, resolve, starts
 from svag_fast.numeric import integer, number, shown
 
-SAMPLINGS = ("replacement", "distinct")
 # Settings of the built-in nets and data, and what they are where a task takes their place.
 BUILTIN: dict[str, Any] = {"dataset": "", "model": "", "label_noise": 0.0}
 INITS = ("shared", "own")
@@ -21,18 +22,7 @@ ENGINES = ("torch", "fused")
 # What the files of a run mean where they don't name a setting, as older versions'.
 UNSAID = {"sampling": "distinct", "init": "shared", "label_noise": 0.0, "engine": "torch", "stat_every": 1}
 UNSAID |= {"task": "", "train_size": 0}
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    # fraction of the effective steps done, in [0, 1) -> factor on lr
-    "constant": lambda done: 1.0,
-    "step": lambda done: 1.0 if done < 0.8 else 0.1,
-    "cosine": lambda done: max(1e-4, (1 + math.cos(math.pi * done)) / 2),
-    "triangle": lambda done: max(1e-4, (1.0 if done < 0.5 else 0.5) * (1 - abs(4 * (done % 0.5) - 1))),
-}
-
-
-# What the fused engine takes of them: a rate for each stretch of steps.
-PIECEWISE = ("constant", "step")
-# The nets that it trains where nobody says how: its kernel is made for small ones.
+# The nets that the fused engine trains where nobody says how: its kernel is made for small ones.
 SMALL_CHAINS = ("digits-mlp", "digits-net")
 
 
@@ -109,6 +99,14 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
         raise ConfigError(f"{name} must be {expected}, got {shown(value)}")
 
 
+def _settle(check: Callable[[], object]) -> None:
+    """Raise what `check` finds wrong as a ConfigError."""
+    try:
+        check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _numbers(name: str, values: Any) -> tuple[Any, ...]:
     """Return a list of numbers, each in its range; but for learning rates none twice."""
     _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
@@ -156,7 +154,7 @@ class Settings:
     # "<name>" where it was made in Python; and how many training samples it has, filled in when it is loaded.
     task: str = ""
     train_size: int = 0
-    dataset: str = setting("digits", WHAT, None, "Data set.", choices=TRAIN_SIZES)
+    dataset: str = setting("digits", WHAT, "NAME", f"{', '.join(DATASETS)}, or FILE.npz with your own images.")
     label_noise: float = setting(
         0.2, WHAT, "PART", "Part of the training labels, chosen once, that is redrawn from all classes."
     )
@@ -172,9 +170,9 @@ class Settings:
     schedule: str = setting(
         "step",
         HOW,
-        None,
-        "Learning rate over the effective steps; step: a tenth from 80 % on.",
-        choices=SCHEDULES,
+        "SHAPE",
+        "Learning rate over the effective steps: constant, cosine, triangle, step (a tenth from 80 % on) or "
+        "milestones:0.5,250/300 (from each of these parts on a tenth; with *0.2 behind a fifth); warmup:0.05+SHAPE.",
     )
     # The head of a net, which is fixed, is shared in any case.
     init: str = setting(
@@ -185,8 +183,9 @@ class Settings:
         "replacement",
         HOW,
         None,
-        "Images of a batch: drawn with replacement, or all distinct.",
-        choices=SAMPLINGS,
+        "Images of a step's two batches: drawn with replacement; all distinct in each; distinct in both (halves); of "
+        "shuffled epochs; of epochs in one fixed order, for SGD alone.",
+        choices=MODES,
     )
     backend: str = setting("auto", HOW, "NAME", "Of the fused step: auto, or see `svag-fast info`.")
     device: str = setting("cpu", HOW, "NAME", "Where net and data live: cpu, cuda, cuda:1.")
@@ -212,11 +211,14 @@ class Settings:
                 object.__setattr__(self, name, check_range(name, value))
             elif name != "train_size":
                 _check(isinstance(value, str), name, value, "a string")
+        if not self.task:
+            _settle(lambda: check_name(self.dataset))
+        _settle(lambda: resolve(self.schedule))
 
     @property
     def population(self) -> int:
-        """The number of training samples; 0 of a task that isn't loaded yet."""
-        return self.train_size if self.task else TRAIN_SIZES[self.dataset]
+        """The number of training samples; 0 of a task that isn't loaded yet, and of a file that can't be read."""
+        return self.train_size if self.task else train_size(self.dataset) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,15 +256,13 @@ class RunConfig(Settings):
             _check(self.device == "cpu", "device", self.device, "cpu, or replicas off")
             _check(self.backend == "auto", "backend", self.backend, "auto, or replicas off")
             _check(self.sampling == "replacement", "sampling", self.sampling, "replacement, or replicas off")
-            expected = f"{' or '.join(PIECEWISE)}, or replicas off"
-            _check(self.schedule in PIECEWISE, "schedule", self.schedule, expected)
+            expected = "constant, step or milestones, or replicas off"
+            _check(milestones(self.schedule) is not None, "schedule", self.schedule, expected)
         expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
         _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
-        if self.sampling == "distinct" and (size := self.population):
-            expected = (
-                f"at most {size}, the size of {self.dataset or 'the task'}'s training set, or sampling replacement"
-            )
-            _check(self.batch_size <= size, "batch_size", self.batch_size, expected)
+        if self.sampling != "replacement" and (size := self.population):
+            name = self.dataset or "the task"
+            _settle(lambda: require_drawable(self.sampling, self.batch_size, self.l, size, name))
 
     @property
     def name(self) -> str:
@@ -298,22 +298,17 @@ class RunConfig(Settings):
         steps = sorted(self.evaluation_steps, reverse=True)
         return set(steps[:: max(3, math.ceil(len(steps) / TRAIN_EVALUATIONS))])
 
+    def _done(self, step: int) -> float:
+        return step / self.l / self.effective_steps
+
     def lr_at(self, step: int) -> float:
         """The scheduled lr of step number `step` = 0, 1, ..."""
-        return self.lr * SCHEDULES[self.schedule](step / self.l / self.effective_steps)
+        return self.lr * resolve(self.schedule)(self._done(step))
 
     @cached_property
     def lr_pieces(self) -> list[tuple[int, float]]:
-        """The steps from which each lr holds, for the schedules of `PIECEWISE`."""
-        pieces = [(0, self.lr_at(0))]
-        last = self.lr_at(self.steps - 1)
-        if last != pieces[0][1]:
-            known, sought = 0, self.steps - 1
-            while sought - known > 1:
-                middle = (known + sought) // 2
-                known, sought = (known, middle) if self.lr_at(middle) == last else (middle, sought)
-            pieces.append((sought, last))
-        return pieces
+        """The steps from which each lr holds, for schedules that are piecewise constant."""
+        return [(step, self.lr_at(step)) for step in starts(self.schedule, self._done, self.steps) or ()]
 
     @property
     def cost(self) -> float:
@@ -407,12 +402,8 @@ class ExperimentConfig(Settings):
     @property
     def engine(self) -> str:
         """How the runs are trained; see :class:`RunConfig`."""
-        served = (
-            not self.task
-            and self.model in SMALL_CHAINS
-            and self.sampling == "replacement"
-            and self.schedule in PIECEWISE
-        )
+        served = not self.task and self.model in SMALL_CHAINS and self.sampling == "replacement"
+        served = served and milestones(self.schedule) is not None
         served = served and self.device == "cpu" and self.backend == "auto"
         return "torch" if self.replicas == "off" or (self.replicas == "auto" and not served) else "fused"
 
@@ -430,6 +421,8 @@ class ExperimentConfig(Settings):
         runs = []
         for batch_size, lr, ls in zip(self.batch_size, lrs, self.levels, strict=True):
             if self.epochs is not None:
+                known = self.population or self.task
+                _check(bool(known), "dataset", self.dataset, "a file that can be read where epochs are given")
                 length = self.epochs * max(1, self.population) / batch_size
             else:
                 # The same time lr * steps at each batch size: the SDE's own clock.

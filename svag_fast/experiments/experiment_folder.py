@@ -107,7 +107,7 @@ def _renew_copy(out: Path, task: str, source: str) -> None:
 
 def free_folder(config: ExperimentConfig) -> Path:
     """Return a folder in runs that isn't there yet, of what the experiment trains."""
-    name = re.sub(r"[^\w.-]+", "-", short_name(config.task)) if config.task else config.dataset
+    name = re.sub(r"[^\w.-]+", "-", short_name(config.task)) if config.task else Path(config.dataset).stem
     wanted = Path("runs", name)
     names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))]
     return next(folder for folder in names if not folder.exists())

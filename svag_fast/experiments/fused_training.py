@@ -41,7 +41,7 @@ class FusedTraining:
         assert all(dataclasses.replace(config, seed=first.seed) == first for config in configs)
         models = [initial_model(config, dataset) for config in configs]
         self.chain = chain_of(models[0])
-        self.data = dataset
+        self.data = dataset = dataset.standardised()
         self.fused = FusedRuns(
             self.chain,
             torch.stack([self.chain.flatten(model).weights for model in models]),

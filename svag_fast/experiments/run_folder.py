@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import RANGES, SAMPLINGS, UNSAID, Range, run_name
-from svag_fast.experiments.data import TRAIN_SIZES
+from svag_fast.experiments.config import RANGES, UNSAID, Range, run_name
+from svag_fast.experiments.data import train_size
+from svag_fast.experiments.data.sampling import MODES
 from svag_fast.files import read_text
 
 Array: TypeAlias = NDArray[np.float64]
@@ -145,13 +146,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if config["task"] and config["train_size"] not in Range(0, 10**15, whole=True):
         raise ValueError(f"{path}: train_size must be an integer of at least 0, got {_short(config['train_size'])}")
     # Older versions drew distinct images, where the data set has as many as a batch; another trainer's say nothing.
-    size = TRAIN_SIZES.get(config.get("dataset", ""))
+    size = train_size(config.get("dataset", ""))
     if "sampling" not in config and size is not None and config["batch_size"] <= size:
         config["sampling"] = UNSAID["sampling"]
     sampling = config.get("sampling", "replacement")
-    if not isinstance(sampling, str) or sampling not in SAMPLINGS:
-        raise ValueError(f"{path}: sampling must be one of {', '.join(SAMPLINGS)}, got {_short(sampling)}")
-    if sampling == "distinct" and size is not None and config["batch_size"] > size:
+    if not isinstance(sampling, str) or sampling not in MODES:
+        raise ValueError(f"{path}: sampling must be one of {', '.join(MODES)}, got {_short(sampling)}")
+    if MODES[sampling].distinct and size is not None and config["batch_size"] > size:
         raise ValueError(
             f"{path}: batch_size must be at most {size} where images are distinct, got {config['batch_size']}"
         )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -200,13 +201,22 @@ def builtin_task(config: RunConfig, dataset: Dataset | None = None) -> BuiltinTa
     """
     data = load_dataset(config.dataset, label_noise=config.label_noise) if dataset is None else dataset
     return BuiltinTask(
-        model=lambda: initial_model(config, data),
+        model=lambda: _standardising(initial_model(config, data), data),
         train=(data.train_images, data.train_labels),
         test=(data.test_images, data.test_labels),
         loss=nn.CrossEntropyLoss(reduction="none"),
         metrics={"accuracy": accuracy},
-        name=f"{config.model} on {config.dataset}",
+        name=f"{config.model} on {Path(config.dataset).name}",
     )
+
+
+def _standardising(model: nn.Module, data: Dataset) -> nn.Module:
+    """The model, which then takes the data set's images as they are in memory: augmentation comes before."""
+    if data.pixels is not None:
+        for name, values in zip(("pixel_mean", "pixel_deviation"), data.pixels, strict=True):
+            model.register_buffer(name, values, persistent=False)
+        model.register_forward_pre_hook(lambda model, args: ((args[0] - model.pixel_mean) / model.pixel_deviation,))
+    return model
 
 
 def metric_value(name: str, value: object) -> float:

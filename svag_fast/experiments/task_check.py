@@ -68,7 +68,7 @@ def check_task(task: Task, train: TaskData, test: TaskData, batch_size: int) -> 
     model.train()
     rows = 2 * min(SAMPLES, batch_size)
     # Spread over the data, which may be sorted by class.
-    batch = train.take(torch.arange(rows) * max(1, count // rows) % count)
+    batch = train.take(torch.arange(rows, dtype=torch.int64, device="cpu") * max(1, count // rows) % count)
     if rows_of(batch) != rows:
         raise ValueError(must_be("a batch", f"a tensor or more with a row a sample, {rows} here", _rows_shown(batch)))
     if task.augment is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svag_fast.experiments.config import ConfigError
-from svag_fast.experiments.data import TRAIN_SIZES
+from svag_fast.experiments.data import DATASETS
 from svag_fast.files import read_text, replace_file
 from svag_fast.numeric import must_be, shown
 
@@ -48,8 +48,8 @@ def parse_target(text: str) -> dict[str, str]:
             raise ConfigError(must_be("TARGET", "FILE.py:NAME or package.module:NAME", shown(text)))
         return {"task": f"{place}:{_identifier(name, text)}"}
     dataset, slash, model = text.partition("/")
-    if dataset not in TRAIN_SIZES:
-        known = ", ".join(TRAIN_SIZES)
+    if dataset not in DATASETS:
+        known = ", ".join(DATASETS)
         expected = f"FILE.py[:NAME], package.module:NAME, or a data set ({known}) and perhaps /MODEL"
         raise ConfigError(must_be("TARGET", expected, shown(text)))
     return {"dataset": dataset, "model": model} if slash else {"dataset": dataset}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from svag_fast.experiments.book import Book
 from svag_fast.experiments.config import RunConfig, check_range
-from svag_fast.experiments.data import Dataset, draw_batch, load_dataset
+from svag_fast.experiments.data import Dataset, load_dataset
+from svag_fast.experiments.data.sampling import MODES, is_disjoint, make_streams, population_of
 from svag_fast.experiments.evaluation import checked_losses, evaluate
 from svag_fast.experiments.fused_training import FusedTraining
 from svag_fast.experiments.gradients import has_sample_norms, measuring_cost, pair_gradients
@@ -31,7 +32,12 @@ from svag_fast.experiments.task_check import augmented, check_task, new_model
 from svag_fast.experiments.task_data import TaskData
 from svag_fast.experiments.task_error import own_code
 from svag_fast.nn.pair_pass import Way
-from svag_fast.noise.estimators import NoiseEstimate, from_two_batches, from_two_batches_of_samples
+from svag_fast.noise.estimators import (
+    NoiseEstimate,
+    from_sample_norms,
+    from_two_batches,
+    from_two_batches_of_samples,
+)
 from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.svag import SVAG
@@ -74,8 +80,8 @@ class Training(MeasuredRun):
             weight_decay=config.weight_decay,
             backend=config.backend,
         )
-        # A stream of batches each, so that SGD's path does not depend on the batches that only measure its noise.
-        self.streams = [torch.Generator("cpu").manual_seed(own_seed(config, f"stream {stream}")) for stream in range(2)]
+        seeds = [own_seed(config, f"stream {stream}") for stream in range(2)]
+        self.streams = make_streams(config.sampling, len(self.train_data), config.batch_size, seeds, l=config.l)
         self.clear_sums()
         with self._task_code():
             self.begin()
@@ -145,13 +151,7 @@ class Training(MeasuredRun):
         return checked_losses(self.task.losses(model, batch), 2 * self.config.batch_size)
 
     def _two_batches(self) -> Any:
-        population, replacement = len(self.train_data), self.config.sampling == "replacement"
-        drawn = [
-            draw_batch(population, self.config.batch_size, replacement=replacement, generator=stream)
-            for stream in self.streams
-        ]
-        # Drawn on the CPU, so that a run has the same batches on every device.
-        return self.train_data.take(torch.cat(drawn))
+        return self.train_data.take(self.streams.next_indices())
 
     def row_means(self) -> RowMeans:
         """Return the means over the steps since the last row."""
@@ -185,14 +185,24 @@ class Training(MeasuredRun):
 
     def _noise(self, stats: StepStats) -> NoiseEstimate:
         """G and N from the means over a row's steps, in which every estimator is linear."""
-        norms = (stats.sq_norm1, stats.sq_norm2, stats.inner)
+        config, norms = self.config, (stats.sq_norm1, stats.sq_norm2, stats.inner)
+        # Distinct images have less noise than the theory's, and halves of one draw aren't independent: the estimators
+        # need to know.
+        halves = is_disjoint(config.sampling, config.l)
+        drawn: dict[str, Any] = {
+            "population": population_of(config.sampling, len(self.train_data)),
+            "disjoint": halves,
+        }
         if self.noise_source == "two_batches":
-            return from_two_batches(*norms)  # type: ignore[arg-type]
-        # Distinct images have less noise than the theory's, by a factor that the estimator undoes: it needs the
-        # population.
-        population = len(self.train_data) if self.config.sampling == "distinct" else None
+            B = config.batch_size if halves else None
+            return from_two_batches(*norms, batch_size=B, **drawn)  # type: ignore[arg-type]
         sq_norms = self.sample_sq_norms / self.steps_summed
-        return from_two_batches_of_samples(sq_norms, *norms, population=population)  # type: ignore[arg-type]
+        if MODES[config.sampling].epochs and not halves:
+            # The first batch comes from what is left of an epoch whose other images the weights have met. The second
+            # is drawn afresh.
+            assert stats.sq_norm2 is not None
+            return from_sample_norms(sq_norms[config.batch_size :], stats.sq_norm2, population=drawn["population"])
+        return from_two_batches_of_samples(sq_norms, *norms, **drawn)  # type: ignore[arg-type]
 
     def start_values(self) -> tuple[float, float | None]:
         """Return R of the initial weights, and what measuring the noise adds to a gradient's time."""
@@ -218,7 +228,7 @@ class Training(MeasuredRun):
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "streams": [stream.get_state() for stream in self.streams],
+            "streams": self.streams.state_dict(),
             "rows": self.rows,
             "seconds": self.seconds,
             "steps_summed": self.steps_summed,
@@ -246,8 +256,7 @@ class Training(MeasuredRun):
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for stream, saved in zip(self.streams, state["streams"], strict=True):
-            stream.set_state(saved)
+        self.streams.load_state_dict(state["streams"])
         if self.random is not None:
             self.random.load_state_dict(state["random"])
         if self.task.augment is not None:

@@ -101,11 +101,13 @@ def from_two_batches_of_samples(
     *,
     population: int | None = None,
     weights: Tensor | None = None,
+    disjoint: bool = False,
 ) -> NoiseEstimate:
     """G, N_B and Tr Σ₁ from two independent batches of B whose per-sample squared norms are known too.
 
     N_B and Tr Σ₁ are the means of the batches' own (`from_sample_norms`). G is the mean of ⟨g_i, g_j⟩ over all pairs
     of the 2B samples: B of 2B − 1 pairs are across the batches, G = (B ⟨g1, g2⟩ + (B − 1)(G1 + G2)/2)/(2B − 1).
+    For the halves of one draw Tr Σ₁/(n − 1) is added to ⟨g1, g2⟩, see `from_two_batches`.
 
     Args:
         sq_norms: [2B], of each sample's own gradient: the first batch's, then the second's. B >= 2.
@@ -113,13 +115,18 @@ def from_two_batches_of_samples(
         population: n, where each batch is made of distinct samples from n; None for sampling with replacement.
         weights: [2B], each sample's weight in its batch's loss, as in `from_sample_norms`. g1 and g2 are then sums
             Σ w_i g_i. The estimates are of these over each batch's Σ w_i.
+        disjoint: the two batches have no sample in common, being one draw of 2B; needs population.
 
     Raises:
         TypeError: not a tensor, or not of real numbers.
-        ValueError: sq_norms is not 1-D of an even length >= 4, B > n, or weights that don't fit.
+        ValueError: sq_norms is not 1-D of an even length >= 4, B > n or 2B > n, or weights that don't fit.
     """
     _check_series(sq_norms, "sq_norms", "2B", least=4, halves=True)
     B = sq_norms.numel() // 2
+    if disjoint:
+        if population is None:
+            raise ValueError("population must be a number at disjoint=True, got None")
+        require_drawable(2 * B, population)
     across = _float64(inner, "inner", sq_norms.device)
     w1 = w2 = None
     if weights is not None:
@@ -131,10 +138,13 @@ def from_two_batches_of_samples(
     within = (first.grad_sq_norm + second.grad_sq_norm) / 2
     assert first.sample_noise_trace is not None
     assert second.sample_noise_trace is not None
+    sample = (first.sample_noise_trace + second.sample_noise_trace) / 2
+    if disjoint and population is not None:
+        across = across + sample / (population - 1)
     return NoiseEstimate(
         (B * across + (B - 1) * within) / (2 * B - 1),
         (first.noise_trace + second.noise_trace) / 2,
-        (first.sample_noise_trace + second.sample_noise_trace) / 2,
+        sample,
     )
 
 

@@ -13,6 +13,7 @@ from svag_fast.analysis.phases import END, common_phases
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
 from svag_fast.analysis.verdict import Cell, SharedLimit, Verdict, same_sde, shared_limits
 from svag_fast.analysis.verdict_text import headline, svag_answer, unit
+from svag_fast.experiments.data.sampling import MODES
 from svag_fast.experiments.run_folder import Array
 from svag_fast.experiments.task_file import short_name
 from svag_fast.plots.style import GREY, INK, l_colors
@@ -109,8 +110,7 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     parts.append(f"{max(seeds)} seed{'s' if max(seeds) > 1 else ''}" + (" at most" if len(seeds) > 1 else ""))
     said = {"shared": "one initialisation for all runs", "own": "each run from its own initialisation"}
     parts += [said[config["init"]]] if config.get("init") in said else []
-    draws = {"replacement": "batches drawn with replacement", "distinct": "batches of distinct images"}
-    parts += [draws[verdicts[0].sampling]] if verdicts[0].sampling else []
+    parts += [MODES[verdicts[0].sampling].text] if verdicts[0].sampling else []
     if finished < len(runs):
         parts.append(f"{finished} of {len(runs)} runs finished")
     if diverged:

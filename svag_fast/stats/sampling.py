@@ -25,6 +25,31 @@ def noise_factor(batch_size: int, population: int | None) -> float:
     return 1.0 if population is None else (population - batch_size) / (population - 1)
 
 
+def halves_noise_factor(batch_size: int, population: int, l: float) -> float:
+    """Return the noise of SVAG's step over l Tr Σ₁/B where its two batches are halves of 2B distinct samples of n.
+
+    Tr Cov(c1 g1 + c2 g2) is (c1² + c2²) N + 2 c1 c2 E⟨g1 - ∇L, g2 - ∇L⟩. The last is -Tr Σ₁/(n − 1), so the factor is
+    (n − B/l)/(n − 1). At l = 1 it is `noise_factor`'s. As l grows it tends to n/(n − 1), whatever B is: the SDE is that
+    of independent draws, but for that.
+
+    Args:
+        batch_size: B, at least 1.
+        population: n, at least 2B.
+        l: SVAG's hyperparameter, at least 1; may be infinite.
+
+    Raises:
+        TypeError: sizes that are not whole numbers.
+        ValueError: out of range.
+
+    >>> halves_noise_factor(128, 1437, 1), halves_noise_factor(128, 1437, float("inf"))
+    (0.911..., 1.00069...)
+    """
+    require_drawable(2 * batch_size, population)
+    if not l >= 1:
+        raise ValueError(f"l must be a number of at least 1, got {l}")
+    return (population - batch_size / l) / (population - 1)
+
+
 def require_drawable(batch_size: int, population: int | None) -> None:
     """Raise what :func:`noise_factor` does, unless such a batch can be drawn."""
     for value, name in ((batch_size, "the batch size"), (population, "population")):

@@ -51,6 +51,16 @@ def test_runs_of_other_lengths_or_schedules_are_not_compared() -> None:
             common_phases([run(), other])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "triangle", "warmup:0.1+cosine"])
+def test_every_l_of_a_schedule_that_is_still_moving_at_the_end_is_compared_there(schedule: str) -> None:
+    """A row holds the rate of the step before it, which is nearer to the end at a larger l."""
+    runs = [run(schedule, effective_steps=80, l=l, name=f"l{l}") for l in (1, 4, 16)]
+    assert len({one.metrics["lr"][-1] for one in runs}) > 1
+    assert list(common_phases(runs)) == ["end"]
+    with pytest.raises(ValueError, match="must have the same"):
+        common_phases([*runs, run("constant", effective_steps=80, name="other")])
+
+
 def test_what_was_not_measured_has_no_mean() -> None:
     one = run(rows=4)
     assert part_mean(one, "test_loss", "phase 2", (99, 99.4))[1] == 0

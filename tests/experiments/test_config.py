@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from svag_fast.experiments.config import PIECEWISE, SCHEDULES, ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
 from svag_fast.experiments.data import DATASETS
 from svag_fast.experiments.settings_file import read_settings
 
@@ -47,6 +47,9 @@ def test_l_is_one_list_for_all_batch_sizes_or_one_for_each():
         ({"model": "vgg11-gn"}, "torch"),
         ({"sampling": "distinct"}, "torch"),
         ({"schedule": "cosine"}, "torch"),
+        ({"schedule": "milestones:0.5,0.8"}, "fused"),
+        ({"schedule": "warmup:0.1+step"}, "torch"),
+        ({"sampling": "shuffle"}, "torch"),
         ({"device": "cuda"}, "torch"),
         ({"backend": "cpp"}, "torch"),
     ],
@@ -55,18 +58,6 @@ def test_l_is_one_list_for_all_batch_sizes_or_one_for_each():
 def test_the_fused_engine_trains_what_it_serves_unless_it_is_switched_off(changes, engine):
     runs = ExperimentConfig(**changes, seeds=1).runs()
     assert {run.engine for run in runs} == {engine}
-
-
-@pytest.mark.parametrize("schedule", PIECEWISE)
-@pytest.mark.parametrize(("l", "effective_steps"), [(1, 1), (1, 7), (2.5, 11), (4, 640)])
-def test_the_pieces_of_a_schedule_are_its_learning_rates(schedule, l, effective_steps):
-    run = RunConfig(**{**RUN, "l": l, "effective_steps": effective_steps, "schedule": schedule})
-    pieces = dict(run.lr_pieces)
-    lr = None
-    for step in range(run.steps):
-        lr = pieces.pop(step, lr)
-        assert lr == run.lr_at(step)
-    assert not pieces
 
 
 def test_a_list_of_lr_says_each_and_epochs_are_passes_over_the_data():
@@ -88,26 +79,11 @@ def test_rows_stand_at_the_same_effective_steps_for_every_l_and_the_last_at_the_
     assert run.steps in run.train_evaluation_steps
 
 
-def test_schedules_are_functions_of_effective_steps():
-    for schedule in SCHEDULES:
-        sgd = RunConfig(**{**RUN, "l": 1, "schedule": schedule})
-        svag = RunConfig(**{**RUN, "l": 4, "schedule": schedule})
-        assert [svag.lr_at(4 * step) for step in range(100)] == [sgd.lr_at(step) for step in range(100)]
-
-
-def test_schedules_have_their_shapes():
-    assert {SCHEDULES["constant"](x / 10) for x in range(10)} == {1.0}
-    assert [SCHEDULES["step"](x) for x in (0, 0.79, 0.8, 0.99)] == [1, 1, 0.1, 0.1]
-    assert [SCHEDULES["cosine"](x) for x in (0, 0.5, 1 - 1e-9)] == pytest.approx([1, 0.5, 1e-4], abs=1e-12)
-    triangle = [SCHEDULES["triangle"](x) for x in (0, 0.125, 0.25, 0.375, 0.5, 0.75, 1 - 1e-9)]
-    assert triangle == pytest.approx([1e-4, 0.5, 1, 0.5, 1e-4, 0.5, 1e-4], abs=1e-12)
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"learning_rate": 0.1}, "unknown setting 'learning_rate': known are backend, batch_size"),
-        ({"dataset": "mnist"}, f"dataset must be one of {', '.join(DATASETS)}, got 'mnist'"),
+        ({"dataset": "mnist"}, f"dataset must be one of {', '.join(DATASETS)} or FILE.npz, got 'mnist'"),
         ({"batch_size": [8, 8]}, "batch_size must be a list without repetition"),
         ({"batch_size": []}, "batch_size must be a number or a list of numbers"),
         ({"batch_size": ["8"]}, "batch_size must be an integer from 1 to 1,000,000, got '8'"),
@@ -125,7 +101,7 @@ def test_schedules_have_their_shapes():
         ({"replicas": 0}, "replicas must be auto, off or"),
         ({"replicas": True}, "replicas must be auto, off or"),
         ({"replicas": 2, "sampling": "distinct"}, "sampling must be replacement, or replicas off"),
-        ({"replicas": 2, "schedule": "cosine"}, "schedule must be constant or step, or replicas off"),
+        ({"replicas": 2, "schedule": "cosine"}, "schedule must be constant, step or milestones, or replicas off"),
         ({"replicas": 2, "device": "cuda"}, "device must be cpu, or replicas off"),
         ({"replicas": 2, "backend": "cpp"}, "backend must be auto, or replicas off"),
         ({"replicas": "off", "stat_every": 2}, "stat_every must be 1 where runs are not trained as replicas"),
@@ -152,9 +128,17 @@ def test_schedules_have_their_shapes():
         ({"effective_steps": 0}, "effective_steps must be an integer from 1"),
         ({"effective_steps": 10, "epochs": 1}, "epochs must be alone"),
         ({"epochs": 0}, "epochs must be a number from"),
-        ({"schedule": "linear"}, "schedule must be one of constant, step, cosine, triangle"),
+        ({"schedule": "linear"}, "schedule must be constant, step, cosine, triangle or milestones:F"),
         ({"init": "zero"}, "init must be one of shared, own"),
-        ({"sampling": "shuffled"}, "sampling must be one of replacement, distinct"),
+        ({"sampling": "shuffled"}, "sampling must be one of replacement, distinct, halves, shuffle, fixed"),
+        ({"sampling": "fixed"}, "l must be 1 at sampling fixed, got 2"),
+        (
+            {"batch_size": 719, "sampling": "halves", "l": 1},
+            "at most 718, half the size of digits's training set, or sampling replacement, got 719",
+        ),
+        ({"batch_size": 719, "sampling": "shuffle", "l": 2}, "at most 718, half the size of digits's training set"),
+        ({"batch_size": 1438, "sampling": "shuffle", "l": 1}, "at most 1437, the size of digits's training set"),
+        ({"dataset": "no/such.npz", "epochs": 1}, "dataset must be a file that can be read where epochs are given"),
         ({"threads": 0}, "threads must be an integer from 1"),
     ],
 )

@@ -18,7 +18,7 @@ from svag_fast.experiments.config import ConfigError, RunConfig
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.run_folder import COLUMNS
 from svag_fast.experiments.run_output import RunBusyError, alone_in
-from svag_fast.experiments.training import Training, train
+from svag_fast.experiments.training import Training, make_engine, train
 from svag_fast.ops.step import svag_coefficients
 
 BASE = RunConfig(
@@ -64,7 +64,9 @@ def plain_gradients(training, images, labels):
     return losses, [torch.autograd.grad(loss, training.params) for loss in losses]
 
 
-@pytest.mark.parametrize(("l", "sampling"), [(1, "replacement"), (2, "replacement"), (5.5, "distinct")])
+@pytest.mark.parametrize(
+    ("l", "sampling"), [(1, "replacement"), (2, "replacement"), (5.5, "distinct"), (2, "shuffle"), (1, "fixed")]
+)
 def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l, sampling):
     """Three steps redone in plain PyTorch: x -= (lr/l)(c1 g1 + c2 g2 + weight_decay x), G, N, R and losses by hand."""
     ours, plain = (Training(config(l=l, sampling=sampling), DIGITS) for _ in range(2))
@@ -76,12 +78,18 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l, sampling
         g1, g2, x = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (grads1, grads2, plain.params))
         # All pairs of the 2B samples for G; each batch's own scatter for N.
         B, n = len(labels) // 2, len(DIGITS.train_labels)
-        left = (n - B) / n if sampling == "distinct" else 1
+        left = 1 if sampling == "replacement" else (n - B) / n
         g = own_grads(plain, images, labels)
         noise = [(rows - rows.mean(0)).square().sum() / (B - 1) / B * left for rows in (g[:B], g[B:])]
+        across = g1 @ g2
+        if sampling == "shuffle":  # halves of one draw: E⟨g1, g2⟩ is Tr Σ₁/(n - 1) below G
+            across = across + (noise[0] + noise[1]) / 2 / left * B / n
         within = g1.square().sum() - noise[0] + g2.square().sum() - noise[1]
-        sums["grad_sq_norm"] += float(B * (g1 @ g2) + (B - 1) * within / 2) / (2 * B - 1) / 3
-        sums["noise_trace"] += float(noise[0] + noise[1]) / 2 / 3
+        G, N = (B * across + (B - 1) * within / 2) / (2 * B - 1), (noise[0] + noise[1]) / 2
+        if sampling == "fixed":  # the second batch alone, which is no part of the epoch
+            G, N = g2.square().sum() - noise[1], noise[1]
+        sums["grad_sq_norm"] += float(G) / 3
+        sums["noise_trace"] += float(N) / 3
         sums["weight_sq_norm"] += float(x.square().sum()) / 3
         sums["amplified_loss"] += (c1 * loss1 + c2 * loss2).item() / 3
         with torch.no_grad():
@@ -100,13 +108,33 @@ def test_steps_are_svag_s_and_rows_are_the_means_over_their_interval(l, sampling
         assert (p - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_sgd_s_path_does_not_depend_on_the_batches_that_only_measure_its_noise():
-    one, other = Training(config(l=1), DIGITS), Training(config(l=1), DIGITS)
-    other.streams[1].manual_seed(12345)
+@pytest.mark.parametrize("engine", ["torch", "fused"])
+def test_images_of_bytes_train_as_the_same_images_standardised_before(engine):
+    """To the bit: batches and evaluations; in the row, all but the timings."""
+    images = torch.randint(256, (2, 1437, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.tensor([[[120.0]]]), torch.tensor([[[70.0]]])
+    small = dataclasses.replace(DIGITS, train_images=images[0], test_images=images[1, :360], pixels=pixels)
+    found = []
+    for data in (small, small.standardised()):
+        (run,) = (made := make_engine([config(engine=engine, effective_steps=1, evaluations=1)], data)).runs
+        while not run.step:
+            made.advance()
+        run.seconds = 1.0
+        run.end_row()
+        found.append([{k: v for k, v in row.items() if k not in TIMINGS} for row in run.rows])
+    assert found[0] == found[1]
+    assert found[0][-1]["test_loss"] != found[0][0]["test_loss"]
+
+
+@pytest.mark.parametrize("sampling", ["replacement", "distinct", "halves", "shuffle", "fixed"])
+def test_sgd_s_path_does_not_depend_on_the_batches_that_only_measure_its_noise(sampling):
+    one, other = (Training(config(l=1, sampling=sampling), DIGITS) for _ in range(2))
+    other.streams.generators[1].manual_seed(12345)
     for _ in range(4):
         one.take_step()
         other.take_step()
-    assert not torch.equal(one.raw_stats, other.raw_stats)
+    # Halves of one draw come from the first stream alone.
+    assert torch.equal(one.raw_stats, other.raw_stats) == (sampling == "halves")
     assert all(torch.equal(a, b) for a, b in zip(one.params, other.params, strict=True))
 
 
@@ -172,7 +200,17 @@ def test_rows_of_a_run(tmp_path):
     assert float(got[-1]["time"]) == pytest.approx(sum(config().lr_at(k) / 2 for k in range(24)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"l": 1, "model": "preresnet8-bn"}, {"sampling": "distinct"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"l": 1, "model": "preresnet8-bn"},
+        {"sampling": "distinct"},
+        {"sampling": "shuffle", "batch_size": 64},
+        {"sampling": "fixed", "l": 1, "batch_size": 150},
+    ],
+    ids=str,
+)
 def test_stopped_anywhere_and_gone_on_with_it_is_the_same_run_to_the_bit(tmp_path, changes):
     changes = {**changes, "effective_steps": 3 if "model" in changes else 12}
     assert train(config(**changes), tmp_path / "whole")

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import gzip
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from svag_fast.experiments.data.dataset import Dataset, DatasetNotFoundError, standardised
+from svag_fast.experiments.data.files import candidates, not_found
+
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def load() -> Dataset:
-    """Read the four IDX files; `DatasetNotFoundError` says where they may be."""
-    folder = _folder()
-    return standardised(
-        "fashion-mnist",
-        read_idx(folder / "train-images-idx3-ubyte"),
-        read_idx(folder / "train-labels-idx1-ubyte"),
-        read_idx(folder / "t10k-images-idx3-ubyte"),
-        read_idx(folder / "t10k-labels-idx1-ubyte"),
-    )
+def load(roots: Sequence[Path]) -> Dataset:
+    """Read the four files from the first of `roots` that holds them, as Debian or as torchvision names the folder.
 
+    Their checksums aren't looked at: they are packed again by whoever hands them on.
 
-def _folder() -> Path:
-    shares = [Path(sys.prefix, "share"), Path("/usr/local/share"), Path("/usr/share")]
-    folders = [share / "datasets" / "fashion-mnist" for share in shares]
-    if data := os.environ.get("SVAG_FAST_DATA"):
-        folders.insert(0, Path(data, "fashion-mnist"))
-    for folder in folders:
+    Raises:
+        DatasetNotFoundError: none does; the message says how to get them.
+        ValueError: a file is no IDX file; it is named.
+    """
+    for folder in candidates(roots, ["fashion-mnist", "FashionMNIST/raw"]):
         if any(folder.glob("train-images-idx3-ubyte*")):
-            return folder
-    raise DatasetNotFoundError(
-        f"Fashion-MNIST's IDX files are in none of {', '.join(map(str, folders))}. On Debian or Ubuntu: "
-        "apt install dataset-fashion-mnist. Elsewhere: put the four *-ubyte or *-ubyte.gz files into a folder "
-        "fashion-mnist and let SVAG_FAST_DATA name the folder above it."
+            return standardised("fashion-mnist", *(read_idx(folder / name) for name in FILES))
+    advice = (
+        "On Debian or Ubuntu: apt install dataset-fashion-mnist. Elsewhere put them into a folder fashion-mnist, or "
     )
+    raise not_found("fashion-mnist", ", ".join(FILES), roots, advice + "add --download.")
 
 
 def read_idx(path: Path) -> np.ndarray:
