@@ -64,7 +64,9 @@ class Training(MeasuredRun):
         self.train_data, self.test_data = (
             TaskData(data, self.task.collate, config.device) for data in (self.task.train, self.task.test)
         )
-        self.augmentation = torch.Generator(config.device).manual_seed(own_seed(config, "augmentation"))
+        self.augmentation: torch.Generator | None = None
+        if self.task.augment is not None:
+            self.augmentation = torch.Generator(config.device).manual_seed(own_seed(config, "augmentation"))
         self.random = None if isinstance(self.task, BuiltinTask) else OwnRandom(0, config.device)
         self.way: Way = "auto"
         if self.random is None:
@@ -134,7 +136,7 @@ class Training(MeasuredRun):
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
         with self._task_code():
             batch = self._two_batches()
-            if self.task.augment is not None:
+            if self.augmentation is not None:
                 batch = augmented(self.task, batch, self.augmentation)
             pair = pair_gradients(
                 self.model, self.optimizer, batch, norms=self.has_sample_norms, losses=self._losses, way=self.way
@@ -222,7 +224,7 @@ class Training(MeasuredRun):
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next: tensors and plain Python."""
         own: dict[str, Any] = {} if self.random is None else {"random": self.random.state_dict()}
-        own |= {} if self.task.augment is None else {"augmentation": self.augmentation.get_state()}
+        own |= {} if self.augmentation is None else {"augmentation": self.augmentation.get_state()}
         return {
             **own,
             "step": self.step,
@@ -259,7 +261,7 @@ class Training(MeasuredRun):
         self.streams.load_state_dict(state["streams"])
         if self.random is not None:
             self.random.load_state_dict(state["random"])
-        if self.task.augment is not None:
+        if self.augmentation is not None:
             self.augmentation.set_state(state["augmentation"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.steps_summed = state["steps_summed"]
