@@ -206,6 +206,8 @@ def test_gpu_report_takes_the_users_python_and_dry_the_environments(checkout: Ch
 def test_every_dependency_is_pinned() -> None:
     pins = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("dev", "bench"))
     pinned = {canonicalize_name(Requirement(line).name) for line in pins.splitlines()}
-    needed = {canonicalize_name(Requirement(r).name) for r in importlib.metadata.requires("svag_fast") or []}
+    requirements = [Requirement(r) for r in importlib.metadata.requires("svag_fast") or []]
+    # The tests download nothing, so what only downloads data is not installed for them.
+    needed = {canonicalize_name(r.name) for r in requirements if "vision" not in str(r.marker)}
     assert needed
     assert needed - pinned == set(), "run requirements/lock.sh"
