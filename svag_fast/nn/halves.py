@@ -46,10 +46,7 @@ def row_count(args: Any, kwargs: Any) -> int:
     if len(leaves) == 1 and type(leaves[0]) is Tensor and leaves[0].dim() > 0:  # as a rule
         return _even(leaves[0].shape[0])
     for leaf in leaves:
-        hidden = (
-            leaf.values() if isinstance(leaf, Mapping) else vars(leaf).values() if hasattr(leaf, "__dict__") else ()
-        )
-        if not isinstance(leaf, (Tensor, nn.Module)) and any(isinstance(x, Tensor) for x in hidden):
+        if hides_tensors(leaf):
             raise ValueError(
                 f"the model's input must be tensors as they are, or in a dict, got some in a {type(leaf).__name__}"
             )
@@ -59,6 +56,14 @@ def row_count(args: Any, kwargs: Any) -> int:
             "the model's input must be tensors whose first dimension is the samples of both batches, got none"
         )
     return _even(rows)
+
+
+def hides_tensors(leaf: Any) -> bool:
+    """Whether tensors are in an object that PyTorch can't look into."""
+    if isinstance(leaf, (Tensor, nn.Module)):
+        return False
+    inside = leaf.values() if isinstance(leaf, Mapping) else vars(leaf).values() if hasattr(leaf, "__dict__") else ()
+    return any(isinstance(x, Tensor) for x in inside)
 
 
 def _even(rows: int) -> int:

@@ -1,26 +1,27 @@
 """Both batches through a model at once, each layer's weight gradient formed for each half of the rows.
 
 Linear layers and convolutions form both in the weight-gradient product, with one pass over the rows. The parameters of
-small layers (normalisations, embeddings) enter the graph twice, once for each batch, and such layers are run half by
-half. Nothing else in the model knows of batches, so no module may
-mix samples: `Joint.verify` looks whether that is so.
+small layers (normalisations, embeddings), and of layers that nothing is known about, enter the graph twice, once for
+each batch, and such layers are run half by half (`layer_halves`). Nothing else in the model knows of batches, so no
+module may mix samples: `joint_checks` looks whether that is so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from svag_fast.nn.halves import Gradients, row_count
-from svag_fast.nn.joint_grads import OURS, PairCall, Twin
+from svag_fast.nn.joint_checks import Met, check_losses, verify
+from svag_fast.nn.joint_grads import NotJoint, PairCall, Twin
+from svag_fast.nn.layer_halves import LayerHalves
 from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
-from svag_fast.nn.replay import Replay, differ, randomised, rewound, tensors_of
+from svag_fast.nn.replay import tensors_of
 from svag_fast.optim.grad_watch import hooks_on
 from svag_fast.sample_norms.dispatch import is_served
 from svag_fast.sample_norms.layers.conv import conv_plan
@@ -47,22 +48,10 @@ _BY_HALVES = (
 )
 
 
-class NotJoint(Exception):  # noqa: N818  (a reason, not a fault)
-    """Why a model can't take both batches at once; its two halves can still be run one after the other."""
-
-
 class _Layer(NamedTuple):
     module: nn.Module
     forward: Callable[..., Any]
     rule: Rule | None  # of its samples' norms; None where they come out of its weight-gradient product
-
-
-class _Met(NamedTuple):
-    """A layer's output in a pass: the node that made it, since the tensor itself would be kept from being freed."""
-
-    layer: str
-    node: Any
-    output: int
 
 
 class Joint:
@@ -81,9 +70,10 @@ class Joint:
     def __init__(self, root: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
         self.root = root
         self.outputs: list[Tensor] = []
-        self._params = params
-        self._names = {p: name for name, p in params.items()}
+        self.params = params
+        self.names = {p: name for name, p in params.items()}
         self._second_updates = True
+        self.without_rule: list[str] = []  # run half by half with all that is inside them
         self._layers = list(self._plan())
         self._norms: Recorder | None = None
         self._sq_norms: dict[str, Tensor] = {}
@@ -92,57 +82,82 @@ class Joint:
         self._first: Gradients = {}  # of the running backward pass
         self._second: Gradients = {}
         self.inside = False
-        self._rows = 0
-        self._met: list[_Met] | None = None  # layers' outputs, in passes that are looked at
-        self.taking = self.takes_norms = False
+        self.rows = 2  # of the running call of the model
+        self.met: list[Met] | None = None  # layers' outputs, in passes that are looked at
+        self.taking = self.takes_norms = self.learns = False
         self.is_verified = self._seen_losses = False
 
     # ---- which layers
 
     def _plan(self) -> Iterator[_Layer]:
         reached: set[Tensor] = set()
+        served: dict[nn.Module, str] = {}
+        inner: dict[nn.Module, str] = {}  # what is inside a layer without a rule, and whose
         for name, module in self.root.named_modules():
-            own = {key: p for key, p in module._parameters.items() if p is not None and p in self._names}
+            own = {key: p for key, p in module._parameters.items() if p is not None and p in self.names}
             label = f"{name or 'the model'} ({type(module).__name__})"
             reached.update(own.values())
-            forward = self._way_of(label, module, bool(own))
-            if forward is not None:
+            _check_plain(label, module)
+            batch_norm = type(module) in _PAIRED or type(module) in _PLAIN
+            if module in inner:
+                if batch_norm:
+                    raise NotJoint(f"{label} is inside of {inner[module]}, which is run half by half")
+                continue
+            if not own and not batch_norm and not self._computes_weights(module):
+                continue
+            if "forward" in module.__dict__ or is_served(module):
+                raise NotJoint(f"{label} has a forward of its own put onto the instance")
+            forward = self._way_of(label, module)
+            served[module] = label
+            if forward is None:
+                forward = self._without_rule(label, module)
+                inner.update(dict.fromkeys(module.modules(), label))
+                yield _Layer(module, forward, None)
+            else:
                 yield _Layer(module, forward, _norm_rule(module))
-        for name, p in self._params.items():
+        for name, p in self.params.items():
             if p not in reached:
                 raise NotJoint(f"{name} is not a parameter of the model's own modules")
             if hooks_on(p) or p._post_accumulate_grad_hooks:
                 raise NotJoint(f"{name} has gradient hooks, which must see each batch's gradient")
+        for module, label in inner.items():
+            if served.get(module, label) != label:
+                raise NotJoint(f"{served[module]} is also inside of {label}, which is run half by half")
 
-    def _way_of(self, label: str, module: nn.Module, trained: bool) -> Callable[..., Any] | None:
-        """What runs in place of the module's forward; None for its own."""
+    def _computes_weights(self, module: nn.Module) -> bool:
+        """Whether a trained weight is made from others at each use."""
+        made = module._modules.get("parametrizations")
+        return made is not None and any(p in self.names for p in made.parameters())
+
+    def _way_of(self, label: str, module: nn.Module) -> Callable[..., Any] | None:
+        """What runs in place of the module's forward; None where nothing is known about it."""
         kind = type(module)
-        if kind.__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise NotJoint(f"{label} is compiled")
-        if (reason := why_not_paired(module)) is not None:
-            raise NotJoint(f"{label}: {reason}")
-        batch_norm = kind in _PAIRED or kind in _PLAIN
-        if not trained and not batch_norm:
-            return None
-        if "forward" in module.__dict__ or is_served(module):
-            raise NotJoint(f"{label} has a forward of its own put onto the instance")
-        if batch_norm:
-            return self._served(label, module, self._run_batch_norm)
+        if kind in _PAIRED or kind in _PLAIN:
+            return self._served(label, self._run_batch_norm, module)
         weight = module._parameters.get("weight")
         if kind in _PRODUCTS and weight is not None and not weight.is_complex() and module._parameters.keys() <= _OWN:
             return self._product(label, module)
-        if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
             raise NotJoint(f"{label}: sparse gradients and max_norm are not served")
         if kind in _BY_HALVES:
-            return self._served(label, module, self._run_by_halves)
-        raise NotJoint(f"{label} has parameters and no way to tell its two gradients apart in one pass")
+            return self._served(label, self._run_by_halves, module)
+        return None
+
+    def _without_rule(self, label: str, module: nn.Module) -> Callable[..., Any]:
+        """The forward of a layer that nothing is known about: with all that is inside it, half by half."""
+        if module is self.root:
+            raise NotJoint(
+                f"{label} has parameters of its own and no way to tell their two gradients apart in one pass"
+            )
+        self.without_rule.append(label)
+        return self._served(label, self._run_by_halves, module, inner=True)
 
     # ---- the context
 
     @property
     def has_norms(self) -> bool:
         """Whether each sample's norms can be had: every layer has a rule for them, and no parameter is used twice."""
-        owned = [p for layer in self._layers for p in layer.module._parameters.values() if p in self._names]
+        owned = [p for layer in self._layers for p in layer.module._parameters.values() if p in self.names]
         if len(owned) != len(set(owned)):
             return False
         return all(
@@ -172,7 +187,7 @@ class Joint:
 
     def forget(self) -> None:
         """Drop what the calls so far left."""
-        self.outputs, self._twins, self._met = [], {}, None
+        self.outputs, self._twins, self.met = [], {}, None
         self._used.clear()
 
     # ---- forward
@@ -182,9 +197,9 @@ class Joint:
         inner = next((layer.forward for layer in self._layers if layer.module is self.root), inner)
         if self.inside or not torch.is_grad_enabled() or in_backward():
             return inner(*args, **kwargs)
-        rows = self._rows = row_count(args, kwargs)
-        if not self._seen_losses and self._met is None:
-            self._met = []
+        rows = self.rows = row_count(args, kwargs)
+        if not self._seen_losses and self.met is None:
+            self.met = []
         self.inside = True
         try:
             out = inner(*args, **kwargs)
@@ -202,18 +217,19 @@ class Joint:
     @property
     def looks(self) -> bool:
         """Whether the running forward pass will be looked at."""
-        return self._met is not None
+        return self.met is not None
 
-    def _served(self, label: str, module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    def _served(self, label: str, run: Callable[..., Any], module: nn.Module, **how: Any) -> Callable[..., Any]:
         """A layer's forward by `run`, in the model's call and what a checkpoint repeats of it; else its own."""
         plain = functools.partial(type(module).forward, module)
+        halves = LayerHalves(label, module, **how)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not (self.inside or in_backward()):  # in evaluation, or called past the model
                 return plain(*args, **kwargs)
-            out = run(label, module, plain, *args, **kwargs)
-            if self._met is not None:
-                self._meet(label, out)
+            out, made = run(halves, plain, *args, **kwargs)
+            for x, dim in made if self.met is not None else ():
+                self._meet(label, x, dim, required=not halves.inner)
             return out
 
         return forward
@@ -232,7 +248,7 @@ class Joint:
             weight, bias = own["weight"], own["bias"]
             if input.dim() < 2 or not (is_linear or input.dim() == weight.dim()):
                 raise NotJoint(f"an input {list(input.shape)} of {type(module).__name__} has no samples")
-            _check_rows(module, input)
+            self._check_rows(label, input.shape[0])
             if self._norms is not None:
                 self._use(module, input)
             product: Product = LINEAR
@@ -242,71 +258,66 @@ class Joint:
             if call is None or call.product is not product or call.weight is not weight or call.bias is not bias:
                 call = PairCall(self, product, weight, bias)
             out = call.run(input)
-            if self._met is not None:
+            if self.met is not None:
                 self._meet(label, out)
             return out
 
         return forward
 
-    def _meet(self, label: str, out: Tensor) -> None:
-        if self._met is not None and out.grad_fn is not None and not in_backward():
-            self._met.append(_Met(label, out.grad_fn, out.output_nr))
+    def _meet(self, label: str, out: Tensor, dim: int = 0, *, required: bool = True) -> None:
+        if self.met is not None and out.grad_fn is not None and not in_backward():
+            self.met.append(Met(label, out.grad_fn, out.output_nr, dim, required))
+
+    def _check_rows(self, label: str, rows: int) -> None:
+        """As many as the model's samples, or so many times as many: what is picked from the samples is others in each
+        pass, and may be of both batches."""
+        if rows % self.rows:
+            raise NotJoint(f"{label}: its rows are not the samples in order: {rows} for {self.rows} samples")
 
     def _use(self, module: nn.Module, input: Tensor) -> None:
         """Where norms are taken each layer is used once, on the samples."""
         if in_backward():
             return
-        if module in self._used or input.shape[0] != self._rows:
+        if module in self._used or input.shape[0] != self.rows:
             raise NotJoint(f"a {type(module).__name__} is called twice, or not on the samples themselves, in a pass")
         self._used.add(module)
 
     def _twin(self, p: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """A parameter for each batch."""
-        if p is None or not torch.is_grad_enabled() or p not in self._names:
+        if p is None or not torch.is_grad_enabled() or p not in self.names:
             return p, p
         twin = self._twins.get(p)
         if twin is None:
             twin = self._twins[p] = Twin.apply(p, self)  # type: ignore[no-untyped-call]
+            if self.met is not None and not in_backward():
+                self.met.append(Met(self.names[p], twin[0].grad_fn, None, required=False))  # type: ignore[index]
         return twin
 
-    def _run_batch_norm(self, label: str, module: Any, plain: Callable[..., Any], input: Tensor) -> Any:
+    def _run_batch_norm(self, halves: LayerHalves, plain: Callable[..., Any], input: Tensor) -> Any:
+        module: Any = halves.module
         module._check_input_dim(input)
         if module.training or module.running_mean is None:
             weights, biases = self._twin(module.weight), self._twin(module.bias)
-            _check_rows(module, input)
-            return pair_batch_norm(module, input, weights=weights, biases=biases, second_updates=self._second_updates)
-        return self._run_by_halves(label, module, plain, input)
+            self._check_rows(halves.label, input.shape[0])
+            updates = self._second_updates
+            out = pair_batch_norm(module, input, weights=weights, biases=biases, second_updates=updates)
+            return out, [(out, 0)]
+        return self._run_by_halves(halves, plain, input)
 
-    def _run_by_halves(
-        self, label: str, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        own = module._parameters
-        twins = {key: self._twin(p) for key, p in own.items()}
-        if all(p is q for p, q in twins.values()):
-            return plain(*args, **kwargs)
-        tensors = tensors_of((args, kwargs))
-        if not tensors:
-            return plain(*args, **kwargs)
-        rows = _check_rows(module, tensors[0])
-        if self._norms is not None:
-            self._use(module, tensors[0])
-        before, outs = dict(own), []
-        try:
-            for half in (0, 1):
-                own.update({key: pair[half] for key, pair in twins.items()})  # type: ignore[misc]
-                some = slice(rows // 2 * half, rows // 2 * (half + 1))
-                args_, kwargs_ = tree_map(lambda x, some=some: _rows_of(x, rows, some), (args, kwargs))
-                outs.append(plain(*args_, **kwargs_))
-        finally:
-            own.update(before)
-        out = torch.cat(outs)
-        if self._norms is not None and out.requires_grad:
-            self._take_norms_later(label, module, (*args, *kwargs.values()), out)
-        return out
+    def _trains(self, module: nn.Module) -> bool:
+        return any(p in self.names for p in module._parameters.values())
+
+    def _run_by_halves(self, halves: LayerHalves, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._norms is not None and torch.is_grad_enabled() and self._trains(halves.module):
+            self._use(halves.module, tensors_of((args, kwargs))[0])
+        out, made = halves.run(plain, self._twin, args, kwargs, check_rows=self._check_rows, learns=self.learns)
+        if self._norms is not None and made and out.requires_grad:
+            self._take_norms_later(halves.label, halves.module, (*args, *kwargs.values()), out)
+        return out, made
 
     def _take_norms_later(self, label: str, module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
         """By the layer's rule, once the backward pass has brought the gradient of its output."""
-        own = {name: p for name, p in module._parameters.items() if p in self._names}
+        own = {name: p for name, p in module._parameters.items() if p in self.names}
         shapes = {name: p.shape for name, p in own.items() if p is not None}
         rule, seen = _norm_rule(module), Seen(label, module, inputs)
         assert rule is not None
@@ -330,9 +341,10 @@ class Joint:
             RuntimeError: a parameter got a gradient from elsewhere than its layer.
         """
         self._first, self._second, self._sq_norms = {}, {}, {}
-        if self._met is not None:
-            self._check_losses(losses, self._met)
-        before: Gradients = {p: p.grad for p in self._params.values() if p.grad is not None}
+        if self.met is not None:
+            check_losses(self, losses, self.met)
+            self._seen_losses = True
+        before: Gradients = {p: p.grad for p in self.params.values() if p.grad is not None}
         for p in before:
             p.grad = None
         self.taking = True
@@ -341,7 +353,7 @@ class Joint:
         finally:
             self.taking = False
         self.forget()
-        for name, p in self._params.items():
+        for name, p in self.params.items():
             if p.grad is not None:
                 raise RuntimeError(
                     f"{name} got a gradient from outside its own layer's forward in the model's call, so its gradient "
@@ -364,125 +376,12 @@ class Joint:
 
     def take_norms(self, p: Tensor, sq_norms: Tensor) -> None:
         """Each sample's squared norm of a parameter's gradient."""
-        self._sq_norms[self._names[p]] = sq_norms  # type: ignore[index]
-
-    # ---- are the halves apart?
+        self._sq_norms[self.names[p]] = sq_norms  # type: ignore[index]
 
     def verify(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hold the model to what this way takes for granted, before its first pass, on few of the samples.
-
-        Neither half's outputs may change with the other half's inputs; each layer's rows must be on the way to their
-        own half's outputs alone; and no parameter may be used outside its layer. Looked at with other parameters, which
-        are put back with buffers and generators.
-
-        Raises:
-            NotJoint: it is not so, or can't be seen, and where.
-        """
-        rows = row_count(args, kwargs)
-        with rewound(self.root) as replay, randomised(self.root):
-            try:
-                self._verify(inner, _few(args, rows), _few(kwargs, rows), replay)
-            except NotJoint:
-                raise
-            except Exception:  # a model that takes no other batch size tells what is wrong with this one, if anything
-                replay.rewind()
-                self._verify(inner, args, kwargs, replay)
+        """Hold the model to what this way takes for granted, before its first pass; raises `NotJoint`."""
+        verify(self, inner, args, kwargs)
         self.is_verified = True
-
-    def _verify(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], replay: Replay) -> None:
-        rows = row_count(args, kwargs)
-        alone = []
-        self.inside = True
-        try:
-            with torch.no_grad():
-                for half in (None, 0, 1):
-                    replay.rewind()
-                    alone.append(_outputs(self.forward(inner, *_one_batch_twice(args, kwargs, rows, half)), rows))
-        finally:
-            self.inside = False
-        for half in (0, 1):
-            own = slice(rows // 2 * half, rows // 2 * (half + 1))
-            for x, y in zip(alone[0], alone[half + 1], strict=True):
-                if x.shape != y.shape or differ(x[own], y[own], noise=_rounding(x)):
-                    raise NotJoint("one batch's outputs change with the other batch: samples are coupled")
-        torch.clear_autocast_cache()  # casts made without gradients
-        try:
-            self._met = []
-            self.forward(inner, args, kwargs)
-            self._check_graph(self._met, rows)
-        finally:
-            self.forget()
-
-    def _check_graph(self, met: list[_Met], rows: int) -> None:
-        if not self.outputs:
-            raise NotJoint(f"the model returns no tensor with a gradient whose first dimension is the {rows} samples")
-        for half in (0, 1):
-            weights = [_random_rows(x, half) for x in self.outputs]
-            for name, own, other in self._rows_reached(self.outputs, weights, met, half):
-                if other:
-                    raise NotJoint(
-                        f"{name}: its rows are not the samples in order (positions first, a value that all share), or "
-                        "the samples are coupled after it"
-                    )
-                if not own:
-                    raise NotJoint(f"{name}: the model's outputs do not depend on it, so its rows can't be checked")
-        if (used := self._used_elsewhere(self.outputs)) is not None:
-            raise NotJoint(f"{used} is used outside of its own layer's forward")
-
-    def _check_losses(self, losses: Tensor, met: list[_Met]) -> None:
-        """In the first pass: what the losses have from elsewhere than the outputs may couple the batches too."""
-        for half in (0, 1):
-            weights = torch.zeros_like(losses)
-            weights[len(losses) // 2 * half : len(losses) // 2 * (half + 1)] = 1
-            for name, _, other in self._rows_reached([losses], [weights], met, half):
-                if other:
-                    raise RuntimeError(
-                        f"one batch's losses depend on the other batch by way of {name}, as through a loss that a "
-                        "layer keeps: each loss must be of its own sample, or of its own batch"
-                    )
-        self._seen_losses = True
-
-    def _rows_reached(
-        self, outputs: list[Tensor], weights: list[Tensor], met: list[_Met], half: int
-    ) -> Iterator[tuple[str, bool, bool]]:
-        """For each layer, whether a backward pass from one half reaches its rows of that half, and of the other."""
-        reached = [[False, False] for _ in met]
-
-        def look(layer: int, grads: tuple[Tensor | None, ...]) -> None:
-            grad = grads[met[layer].output]
-            if grad is not None:
-                reached[layer] = [bool((rows.nan_to_num() != 0).any()) for rows in torch.split(grad, len(grad) // 2)]
-
-        # By hooks: to ask for the layers' gradients would hold them all at once.
-        handles = []
-        for layer, m in enumerate(met):
-            # A function's node without a graph, which nothing reaches, can't be hooked in an older PyTorch.
-            with contextlib.suppress(RuntimeError):
-                handles.append(m.node.register_prehook(functools.partial(look, layer)))
-        try:
-            torch.autograd.grad(outputs, list(self._params.values()), weights, retain_graph=True, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for m, halves in zip(met, reached, strict=True):
-            yield m.layer, halves[half], halves[1 - half]
-
-    def _used_elsewhere(self, outputs: list[Tensor]) -> str | None:
-        """A parameter that the graph reaches otherwise than by its twins."""
-        nodes: list[Any] = [x.grad_fn for x in outputs]
-        seen = set(nodes)
-        while nodes:
-            node = nodes.pop()
-            if node is None:
-                continue
-            for following, _ in node.next_functions:
-                p = getattr(following, "variable", None)
-                if p is not None and p in self._names and not isinstance(node, OURS):
-                    return self._names[p]
-                if following not in seen:
-                    seen.add(following)
-                    nodes.append(following)
-        return None
 
 
 def _norm_rule(module: nn.Module) -> Rule | None:
@@ -493,56 +392,8 @@ def _norm_rule(module: nn.Module) -> Rule | None:
     return found[1]
 
 
-def _check_rows(module: nn.Module, x: Tensor) -> int:
-    if x.dim() == 0 or x.shape[0] % 2:
-        raise NotJoint(f"an input {list(x.shape)} of {type(module).__name__} is not of two batches of the same size")
-    return x.shape[0]
-
-
-def _rows_of(x: Any, rows: int, some: slice) -> Any:
-    return x[some] if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows else x
-
-
-def _few(inputs: Any, rows: int) -> Any:
-    """Two samples of each batch, where there are more."""
-    few = min(2, rows // 2)
-
-    def pick(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != rows:
-            return x
-        return torch.cat([x[:few], x[rows // 2 : rows // 2 + few]])
-
-    return tree_map(pick, inputs)
-
-
-def _outputs(returned: Any, rows: int) -> list[Tensor]:
-    return [x for x in tensors_of(returned) if x.shape[0] == rows]
-
-
-def _one_batch_twice(args: Any, kwargs: Any, rows: int, half: int | None) -> tuple[Any, Any]:
-    """The inputs with one batch in both places; as they are for None."""
-
-    def change(x: Any) -> Any:
-        if half is None or not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != rows:
-            return x
-        own = x[rows // 2 * half : rows // 2 * (half + 1)]
-        return torch.cat([own, own])
-
-    changed: tuple[Any, Any] = tree_map(change, (args, kwargs))
-    return changed
-
-
-def _rounding(x: Tensor) -> float:
-    """What sums in another order may change: devices and libraries don't promise one."""
-    if not x.is_floating_point() or not x.numel():
-        return 0.0
-    return 64 * torch.finfo(x.dtype).eps * float(x.abs().nan_to_num(0.0, 0.0, 0.0).max())
-
-
-def _random_rows(x: Tensor, half: int) -> Tensor:
-    """Cotangents of one half's rows."""
-    generator = torch.Generator("cpu").manual_seed(half)
-    draws = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-    rows = len(x) // 2
-    draws[rows * (1 - half) : rows * (2 - half)] = 0
-    return draws
+def _check_plain(label: str, module: nn.Module) -> None:
+    if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        raise NotJoint(f"{label} is compiled")
+    if (reason := why_not_paired(module)) is not None:
+        raise NotJoint(f"{label}: {reason}")

@@ -14,6 +14,10 @@ from svag_fast.sample_norms.rule import in_full_precision
 from svag_fast.sample_norms.tape import row_sq_norms
 
 
+class NotJoint(Exception):  # noqa: N818  (a reason, not a fault)
+    """Why a model can't take both batches at once; its two halves can still be run one after the other."""
+
+
 class Taker(Protocol):
     """Who gets the two gradients: :class:`svag_fast.nn.joint.Joint`."""
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from svag_fast.nn.halves import ByHalves, Gradients, leaves_of
-from svag_fast.nn.joint import Joint, NotJoint
+from svag_fast.nn.joint import Joint
+from svag_fast.nn.joint_grads import NotJoint
 from svag_fast.nn.look import Look
 from svag_fast.nn.pair_batch_norm import CoupledSamples
+from svag_fast.nn.replay import Replay
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import SampleNorms, per_sample_sq_norms
 from svag_fast.sample_norms.tape import Recorder, in_backward
@@ -88,10 +90,11 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
             factor on the losses enters squared. BatchNorm on batch statistics is refused. Jointly where each trained
             parameter is used once; else by halves, as :class:`svag_fast.per_sample_sq_norms` does it. Not under
             DistributedDataParallel.
-        way: "joint": one pass over both batches, in which each layer forms its two weight gradients; for models whose
-            trained parameters are in Linear, convolutions, normalisations and embeddings with the samples first. The
-            first pass checks on a few samples that the batches don't meet. "halves": the model
-            is called on one half, then on the other: any model, at the price of two passes. "auto" takes "joint"
+        way: "joint": one pass over both batches, in which each layer forms its two weight gradients: Linear,
+            convolutions, normalisations and embeddings by rules of their own. Any other layer (recurrent, attention,
+            one of yours) is run on one half, then on the other, with all that is inside it, and said once by name. The
+            samples come first; the first pass checks on a few of them that the batches don't meet. "halves": the whole
+            model is called on one half, then on the other: any model, at the price of two passes. "auto" takes "joint"
             where it serves the model and is faster (on a CPU: small inputs), and says once why it can't.
 
     Raises:
@@ -257,15 +260,22 @@ class _Run:
         engine = self._engine or self._start(self._chosen(args, kwargs))
         if not isinstance(engine, Joint) or engine.inside or in_backward():
             return engine.forward(inner, args, kwargs)
-        known = engine.is_verified or bool(engine.outputs)
-        try:
-            if not known:
-                engine.verify(inner, args, kwargs)
-            return engine.forward(inner, args, kwargs)
-        except NotJoint as reason:
-            if known or self.wanted == "joint":
+        if engine.is_verified or engine.outputs:
+            try:
+                return engine.forward(inner, args, kwargs)
+            except NotJoint as reason:
                 raise _refused(str(reason)) from None
+        replay = Replay(self.root)
+        try:
+            engine.verify(inner, args, kwargs)
+            out = engine.forward(inner, args, kwargs)
+        except NotJoint as reason:
+            if self.wanted == "joint":
+                raise _refused(str(reason)) from None
+            replay.rewind()  # the call may have got as far as to update statistics
             return self._start(self._fallen_back(str(reason))).forward(inner, args, kwargs)
+        self._say_without_rule(engine.without_rule)
+        return out
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint | ByHalves:
         inputs = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor) and x.dim() > 0]
@@ -284,6 +294,15 @@ class _Run:
                 stacklevel=6,
             )
         return self._halves
+
+    def _say_without_rule(self, layers: list[str]) -> None:
+        if layers and not self._said:
+            self._said = True
+            warnings.warn(
+                "pair_pass runs layers without a rule on one batch, then on the other, which is exact but slower: "
+                f"{', '.join(layers)}. (Said once.)",
+                stacklevel=6,
+            )
 
     def _unsynchronised(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """DistributedDataParallel's forward, whose reducer would average the second gradient alone."""

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 class Replay:
     """What a forward pass changes in a model and in torch's generators, to be put back.
 
-    Plain Python attributes that a forward changes, and random numbers from elsewhere than torch, are not seen.
+    Modules' attributes are put back too (a counter, a kept state). Not seen are what a forward changes inside of them,
+    tensors' own values excepted, and random numbers from elsewhere than torch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,6 +28,9 @@ class Replay:
             for module in model.modules()
             if module._buffers
         ]
+        self._attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+        kept = [x for _, before in self._attributes for x in before.values() if isinstance(x, Tensor)]
+        self._kept = [(x, x._version, x.detach().clone()) for x in kept]
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
@@ -41,6 +45,13 @@ class Replay:
                     assert buffer is not None
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+            for x, version, value in self._kept:
+                if x._version != version:
+                    x.copy_(value)
+        for attributes, before in self._attributes:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)

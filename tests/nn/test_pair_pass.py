@@ -8,21 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from pair_passes import CLASSES, B, assert_same_states, assert_same_stats, images, labels, one_pass, seeded, two_passes
 from torch import nn
 
 import svag_fast
 from svag_fast import SVAG, SVAGAdam, SVAGRMSprop, pair_pass
-
-B, CLASSES = 4, 3
-
-
-def seeded(build):
-    torch.manual_seed(0)
-    model = build().double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-    return model
 
 
 class Tied(nn.Module):
@@ -86,10 +76,6 @@ class TwoInputs(nn.Module):
         }
 
 
-def images():
-    return torch.randn(2 * B, 2, 6, 6, dtype=torch.float64)
-
-
 MODELS = {
     "batch norm": lambda: nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
@@ -139,18 +125,7 @@ MODELS = {
 }
 BY_HALVES_ALONE = {
     "a value that all share": (Language, lambda: torch.randint(0, 7, (2 * B, 6)), "positions.*its rows are not the"),
-    "a parameter of its own": (Own, images, "token|Own.*has parameters and no way"),
-    "attention": (
-        lambda: nn.Sequential(
-            nn.Flatten(2),
-            nn.TransformerEncoderLayer(36, 2, 8, dropout=0.0, batch_first=True),
-            nn.Flatten(),
-            nn.Linear(72, 3),
-        ),
-        images,
-        "self_attn.*no way",
-    ),
-    "recurrent": (lambda: nn.Sequential(nn.Flatten(2), nn.LSTM(36, 4, batch_first=True), First()), images, "LSTM"),
+    "a parameter of its own": (Own, images, "the model .Own. has parameters of its own"),
     "samples coupled inside a batch": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, CLASSES), Centred()),
         images,
@@ -168,11 +143,6 @@ BY_HALVES_ALONE = {
     ),
     "weight used elsewhere": (lambda: Elsewhere(), images, "used outside of its own layer"),
 }
-
-
-class First(nn.Module):
-    def forward(self, x):
-        return x[0][:, -1]
 
 
 class Centred(nn.Module):
@@ -193,38 +163,6 @@ class Elsewhere(nn.Module):
     def forward(self, x):
         x = torch.tanh(self.first(x.flatten(1)))
         return self.last(x) + self.last(torch.tanh(F.linear(x, self.first.weight[:, :8])))
-
-
-def labels():
-    return torch.arange(2 * B) % CLASSES
-
-
-def two_passes(model, optimizer, x, y, *, step=True):
-    """README's loop; at l = 1 the second batch only measures and leaves no trace in the buffers."""
-    optimizer.zero_grad()
-    F.cross_entropy(model(x[:B]), y[:B]).backward()
-    optimizer.hold_gradient()
-    kept = {name: b.clone() for name, b in model.named_buffers()}
-    F.cross_entropy(model(x[B:]), y[B:]).backward()
-    if optimizer.l == 1:
-        for name, value in kept.items():
-            model.get_buffer(name).copy_(value)
-    return optimizer.step() if step else None
-
-
-def one_pass(model, optimizer, x, y, **how):
-    with pair_pass(model, optimizer, **how) as pair:
-        pair.backward(F.cross_entropy(model(x), y, reduction="none"))
-    return pair
-
-
-def assert_same_states(model, expected, atol=1e-12):
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=atol, msg=name)
-
-
-def assert_same_stats(stats, expected):
-    torch.testing.assert_close(stats.raw, expected.raw, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("l", [1, 2.5])

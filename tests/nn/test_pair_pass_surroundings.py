@@ -168,8 +168,7 @@ def test_parameters_in_half_precision(way, dtype):
     torch.testing.assert_close(optimizer.step().raw[:3], reference.step().raw[:3], rtol=0.1, atol=1e-2)
 
 
-@WAYS
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("way", "reentrant"), [("joint", False), ("halves", False), ("halves", True)])
 @pytest.mark.parametrize("l", [1, 3])
 def test_checkpoints_give_the_same_and_count_no_batch_twice(way, reentrant, l):
     model, expected = net(reentrant), net()
