@@ -38,6 +38,8 @@ class Step:
         ]
         kind = torch.optim.SGD if contender in ("SGD at 2B", "two forwards, SGD") else svag_fast.SVAG
         options = {"lr": LR} if kind is torch.optim.SGD else {"lr": LR, "l": L}
+        if contender == "pair_pass, in backward":
+            options["in_backward"] = True
         self.optimizer = kind(self.model.parameters(), **options)
         self.take = CONTENDERS[contender].__get__(self)
 
@@ -85,6 +87,7 @@ CONTENDERS: dict[str, Callable[[Step], None]] = {
     "pair_pass": lambda step: step.pair("auto"),
     "pair_pass, joint": lambda step: step.pair("joint"),
     "pair_pass, halves": lambda step: step.pair("halves"),
+    "pair_pass, in backward": lambda step: step.pair("joint"),
     "pair_pass, norms apart": Step.norms_apart,
     "two passes, SVAG": Step.two_passes,
     "two forwards, SGD": Step.two_forwards,

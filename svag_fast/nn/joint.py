@@ -9,7 +9,7 @@ module may mix samples: `joint_checks` looks whether that is so.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from svag_fast.nn.halves import Gradients, row_count
-from svag_fast.nn.joint_checks import Met, check_losses, verify
+from svag_fast.nn.joint_checks import Met, check_losses, used_elsewhere, verify
 from svag_fast.nn.joint_grads import NotJoint, PairCall, Twin
 from svag_fast.nn.layer_halves import LayerHalves
 from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
 from svag_fast.nn.replay import tensors_of
+from svag_fast.ops.weight_grad.shapes import Geometry
 from svag_fast.optim.grad_watch import hooks_on
+from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.sample_norms.dispatch import is_served
 from svag_fast.sample_norms.layers.conv import conv_plan
 from svag_fast.sample_norms.layers.linear import LINEAR
@@ -81,6 +83,8 @@ class Joint:
         self._twins: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._first: Gradients = {}  # of the running backward pass
         self._second: Gradients = {}
+        self.steps: StepsInBackward | None = None  # of the running backward pass
+        self._only_once: Container[Tensor] = ()
         self.inside = False
         self.rows = 2  # of the running call of the model
         self.met: list[Met] | None = None  # layers' outputs, in passes that are looked at
@@ -166,13 +170,27 @@ class Joint:
             if type(layer.module) not in _PRODUCTS
         )
 
-    def begin(self, *, second_updates: bool, norms: Recorder | None = None) -> None:
+    @property
+    def shared(self) -> str | None:
+        """A parameter of two modules, if there is one."""
+        owners: dict[Tensor, str] = {}
+        for name, module in self.root.named_modules():
+            for key, p in module._parameters.items():
+                if p is not None and p in self.names and p in owners:
+                    return f"{owners[p]} and {name}.{key}"
+                if p is not None:
+                    owners[p] = f"{name}.{key}"
+        return None
+
+    def begin(self, *, second_updates: bool, norms: Recorder | None = None, only_once: Container[Tensor] = ()) -> None:
         """Serve the layers.
 
         Args:
             second_updates: whether the second batch updates running statistics.
             norms: takes each sample's squared norms; only where `has_norms`.
+            only_once: weights that may take their step in the backward pass, and be used once in the forward.
         """
+        self._only_once = only_once
         self._second_updates, self._norms, self.takes_norms = second_updates, norms, norms is not None
         for module, forward, _ in self._layers:
             if module is not self.root:
@@ -249,6 +267,14 @@ class Joint:
             if input.dim() < 2 or not (is_linear or input.dim() == weight.dim()):
                 raise NotJoint(f"an input {list(input.shape)} of {type(module).__name__} has no samples")
             self._check_rows(label, input.shape[0])
+            if weight in self._only_once and not in_backward():
+                if module in self._used:
+                    raise RuntimeError(
+                        f"{label} must be used once before a backward pass, since its weight takes its step there "
+                        "(in_backward=True), got a second use: in_backward=False for its param group"
+                    )
+                if self._norms is None:
+                    self._used.add(module)
             if self._norms is not None:
                 self._use(module, input)
             product: Product = LINEAR
@@ -334,12 +360,19 @@ class Joint:
 
     # ---- backward
 
-    def backward(self, losses: Tensor, weights: Tensor, first: Gradients) -> None:
+    def backward(self, losses: Tensor, weights: Tensor, first: Gradients, steps: StepsInBackward | None = None) -> None:
         """Add the first batch's gradients to those in `first`, and the second's to ``.grad``.
+
+        Args:
+            losses, weights: [2B], as for autograd.
+            first: see above.
+            steps: takes the steps of the weights that have no gradient then.
 
         Raises:
             RuntimeError: a parameter got a gradient from elsewhere than its layer.
         """
+        if steps is not None and (name := used_elsewhere(self, [losses])) is not None:  # before anything has moved
+            raise self._from_elsewhere(name)
         self._first, self._second, self._sq_norms = {}, {}, {}
         if self.met is not None:
             check_losses(self, losses, self.met)
@@ -347,18 +380,15 @@ class Joint:
         before: Gradients = {p: p.grad for p in self.params.values() if p.grad is not None}
         for p in before:
             p.grad = None
-        self.taking = True
+        self.taking, self.steps = True, steps
         try:
             torch.autograd.backward(losses, weights)
         finally:
-            self.taking = False
+            self.taking, self.steps = False, None
         self.forget()
         for name, p in self.params.items():
             if p.grad is not None:
-                raise RuntimeError(
-                    f"{name} got a gradient from outside its own layer's forward in the model's call, so its gradient "
-                    'can\'t be told apart by batches: have the model return what the losses need, or way="halves"'
-                )
+                raise self._from_elsewhere(name)
         for sums, grads in ((first, self._first), (before, self._second)):
             for p, grad in grads.items():
                 sums[p] = sums[p] + grad if p in sums else grad
@@ -366,6 +396,27 @@ class Joint:
             kept.grad = grad
         if self._norms is not None:  # each loss has the weight 1/B
             self._norms.passes.append(Rows(len(losses) // 2, self._sq_norms, self._norms.aliases))
+
+    def _from_elsewhere(self, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"{name} got a gradient from outside its own layer's forward in the model's call, so its gradient can't be "
+            'told apart by batches: have the model return what the losses need, or way="halves"'
+        )
+
+    def step(self, weight: Tensor, product: Product, x: Tensor, b: Tensor) -> bool:
+        """Have a weight take its step at once, if it may and there is a kernel for its layer."""
+        if self.steps is None or weight not in self._only_once:
+            return False
+        geometry = product.geometry
+        if geometry is None:
+            if product is not LINEAR:
+                return False
+            rows, width = len(b), (x.shape[-1], b.shape[-1])
+            x, b, geometry = x.reshape(rows, -1, width[0]), b.reshape(rows, -1, width[1]), Geometry()
+        sq_norms = self.steps.take(weight, x, b, geometry)
+        if sq_norms is not None and self.takes_norms:
+            self.take_norms(weight, sq_norms)
+        return sq_norms is not None
 
     def take(self, p: Tensor, grad1: Tensor, grad2: Tensor) -> None:
         """Two gradients of a parameter, in memory of their own."""

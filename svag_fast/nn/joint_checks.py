@@ -102,7 +102,7 @@ def _check_graph(joint: Joint, met: list[Met], rows: int) -> None:
                 )
             if not own:
                 raise NotJoint(f"{name}: the model's outputs do not depend on it, so its rows can't be checked")
-    if (used := _used_elsewhere(joint, joint.outputs)) is not None:
+    if (used := used_elsewhere(joint, joint.outputs)) is not None:
         raise NotJoint(f"{used} is used outside of its own layer's forward")
 
 
@@ -147,7 +147,7 @@ def _rows_reached(
         yield m.layer, halves[half] or not m.required, halves[1 - half]
 
 
-def _used_elsewhere(joint: Joint, outputs: list[Tensor]) -> str | None:
+def used_elsewhere(joint: Joint, outputs: list[Tensor]) -> str | None:
     """A parameter that the graph reaches otherwise than by its twins."""
     for node in _nodes(outputs):
         for following, _ in node.next_functions:

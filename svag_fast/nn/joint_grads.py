@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svag_fast.ops.backends import CHOICE, as_chosen
+from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product, ProductLayer, weight_grads_of_halves
 from svag_fast.sample_norms.rule import in_full_precision
@@ -30,6 +31,12 @@ class Taker(Protocol):
 
     takes_norms: bool
     """Whether each row's squared norm is wanted too."""
+
+    steps: StepsInBackward | None
+    """Takes weights' steps in the running backward pass, if that is wanted."""
+
+    def step(self, weight: Tensor, product: Product, x: Tensor, b: Tensor) -> bool:
+        """Have a weight take its step from a layer's input and the gradient of its output, at once, if it may."""
 
     def take(self, p: Tensor, grad1: Tensor, grad2: Tensor) -> None:
         """Two gradients of a parameter, in any dtype and order in memory."""
@@ -103,11 +110,12 @@ class PairCall(NamedTuple):
                 if x.is_neg():
                     x = x.resolve_neg()
                 low = weight if weight.dtype == b.dtype else weight.to(b.dtype)  # as the layer saw it under autocast
-                (first, second), sq_norms = weight_grads_of_halves(product, b, x, low, norms=norms)
-                joint.take(weight, first, second)
-                if norms:
-                    assert sq_norms is not None
-                    joint.take_norms(weight, sq_norms)
+                if joint.steps is None or not joint.step(weight, product, x, b):
+                    (first, second), sq_norms = weight_grads_of_halves(product, b, x, low, norms=norms)
+                    joint.take(weight, first, second)
+                    if norms:
+                        assert sq_norms is not None
+                        joint.take_norms(weight, sq_norms)
             if wants_bias:
                 assert bias is not None
                 b1, b2 = torch.split(b, len(b) // 2)
@@ -135,7 +143,7 @@ class PairCall(NamedTuple):
         if weight.requires_grad or wants_bias:
             low = x if x.dtype == output.dtype else x.detach().to(output.dtype)
             node: Any = output.grad_fn
-            node.register_prehook(_Passing(self, low if weight.requires_grad else None, wants_bias))
+            node.register_hook(_Passing(self, low if weight.requires_grad else None, wants_bias))
         return output
 
 
@@ -148,7 +156,7 @@ _saved_elsewhere: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_
 
 
 class _Passing:
-    """Sees the gradient of a layer's output pass by, once."""
+    """Sees the gradient of a layer's output pass by, once, after the layer's input has got its own."""
 
     __slots__ = ("_backend", "_call", "_version", "_wants_bias", "_x")
 
@@ -156,7 +164,7 @@ class _Passing:
         self._call, self._x, self._wants_bias, self._backend = call, x, wants_bias, CHOICE.get()
         self._version = 0 if x is None else x._version
 
-    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, _: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> None:
         if torch.is_grad_enabled():
             raise second_derivatives()
         b, x = grads[0], self._x

@@ -18,6 +18,7 @@ from svag_fast.nn.joint_grads import NotJoint
 from svag_fast.nn.look import Look
 from svag_fast.nn.pair_batch_norm import CoupledSamples
 from svag_fast.nn.replay import Replay
+from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import SampleNorms, per_sample_sq_norms
 from svag_fast.sample_norms.tape import Recorder, in_backward
@@ -173,6 +174,7 @@ class _Run:
         self._with_norms = False
         self._context: per_sample_sq_norms | None = None
         self._synchronises = True
+        self._steps: StepsInBackward | None = None
         self._undo: list[Callable[[], object]] = []
 
     def serves(self, model: nn.Module, optimizer: TwoBatchOptimizer, wanted: Way) -> bool:
@@ -196,6 +198,11 @@ class _Run:
                 "the DistributedDataParallel model must be without a communication hook, which can't see both "
                 "gradients, got one"
             )
+        self._steps = None if self.wanted == "halves" else self.optimizer.steps_in_backward()
+        if self._steps is not None and self.ddp is not None:
+            raise ValueError(
+                "in_backward must be False under DistributedDataParallel, which averages gradients, got True"
+            )
         if self._joint is None and self.wanted != "halves":
             try:
                 self._joint = Joint(self.root, self._params)
@@ -207,6 +214,8 @@ class _Run:
             if self.wanted == "joint":
                 raise _refused("norms of a layer without a rule for them, or of a parameter used twice")
             self._take_norms_by_halves()  # now: it refuses what has none
+        if self._steps is not None and isinstance(self._joint, Joint) and (names := self._joint.shared) is not None:
+            raise ValueError(f"in_backward must be False where parameters are shared, got True with {names} the same")
         self._undo.append(_patch(self.root, self._forward))
         if self.ddp is not None:
             self._undo.append(_patch(self.ddp, self._unsynchronised))
@@ -239,7 +248,8 @@ class _Run:
                 recorder = Recorder()
                 recorder.aliases = {name: name for name in self._params}
                 self.norms = SampleNorms(recorder, "mean")
-            engine.begin(second_updates=second_updates, norms=recorder)
+            only_once = () if self._steps is None else self._steps.options
+            engine.begin(second_updates=second_updates, norms=recorder, only_once=only_once)
         else:
             if self._with_norms and self._context is None:
                 self._take_norms_by_halves()
@@ -279,7 +289,11 @@ class _Run:
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint | ByHalves:
         inputs = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor) and x.dim() > 0]
-        faster = self._with_norms or (bool(inputs) and (inputs[0].is_cuda or inputs[0].numel() <= JOINT_ELEMENTS))
+        faster = (
+            self._with_norms
+            or self._steps is not None
+            or (bool(inputs) and (inputs[0].is_cuda or inputs[0].numel() <= JOINT_ELEMENTS))
+        )
         if self._joint is None or self._context is not None or not (faster or self.wanted == "joint"):
             return self._halves
         return self._fallen_back(self._joint) if isinstance(self._joint, str) else self._joint
@@ -324,29 +338,43 @@ class _Run:
         engine = self._engine
         rows = self._checked(losses)
         assert engine is not None
+        if self.optimizer._pair.stepped is not None:
+            raise RuntimeError(
+                "layers have taken their step in the backward pass (in_backward=True), which leaves nothing to "
+                "accumulate to: call step() first, or in_backward=False"
+            )
         if self.optimizer._pair.paired:  # accumulation
             self.optimizer._pair.second(self.optimizer.param_groups, seen_by_scaler=False)
         else:
             self._first = {}
             for p in self._params.values():
                 p.grad = None
+        steps = self.optimizer.steps_in_backward() if isinstance(engine, Joint) and self._steps is not None else None
         try:
             if not self._losses_seen:
                 _check_losses(losses, engine.outputs)
                 self._losses_seen = True
             weights = torch.full_like(losses, 2 / rows)
-            engine.backward(losses, weights, self._first)
-            if not self._first:
+            if isinstance(engine, Joint):
+                engine.backward(losses, weights, self._first, steps)
+            else:
+                engine.backward(losses, weights, self._first)
+            if not self._first and (steps is None or not steps.raws):
                 raise RuntimeError("no trained parameter has part in the losses")
             if self.ddp is not None and self._synchronises:
                 self._average(self.ddp)
-        except BaseException:
+        except BaseException as error:
             engine.forget()
             self.optimizer.discard_gradient()
             for p in self._params.values():
                 p.grad = None
+            if steps is not None and steps.raws and isinstance(error, Exception):
+                raise RuntimeError(
+                    "the backward pass has failed after layers took their step in it (in_backward=True): the "
+                    "parameters are of different steps, so go on from a checkpoint"
+                ) from error
             raise
-        self.optimizer.hold_pair(self._first)
+        self.optimizer.hold_pair(self._first, steps if steps is not None and steps.raws else None)
 
     def _checked(self, losses: Tensor) -> int:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():

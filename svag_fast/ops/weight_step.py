@@ -134,6 +134,31 @@ def _run(
     return sq_norms, raw
 
 
+def step_of_halves_(
+    weight: Tensor, inputs: Tensor, output_grads: Tensor, geometry: Geometry, options: StepOptions, backend: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`svag_weight_step_` without its checks, of equal halves: for a backward pass that knows its layer.
+
+    Rows of Linear must be [2B, T, p] and [2B, T, d]; the output gradients are of the batches' means. Returns each row's
+    squared norm [2B], with the mean's factor in it, and the statistics as a vector.
+    """
+    rows = len(inputs)
+    segments = torch.arange(rows, device=inputs.device).ge_(rows // 2)
+    product = LayerProduct(
+        inputs,
+        output_grads,
+        list(weight.shape),
+        torch.ones(rows, dtype=sum_dtype(inputs), device=inputs.device),
+        segments,
+        2,
+        geometry,
+    )
+    step = select("svag_weight_step_", backend, [weight, inputs, output_grads])
+    sq_norms, raw = step(weight, product, options)
+    mark_written([weight])
+    return sq_norms, raw
+
+
 def _fake(weight: Tensor, inputs: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return inputs.new_empty(inputs.shape[0], dtype=torch.float64), weight.new_empty(5, dtype=torch.float64)
 

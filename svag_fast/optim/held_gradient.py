@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.grad_watch import GradWatch, is_plain, versions
+from svag_fast.optim.in_backward import StepsInBackward
 
 GroupGrads = list[Tensor | None]
 _Groups = list[dict[str, Any]]
@@ -43,6 +44,8 @@ class HeldGradient:
         """Whether a GradScaler's scale was taken out of both gradients already."""
         self.paired = False
         """Whether one backward pass made both gradients, so that nothing is left to backpropagate."""
+        self.stepped: StepsInBackward | None = None
+        """The steps that layers took in the backward pass."""
         self.clipped = False
         self.by_closure = False
         """Whether ``step(closure)`` holds it itself."""
@@ -77,15 +80,17 @@ class HeldGradient:
         self._note_the_point()
         self.watch.follow(listed, reached)
 
-    def put(self, groups: _Groups, first: Mapping[Tensor, Tensor]) -> None:
+    def put(self, groups: _Groups, first: Mapping[Tensor, Tensor], stepped: StepsInBackward | None = None) -> None:
         """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
 
         Args:
             groups: the optimizer's.
             first: a parameter's gradient, of its shape, in memory of its own.
+            stepped: the other parameters' steps.
         """
         self.clear()
         self.paired = True
+        self.stepped = stepped
         self.grads = [[first.get(p) for p in group["params"]] for group in groups]
         self._params = [list(group["params"]) for group in groups]
         self.watch.follow([p for params in self._params for p in params])
@@ -157,7 +162,7 @@ class HeldGradient:
         for params in self._params:
             second.append([p.grad for p in params])
             seen = seen or any(map(operator.is_not, second[-1], itertools.repeat(None)))
-        if not seen:
+        if not seen and self.stepped is None:
             raise RuntimeError(
                 "a gradient is held, but no parameter has one of the second batch: call backward() on the second "
                 "batch's loss after hold_gradient() (a closure: at each of its calls)"

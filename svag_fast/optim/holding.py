@@ -13,6 +13,7 @@ from svag_fast.numeric import real
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.grad_lists import carriers, clip_replicas, replica_norms
 from svag_fast.optim.held_gradient import HeldGradient
+from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.optim.optimizer_methods import outside_compiler, plain
 
 _zero_grad = plain(Optimizer.zero_grad)
@@ -55,7 +56,7 @@ class HoldingOptimizer(Optimizer):
         self._pair.take(self.param_groups)
 
     @outside_compiler
-    def hold_pair(self, first: Mapping[Tensor, Tensor]) -> None:
+    def hold_pair(self, first: Mapping[Tensor, Tensor], stepped: StepsInBackward | None = None) -> None:
         """Keep both batches' gradients where one backward pass made them: what :func:`svag_fast.pair_pass` ends with.
 
         Then ``step()`` without a closure; clipping, unscaling and :meth:`discard_gradient` are as after
@@ -64,6 +65,7 @@ class HoldingOptimizer(Optimizer):
         Args:
             first: the first batch's gradient of each parameter that has one, in memory of its own; the second batch's
                 are in ``.grad``. Replaces a pair that is held already.
+            stepped: the steps that other parameters took in the backward pass already, which then have no gradient.
 
         Raises:
             RuntimeError: a gradient is held by :meth:`hold_gradient`.
@@ -76,12 +78,24 @@ class HoldingOptimizer(Optimizer):
             if p not in known or g.shape != p.shape:
                 what = "a parameter that is not the optimizer's" if p not in known else f"a parameter {list(p.shape)}"
                 raise ValueError(f"first must be as its parameters are, got a gradient {list(g.shape)} of {what}")
-        self._pair.put(self.param_groups, first)
+        self._pair.put(self.param_groups, first, stepped)
 
     @outside_compiler
     def discard_gradient(self) -> None:
-        """Forget the held gradient, if any."""
+        """Forget the held gradient, if any.
+
+        Raises:
+            RuntimeError: layers took their step in the backward pass already.
+        """
+        if self._pair.stepped is not None:
+            raise _stepped_already()
         self._pair.clear()
+
+    def _check_no_in_backward(self, what: str) -> None:
+        if any(group.get("in_backward") for group in self.param_groups):
+            raise RuntimeError(
+                f"{what} needs gradients, and with in_backward=True layers take their step without: in_backward=False"
+            )
 
     @outside_compiler
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -89,6 +103,8 @@ class HoldingOptimizer(Optimizer):
 
         A gradient held by :meth:`hold_gradient` stays: the second batch's is to come.
         """
+        if self._pair.stepped is not None:
+            raise _stepped_already()
         _zero_grad(self, set_to_none)
         if self._pair.paired:
             self._pair.clear()
@@ -106,10 +122,11 @@ class HoldingOptimizer(Optimizer):
             clipped each by its own norm, and there are ``[2, S]`` of them, or ``[1, S]``.
 
         Raises:
-            RuntimeError: there is no second gradient, one alone was changed, or a norm is inf or nan and
-                ``error_if_nonfinite``; nothing was clipped.
+            RuntimeError: there is no second gradient, one alone was changed, layers step in the backward pass, or a norm
+                is inf or nan and ``error_if_nonfinite``; nothing was clipped.
             ValueError, TypeError: ``max_norm`` isn't a number >= 0, or ``norm_type`` is nan.
         """
+        self._check_no_in_backward("clip_grad_norm_")
         if not real("max_norm", max_norm) >= 0:  # a negative one would turn the gradients round
             raise ValueError(f"max_norm must be a number >= 0, got {max_norm}")
         if math.isnan(real("norm_type", norm_type)):
@@ -145,6 +162,7 @@ class HoldingOptimizer(Optimizer):
             RuntimeError: there is no second gradient yet, the optimizer is one of replicas, or the scaler refuses.
         """
         self._check_no_replicas("a GradScaler")
+        self._check_no_in_backward("a GradScaler")
         if self._pair.grads is None:
             scaler.unscale_(self)
             return
@@ -156,3 +174,7 @@ class HoldingOptimizer(Optimizer):
             self.param_groups.pop()
         self._pair.unscaled = True
         self._pair.note_both()
+
+
+def _stepped_already() -> RuntimeError:
+    return RuntimeError("layers have taken their step in the backward pass (in_backward=True): call step()")

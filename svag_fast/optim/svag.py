@@ -18,6 +18,7 @@ from svag_fast.ops.step_call import StepLists
 from svag_fast.ops.step_options import MomentumRule, StepOptions, step_scalars, svag_coefficients
 from svag_fast.ops.step_replicas import SVAG_REPLICAS_STEP, ReplicaOptions, check_replicas
 from svag_fast.optim.grad_lists import Grads
+from svag_fast.optim.in_backward import StepsInBackward, check_in_backward
 from svag_fast.optim.loaded_state import TorchKin
 from svag_fast.optim.two_batch import MakeCall, TwoBatchOptimizer, Work
 
@@ -73,6 +74,7 @@ def svag_loss(loss1: Tensor, loss2: Tensor | float | None = None, l: float | Non
 
 
 _MOMENTUM_DEFAULTS = {"momentum": 0.0, "momentum_rule": "time", "maximize": False}
+_LATER_DEFAULTS = {"capturable": False, "replicas": None, "in_backward": False, **_MOMENTUM_DEFAULTS}
 _BUFFERS = ("compensation", "momentum_buffer")
 _Fresh: TypeAlias = tuple[Tensor, str, Tensor]
 
@@ -126,6 +128,13 @@ class SVAG(TwoBatchOptimizer):
             each by its own norm, and what one holds, nan too, changes no bit of another. ``lr``, ``l`` and
             ``weight_decay`` may then be S numbers, in a sequence or a tensor [S]. Neither ``capturable`` nor a
             GradScaler serve replicas.
+        in_backward: inside of :func:`svag_fast.pair_pass`, have the weights of Linear and Conv2d layers take their step
+            in the backward pass, as soon as their rows are known, so that neither batch's gradient of them is stored;
+            ``step()`` then does the rest and has the statistics of all. The same as the ordinary path to rounding.
+            Refused: momentum, ``maximize``, ``compensated``, ``capturable``, replicas; clipping, a GradScaler,
+            accumulation; DistributedDataParallel; a weight that is used twice. A model that goes by halves, and two
+            passes by hand, store gradients as ever. An error that ends the backward pass leaves the weights that have
+            taken their step.
 
     With ``torch.amp.GradScaler``: ``scaler.scale(loss).backward()`` for both batches, then ``scaler.step(opt)``; both
     gradients are unscaled, and a step with an inf or nan in either, in any group, is skipped whole without
@@ -141,7 +150,17 @@ class SVAG(TwoBatchOptimizer):
     )
     state_names = frozenset(_BUFFERS)
     values = operator.itemgetter(
-        *("lr", "l", "weight_decay", *_MOMENTUM_DEFAULTS, "compensated", "capturable", "backend", "replicas")
+        *(
+            "lr",
+            "l",
+            "weight_decay",
+            *_MOMENTUM_DEFAULTS,
+            "compensated",
+            "capturable",
+            "backend",
+            "replicas",
+            "in_backward",
+        )
     )
 
     def __init__(
@@ -158,6 +177,7 @@ class SVAG(TwoBatchOptimizer):
         capturable: bool = False,
         backend: str = "auto",
         replicas: int | None = None,
+        in_backward: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -170,6 +190,7 @@ class SVAG(TwoBatchOptimizer):
             "capturable": capturable,
             "backend": backend,
             "replicas": replicas,
+            "in_backward": in_backward,
         }
         # What a capturable step reads on each device, and all but the rate that was written there.
         self._on_device: dict[tuple[int, torch.device], tuple[Tensor, StepOptions]] = {}
@@ -177,7 +198,7 @@ class SVAG(TwoBatchOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            for name, value in (("capturable", False), ("replicas", None), *_MOMENTUM_DEFAULTS.items()):
+            for name, value in _LATER_DEFAULTS.items():
                 group.setdefault(name, value)
         self._on_device = {}
         super().__setstate__(state)
@@ -197,12 +218,34 @@ class SVAG(TwoBatchOptimizer):
         for name in ("compensated", "capturable"):
             if not isinstance(group[name], bool):
                 raise TypeError(f"{name} must be a bool, got {group[name]!r}")
+        check_in_backward(group)
         named = (group[name] for name in ("l", "weight_decay", *_MOMENTUM_DEFAULTS))
         if group["replicas"] is None:
             return StepOptions.checked(lr, *named)
         if group["capturable"]:
             raise ValueError("capturable must be False with replicas, since a captured step reads one lr, got True")
         return ReplicaOptions.checked(group["replicas"], lr, *named)
+
+    def steps_in_backward(self) -> StepsInBackward | None:
+        """What takes weights' steps inside of a backward pass of both batches; None where no group wants it.
+
+        Raises:
+            ValueError, TypeError: an option of a group is out of range, and which.
+        """
+        for group in self.param_groups:
+            if group["in_backward"]:
+                break
+        else:
+            return None
+        pairs = zip(self.param_groups, self._checked_options(), strict=True)
+        return StepsInBackward(
+            {
+                p: (checked.options, group["backend"])
+                for group, checked in pairs
+                if group["in_backward"]
+                for p in group["params"]
+            }
+        )
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameter's dtype; that of a 16-bit parameter is float32 here.

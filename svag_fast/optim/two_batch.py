@@ -35,6 +35,7 @@ from svag_fast.optim.group_options import (
 )
 from svag_fast.optim.held_gradient import GroupGrads, HeldGradient
 from svag_fast.optim.holding import HoldingOptimizer
+from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.optim.optimizer_methods import as_torch_wraps, outside_compiler, plain
 
 
@@ -161,6 +162,10 @@ class TwoBatchOptimizer(HoldingOptimizer):
             if value != other:
                 raise ValueError(f"{name} must be {other}, as in the other param groups, got {group.get(name)}")
 
+    def steps_in_backward(self) -> StepsInBackward | None:
+        """What takes weights' steps inside of a backward pass of both batches; None where no group wants it."""
+        return None
+
     def _check_params(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
             if kind := sharded(p):
@@ -271,6 +276,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
         scaled = getattr(self, "found_inf", None) is not None
         if scaled:
             self._check_no_replicas("a GradScaler")
+            self._check_no_in_backward("a GradScaler")
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
         if pair.grads is None:
             lists = self._one_batch(checked[0].options.l)
@@ -298,13 +304,17 @@ class TwoBatchOptimizer(HoldingOptimizer):
             raws.append((take or call)(scaled, of_device))
             if keep is not None:
                 keep(raws[-1], scaled)
+        precision = max(map(_ROUNDING, works), default=0.0)
+        if pair.stepped is not None:
+            raws += pair.stepped.raws
+            precision = max(precision, pair.stepped.rounding)
         if not raws:  # no parameter has a gradient
             pair.stats = self._nothing_stepped()
             return pair.stats if value is None else value
         held = pair.grads is not None
         two_batches = held and checked[0].options.l != 1
         raw = raws[0] if len(raws) == 1 else total(raws)
-        pair.stats = StepStats(raw, held, two_batches, max(map(_ROUNDING, works)))
+        pair.stats = StepStats(raw, held, two_batches, precision)
         if two_batches and not pair.warned and raw.is_cpu and is_one_batch(raw.view(-1, 5).tolist()):
             pair.warned = True
             same = [s for s, row in enumerate(raw.view(-1, 5).tolist()) if is_one_batch([row])]
