@@ -413,10 +413,11 @@ class Joint:
                 return False
             rows, width = len(b), (x.shape[-1], b.shape[-1])
             x, b, geometry = x.reshape(rows, -1, width[0]), b.reshape(rows, -1, width[1]), Geometry()
-        sq_norms = self.steps.take(weight, x, b, geometry)
-        if sq_norms is not None and self.takes_norms:
+        taken, sq_norms = self.steps.take(weight, x, b, geometry, norms=self.takes_norms)
+        if taken and self.takes_norms:
+            assert sq_norms is not None
             self.take_norms(weight, sq_norms)
-        return sq_norms is not None
+        return taken
 
     def take(self, p: Tensor, grad1: Tensor, grad2: Tensor) -> None:
         """Two gradients of a parameter, in memory of their own."""

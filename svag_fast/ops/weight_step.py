@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,26 +136,31 @@ def _run(
 
 
 def step_of_halves_(
-    weight: Tensor, inputs: Tensor, output_grads: Tensor, geometry: Geometry, options: StepOptions, backend: str
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor,
+    inputs: Tensor,
+    output_grads: Tensor,
+    geometry: Geometry,
+    options: StepOptions,
+    backend: str,
+    *,
+    norms: bool,
+) -> tuple[Tensor | None, Tensor]:
     """:func:`svag_weight_step_` without its checks, of equal halves: for a backward pass that knows its layer.
 
     Rows of Linear must be [2B, T, p] and [2B, T, d]; the output gradients are of the batches' means. Returns each row's
-    squared norm [2B], with the mean's factor in it, and the statistics as a vector.
+    squared norm [2B] if asked, with the mean's factor in it, and the statistics as a vector.
     """
-    rows = len(inputs)
-    segments = torch.arange(rows, device=inputs.device).ge_(rows // 2)
-    product = LayerProduct(
-        inputs,
-        output_grads,
-        list(weight.shape),
-        torch.ones(rows, dtype=sum_dtype(inputs), device=inputs.device),
-        segments,
-        2,
-        geometry,
-    )
     step = select("svag_weight_step_", backend, [weight, inputs, output_grads])
-    sq_norms, raw = step(weight, product, options)
+    if step is _cpu and inputs.numel() and output_grads.numel():
+        scalars = options_scalars(options)[:4]
+        halves = weight_grad_cpu.step_of_halves(inputs, output_grads, geometry, weight, scalars, norms=norms)
+        sq_norms, raw = halves[0], _raw(*halves[1:])
+    else:
+        rows = len(inputs)
+        segments = torch.arange(rows, device=inputs.device).ge(rows // 2).long()
+        weights = torch.ones(rows, dtype=sum_dtype(inputs), device=inputs.device)
+        product = LayerProduct(inputs, output_grads, list(weight.shape), weights, segments, 2, geometry)
+        sq_norms, raw = step(weight, product, options)
     mark_written([weight])
     return sq_norms, raw
 
@@ -202,11 +208,16 @@ def _cpu(weight: Tensor, product: LayerProduct, options: StepOptions) -> tuple[T
         result: tuple[Tensor, Tensor] = _reference(weight, product, options)
         return result
     sq_norms, gram, weight_sq_norm = weight_grad_cpu.direct_step(product, weight, options_scalars(options)[:4])
-    nothing = gram.new_zeros(())
-    first, second, inner = (gram[0, 0], gram[1, 1], gram[0, 1]) if len(gram) == 2 else (gram[0, 0], nothing, nothing)
+    return sq_norms, _raw(gram, weight_sq_norm)
+
+
+def _raw(gram: Tensor, weight_sq_norm: Tensor) -> Tensor:
+    """The statistics from the CPU's inner products of one or two segments."""
+    (first, *rest), *others = gram.tolist()
+    inner, second = (rest[0], others[0][1]) if rest else (0.0, 0.0)
     # A float32 gradient's squares can't overflow in float64: the norms are finite where the gradients are.
-    finite = (first.isfinite() & second.isfinite()).double()
-    return sq_norms, torch.stack([first, second, inner, weight_sq_norm, finite])
+    finite = float(math.isfinite(first) and math.isfinite(second))
+    return torch.tensor([first, second, inner, float(weight_sq_norm), finite], dtype=torch.float64, device="cpu")
 
 
 @implements("svag_weight_step_", "triton", weight_grad_triton.why_not)

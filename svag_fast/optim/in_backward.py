@@ -55,20 +55,23 @@ class StepsInBackward:
         self.raws: list[Tensor] = []
         self.rounding = 0.0
 
-    def take(self, weight: Tensor, inputs: Tensor, output_grads: Tensor, geometry: Geometry) -> Tensor | None:
-        """Take a weight's step; returns each row's squared norm [2B], or None where it was not taken.
+    def take(
+        self, weight: Tensor, inputs: Tensor, output_grads: Tensor, geometry: Geometry, *, norms: bool
+    ) -> tuple[bool, Tensor | None]:
+        """Take a weight's step; returns whether it was taken, and each row's squared norm [2B] if asked.
 
         Args:
             weight: the parameter.
             inputs, output_grads: the layer's rows, the first batch's first, with each batch's 1/B in the latter.
             geometry: of the convolution.
+            norms: whether each row's squared norm is wanted.
         """
         found = self.options.get(weight)
         if found is None or inputs.dtype != output_grads.dtype or arithmetic(inputs.dtype) != weight.dtype:
-            return None
+            return False, None
         options, backend = found
         with torch.no_grad():
-            sq_norms, raw = step_of_halves_(weight, inputs, output_grads, geometry, options, backend)
+            sq_norms, raw = step_of_halves_(weight, inputs, output_grads, geometry, options, backend, norms=norms)
         self.raws.append(raw)
         self.rounding = max(self.rounding, rounding([weight]))
-        return sq_norms
+        return True, sq_norms
