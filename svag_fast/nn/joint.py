@@ -30,7 +30,7 @@ from svag_fast.sample_norms.layers.conv import conv_plan
 from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product
 from svag_fast.sample_norms.rule import Rule, Seen, in_full_precision, rule_of
-from svag_fast.sample_norms.tape import Recorder, Rows, hook, in_backward
+from svag_fast.sample_norms.tape import NO_TASK, Recorder, Rows, current_task, hook, in_backward
 
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OWN = {"weight", "bias"}  # not reparametrised
@@ -77,6 +77,7 @@ class Joint:
         self._second_updates = True
         self.without_rule: list[str] = []  # run half by half with all that is inside them
         self._layers = list(self._plan())
+        self._root_forward = next((layer.forward for layer in self._layers if layer.module is root), None)
         self._norms: Recorder | None = None
         self._sq_norms: dict[str, Tensor] = {}
         self._used: set[nn.Module] = set()  # in the running pass, where norms are taken
@@ -212,8 +213,8 @@ class Joint:
 
     def forward(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward, with its layers served."""
-        inner = next((layer.forward for layer in self._layers if layer.module is self.root), inner)
-        if self.inside or not torch.is_grad_enabled() or in_backward():
+        inner = self._root_forward or inner
+        if self.inside or not torch.is_grad_enabled() or current_task() != NO_TASK:
             return inner(*args, **kwargs)
         rows = self.rows = row_count(args, kwargs)
         if not self._seen_losses and self.met is None:
@@ -231,11 +232,6 @@ class Joint:
                     )
                 self.outputs.append(x)
         return out
-
-    @property
-    def looks(self) -> bool:
-        """Whether the running forward pass will be looked at."""
-        return self.met is not None
 
     def _served(self, label: str, run: Callable[..., Any], module: nn.Module, **how: Any) -> Callable[..., Any]:
         """A layer's forward by `run`, in the model's call and what a checkpoint repeats of it; else its own."""
@@ -261,12 +257,13 @@ class Joint:
 
         def forward(input: Tensor) -> Any:
             nonlocal call
-            if not (self.inside or in_backward()) or not torch.is_grad_enabled():
+            if not (self.inside or current_task() != NO_TASK) or not torch.is_grad_enabled():
                 return plain(input)
             weight, bias = own["weight"], own["bias"]
             if input.dim() < 2 or not (is_linear or input.dim() == weight.dim()):
                 raise NotJoint(f"an input {list(input.shape)} of {type(module).__name__} has no samples")
-            self._check_rows(label, input.shape[0])
+            if input.shape[0] % self.rows:
+                self._check_rows(label, input.shape[0])
             if weight in self._only_once and not in_backward():
                 if module in self._used:
                     raise RuntimeError(
@@ -280,7 +277,9 @@ class Joint:
             product: Product = LINEAR
             if not is_linear:
                 plan = conv_plan(module, weight)
-                product, input = plan.product, plan.padded(input)
+                product = plan.product
+                if plan.pad is not None:
+                    input = plan.padded(input)
             if call is None or call.product is not product or call.weight is not weight or call.bias is not bias:
                 call = PairCall(self, product, weight, bias)
             out = call.run(input)
@@ -377,9 +376,11 @@ class Joint:
         if self.met is not None:
             check_losses(self, losses, self.met)
             self._seen_losses = True
-        before: Gradients = {p: p.grad for p in self.params.values() if p.grad is not None}
-        for p in before:
-            p.grad = None
+        before: Gradients = {}
+        for param in self.params.values():
+            if param.grad is not None:
+                before[param] = param.grad
+                param.grad = None
         self.taking, self.steps = True, steps
         try:
             torch.autograd.backward(losses, weights)
@@ -390,8 +391,8 @@ class Joint:
             if p.grad is not None:
                 raise self._from_elsewhere(name)
         for sums, grads in ((first, self._first), (before, self._second)):
-            for p, grad in grads.items():
-                sums[p] = sums[p] + grad if p in sums else grad
+            for of, grad in grads.items():
+                sums[of] = sums[of] + grad if of in sums else grad
         for kept, grad in before.items():
             kept.grad = grad
         if self._norms is not None:  # each loss has the weight 1/B

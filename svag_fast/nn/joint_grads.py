@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,8 +27,8 @@ class Taker(Protocol):
     """Whether the running backward pass is the one whose gradients are taken: others may go through the graph."""
 
     @property
-    def looks(self) -> bool:
-        """Whether the running forward pass will be looked at: every parameter must be in its graph."""
+    def met(self) -> Sized | None:
+        """What is noted of a forward pass that will be looked at: every parameter must be in its graph."""
 
     takes_norms: bool
     """Whether each row's squared norm is wanted too."""
@@ -134,7 +135,7 @@ class PairCall(NamedTuple):
         as_a_view = x.dim() == 3 or (
             x.dim() > 3 and product is LINEAR
         )  # of what PyTorch makes: its node may be replaced
-        if as_a_view or not x.requires_grad or self.joint.looks or _saved_elsewhere(True) is not None:
+        if as_a_view or not x.requires_grad or self.joint.met is not None or _saved_elsewhere(True) is not None:
             output: Tensor = ProductLayer.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
             return output
         output = product.output(x, weight.detach(), None if bias is None else bias.detach())

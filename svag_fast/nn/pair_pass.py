@@ -21,7 +21,7 @@ from svag_fast.nn.replay import Replay
 from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import SampleNorms, per_sample_sq_norms
-from svag_fast.sample_norms.tape import Recorder, in_backward
+from svag_fast.sample_norms.tape import NO_TASK, Recorder, current_task
 
 Way: TypeAlias = Literal["auto", "joint", "halves"]
 
@@ -240,7 +240,8 @@ class _Run:
                 self.root.__dict__["forward"] = ours
 
     def _start(self, engine: Joint | ByHalves) -> Joint | ByHalves:
-        self._stop()
+        if self._engine is not None:
+            self._stop()
         second_updates = self.optimizer.l != 1
         if isinstance(engine, Joint):
             recorder = None
@@ -268,7 +269,7 @@ class _Run:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
         engine = self._engine or self._start(self._chosen(args, kwargs))
-        if not isinstance(engine, Joint) or engine.inside or in_backward():
+        if not isinstance(engine, Joint) or engine.inside or current_task() != NO_TASK:
             return engine.forward(inner, args, kwargs)
         if engine.is_verified or engine.outputs:
             try:
@@ -288,12 +289,11 @@ class _Run:
         return out
 
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint | ByHalves:
-        inputs = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor) and x.dim() > 0]
-        faster = (
-            self._with_norms
-            or self._steps is not None
-            or (bool(inputs) and (inputs[0].is_cuda or inputs[0].numel() <= JOINT_ELEMENTS))
-        )
+        faster = self._with_norms or self._steps is not None
+        for x in () if faster else leaves_of(args, kwargs):
+            if isinstance(x, Tensor) and x.dim() > 0:
+                faster = x.is_cuda or x.numel() <= JOINT_ELEMENTS
+                break
         if self._joint is None or self._context is not None or not (faster or self.wanted == "joint"):
             return self._halves
         return self._fallen_back(self._joint) if isinstance(self._joint, str) else self._joint
@@ -374,7 +374,8 @@ class _Run:
                     "parameters are of different steps, so go on from a checkpoint"
                 ) from error
             raise
-        self.optimizer.hold_pair(self._first, steps if steps is not None and steps.raws else None)
+        stepped = steps if steps is not None and steps.raws else None
+        self.optimizer._pair.put(self.optimizer.param_groups, self._first, stepped)
 
     def _checked(self, losses: Tensor) -> int:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
@@ -393,7 +394,8 @@ class _Run:
                 "losses must be made with the model, and not under torch.no_grad(), got some without a gradient"
             )
         rows = losses.shape[0]
-        if rows not in [len(x) for x in self._engine.outputs]:
+        outputs = self._engine.outputs
+        if rows != outputs[0].shape[0] and rows not in [len(x) for x in outputs[1:]]:
             raise ValueError(
                 f"losses must be {self._engine.outputs[0].shape[0]}, as the rows of the model's outputs, got {rows}"
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.grad_watch import GradWatch, is_plain, versions
 from svag_fast.optim.in_backward import StepsInBackward
+from svag_fast.optim.optimizer_methods import outside_compiler
 
 GroupGrads = list[Tensor | None]
 _Groups = list[dict[str, Any]]
@@ -80,6 +81,7 @@ class HeldGradient:
         self._note_the_point()
         self.watch.follow(listed, reached)
 
+    @outside_compiler
     def put(self, groups: _Groups, first: Mapping[Tensor, Tensor], stepped: StepsInBackward | None = None) -> None:
         """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
 

@@ -67,10 +67,9 @@ def pair(**how):
 
 
 MOST = {
-    "norms, entered and left": (norms, 91),
-    # Twelve of them so that a change of one gradient alone is told.
-    "a pair": (pair, 111),
-    "a pair with norms": (lambda: pair(norms=True), 135),
+    "norms, entered and left": (norms, 88),
+    "a pair": (pair, 73),
+    "a pair with norms": (lambda: pair(norms=True), 96),
 }
 
 

@@ -137,7 +137,8 @@ def unchecked_weight_grads(
     """
     operands = (inputs, output_grads)
     # A fake tensor has no address: plain PyTorch makes fakes of it.
-    plain = has_memory(inputs) and has_memory(output_grads)
+    plain = inputs.device.type == "cpu" and type(inputs) is type(output_grads) is Tensor  # as a rule
+    plain = plain or (has_memory(inputs) and has_memory(output_grads))
     function = select("weight_grad_and_sq_norms", "auto" if plain else "reference", operands)
     if function is _cpu:
         served = weight_grad_cpu.direct_parts(inputs, output_grads, weight_shape, geometry, parts, norms=norms)
