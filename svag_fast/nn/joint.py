@@ -9,8 +9,8 @@ module may mix samples: `joint_checks` looks whether that is so.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,41 +19,17 @@ from torch.utils._pytree import tree_leaves
 from svag_fast.nn.halves import Gradients, row_count
 from svag_fast.nn.joint_checks import Met, check_losses, used_elsewhere, verify
 from svag_fast.nn.joint_grads import NotJoint, PairCall, Twin
+from svag_fast.nn.joint_layers import Layer, has_norms, layers_of, norm_rule, shared_parameter
 from svag_fast.nn.layer_halves import LayerHalves
-from svag_fast.nn.pair_batch_norm import _PAIRED, _PLAIN, pair_batch_norm, why_not_paired
+from svag_fast.nn.pair_batch_norm import pair_batch_norm
 from svag_fast.nn.replay import tensors_of
 from svag_fast.ops.weight_grad.shapes import Geometry
-from svag_fast.optim.grad_watch import hooks_on
 from svag_fast.optim.in_backward import StepsInBackward
-from svag_fast.sample_norms.dispatch import is_served
 from svag_fast.sample_norms.layers.conv import conv_plan
 from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product
-from svag_fast.sample_norms.rule import Rule, Seen, in_full_precision, rule_of
+from svag_fast.sample_norms.rule import Seen, in_full_precision
 from svag_fast.sample_norms.tape import NO_TASK, Recorder, Rows, current_task, hook, in_backward
-
-_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OWN = {"weight", "bias"}  # not reparametrised
-_BY_HALVES = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.PReLU,
-    nn.Embedding,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Bilinear,
-)
-
-
-class _Layer(NamedTuple):
-    module: nn.Module
-    forward: Callable[..., Any]
-    rule: Rule | None  # of its samples' norms; None where they come out of its weight-gradient product
 
 
 class Joint:
@@ -75,9 +51,11 @@ class Joint:
         self.params = params
         self.names = {p: name for name, p in params.items()}
         self._second_updates = True
-        self.without_rule: list[str] = []  # run half by half with all that is inside them
-        self._layers = list(self._plan())
-        self._root_forward = next((layer.forward for layer in self._layers if layer.module is root), None)
+        self._layers = list(layers_of(root, params))
+        self.without_rule = [layer.label for layer in self._layers if layer.way == "without a rule"]
+        forwards = {layer.module: self._forward_of(layer) for layer in self._layers}
+        self._root_forward = forwards.pop(root, None)
+        self._forwards = list(forwards.items())
         self._norms: Recorder | None = None
         self._sq_norms: dict[str, Tensor] = {}
         self._used: set[nn.Module] = set()  # in the running pass, where norms are taken
@@ -92,96 +70,17 @@ class Joint:
         self.taking = self.takes_norms = self.learns = False
         self.is_verified = self._seen_losses = False
 
-    # ---- which layers
-
-    def _plan(self) -> Iterator[_Layer]:
-        reached: set[Tensor] = set()
-        served: dict[nn.Module, str] = {}
-        inner: dict[nn.Module, str] = {}  # what is inside a layer without a rule, and whose
-        for name, module in self.root.named_modules():
-            own = {key: p for key, p in module._parameters.items() if p is not None and p in self.names}
-            label = f"{name or 'the model'} ({type(module).__name__})"
-            reached.update(own.values())
-            _check_plain(label, module)
-            batch_norm = type(module) in _PAIRED or type(module) in _PLAIN
-            if module in inner:
-                if batch_norm:
-                    raise NotJoint(f"{label} is inside of {inner[module]}, which is run half by half")
-                continue
-            if not own and not batch_norm and not self._computes_weights(module):
-                continue
-            if "forward" in module.__dict__ or is_served(module):
-                raise NotJoint(f"{label} has a forward of its own put onto the instance")
-            forward = self._way_of(label, module)
-            served[module] = label
-            if forward is None:
-                forward = self._without_rule(label, module)
-                inner.update(dict.fromkeys(module.modules(), label))
-                yield _Layer(module, forward, None)
-            else:
-                yield _Layer(module, forward, _norm_rule(module))
-        for name, p in self.params.items():
-            if p not in reached:
-                raise NotJoint(f"{name} is not a parameter of the model's own modules")
-            if hooks_on(p) or p._post_accumulate_grad_hooks:
-                raise NotJoint(f"{name} has gradient hooks, which must see each batch's gradient")
-        for module, label in inner.items():
-            if served.get(module, label) != label:
-                raise NotJoint(f"{served[module]} is also inside of {label}, which is run half by half")
-
-    def _computes_weights(self, module: nn.Module) -> bool:
-        """Whether a trained weight is made from others at each use."""
-        made = module._modules.get("parametrizations")
-        return made is not None and any(p in self.names for p in made.parameters())
-
-    def _way_of(self, label: str, module: nn.Module) -> Callable[..., Any] | None:
-        """What runs in place of the module's forward; None where nothing is known about it."""
-        kind = type(module)
-        if kind in _PAIRED or kind in _PLAIN:
-            return self._served(label, self._run_batch_norm, module)
-        weight = module._parameters.get("weight")
-        if kind in _PRODUCTS and weight is not None and not weight.is_complex() and module._parameters.keys() <= _OWN:
-            return self._product(label, module)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
-            raise NotJoint(f"{label}: sparse gradients and max_norm are not served")
-        if kind in _BY_HALVES:
-            return self._served(label, self._run_by_halves, module)
-        return None
-
-    def _without_rule(self, label: str, module: nn.Module) -> Callable[..., Any]:
-        """The forward of a layer that nothing is known about: with all that is inside it, half by half."""
-        if module is self.root:
-            raise NotJoint(
-                f"{label} has parameters of its own and no way to tell their two gradients apart in one pass"
-            )
-        self.without_rule.append(label)
-        return self._served(label, self._run_by_halves, module, inner=True)
-
     # ---- the context
 
     @property
     def has_norms(self) -> bool:
-        """Whether each sample's norms can be had: every layer has a rule for them, and no parameter is used twice."""
-        owned = [p for layer in self._layers for p in layer.module._parameters.values() if p in self.names]
-        if len(owned) != len(set(owned)):
-            return False
-        return all(
-            layer.rule is not None and layer.rule.refusal(layer.module) is None
-            for layer in self._layers
-            if type(layer.module) not in _PRODUCTS
-        )
+        """Whether each sample's norms can be had."""
+        return has_norms(self._layers, self.names)
 
     @property
     def shared(self) -> str | None:
         """A parameter of two modules, if there is one."""
-        owners: dict[Tensor, str] = {}
-        for name, module in self.root.named_modules():
-            for key, p in module._parameters.items():
-                if p is not None and p in self.names and p in owners:
-                    return f"{owners[p]} and {name}.{key}"
-                if p is not None:
-                    owners[p] = f"{name}.{key}"
-        return None
+        return shared_parameter(self.root, self.names)
 
     def begin(self, *, second_updates: bool, norms: Recorder | None = None, only_once: Container[Tensor] = ()) -> None:
         """Serve the layers.
@@ -193,16 +92,14 @@ class Joint:
         """
         self._only_once = only_once
         self._second_updates, self._norms, self.takes_norms = second_updates, norms, norms is not None
-        for module, forward, _ in self._layers:
-            if module is not self.root:
-                module.__dict__["forward"] = forward  # onto the instance: a class's costs more to change
+        for module, forward in self._forwards:
+            module.__dict__["forward"] = forward  # onto the instance: a class's costs more to change
 
     def end(self) -> None:
         """Leave the model as it was."""
         self.forget()
-        for module, _, _ in self._layers:
-            if module is not self.root:
-                module.__dict__.pop("forward", None)
+        for module, _ in self._forwards:
+            module.__dict__.pop("forward", None)
 
     def forget(self) -> None:
         """Drop what the calls so far left."""
@@ -232,6 +129,15 @@ class Joint:
                     )
                 self.outputs.append(x)
         return out
+
+    def _forward_of(self, layer: Layer) -> Callable[..., Any]:
+        """What runs in place of a layer's own forward."""
+        label, module, way, _ = layer
+        if way == "product":
+            return self._product(label, module)
+        if way == "batch norm":
+            return self._served(label, self._run_batch_norm, module)
+        return self._served(label, self._run_by_halves, module, inner=way == "without a rule")
 
     def _served(self, label: str, run: Callable[..., Any], module: nn.Module, **how: Any) -> Callable[..., Any]:
         """A layer's forward by `run`, in the model's call and what a checkpoint repeats of it; else its own."""
@@ -344,7 +250,7 @@ class Joint:
         """By the layer's rule, once the backward pass has brought the gradient of its output."""
         own = {name: p for name, p in module._parameters.items() if p in self.names}
         shapes = {name: p.shape for name, p in own.items() if p is not None}
-        rule, seen = _norm_rule(module), Seen(label, module, inputs)
+        rule, seen = norm_rule(module), Seen(label, module, inputs)
         assert rule is not None
 
         def take(output_grad: Tensor) -> None:
@@ -435,18 +341,3 @@ class Joint:
         """Hold the model to what this way takes for granted, before its first pass; raises `NotJoint`."""
         verify(self, inner, args, kwargs)
         self.is_verified = True
-
-
-def _norm_rule(module: nn.Module) -> Rule | None:
-    """The rule of a layer's samples' norms, where it knows all its parameters."""
-    found = rule_of(type(module))
-    if found is None or found[1].knows is None or not found[1].knows.issuperset(module._parameters):
-        return None
-    return found[1]
-
-
-def _check_plain(label: str, module: nn.Module) -> None:
-    if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-        raise NotJoint(f"{label} is compiled")
-    if (reason := why_not_paired(module)) is not None:
-        raise NotJoint(f"{label}: {reason}")

@@ -122,8 +122,8 @@ class HoldingOptimizer(Optimizer):
             clipped each by its own norm, and there are ``[2, S]`` of them, or ``[1, S]``.
 
         Raises:
-            RuntimeError: there is no second gradient, one alone was changed, layers step in the backward pass, or a norm
-                is inf or nan and ``error_if_nonfinite``; nothing was clipped.
+            RuntimeError: there is no second gradient, one alone was changed, layers step in the backward pass, or a
+                norm is inf or nan and ``error_if_nonfinite``; nothing was clipped.
             ValueError, TypeError: ``max_norm`` isn't a number >= 0, or ``norm_type`` is nan.
         """
         self._check_no_in_backward("clip_grad_norm_")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from svag_fast import SVAG
 from svag_fast.experiments.gradients import has_sample_norms, measuring_cost, pair_gradients
 from svag_fast.experiments.models import build_model
-from svag_fast.nn import pair_pass as pair_pass_module
+from svag_fast.nn import pair_run
 
 
 def made(name, channels, l=2):
@@ -47,7 +47,7 @@ def assert_gradients(model, optimizer, *expected):
 def test_gradients_are_those_of_two_plain_passes_in_as_many_calls_as_the_rule_says(
     monkeypatch, name, channels, size, count, limit
 ):
-    monkeypatch.setattr(pair_pass_module, "JOINT_ELEMENTS", limit)
+    monkeypatch.setattr(pair_run, "JOINT_ELEMENTS", limit)
     model, optimizer = made(name, channels)
     images, labels = batches(count, channels, size)
     expected = one_by_one(model, images, labels)
