@@ -254,7 +254,7 @@ class Run:
             if steps is not None and steps.raws and isinstance(error, Exception):
                 raise RuntimeError(
                     "the backward pass has failed after layers took their step in it (in_backward=True): the "
-                    "parameters are of different steps, so go on from a checkpoint"
+                    "parameters are of different steps, so load a checkpoint"
                 ) from error
             raise
         stepped = steps if steps is not None and steps.raws else None
