@@ -3,6 +3,9 @@
 Addresses, sizes and dtypes come from a table on the device, one row a tensor; a program owns ``ROUNDS`` blocks of
 ``BLOCK`` elements of one tensor. Its partial sums are added in a fixed order, so the bits do not depend on the
 schedule. No multiply and add are fused: the params get the reference's bits.
+
+Of stacked replicas each is a segment of the programs: all its tensors' blocks, then the next replica's. So its sums are
+added as those of its step alone, to the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _TABLES: DeviceCache[tuple[Tensor, Tensor]] = DeviceCache(64)
 
 
 @triton.jit
-def _pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+def _pointer(address, shift, CODE: tl.constexpr, ALIGNED: tl.constexpr, REPLICAS: tl.constexpr):
     if CODE == 0:
         pointer = address.to(tl.pointer_type(tl.float32))
     elif CODE == 1:
@@ -34,6 +37,8 @@ def _pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.bfloat16))
     else:
         pointer = address.to(tl.pointer_type(tl.float16))
+    if REPLICAS:
+        pointer += shift
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -133,11 +138,12 @@ def _sums_in_float64(
     return tl.sum(s1), tl.sum(s2), tl.sum(s12)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "segment"])
 def _step_kernel(
-    table, owners, coefficients, partials, stats, scale, programs,
+    table, owners, coefficients, partials, stats, scale, programs, segment,
     PAIRS: tl.constexpr, GRAD2: tl.constexpr, COMPENSATED: tl.constexpr, MOMENTUM: tl.constexpr, UPDATE: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, REPLICAS: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """One program's share of one tensor; PAIRS has bit 4 * param_code + grad_code set for each pair in the list.
 
@@ -145,9 +151,17 @@ def _step_kernel(
     """
     # 64 bits from the start: a tensor may have more elements than 32 can count.
     program = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(owners + 2 * program) * 7
-    start = tl.load(owners + 2 * program + 1)
+    owner = owners + 2 * program
+    replica = program
+    if REPLICAS:
+        replica = program // segment
+        owner = owners + 2 * (program - replica * segment)
+        coefficients += 7 * replica
+        stats += 5 * replica
+    row = table + tl.load(owner) * 7
+    start = tl.load(owner + 1)
     size, code = tl.load(row + 5), tl.load(row + 6)
+    shift = replica * size  # of one replica's elements
     go = True
     if GATED:
         # The second launch of skip_nonfinite: the first has said whether every gradient is finite.
@@ -169,11 +183,11 @@ def _step_kernel(
                     unscale = mu
                     if SCALED:
                         unscale = (1.0 / tl.load(scale).to(tl.float64)).to(A)
-                    x_ptr = _pointer(tl.load(row), pair // 4, ALIGNED)
-                    g1_ptr = _pointer(tl.load(row + 1), pair % 4, ALIGNED)
-                    g2_ptr = _pointer(tl.load(row + 2), pair % 4, ALIGNED)
-                    e_ptr = _pointer(tl.load(row + 3), 0, ALIGNED)
-                    v_ptr = _pointer(tl.load(row + 4), 1 if pair // 4 == 1 else 0, ALIGNED)
+                    x_ptr = _pointer(tl.load(row), shift, pair // 4, ALIGNED, REPLICAS)
+                    g1_ptr = _pointer(tl.load(row + 1), shift, pair % 4, ALIGNED, REPLICAS)
+                    g2_ptr = _pointer(tl.load(row + 2), shift, pair % 4, ALIGNED, REPLICAS)
+                    e_ptr = _pointer(tl.load(row + 3), shift, 0, ALIGNED, REPLICAS)
+                    v_ptr = _pointer(tl.load(row + 4), shift, 1 if pair // 4 == 1 else 0, ALIGNED, REPLICAS)
                     s1 = tl.zeros((BLOCK,), dtype=A)
                     s2 = tl.zeros((BLOCK,), dtype=A)
                     s12 = tl.zeros((BLOCK,), dtype=A)
@@ -214,29 +228,30 @@ def _step_kernel(
                         tl.store(partials + 4 * programs + program, tl.where(finite, 1.0, 0.0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["programs"])
-def _finish_kernel(partials, stats, found_inf, programs, FOUND_INF: tl.constexpr, FINISH: tl.constexpr):
-    """Add the programs' partial sums in a fixed order: one program a statistic.
+@triton.jit(do_not_specialize=["programs", "segment"])
+def _finish_kernel(partials, stats, found_inf, programs, segment, FOUND_INF: tl.constexpr, FINISH: tl.constexpr):
+    """Add the programs' partial sums in a fixed order: one program a replica's statistic.
 
     Not finite is also what a GradScaler has found an inf in.
     """
-    which = tl.program_id(0)
+    replica, which = tl.program_id(0) // 5, tl.program_id(0) % 5
+    sums = partials + which * programs + replica * segment
     lanes = tl.arange(0, FINISH)
     total = tl.zeros((FINISH,), dtype=tl.float64)
     least = tl.full((FINISH,), 1.0, dtype=tl.float64)
     # One program a statistic, in the programs' order: bits that don't depend on the schedule.
-    for first in range(0, programs, FINISH):
-        inside = first + lanes < programs
-        value = tl.load(partials + which * programs + first + lanes, mask=inside, other=0.0)
+    for first in range(0, segment, FINISH):
+        inside = first + lanes < segment
+        value = tl.load(sums + first + lanes, mask=inside, other=0.0)
         total += value
         least = tl.minimum(least, tl.where(inside, value, 1.0))
     if which == 4:
         finite = tl.min(least)
         if FOUND_INF:
             finite = tl.where(tl.load(found_inf) == 0.0, finite, 0.0)
-        tl.store(stats + which, finite)
+        tl.store(stats + tl.program_id(0), finite)
     else:
-        tl.store(stats + which, tl.sum(total))
+        tl.store(stats + tl.program_id(0), tl.sum(total))
 
 
 def _table(
@@ -245,8 +260,13 @@ def _table(
     grads2: Sequence[Tensor] | None,
     compensation: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
+    *,
+    replicas: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return the device's table of tensors [T, 7] and of programs [P, 2] (row, first element), both int64."""
+    """Return the device's table of tensors [T, 7] and of one replica's programs [P, 2], both int64.
+
+    A tensor's row has its addresses, one replica's elements and its dtypes; a program's its tensor and first element.
+    """
     rows = [
         value
         for i, p in enumerate(params)
@@ -256,14 +276,15 @@ def _table(
             grads2[i].data_ptr() if grads2 else 0,
             compensation[i].data_ptr() if compensation else 0,
             momentum_buffers[i].data_ptr() if momentum_buffers else 0,
-            p.numel(),
+            p.numel() // replicas,
             4 * _CODES[p.dtype] + _CODES[grads1[i].dtype],
         )
     ]
     device = params[0].device
 
     def make() -> tuple[Tensor, Tensor]:
-        owners = [v for i, p in enumerate(params) for start in range(0, p.numel(), BLOCK * ROUNDS) for v in (i, start)]
+        sizes = [p.numel() // replicas for p in params]
+        owners = [v for i, size in enumerate(sizes) for start in range(0, size, BLOCK * ROUNDS) for v in (i, start)]
         return (
             torch.tensor(rows, dtype=torch.int64, device=device),
             torch.tensor(owners, dtype=torch.int64, device=device),
@@ -282,24 +303,30 @@ def svag_step(
     skip_nonfinite: bool,
     found_inf: Tensor | None = None,
     scale: Tensor | None = None,
+    *,
+    replicas: int = 1,
 ) -> Tensor:
-    """Take the step in place and return the raw statistics, [5] float64.
+    """Take the step in place and return the raw statistics, [replicas, 5] float64.
 
     Args:
         params, grads1, grads2, compensation, momentum_buffers: as :func:`svag_fast.ops.svag_step_` checks them, the
-            params not empty; no compensation or momentum: an empty list.
-        coefficients: [7] float64 on the device, as :func:`svag_fast.ops.step.step_scalars` names them.
-        skip_nonfinite: update in a launch of its own, which does nothing where a gradient is not finite.
+            params not empty; no compensation or momentum: an empty list. Each tensor has the replicas' elements one
+            replica after the other.
+        coefficients: [replicas, 7] float64 on the device, as :func:`svag_fast.ops.step.step_scalars` names them.
+        skip_nonfinite: update in a launch of its own, which does nothing where a replica's gradient is not finite.
         found_inf: a GradScaler's, float32 of one element on the device: where it is not 0 nothing is updated. It and
             ``scale`` only with ``skip_nonfinite``.
         scale: the gradients are divided by it; in memory too the second ones (the first where there are none).
+        replicas: how many are stepped, each by itself.
     """
     device = params[0].device
-    table, owners = _table(params, grads1, grads2, compensation, momentum_buffers)
-    programs = owners.numel() // 2
+    table, owners = _table(params, grads1, grads2, compensation, momentum_buffers, replicas=replicas)
+    segment = owners.numel() // 2
+    programs = replicas * segment
     if programs == 0:
-        return torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
-    stats = torch.empty(5, dtype=torch.float64, device=device)  # no copy from the host: a capture forbids it
+        return torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]] * replicas, dtype=torch.float64, device=device)
+    # No copy from the host: a capture forbids it.
+    stats = torch.empty(replicas, 5, dtype=torch.float64, device=device)
     partials = torch.empty(5 * programs, dtype=torch.float64, device=device)
     everything = [*params, *grads1, *(grads2 or []), *compensation, *momentum_buffers]
     pairs = {4 * _CODES[p.dtype] + _CODES[g.dtype] for p, g in zip(params, grads1, strict=True)}
@@ -309,18 +336,22 @@ def svag_step(
         "COMPENSATED": len(compensation) > 0,
         "MOMENTUM": len(momentum_buffers) > 0,
         "SCALED": scale is not None,
-        # A view may begin anywhere; loads of 16 bytes then trap.
-        "ALIGNED": all(t.data_ptr() % 16 == 0 for t in everything),
+        # A view may begin anywhere, and so may a replica's part; loads of 16 bytes then trap.
+        "ALIGNED": all(
+            t.data_ptr() % 16 == 0 and (replicas == 1 or t.nbytes % (16 * replicas) == 0) for t in everything
+        ),
+        "REPLICAS": replicas > 1,
         "BLOCK": BLOCK,
         "ROUNDS": ROUNDS,
         "num_warps": 4,
         # The reference's bits: it rounds after each product.
         "enable_fp_fusion": False,
     }
-    arguments = (table, owners, coefficients, partials, stats, coefficients if scale is None else scale, programs)
+    scale_or_any = coefficients if scale is None else scale
+    arguments = (table, owners, coefficients, partials, stats, scale_or_any, programs, segment)
     _step_kernel[(programs,)](*arguments, UPDATE=not skip_nonfinite, GATED=False, **options)
-    found = (stats if found_inf is None else found_inf, programs, found_inf is not None)
-    _finish_kernel[(5,)](partials, stats, *found, FINISH=_FINISH)
+    found = (stats if found_inf is None else found_inf, programs, segment, found_inf is not None)
+    _finish_kernel[(5 * replicas,)](partials, stats, *found, FINISH=_FINISH)
     if skip_nonfinite:
         _step_kernel[(programs,)](*arguments, UPDATE=True, GATED=True, **options)
     return stats

@@ -49,6 +49,7 @@ class Backend:
 class _Implementation:
     function: Callable[..., Any]
     why_not: WhyNot | None
+    slow: bool
 
 
 @functools.cache
@@ -107,14 +108,24 @@ CHOICE: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
 what calls an op there keeps the forward pass's for :func:`as_chosen`."""
 
 
-def implements(op: str, name: str, why_not: WhyNot | None = None) -> Callable[[Any], Any]:
-    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)``, if given, says what it can't serve."""
+def implements(op: str, name: str, why_not: WhyNot | None = None, *, slow: bool = False) -> Callable[[Any], Any]:
+    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)``, if given, says what it can't serve.
+
+    "auto" takes a ``slow`` one after the backends that it would else go before, but for the reference.
+    """
 
     def decorate(function: Any) -> Any:
-        _implementations.setdefault(op, {})[name] = _Implementation(function, why_not)
+        _implementations.setdefault(op, {})[name] = _Implementation(function, why_not, slow)
         return function
 
     return decorate
+
+
+@functools.cache
+def _preferred(op: str) -> list[str]:
+    """The op's backends in the order of preference."""
+    found = _implementations[op]
+    return sorted((n for n in BACKENDS if n in found), key=lambda n: (n == "reference", found[n].slow))
 
 
 def ops_of(name: str) -> list[str]:
@@ -195,9 +206,9 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         raise _unknown(name, asked)
     if name == "auto":
         device_type = tensors[0].device.type if tensors else "cpu"
-        for name, row in BACKENDS.items():
-            implementation = _implementations[op].get(name)
-            if implementation is None or device_type not in row.device_types:
+        for name in _preferred(op):
+            row, implementation = BACKENDS[name], _implementations[op][name]
+            if device_type not in row.device_types:
                 continue
             if name == "triton" and device_type == "cpu":
                 continue  # the interpreter is for tests: it must be asked for

@@ -249,15 +249,20 @@ def _cuda(call: StepCall, skip_nonfinite: bool) -> Tensor:
 @implements("svag_step_", "triton")
 @reads_scale
 def _triton(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    coefficients = call.extra
+    if coefficients is None:
+        coefficients = constant_coefficients(step_scalars(*call.options), call.lists.params[0].device)
+    return triton_step(call, coefficients, skip_nonfinite, 1)[0]
+
+
+def triton_step(call: StepCall, coefficients: Tensor, skip_nonfinite: bool, replicas: int) -> Tensor:
+    """Take the step of replicas by Triton's kernels, as :func:`svag_fast.kernels.step.svag_step` does."""
     from svag_fast.kernels.step import svag_step
 
     params, grads1, grads2, compensation, momentum_buffers = call.lists
-    coefficients = call.extra
-    if coefficients is None:
-        coefficients = constant_coefficients(step_scalars(*call.options), params[0].device)
+    kept = compensation or [], momentum_buffers or []
     with torch.cuda.device_of(params[0]):  # type: ignore[no-untyped-call]
         raw: Tensor = svag_step(
-            params, grads1, grads2, compensation or [], momentum_buffers or [], coefficients, skip_nonfinite,
-            *(call.scaler or ()),
-        )  # fmt: skip
+            params, grads1, grads2, *kept, coefficients, skip_nonfinite, *(call.scaler or ()), replicas=replicas
+        )
     return raw

@@ -144,8 +144,8 @@ def options_scalars(options: StepOptions) -> HostScalars:
 _COEFFICIENTS: DeviceCache[Tensor] = DeviceCache(64)
 
 
-def constant_coefficients(scalars: StepScalars, device: torch.device) -> Tensor:
-    """Return the scalars as a tensor, kept on the device: a schedule sets each rate many steps long."""
+def constant_coefficients(scalars: StepScalars | tuple[StepScalars, ...], device: torch.device) -> Tensor:
+    """Return scalars as a tensor, a row for each of several; kept on the device, as a schedule sets each rate long."""
 
     def make() -> Tensor:
         return torch.tensor(scalars, dtype=torch.float64, device=device)

@@ -13,9 +13,17 @@ from svag_fast.numeric import integer, number
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_like, check_momentum, numbers
 from svag_fast.ops.memory import address
-from svag_fast.ops.step import SVAG_STEP
+from svag_fast.ops.step import SVAG_STEP, triton_step
 from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
-from svag_fast.ops.step_options import HostScalars, MomentumRule, StepOptions, options_scalars
+from svag_fast.ops.step_options import (
+    HostScalars,
+    MomentumRule,
+    StepOptions,
+    StepScalars,
+    constant_coefficients,
+    options_scalars,
+    step_scalars,
+)
 from svag_fast.ops.step_stats import StepStats
 
 OneOrEach: TypeAlias = float | tuple[float, ...]
@@ -41,8 +49,8 @@ def svag_replicas_step_(
 ) -> StepStats:
     """Take :func:`svag_fast.ops.svag_step_` of S replicas, which are the rows of the tensors, each by itself.
 
-    On ``cpu`` it is one pass, and each replica's params and statistics have the bits of its step alone: they depend
-    neither on S, nor on the threads, nor on what the other replicas hold. ``reference``, ``triton`` and ``cuda`` step
+    On ``cpu`` and ``triton`` it is one pass, and each replica's params and statistics have the bits of its step alone:
+    they depend neither on S, nor on the threads, nor on what the other replicas hold. ``reference`` and ``cuda`` step
     one replica after the other: params to the same bits as alone, statistics too but for the order of ``cuda``'s sums.
 
     Args:
@@ -245,5 +253,16 @@ def _one_after_the_other(backend: str) -> Callable[[StepCall, bool], Tensor]:
     return steps
 
 
-for _backend in ("reference", "triton", "cuda"):
-    implements("svag_replicas_step_", _backend)(_one_after_the_other(_backend))
+@functools.lru_cache(64)
+def _step_scalars(options: ReplicaOptions) -> tuple[StepScalars, ...]:
+    return tuple(step_scalars(*options.of(s)) for s in range(options.replicas))
+
+
+@implements("svag_replicas_step_", "triton")
+def _triton(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    coefficients = constant_coefficients(_step_scalars(call.options), call.lists.params[0].device)
+    return triton_step(call, coefficients, skip_nonfinite, call.options.replicas)
+
+
+for _backend in ("reference", "cuda"):
+    implements("svag_replicas_step_", _backend, slow=True)(_one_after_the_other(_backend))

@@ -178,22 +178,6 @@ def test_auto_never_takes_the_interpreter() -> None:
     assert "triton" not in select("svag_step_", "auto", [torch.ones(1)]).__name__
 
 
-def test_replicas_step_each_as_alone() -> None:
-    replicas, l = 3, [1.0, 4.0, 65536.0]
-    lists = [draw(torch.float32, k, [(replicas, *shape) for shape in SHAPES]) for k in range(3)]
-    for t in lists[2]:
-        t[1] = math.nan
-    ours = [t.clone() for t in lists[0]]
-    stats = svag_replicas_step_(ours, *lists[1:], replicas=replicas, lr=0.3, l=l, weight_decay=0.02, backend="triton")
-    for s in range(replicas):
-        alone = [[t[s].clone() for t in listed] for listed in lists]
-        own = svag_step_(*alone, lr=0.3, l=l[s], weight_decay=0.02, backend="triton")
-        torch.testing.assert_close(stats.raw[s], own.raw, rtol=0, atol=0, equal_nan=True)
-        for a, b in zip(ours, alone[0], strict=True):
-            torch.testing.assert_close(a[s], b, rtol=0, atol=0, equal_nan=True)
-    assert stats.finite.tolist() == [True, False, True]
-
-
 @pytest.mark.parametrize("name", [n for n in SCALER_CHECKS if "64" not in n and (n[0] != "l" or "float" not in n)])
 def test_under_a_scaler(name: str) -> None:
     SCALER_CHECKS[name]("triton")
@@ -205,3 +189,82 @@ def test_the_kernel_reads_the_scale_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(two_batch, "divide", refuse)
     SCALER_CHECKS["found_inf"]("triton")
+
+
+REPLICAS, RATES, LS, DECAYS = 3, [0.3, 0.1, 0.2], [1.0, 4.0, 65536.0], [0.02, 0.0, 0.1]
+FEW_SHAPES: list[tuple[int, ...]] = [(0,), (3,), (8193,)]  # no program, one and two
+
+
+def stacked(
+    dtype: torch.dtype, seed: int, shapes: list[tuple[int, ...]] = FEW_SHAPES, scale: float = 1.0
+) -> list[Tensor]:
+    return draw(dtype, seed, [(REPLICAS, *shape) for shape in shapes], scale)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "skip_nonfinite"), [(DTYPES[0], False), *((d, True) for d in DTYPES if d[1] != torch.float32)], ids=str
+)
+def test_replicas_are_one_launch_in_which_each_has_the_bits_of_its_step_alone(
+    dtypes: tuple[torch.dtype, torch.dtype], skip_nonfinite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [stacked(dtypes[k > 0], k) for k in range(3)]
+    wide = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    kept = {"momentum_buffers": stacked(wide, 3)}
+    if wide == torch.float32:
+        kept["compensation"] = stacked(wide, 4, scale=1e-4)
+    lists[2][1][1, 2] = math.nan
+    options = {"weight_decay": DECAYS, "momentum": 0.9, "skip_nonfinite": skip_nonfinite, "backend": "triton"}
+
+    def row(listed: list[Tensor], s: int) -> list[Tensor]:
+        return [t[s].clone() for t in listed]
+
+    alone = []
+    for s in range(REPLICAS):
+        own = [row(listed, s) for listed in lists], {name: row(listed, s) for name, listed in kept.items()}
+        stats = svag_step_(*own[0], lr=RATES[s], l=LS[s], **{**options, **own[1], "weight_decay": DECAYS[s]})  # type: ignore[arg-type]
+        alone.append((stats.raw, [*own[0][0], *(t for listed in own[1].values() for t in listed)]))
+    programs, launch = [], kernel._step_kernel
+    monkeypatch.setattr(kernel, "_step_kernel", Launches(launch, programs))
+    stats = svag_replicas_step_(*lists, replicas=REPLICAS, lr=RATES, l=LS, **kept, **options)  # type: ignore[arg-type]
+    assert programs == [(3 * REPLICAS,)] * (1 + skip_nonfinite)
+    assert stats.finite.tolist() == [True, False, True]
+    written = [*lists[0], *(t for listed in kept.values() for t in listed)]
+    for s, (raw, tensors) in enumerate(alone):
+        torch.testing.assert_close(stats.raw[s], raw, rtol=0, atol=0, equal_nan=True)
+        for ours, theirs in zip(written, tensors, strict=True):
+            torch.testing.assert_close(ours[s], theirs, rtol=0, atol=0, equal_nan=True)
+
+
+class Launches:
+    """A kernel that notes its grids."""
+
+    def __init__(self, kernel: object, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        self.grids.append(grid)
+        return self.kernel[grid]  # type: ignore[index]
+
+
+def test_replicas_statistics_are_the_float64_reference_s() -> None:
+    lists = [stacked(torch.float64, k) for k in range(3)]
+    results = []
+    for backend in ("triton", "reference"):
+        params = [t.clone() for t in lists[0]]
+        options = {"replicas": REPLICAS, "lr": RATES, "l": LS, "weight_decay": DECAYS, "backend": backend}
+        results.append((svag_replicas_step_(params, *lists[1:], **options).raw, params))  # type: ignore[arg-type]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-13, atol=1e-9)
+    assert_same(results[0][1], results[1][1])
+
+
+def test_replicas_of_nothing_or_of_one_or_unaligned() -> None:
+    nothing = [torch.empty(REPLICAS, 0)]
+    raw = svag_replicas_step_(nothing, nothing, nothing, replicas=REPLICAS, lr=0.1, l=2, backend="triton").raw
+    assert raw.tolist() == [[0, 0, 0, 0, 1]] * REPLICAS
+    for shapes in ([(8,), (4, 4)], [(9,), (4,)]):  # the second's rows begin where no 16 bytes do
+        for count in (1, REPLICAS):
+            lists = [[t[:count] for t in stacked(torch.float32, k, shapes)] for k in range(3)]
+            ours, theirs = ([t.clone() for t in lists[0]] for _ in range(2))
+            for params, backend in ((ours, "triton"), (theirs, "reference")):
+                svag_replicas_step_(params, *lists[1:], replicas=count, lr=0.3, l=4, backend=backend)
+            assert_same(ours, theirs)

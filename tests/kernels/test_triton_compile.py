@@ -10,8 +10,9 @@ from gpu_binary import ARCHITECTURES, Report, held_to_golden, report
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+PROGRAMS = {"programs": "i32", "segment": "i32"}
 STEP = {"table": "*i64", "owners": "*i64", "coefficients": "*fp64", "partials": "*fp64", "stats": "*fp64"}
-STEP |= {"scale": "*fp32", "programs": "i32"}
+STEP |= {"scale": "*fp32", **PROGRAMS}
 STEP_OPTIONS = {
     "UPDATE": True,
     "GATED": False,
@@ -21,6 +22,7 @@ STEP_OPTIONS = {
     "ROUNDS": 8,
     "GRAD2": True,
     "MOMENTUM": False,
+    "REPLICAS": False,
 }
 SIZES = dict.fromkeys(["B", "CHUNK", "programs", "H", "OUT_H", "a_sample", "b_sample"], "i32")
 # A 3x3 convolution of 64 to 64 channels on 32x32 in channels_last.
@@ -74,9 +76,14 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         STEP,
         {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False, "MOMENTUM": True},
     ),
+    "step, float32 of replicas": (
+        "_step_kernel",
+        STEP,
+        {**STEP_OPTIONS, "PAIRS": 1, "COMPENSATED": False, "REPLICAS": True},
+    ),
     "finish": (
         "_finish_kernel",
-        {"partials": "*fp64", "stats": "*fp64", "found_inf": "*fp32", "programs": "i32"},
+        {"partials": "*fp64", "stats": "*fp64", "found_inf": "*fp32", **PROGRAMS},
         {"FOUND_INF": True, "FINISH": 512},
     ),
     "weight_grad, float32": weight_grad("*fp32", "*fp32", ONE_CHUNK=False, STEP=False, PRECISION="ieee"),
@@ -140,7 +147,12 @@ def test_aligned_float32_steps_load_and_store_128_bits(reports: dict[str, Report
     for a in ARCHITECTURES:
         # Three streams read and one written, 8 elements a thread; with momentum one more of each, under a scaler the
         # second gradient written too.
-        for name, loads, stores in (("", 6, 2), (" with momentum", 8, 4), (" under a scaler", 6, 4)):
+        for name, loads, stores in (
+            ("", 6, 2),
+            (" with momentum", 8, 4),
+            (" under a scaler", 6, 4),
+            (" of replicas", 6, 2),
+        ):
             line = reports[f"step, float32{name}, sm_{a}"]
             assert line["wide loads"] >= loads
             assert line["wide stores"] >= stores

@@ -10,7 +10,7 @@ from logging_device.device import Device
 from torch import Tensor, nn
 
 from svag_fast import SVAG
-from svag_fast.ops import svag_weight_step_, weight_grad_and_sq_norms
+from svag_fast.ops import svag_replicas_step_, svag_weight_step_, weight_grad_and_sq_norms
 
 SEGMENTS = [0, 1, 1, 0]
 
@@ -89,6 +89,18 @@ def test_a_step_under_a_scaler_has_no_pass_over_the_gradients_but_the_scaler_s_a
         expected.step()
     for p, q in zip(params, plain, strict=True):
         torch.testing.assert_close(p.detach().cpu(), q.detach())
+
+
+def test_a_step_of_many_replicas_asks_for_no_more_than_one_of_one(gpu: Device) -> None:
+    launches = []
+    for replicas, lr in ((1, 0.1), (16, [0.1 + s for s in range(16)])):
+        params, grads1, grads2 = ([torch.ones(replicas, 5, device="logged") for _ in range(34)] for _ in range(3))
+        for _ in range(2):  # the first brings addresses and rates to the device
+            with gpu.log() as log:
+                svag_replicas_step_(params, grads1, grads2, replicas=replicas, lr=lr, l=4)
+        assert log.synchronisations == 0, log.summary()
+        launches.append(log.launches)
+    assert launches == [2, 2]
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -21,6 +21,7 @@ from svag_fast import SVAG, per_sample_sq_norms, svag_coefficients, use_backend
 from svag_fast.ops import (
     StepStats,
     svag_adaptive_step_,
+    svag_replicas_step_,
     svag_step_,
     svag_step_per_sample_,
     svag_weight_step_,
@@ -222,6 +223,30 @@ def momentum_step(
     bounds = [a + b for a, b in zip(found["x bound"], step_bounds(start, found["x"], device), strict=True)]
     yield "params", share(params, found["x"], bounds)
     yield "statistics", stats_share(stats, start, grads1, grads2)
+
+
+def replicas_step(device: torch.device, backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> Shares:
+    """Stacked replicas, each with its own l; of one of them a gradient is nan, and it is left alone."""
+    replicas, ls, bad = 4, [1, 4, 8, 65536], 2
+    start, grads1, grads2 = (draw(dtypes[k > 0], k, [(replicas, *shape) for shape in SHAPES]) for k in range(3))
+    grads2[-1][bad, 0] = math.nan
+    params = on(device, start)
+    stats = svag_replicas_step_(
+        params, on(device, grads1), on(device, grads2), replicas=replicas, lr=LR, l=ls, weight_decay=DECAY,
+        skip_nonfinite=True, backend=backend,
+    )  # fmt: skip
+    finite = stats.finite.cpu().tolist() == [s != bad for s in range(replicas)]
+    yield "finite", 0.0 if finite else math.inf
+    for s, l in enumerate(ls):
+        own = [[t[s] for t in listed] for listed in (start, grads1, grads2)]
+        found = [t[s] for t in params]
+        if s == bad:
+            same = all(torch.equal(a.cpu(), b) for a, b in zip(found, own[0], strict=True))
+            yield f"replica {s} left alone", 0.0 if same else math.inf
+            continue
+        exact = [stepped(*tensors, l) for tensors in zip(*own, strict=True)]
+        yield f"params of replica {s}", share(found, exact, step_bounds(own[0], exact, device))
+        yield f"statistics of replica {s}", stats_share(StepStats(stats.raw[s], True, True), *own)
 
 
 def mixed_list(device: torch.device, backend: str, count: int) -> Shares:

@@ -37,6 +37,7 @@ from gpu_cases import (
     network_norms,
     per_sample_bits,
     per_sample_step,
+    replicas_step,
     same_bits,
     scaled_step,
     step,
@@ -119,6 +120,11 @@ def checks() -> list[Check]:
             add("500 tensors, mixed and unaligned", partial(mixed_list, backend=b, count=500)),
             add("the same bits", partial(same_bits, call=partial(step_bits, b))),
         ]
+    for b, kernels in STEP_KERNELS.items():
+        for dtypes in ((F32, F32), (F64, F64), (BF16, F32)):
+            run = partial(replicas_step, backend=b, dtypes=dtypes)
+            plain = dtypes == (F32, F32)
+            found.append(Check("svag_replicas_step_", b, name_of(dtypes), run, kernels, small=plain, dry=plain))
     add = partial(Check, "svag_step_per_sample_", "cuda", kernels=PER_SAMPLE_KERNELS)
     for dtype in (F32, F64, BF16, F16):
         for samples, l in (((5, 33), 4), ((1, 1), 2), ((34, 3), 65536), ((4, None), 1)):

@@ -80,9 +80,9 @@ class Simulator:
 
         table = step._table
 
-        def listed(*tensors: Any) -> Any:
+        def listed(*tensors: Any, **options: Any) -> Any:
             self._listed = [t for some in tensors for t in some or []]
-            return table(*tensors)
+            return table(*tensors, **options)
 
         with as_a_gpu(self.launch), contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(step, "_table", listed))
