@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ VALUES = "values.npz"
     "--budget",
     type=click.FloatRange(min=1),
     metavar="SECONDS",
-    help="Plan the runs at each l for so many seconds, from a pilot's variances and times, instead of --replicas.",
+    help="Plan the runs at each l for so many seconds, from the variances and times of a pilot of 16 runs at each l, "
+    "instead of --replicas. The pilot is never cut short.",
 )
 @click.option(
     "--out",
@@ -114,6 +116,7 @@ def _train(
     from svag_fast.experiments.weak import run_levels
 
     values: dict[float, Array] = {}
+    began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("pilot", total=None)
@@ -124,6 +127,8 @@ def _train(
             total = sum(n * seconds[l] for l, n in zip(settings.l, todo, strict=True))
             progress.update(bar, total=total, completed=0, description="training")
             plan = ", ".join(f"{n} at l = {l:g}" for l, n in zip(settings.l, counts, strict=True))
+            if budget is not None and (took := time.monotonic() - began) > budget:
+                console.print(f"The pilot took {took:.0f} s, more than the budget of {budget:g}.", highlight=False)
             console.print(f"runs: {plan}; about {total:.0f} s more", highlight=False)
 
         def advanced(l: float, steps: float) -> None:
@@ -169,7 +174,7 @@ def _table(report: WeakReport) -> Table:
     table = Table(title="Differences from the limit: slope against log l (theory: -1)", box=box.SIMPLE, pad_edge=False)
     for column in ("function", "steps", "limit", "a", "b", "slope [95 %]", "left out", "beyond the 1/l regime"):
         table.add_column(column)
-    for (time, name), order in report.orders.items():
+    for (at, name), order in report.orders.items():
         figures = [(order.limit, order.limit_error), (order.a, order.a_error), (order.b, order.b_error)]
         slope = (
             f"{order.slope:.2f} [{order.low:.2f}, {order.high:.2f}]"
@@ -179,5 +184,5 @@ def _table(report: WeakReport) -> Table:
         out = ", ".join(f"{l:g}" for l in order.ls[~order.fitted])
         beyond = ", ".join(f"{l:g}" for l in order.ls[order.fitted & ~order.regime])
         told = ["" if math.isnan(value) else f"{value:.4g} ({error:.2g})" for value, error in figures]
-        table.add_row(name, str(time), *told, slope, out, beyond)
+        table.add_row(name, str(at), *told, slope, out, beyond)
     return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,20 @@ def test_budget_and_replicas_together_are_refused_before_anything_is_written(tmp
     result = run(tmp_path / "new", "--budget", "9", "--replicas", "8")
     assert result.exit_code == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_pilot_longer_than_the_budget_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = experiment.measure
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.3)  # at each of four l
+        return real(*args, **options)
+
+    monkeypatch.setattr(experiment, "measure", slow)
+    result = run(tmp_path, "--budget", "1")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"The pilot took \d+ s, more than the budget of 1\.", result.output)
+    assert "runs: 16 at l = 1, 16 at l = 2, 16 at l = 3, 16 at l = 4; about 0 s more" in result.output.replace("\n", "")
 
 
 def test_runs_that_diverge_are_named_and_their_level_is_left_out(tmp_path: Path) -> None:
