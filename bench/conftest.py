@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         name = b.params.get("contender", b.name) if b.params else b.name
         bandwidth = f"{info['gigabytes_per_second']:8.1f}" if "gigabytes_per_second" in info else ""
         terminalreporter.write_line(
-            f"{b.group or '':<26}{name:<34}{b.stats.median * 1e3:10.3f}{info['ours'] * 1e3:10.3f}"
+            f"{b.group or '':<26}{name:<34}{info.get('theirs', b.stats.median) * 1e3:10.4f}{info['ours'] * 1e3:10.4f}"
             f"{info['ratio']:8.2f}{bandwidth}"
         )
     threads = {b.extra_info["threads"] for b in rows}

@@ -17,56 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from replica_steps import LR, NETS, L, fused, net, trainer
+from torch import Tensor
 from torch.nn import functional as F
 
 from svag_fast import SVAG
-from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import load_dataset
-from svag_fast.experiments.models import build_model
-from svag_fast.experiments.training import Training
 from svag_fast.replicas.chain import Chain, chain_of
-from svag_fast.replicas.fused import FusedRuns
 from svag_fast.replicas.fused_layers import fused_layers
 
-L, LR = 4, 0.05
-NETS = ("digits-net", "mlp")
 IN_A_ROW = 10
-
-
-def mlp() -> nn.Module:
-    """The default experiment's: three layers of 64 with LayerNorm, and a fixed head."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for _ in range(3):
-        layers += [nn.Linear(64, 64, bias=False), nn.LayerNorm(64, eps=1e-12, elementwise_affine=False), nn.ReLU()]
-    head = nn.Linear(64, 10, bias=False).requires_grad_(False)
-    return nn.Sequential(*layers, head)
-
-
-def net(name: str) -> nn.Module:
-    return mlp() if name == "mlp" else build_model(name, in_channels=1, num_classes=10)
-
-
-def fused(name: str, replicas: int, batch: int) -> tuple[Callable[[], None], int]:
-    """A call, and how many replica-steps it takes: some 20 ms of them."""
-    data, chain = load_dataset("digits"), chain_of(net(name))
-    weights = chain.initial().weights.expand(replicas, -1)
-    runs = FusedRuns(
-        chain, weights, inputs=data.train_images, targets=data.train_labels, seeds=range(replicas), batch_size=batch,
-        lr=LR, l=L, threads=1,
-    )  # fmt: skip
-    steps = max(2, (512 if name == "digits-net" else 8192) // (batch * replicas))
-
-    def call() -> None:
-        runs.advance(int(runs.steps[0]) + steps)
-
-    return call, steps * replicas
-
-
-def trainer(name: str, batch: int) -> Callable[[], Any]:
-    config = RunConfig(model="digits-net", batch_size=batch, lr=LR, l=L, seed=0, effective_steps=1000)
-    return Training(config, load_dataset("digits")).take_step
 
 
 def plain(name: str, batch: int) -> Callable[[], Any]:
@@ -124,11 +84,9 @@ CONTENDERS = {"trainer": trainer, "plain": plain, "sgemm": sgemm}
 @pytest.mark.parametrize("batch", [2, 4, 8, 32, 128])
 @pytest.mark.parametrize("name", NETS)
 def test_step(benchmark: Any, contest: Any, name: str, batch: int, replicas: int, contender: str) -> None:
-    if (name, contender) == ("mlp", "trainer"):
-        pytest.skip("the trainer can't build this net")
     torch.set_num_threads(1)
     benchmark.group = f"{name}, B = {batch}, S = {replicas}"
-    ours, count = fused(name, replicas, batch)
+    ours, count = fused(name, replicas, batch, threads=1)
     theirs = CONTENDERS[contender](name, batch)
     contest(theirs, ours=ours, rounds=30)
     if not benchmark.disabled:

@@ -1,17 +1,23 @@
-"""A replica's forward and backward pass by each engine of `Replicas`, against one net alone.
+"""A replica's step by each engine on two cores, against two processes; and its passes against those of one net.
 
-A time is that of all S replicas, and "alone" that of one net: its ratio is S such passes over ours, the stacked
-engine's.
+`test_replica_step`: both batches at l = 4 and the step. All times are a replica-step's by the clock: of the fused
+kernel ("ours", two threads), of `Replicas` with `SVAG(replicas=S)` by two threads, and of two processes of the trainer
+with a thread each ("processes"), which take a step of two replicas at once. Run it alone, on two idle cores.
+
+`test_replicas`: forward and backward pass. A time is that of all S replicas, and "alone" that of one net: its ratio is
+S such passes over ours, the stacked engine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import replica_steps
 import torch
 import torch.nn.functional as F
+from replica_steps import TrainerProcesses
 from torch import nn
 
 from svag_fast import Replicas
@@ -51,6 +57,47 @@ def replicas_pass(net: str, S: int, B: int, engine: Any) -> Callable[[], None]:
 def one_pass(net: str, B: int) -> Callable[[], None]:
     model, x, y = NETS[net](), torch.randn(B, 1, 8, 8), torch.randint(10, (B,))
     return lambda: F.cross_entropy(model(x), y).backward()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Callable[[str, int], TrainerProcesses]]:
+    """The last pair of processes asked for, kept while the same is wanted."""
+    kept: dict[tuple[str, int], TrainerProcesses] = {}
+
+    def close() -> None:
+        for pair in kept.values():
+            pair.close()
+        kept.clear()
+
+    def of(net: str, B: int) -> TrainerProcesses:
+        if (net, B) not in kept:
+            close()
+            kept[net, B] = TrainerProcesses(net, B, steps=10 if B <= 8 else 3)
+        return kept[net, B]
+
+    yield of
+    close()
+
+
+@pytest.mark.parametrize("contender", ["processes", "stacked", "vmap"])
+@pytest.mark.parametrize("S", [1, 4, 16, 64])
+@pytest.mark.parametrize("B", [2, 8, 128])
+@pytest.mark.parametrize("net", replica_steps.NETS)
+def test_replica_step(benchmark: Any, contest: Any, processes: Any, net: str, B: int, S: int, contender: str) -> None:
+    benchmark.group = f"{net}, B = {B}, S = {S}"
+    torch.set_num_threads(2)
+    ours, count = replica_steps.fused(net, S, B, threads=2)
+    if contender == "processes":
+        theirs = processes(net, B)
+        theirs_count = 2 * theirs.steps
+    else:
+        theirs, theirs_count = replica_steps.stacked(net, S, B, contender)
+    contest(theirs, ours=ours, rounds=10 if S * B <= 1024 else 4)
+    if "ratio" in benchmark.extra_info:
+        info = benchmark.extra_info
+        info["ratio"] *= count / theirs_count
+        info["ours"] /= count
+        info["theirs"] = benchmark.stats.stats.median / theirs_count
 
 
 @pytest.mark.parametrize("B", [2, 4, 8, 32, 128])

@@ -13,10 +13,10 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 # What of each file is run; torch.compile is left out, which compiles for half a minute.
 SMALLEST = {
-    "test_fused_replicas.py": "mlp-2-1- or net-2-1-",
+    "test_fused_replicas.py": "-2-1-",
     "test_host_overhead.py": "34 or weight",
     "test_norm_relu.py": "8x8-nchw",
-    "test_replicas.py": "mlp-4-2]",
+    "test_replicas.py": "mlp-4-2] or mlp-2-4",
     "test_sample_norms.py": "digits8-",
     "test_sde.py": "test_euler_maruyama or test_ngd_step",
     "test_step.py": "preresnet32 and not torch.compile",
