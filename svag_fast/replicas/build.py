@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def checked_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
         raise TypeError(f"seeds must be integers, one a replica, such as range(16), got {shown(seeds)}") from None
     if not found:
         raise ValueError("seeds must be one or more, got none")
-    twice = sorted({seed for seed in found if found.count(seed) > 1})
+    twice = sorted(seed for seed, count in Counter(found).items() if count > 1)
     if twice:
         raise ValueError(f"seeds must be different, for replicas of one seed are one run, got {twice[0]} twice")
     return found

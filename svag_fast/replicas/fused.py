@@ -151,7 +151,6 @@ class FusedRuns:
         self._loss = loss
         self._net = FusedNet(chain, sample_shape("inputs", inputs), loss)
         self._net.check(inputs, targets)
-        self._settings = run_settings(count, seeds, batch_size, lr, l, weight_decay)
         self._stat_every = integer("stat_every", stat_every, least=0)
         self._threads = None if threads is None else integer("threads", threads, least=1, most=2**15)
         needed = self._net.memory(count, frozen.numel(), self._thread_count(count), len(inputs))
@@ -160,6 +159,7 @@ class FusedRuns:
                 f"{count} replicas need {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: expected fewer "
                 "replicas or threads"
             )
+        self._settings = run_settings(count, seeds, batch_size, lr, l, weight_decay)
         # Copies: what was checked must not change. A label out of range would lead the kernel out of its memory.
         self._train = self._net.samples(inputs.detach().clone(), targets.detach().clone())
         self._weights = weights.detach().clone(memory_format=torch.contiguous_format)

@@ -358,6 +358,9 @@ def test_memory_is_said_and_checked_before_it_is_taken(cases: dict[str, Case], m
     case = cases["digits-net"]
     few, many = (memory_needed(case.chain, case.inputs, replicas=n, threads=1) for n in (1, 1001))
     assert many - few == 1000 * 4 * case.chain.weight_count
+    many_weights = case.weights[:1].expand(10**9, -1)
+    with pytest.raises(MemoryError, match="1000000000 replicas need"):  # before a list of so many seeds is made
+        runs_of(case, weights=many_weights, frozen=case.frozen[0], seeds=range(10**9))
     monkeypatch.setattr(fused, "free_memory", lambda device: 10_000)
     with pytest.raises(MemoryError, match=r"3 replicas need 1 MiB, 0 MiB are free"):
         runs_of(case)

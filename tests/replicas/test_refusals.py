@@ -28,6 +28,7 @@ X = torch.randn(2, 3, 4)
 SEEDS = {
     "none": ([], ValueError, "seeds must be one or more, got none"),
     "twice": ([3, 1, 3], ValueError, "seeds must be different, for replicas of one seed are one run, got 3 twice"),
+    "many, twice": ([*range(100_000), 7], ValueError, "got 7 twice"),
     "negative": ([-1], ValueError, "integer >= 0"),
     "too large": ([2**63], ValueError, "<= "),
     "a bool": ([True], TypeError, r"seeds must be integers, one a replica, such as range\(16\), got \[True\]"),
