@@ -49,13 +49,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not rows:
         return
     terminalreporter.section("ratios to ours, medians in alternation")
-    terminalreporter.write_line(f"{'group':<26}{'contender':<34}{'ms':>10}{'ours ms':>10}{'ratio':>8}{'GB/s':>8}")
+    terminalreporter.write_line(f"{'group':<28}{'contender':<34}{'ms':>10}{'ours ms':>10}{'ratio':>8}{'GB/s':>8}")
     for b in rows:
         info = b.extra_info
         name = b.params.get("contender", b.name) if b.params else b.name
         bandwidth = f"{info['gigabytes_per_second']:8.1f}" if "gigabytes_per_second" in info else ""
         terminalreporter.write_line(
-            f"{b.group or '':<26}{name:<34}{info.get('theirs', b.stats.median) * 1e3:10.4f}{info['ours'] * 1e3:10.4f}"
+            f"{b.group or '':<28}{name:<34}{info.get('theirs', b.stats.median) * 1e3:10.4f}{info['ours'] * 1e3:10.4f}"
             f"{info['ratio']:8.2f}{bandwidth}"
         )
     threads = {b.extra_info["threads"] for b in rows}
