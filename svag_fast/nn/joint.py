@@ -337,6 +337,10 @@ class Joint:
         """Each sample's squared norm of a parameter's gradient."""
         self._sq_norms[self.names[p]] = sq_norms  # type: ignore[index]
 
+    def doubt(self) -> None:
+        """Look again, since the model may do something else now."""
+        self.is_verified = self._seen_losses = False
+
     def verify(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hold the model to what this way takes for granted, before its first pass; raises `NotJoint`."""
         verify(self, inner, args, kwargs)

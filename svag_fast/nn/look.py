@@ -6,13 +6,14 @@ from torch import nn
 
 from svag_fast.optim.grad_watch import hooks_on
 from svag_fast.optim.two_batch import TwoBatchOptimizer
+from svag_fast.sample_norms.structure import Switches
 
 
 class Look:
     """What was there, compared in quick terms; it holds all of it, so that no id is given to another object."""
 
     def __init__(self, model: nn.Module, optimizer: TwoBatchOptimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._model = optimizer, model
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._group_ids = [[*map(id, group)] for group in self._groups]
         self._modules = [
@@ -35,10 +36,20 @@ class Look:
             for p in own.values()
             if p is not None
         ]
+        self._switches = Switches(model)
         self._bare = [m._parameters for m in model.modules() if not m._parameters]
+
+    def switched(self) -> bool:
+        """Whether flags or words of the modules are others than when this was last asked."""
+        if not self._switches.changed():
+            return False
+        self._switches = Switches(self._model)
+        return True
 
     def holds(self) -> bool:
         """Whether all is as it was."""
+        if self._switches.changed():
+            return False
         groups = self._optimizer.param_groups
         if len(groups) != len(self._groups) or any(self._bare):
             return False

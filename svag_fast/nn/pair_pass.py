@@ -77,9 +77,10 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
         way: "joint": one pass over both batches, in which each layer forms its two weight gradients: Linear,
             convolutions, normalisations and embeddings by rules of their own. Any other layer (recurrent, attention,
             one of yours) is run on one half, then on the other, with all that is inside it, and said once by name. The
-            samples come first; the first pass checks on a few of them that the batches don't meet. "halves": the whole
-            model is called on one half, then on the other: any model, at the price of two passes. "auto" takes "joint"
-            where it serves the model and is faster (on a CPU: small inputs), and says once why it can't.
+            samples come first. The first pass, and one after a flag of a module has changed, checks on a few of them
+            that the batches don't meet, but not what the model does otherwise later, as from some step on. "halves":
+            the whole model is called on one half, then on the other: any model, at the price of two passes. "auto" is
+            "joint" where it serves the model and is faster (on a CPU: small inputs), and says once why it can't.
 
     Raises:
         TypeError, ValueError: the optimizer is another kind, or the parameters are not the same.

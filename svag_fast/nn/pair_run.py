@@ -153,6 +153,8 @@ class Run:
         engine = self._engine or self._start(self._chosen(args, kwargs))
         if not isinstance(engine, Joint) or engine.inside or current_task() != NO_TASK:
             return engine.forward(inner, args, kwargs)
+        if engine.is_verified and self._seen.switched():
+            engine.doubt()
         if engine.is_verified or engine.outputs:
             try:
                 return engine.forward(inner, args, kwargs)

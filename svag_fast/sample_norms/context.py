@@ -135,7 +135,8 @@ class per_sample_sq_norms:  # noqa: N801  (a context manager, used like a functi
     the forward pass. Row i of each use of a parameter within one backward pass belongs to sample i. Weights that are
     shared have their cross terms counted. Each further backward pass appends its rows. A factor on the
     loss (a gradient scaler's, 1/k for k accumulated passes) enters squared. Code from torch.compile runs eagerly
-    meanwhile. A model's first pass is gone back through again, from some rows: where rows are no samples it raises.
+    meanwhile. A model's first pass is gone back through again, from some rows: where rows are no samples it raises. So
+    is the first after a module's flag (``training``) has changed.
 
     Layers and parameters may be added, replaced, frozen or unfrozen inside the context: the next pass through the
     model serves or refuses them.

@@ -21,6 +21,7 @@ from svag_fast.sample_norms.structure import (
     FORWARD_METHODS,
     Standing,
     Structure,
+    Switches,
     method,
     takes_samples_second,
 )
@@ -31,6 +32,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What was found out about a layer in earlier passes, and about a model on earlier entries, in whatever context.
 _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 _FOUND: WeakKeyDictionary[nn.Module, Found] = WeakKeyDictionary()
+_SWITCHES: WeakKeyDictionary[nn.Module, Switches] = WeakKeyDictionary()
 
 
 class UnsupportedModuleError(TypeError):
@@ -84,6 +86,19 @@ def found_before(model: nn.Module, batch_size_given: bool) -> tuple[Found, Stand
             assert module is not None
             refuse(plan.known.rule, plan.place, module)
     return found, standing
+
+
+def switched(model: nn.Module) -> bool:
+    """Whether the model's switches are others than in the last pass; what was found out about its rows is void then."""
+    switches = _SWITCHES.get(model)
+    if switches is not None and not switches.changed():
+        return False
+    _SWITCHES[model] = Switches(model)
+    for module in model.modules():
+        known = _KNOWN.get(module)
+        if known is not None:
+            known.rows_checked = False
+    return True
 
 
 class Look:

@@ -6,8 +6,9 @@ them while a context is open, where the same is asked in each pass.
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -107,6 +108,33 @@ class Structure:
             if getattr(kind, FORWARD_METHODS[1], None) is not methods[1]:
                 return None
         return standing
+
+
+class Switches:
+    """The flags and words among a model's own attributes: what it does may change with them, as in training mode.
+
+    Not numbers, of which many are counters, nor what the attributes' objects have inside.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: list[tuple[weakref.ref[nn.Module], Callable[[Any], Any], Any]] = []
+        for module in model.modules():
+            own = module.__dict__
+            names = [name for name, value in own.items() if type(value) in (bool, str)]
+            if names:
+                values = operator.itemgetter(*names, names[0])  # of one name it would be no tuple
+                self._seen.append((weakref.ref(module), values, values(own)))
+
+    def changed(self) -> bool:
+        """Whether one of them is another, or a module has gone."""
+        try:
+            for ref, values, then in self._seen:
+                module = ref()
+                if module is None or not all(map(operator.is_, values(module.__dict__), then)):
+                    return True
+        except KeyError:
+            return True
+        return False
 
 
 class Standing:

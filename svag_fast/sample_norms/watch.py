@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from svag_fast.sample_norms import dispatch
-from svag_fast.sample_norms.plan import Found, Look, UnsupportedModuleError, found_before
+from svag_fast.sample_norms.plan import Found, Look, UnsupportedModuleError, found_before, switched
 from svag_fast.sample_norms.rows import RowCheck, Sequences
+from svag_fast.sample_norms.rule import Known
 from svag_fast.sample_norms.served import Layer
 from svag_fast.sample_norms.structure import Standing
 from svag_fast.sample_norms.tables import Samples
@@ -45,6 +46,7 @@ class Watch:
         self._depth = 0
         self._layers: dict[nn.Module, Layer] = {}
         self._served: list[dispatch.Served] = []
+        self._tracked: list[Known] = []
         self._standing: Standing
         self._plain: Callable[..., Any]  # the model's own forward, where it is no layer itself
         self._sequences: Sequences | None = None
@@ -106,6 +108,7 @@ class Watch:
         if before:
             dispatch.take_back([served for served in before if served not in self._served])
         self.recorder.track(found.names, found.aliases)
+        self._tracked = tracked
         self.rows.look_again(tracked)
         self.samples.look_again(tracked, found.all_tracked)
         self._standing = standing
@@ -132,6 +135,8 @@ class Watch:
         passes = not self._depth and torch.is_grad_enabled() and current_task() == NO_TASK
         if passes and self._standing.outdated():
             self.scan()
+        if passes and switched(self.model):
+            self.rows.look_again(self._tracked)
         layer = self._layers.get(self.model)
         inner = self._plain if layer is None else layer.forward
         if not passes:

@@ -67,10 +67,10 @@ def pair(**how):
 
 
 MOST = {
-    "norms, entered and left": (norms, 88),
-    # Some of them so that a change of one gradient alone is told.
-    "a pair": (pair, 97),
-    "a pair with norms": (lambda: pair(norms=True), 121),
+    # Two or three of each look whether a module's flags have changed, some of a pair whether one gradient alone has.
+    "norms, entered and left": (norms, 93),
+    "a pair": (pair, 100),
+    "a pair with norms": (lambda: pair(norms=True), 124),
 }
 
 
