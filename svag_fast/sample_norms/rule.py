@@ -195,6 +195,8 @@ class Rule:
             )
         if not output.requires_grad:
             return output
+        if output._is_view():  # its node, and hook, would be replaced where somebody changes it in place
+            output = output.clone()
         if output.dim() == 0 or not any(x.dim() > 0 and x.shape[0] == output.shape[0] for x in inputs):
             raise ValueError(
                 f"the first dimension of {scope.label}'s input and output must be the samples, got "

@@ -278,6 +278,13 @@ class Recorder:
                 "forward was not called: its per-sample norms are not known"
             )
             return
+        unheard = current.arrived - {name for name, _ in current.delivered}
+        if unheard:
+            self.fail(
+                f"the gradient of {min(unheard)} arrived, but that of its layer's output was not seen on the way (was "
+                "the output changed in place?): its per-sample norms are not known"
+            )
+            return
         if current.batch_size is None:
             return
         norms: dict[str, Tensor] = {}

@@ -295,3 +295,13 @@ def test_other_weights_in_the_next_step():
 def test_weights_that_are_none_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         per_sample_sq_norms(nn.Linear(2, 2), loss_reduction=weights)
+
+
+def test_a_layer_that_is_not_heard_of_is_an_error():
+    """Trap: its parameters' gradients arrived, and the total was without them."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)).double()
+    net[1].register_forward_hook(lambda module, args, output: output._backward_hooks.clear())
+    with per_sample_sq_norms(net) as norms:
+        net(inputs()).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"the gradient of 1\.bias arrived, but that of its layer's output was not"):
+        _ = norms.total

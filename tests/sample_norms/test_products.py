@@ -235,9 +235,24 @@ def test_attention_with_another_number_of_heads():
     torch.testing.assert_close(output, layer(x, x, x)[0])
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Linear(5, 4), (3, 2, 5)), (nn.Conv1d(5, 4, 2), (3, 5, 4)), (nn.Linear(5, 4), (3, 5))]
-)
+CHANGED_IN_PLACE = [
+    (nn.Linear(5, 4), (3, 2, 5)),
+    (nn.Linear(5, 4), (3, 5)),
+    (nn.Conv1d(5, 4, 2), (3, 5, 4)),
+    (nn.Conv2d(5, 4, 2), (3, 5, 4, 3)),
+    (nn.Conv3d(2, 4, 2), (3, 2, 3, 3, 2)),
+    (nn.GroupNorm(2, 4), (3, 4, 5)),
+    (nn.LayerNorm(5), (3, 2, 5)),
+    (nn.RMSNorm(5), (3, 2, 5)),
+    (nn.InstanceNorm1d(4, affine=True), (3, 4, 5)),
+    (nn.InstanceNorm2d(4, affine=True), (3, 4, 5, 2)),
+    (nn.InstanceNorm3d(4, affine=True), (3, 4, 2, 2, 3)),
+    (nn.BatchNorm1d(4).eval(), (3, 4)),
+    (nn.PReLU(), (3, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CHANGED_IN_PLACE)
 def test_outputs_may_be_changed_in_place(layer, shape):
-    """Trap: PyTorch makes some of these outputs as views, which a custom autograd function must not return."""
+    """Trap: PyTorch makes some of these outputs as views, whose hooks are lost where they are changed."""
     check(nn.Sequential(layer, nn.LeakyReLU(inplace=True)), randn(*shape))
