@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from svag_fast.nn.pair_pass import Way, pair_pass
+from svag_fast.nn.pair_pass import pair_pass
+from svag_fast.nn.pair_run import Way
 from svag_fast.optim.two_batch import TwoBatchOptimizer
 from svag_fast.sample_norms.context import UnsupportedModuleError, per_sample_sq_norms
 

@@ -14,7 +14,7 @@ from svag_fast.experiments.gradients import has_sample_norms, pair_gradients
 from svag_fast.experiments.task import Task, pair_of
 from svag_fast.experiments.task_data import TaskData, rows_of
 from svag_fast.nn.independence import check_independence
-from svag_fast.nn.pair_pass import Way
+from svag_fast.nn.pair_run import Way
 from svag_fast.numeric import must_be, shown
 from svag_fast.optim.svag import SVAG
 from svag_fast.sample_norms.context import per_sample_sq_norms

@@ -31,7 +31,7 @@ from svag_fast.experiments.task import BuiltinTask, Task, builtin_task
 from svag_fast.experiments.task_check import augmented, check_task, new_model
 from svag_fast.experiments.task_data import TaskData
 from svag_fast.experiments.task_error import own_code
-from svag_fast.nn.pair_pass import Way
+from svag_fast.nn.pair_run import Way
 from svag_fast.noise.estimators import (
     NoiseEstimate,
     from_sample_norms,
