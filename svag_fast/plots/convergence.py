@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,30 +13,17 @@ from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
 from svag_fast.analysis.verdict import Cell, SharedLimit, Verdict, same_sde, shared_limits
 from svag_fast.analysis.verdict_text import headline, svag_answer, unit
 from svag_fast.experiments.data.sampling import MODES
-from svag_fast.experiments.run_folder import Array
 from svag_fast.experiments.task_file import short_name
+from svag_fast.plots.curves import LABEL_GAP, Line, axis_name, end_labels, l_name, mean_line
 from svag_fast.plots.style import GREY, INK, l_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SMOOTH = 0.08  # of the run: the window that drawn lines are averaged over
-_LABEL_GAP = 0.062  # of the upper panels' height: the least distance between two labels at the right
 _LAW_LABEL_GAP = 0.33  # of the lower panels', for two lines
 _MARKS = ("o", "s", "D", "^", "v")
 _SOFT = "#5B626B"
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A drawn line and the words at its end; of lines that end together the one of higher rank is named above."""
-
-    x: Array
-    y: Array
-    label: str
-    color: str
-    rank: float
 
 
 def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figure:
@@ -90,7 +76,7 @@ def convergence_figure(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Figu
         axes[1, column].set_title(title, fontsize=13, weight="normal")
         axes[-1, column].set_xlabel("1/l    (0: the limit,  1: SGD)")
     for row, metric in zip(axes[:, 0], [metrics[0], *metrics], strict=True):
-        row.set_ylabel(_axis_name(metric))
+        row.set_ylabel(axis_name(metric))
     _titles(figure, runs, verdicts)
     return figure
 
@@ -122,7 +108,7 @@ def _titles(figure: Figure, runs: Sequence[Run], verdicts: Sequence[Verdict]) ->
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=11.5, color=_SOFT)
 
 
-def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colors: Mapping[float, str]) -> list[_Line]:
+def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colors: Mapping[float, str]) -> list[Line]:
     """Draw one batch size's curves, and return the means over runs."""
     factor, _ = unit(metric)
     lines = []
@@ -131,7 +117,7 @@ def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colo
         for run in group:
             if not run.finished or run.diverged_at is not None:
                 _unfinished_line(axes, run, metric, color)
-        mean = _mean_line([run for run in group if run.finished and run.diverged_at is None], metric)
+        mean = mean_line([run for run in group if run.finished and run.diverged_at is None], metric)
         if mean is None:
             continue
         x, y, sd = mean
@@ -141,8 +127,8 @@ def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colo
             for sign in (-1, 1)
         )
         axes.fill_between(x, low, high, color=color, alpha=0.13, lw=0, zorder=2)
-        axes.plot(x, factor * y, color=color, lw=3 if l in (1, verdict.largest_l) else 2.2, zorder=3, label=_l_name(l))
-        lines.append(_Line(x, factor * y, _l_name(l), color, l))
+        axes.plot(x, factor * y, color=color, lw=3 if l in (1, verdict.largest_l) else 2.2, zorder=3, label=l_name(l))
+        lines.append(Line(x, factor * y, l_name(l), color, l))
     if factor == 100:
         axes.set_ylim(0, 100)
     axes.set_title(f"B = {verdict.batch_size},  lr = {verdict.lr:.4g}", pad=10)
@@ -152,7 +138,7 @@ def _curves(axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, colo
 
 
 def _limits_and_labels(
-    axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, lines: list[_Line], first: Verdict | None
+    axes: Axes, runs: Sequence[Run], verdict: Verdict, metric: str, lines: list[Line], first: Verdict | None
 ) -> None:
     """Add each phase's limit, names at the right, and the time axis, once all panels' curves have set the scale."""
     factor, _ = unit(metric)
@@ -166,7 +152,7 @@ def _limits_and_labels(
     lines += _limit_bars(axes, windows, verdict.cells[metric], factor, INK, "limit", 2e9)
     axes.set_xlim(0, total)
     axes.set_xlabel("effective steps  k/l")
-    _end_labels(axes, lines, _LABEL_GAP)
+    end_labels(axes, lines, LABEL_GAP)
     _time_axis(axes, max(runs, key=lambda run: (run.finished, run.l, len(run.metrics["effective_step"]))), total)
 
 
@@ -192,7 +178,7 @@ def _limit_bars(
     color: str,
     label: str,
     rank: float,
-) -> list[_Line]:
+) -> list[Line]:
     """Draw each phase's limit and its interval over the window that is averaged; return the last as a labelled line."""
     drawn = []
     for part, (begin, end) in windows.items():
@@ -202,7 +188,7 @@ def _limit_bars(
         low, high = (factor * value for value in cell.limit_interval)
         axes.fill_between([begin, end], low, high, color=color, alpha=0.16, lw=0, zorder=1.5)
         axes.plot([begin, end], [factor * cell.limit] * 2, color=color, lw=2, ls=(0, (4, 1.5)), zorder=3.6)
-        drawn.append(_Line(np.array([begin, end]), np.full(2, factor * cell.limit), label, color, rank))
+        drawn.append(Line(np.array([begin, end]), np.full(2, factor * cell.limit), label, color, rank))
     return drawn[-1:]
 
 
@@ -226,7 +212,7 @@ def _law_panel(axes: Axes, verdict: Verdict, metric: str, colors: Mapping[float,
     axes.set_ylim(inside.min() - pad, inside.max() + pad)
     axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
     lines = [_law(axes, part, cell, i, factor, colors) for i, (part, cell) in enumerate(cells.items())]
-    _end_labels(axes, lines, _LAW_LABEL_GAP)
+    end_labels(axes, lines, _LAW_LABEL_GAP)
     ls = sorted({l for cell in cells.values() for l in cell.means}, reverse=True)
     ticks = [0.0, *(1 / l for l in ls)]
     names = ["0", *("1" if l == 1 else f"1/{l:g}" for l in ls)]
@@ -238,7 +224,7 @@ def _law_panel(axes: Axes, verdict: Verdict, metric: str, colors: Mapping[float,
     axes.set_xticks(ticks, names)
 
 
-def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: Mapping[float, str]) -> _Line:
+def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: Mapping[float, str]) -> Line:
     """Draw one part's means, its fitted line and limit; return the line to label, which ends at SGD."""
     for l, mean in cell.means.items():
         bar = None if mean.standard_error is None else factor * mean.standard_error
@@ -262,7 +248,7 @@ def _law(axes: Axes, part: str, cell: Cell, index: int, factor: float, colors: M
             ecolor=INK, capsize=3, elinewidth=1.6, zorder=4,
         )  # fmt: skip
     label = f"{part}\n{cell.answer}" if cell.sgd else part
-    return _Line(np.array([1.0]), np.array([end]), label, INK, index)
+    return Line(np.array([1.0]), np.array([end]), label, INK, index)
 
 
 def _shown_parts(verdict: Verdict, metric: str) -> Mapping[str, Cell]:
@@ -298,80 +284,6 @@ def _short_shared(shared: SharedLimit) -> str:
     )
 
 
-def _mean_line(runs: Sequence[Run], metric: str) -> tuple[Array, Array, Array] | None:
-    """Effective steps, smoothed mean over seeds, and the standard deviation of one run (0 for a single one)."""
-    curves = [curve for run in runs if len((curve := run.series(metric))[0])]
-    if not curves:
-        return None
-    x = min((x for x, _ in curves), key=len)
-    values = np.array([np.interp(x, *curve) for curve in curves])
-    breaks = _rate_drops(runs[0])
-    sd = np.sqrt(_moving_mean(x, values.var(axis=0, ddof=1), breaks)) if len(curves) > 1 else np.zeros(len(x))
-    return x, _moving_mean(x, values.mean(axis=0), breaks), sd
-
-
-def _rate_drops(run: Run) -> Array:
-    """Effective steps where the rate falls by half or more at once: curves have a corner there."""
-    steps, lr = run.metrics["effective_step"], run.metrics["lr"]
-    drops: Array = steps[1:][lr[1:] < 0.5 * lr[:-1]]
-    return drops
-
-
-def _moving_mean(x: Array, y: Array, breaks: Array) -> Array:
-    """Mean over a centred window that is narrower at the start, where curves are steep, and crosses no break."""
-    half = _SMOOTH / 2 * (x[-1] - x[0])
-    part = np.searchsorted(breaks, x, side="right")
-    means = np.empty_like(y)
-    for i, at in enumerate(x):
-        near = (np.abs(x - at) <= min(half, at - x[0]) + 1e-9 * half) & (part == part[i])
-        means[i] = y[near].mean()
-    return means
-
-
-def _end_labels(axes: Axes, lines: Sequence[_Line], least_gap: float) -> None:
-    """Name each line at its right end, moved apart where they would overlap, with a hair line to the end."""
-    if not lines:
-        return
-    low, high = axes.get_ylim()
-    gap = least_gap * (high - low)
-    ordered = sorted(lines, key=lambda line: (round(2 * float(line.y[-1]) / gap), line.rank))
-    places = _spread([float(line.y[-1]) for line in ordered], gap, low + gap / 2, high)
-    for line, place in zip(ordered, places, strict=True):
-        axes.annotate(
-            line.label,
-            (1, float(np.clip(line.y[-1], low, high))),
-            (1.05, place),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            color=line.color,
-            weight="bold",
-            size=12.5,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": line.color,
-                "lw": 0.9,
-                "shrinkA": 2,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
-
-
-def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places as near to the wanted ones (ascending) as a least gap and two ends allow."""
-    places = list(wanted)
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    if places:
-        places[-1] = min(places[-1], high)
-    for i in range(len(places) - 2, -1, -1):
-        places[i] = min(places[i], places[i + 1] - gap)
-    shift = max(0.0, low - places[0]) if places else 0.0
-    return [place + shift for place in places]
-
-
 def _time_axis(axes: Axes, clock: Run, total: float) -> None:
     """Put the SDE's time on the upper edge, once a run has gone through all of it."""
     from matplotlib.ticker import MaxNLocator
@@ -387,12 +299,3 @@ def _time_axis(axes: Axes, clock: Run, total: float) -> None:
     top.set_xticks(np.interp(ticks, times, steps), [f"{tick:g}" for tick in ticks])
     top.set_xlabel("time of the SDE,  Σ lr/l", color="#5B626B", fontsize=12)
     top.tick_params(colors="#5B626B", labelsize=11)
-
-
-def _l_name(l: float) -> str:
-    return "SGD (l = 1)" if l == 1 else f"l = {l:g}"
-
-
-def _axis_name(metric: str) -> str:
-    name = metric.replace("_", " ")
-    return f"{name} (%)" if unit(metric)[0] == 100 else name
