@@ -19,7 +19,7 @@ from svag_fast.analysis.compared import compared_metrics
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.phases import END
 from svag_fast.analysis.prediction import Prediction, predict_if_possible
-from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs
+from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs, require_svag
 from svag_fast.analysis.verdict import Cell, Decision, Mean, SharedLimit, Verdict, combine, judge, shared_limits
 from svag_fast.analysis.verdict_text import (
     headline,
@@ -224,6 +224,7 @@ def make_report(
         margins, confidence: see `judge`.
     """
     runs = load_runs(folder)
+    require_svag(runs)
     metrics = compared_metrics(runs) if metrics is None else metrics
     verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
     rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]

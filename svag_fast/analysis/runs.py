@@ -50,6 +50,11 @@ class Run:
         return float(self.config["l"])
 
     @property
+    def process(self) -> str:
+        """What its steps are: "svag", which is SGD at l = 1, or "ngd" or "gd" on the full gradient."""
+        return str(self.config.get("process", "svag"))
+
+    @property
     def seed(self) -> int:
         """The run's seed."""
         return int(self.config["seed"])
@@ -175,6 +180,17 @@ def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.batch_size, run.lr, run.l, run.seed))
 
 
+def require_svag(runs: Iterable[Run]) -> None:
+    """Refuse runs of another process than SGD and SVAG: what is asked of these says nothing of those.
+
+    Raises:
+        ValueError: one of the runs is named.
+    """
+    for run in runs:
+        if run.process != "svag":
+            raise ValueError(f"process must be svag, for SGD and SVAG are judged here, got {run.process} of {run.name}")
+
+
 def group_by_batch_size(runs: Iterable[Run]) -> dict[tuple[int, float], list[Run]]:
     """Return the runs of each (batch size, lr), in that order."""
     groups: dict[tuple[int, float], list[Run]] = {}
@@ -205,7 +221,7 @@ def _refuse_copies(runs: Iterable[Run]) -> None:
         for alike in group_by_l(group).values():
             seen: dict[bytes, str] = {}
             for run in alike:
-                if run.population == run.batch_size:
+                if run.population == run.batch_size or run.process == "gd":
                     continue  # of all images: nothing in it is drawn
                 columns = sorted(run.metrics.keys() - {"time", "samples_per_second", "noise_cost"})
                 numbers = b"".join(run.metrics[column].tobytes() for column in columns)

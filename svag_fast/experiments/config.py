@@ -16,12 +16,17 @@ from svag_fast.experiments.schedules import milestones, resolve, starts
 from svag_fast.numeric import integer, number, shown
 
 # Settings of the built-in nets and data, and what they are where a task takes their place.
-BUILTIN: dict[str, Any] = {"dataset": "", "model": "", "label_noise": 0.0}
+BUILTIN: dict[str, Any] = {"dataset": "", "model": "", "label_noise": 0.0, "augment": "none"}
+AUGMENTS = ("none", "crop-flip")
 INITS = ("shared", "own")
 ENGINES = ("torch", "fused")
 # What the files of a run mean where they don't name a setting, as older versions'.
 UNSAID = {"sampling": "distinct", "init": "shared", "label_noise": 0.0, "engine": "torch", "stat_every": 1}
-UNSAID |= {"task": "", "train_size": 0}
+UNSAID |= {"task": "", "train_size": 0, "process": "svag", "augment": "none"}
+# Of the paper's section 2: svag is SGD at l = 1; ngd and gd follow the full gradient, with and without Gaussian noise.
+PROCESSES = ("svag", "ngd", "gd")
+FULL_BATCH = " where process is ngd or gd"
+DRAWN_AFRESH = ("replacement", "distinct")
 # The nets that the fused engine trains where nobody says how: its kernel is made for small ones.
 SMALL_CHAINS = ("digits-mlp", "digits-net")
 
@@ -154,6 +159,7 @@ class Settings:
     # "<name>" where it was made in Python; and how many training samples it has, filled in when it is loaded.
     task: str = ""
     train_size: int = 0
+    process: str = "svag"
     dataset: str = setting("digits", WHAT, "NAME", f"{', '.join(DATASETS)}, or FILE.npz with your own images.")
     label_noise: float = setting(
         0.2, WHAT, "PART", "Part of the training labels, chosen once, that is redrawn from all classes."
@@ -165,6 +171,9 @@ class Settings:
         "NAME",
         "digits-mlp, digits-net (convolutions; made for --batch-size 2 --lr 0.1 --weight-decay 0.0025), "
         "or by its family: preresnet32-bn, resnet32-bn-plain, vgg16-gn-w2, wrn16-4-gn, mlp128x64-ln; see docs/nets.md.",
+    )
+    augment: str = setting(
+        "none", WHAT, None, "Of training images: none, or random crops with padding 4 and flips.", choices=AUGMENTS
     )
     weight_decay: float = setting(0.00125, WHAT, "LAMBDA", "Weight decay.")
     schedule: str = setting(
@@ -197,6 +206,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check(isinstance(self.task, str), "task", self.task, "a string")
+        _check(self.process in PROCESSES, "process", self.process, f"one of {', '.join(PROCESSES)}")
+        if self.process != "svag":
+            _check(self.sampling in DRAWN_AFRESH, "sampling", self.sampling, " or ".join(DRAWN_AFRESH) + FULL_BATCH)
+            _check(self.backend == "auto", "backend", self.backend, "auto" + FULL_BATCH)
         sizes = Range(0, 10**15 if self.task else 0, whole=True)
         _check(self.train_size in sizes, "train_size", self.train_size, str(sizes))
         for field in dataclasses.fields(Settings):
@@ -253,6 +266,8 @@ class RunConfig(Settings):
             _check(self.stat_every == 1, "stat_every", self.stat_every, "1 where runs are not trained as replicas")
         else:
             _check(not self.task, "task", self.task, "left out, or replicas off")
+            _check(self.process == "svag", "process", self.process, "svag, or replicas off")
+            _check(self.augment == "none", "augment", self.augment, "none, or replicas off")
             _check(self.device == "cpu", "device", self.device, "cpu, or replicas off")
             _check(self.backend == "auto", "backend", self.backend, "auto, or replicas off")
             _check(self.sampling == "replacement", "sampling", self.sampling, "replacement, or replicas off")
@@ -314,7 +329,8 @@ class RunConfig(Settings):
     def cost(self) -> float:
         """Relative time that the run takes, for balance and for the progress bar."""
         # A step costs about as much before its first sample as 20 samples do; in the fused kernel as 3.
-        return self.steps * ((20.0 if self.engine == "torch" else 3.0) + self.batch_size)
+        samples = self.batch_size if self.process == "svag" else self.population / 2
+        return self.steps * ((20.0 if self.engine == "torch" else 3.0) + samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +398,8 @@ class ExperimentConfig(Settings):
     def _checked_levels(self) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
         """Return `l` as one list of numbers for all batch sizes, or as one for each."""
         given = self.l
+        if given is None and self.process != "svag":
+            given = (1,)
         if given is None:
             given = DEFAULT_L if self.batch_size == DEFAULT_BATCH_SIZES else DEFAULT_L[0]
         if not (isinstance(given, tuple) and given and all(isinstance(ls, (tuple, list)) for ls in given)):
@@ -404,6 +422,7 @@ class ExperimentConfig(Settings):
         """How the runs are trained; see :class:`RunConfig`."""
         served = not self.task and self.model in SMALL_CHAINS and self.sampling == "replacement"
         served = served and milestones(self.schedule) is not None
+        served = served and self.process == "svag" and self.augment == "none"
         served = served and self.device == "cpu" and self.backend == "auto"
         return "torch" if self.replicas == "off" or (self.replicas == "auto" and not served) else "fused"
 

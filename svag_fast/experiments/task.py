@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as MapDataset
 from torch.utils.data import IterableDataset
 
+from svag_fast.augment import crop_flip
 from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import Dataset, load_dataset
 from svag_fast.experiments.measured_run import initial_model
@@ -206,6 +207,7 @@ def builtin_task(config: RunConfig, dataset: Dataset | None = None) -> BuiltinTa
         test=(data.test_images, data.test_labels),
         loss=nn.CrossEntropyLoss(reduction="none"),
         metrics={"accuracy": accuracy},
+        augment=crop_flip(4) if config.augment == "crop-flip" else None,
         name=f"{config.model} on {Path(config.dataset).name}",
     )
 

@@ -1,10 +1,10 @@
-"""One run: SGD or SVAG on a data set, measured on the way, resumable at every step to the bit."""
+"""One run: SGD, SVAG, NGD or GD on a task, measured on the way, resumable at every step to the bit."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,23 +15,15 @@ from svag_fast.experiments.book import Book
 from svag_fast.experiments.config import RunConfig, check_range
 from svag_fast.experiments.data import Dataset, load_dataset
 from svag_fast.experiments.data.sampling import MODES, is_disjoint, make_streams, population_of
-from svag_fast.experiments.evaluation import checked_losses, evaluate
+from svag_fast.experiments.evaluation import checked_losses
+from svag_fast.experiments.full_batch import FullBatchTraining
 from svag_fast.experiments.fused_training import FusedTraining
-from svag_fast.experiments.gradients import has_sample_norms, measuring_cost, pair_gradients
-from svag_fast.experiments.measured_run import (
-    EVALUATION_LIMIT,
-    MeasuredRun,
-    Part,
-    RowMeans,
-    own_seed,
-)
-from svag_fast.experiments.random_state import OwnRandom
+from svag_fast.experiments.gradients import measuring_cost, pair_gradients
+from svag_fast.experiments.measured_run import MeasuredRun, RowMeans, own_seed
 from svag_fast.experiments.run_output import alone_in
-from svag_fast.experiments.task import BuiltinTask, Task, builtin_task
-from svag_fast.experiments.task_check import augmented, check_task, new_model
-from svag_fast.experiments.task_data import TaskData
-from svag_fast.experiments.task_error import own_code
-from svag_fast.nn.pair_run import Way
+from svag_fast.experiments.task import Task
+from svag_fast.experiments.task_check import augmented
+from svag_fast.experiments.task_run import TaskRun
 from svag_fast.noise.estimators import (
     NoiseEstimate,
     from_sample_norms,
@@ -42,9 +34,11 @@ from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.svag import SVAG
 
+_SUMS = ("losses", "raw_stats", "sample_sq_norms")
 
-class Training(MeasuredRun):
-    """A run in progress by PyTorch: the net, the optimizer, the two batch streams, and the rows of metrics so far.
+
+class Training(TaskRun):
+    """A run in progress by SVAG: the net, the optimizer, the two batch streams, and the rows of metrics so far.
 
     Everything that decides what comes next is in `state`, so a run that continues from a checkpoint is bit for bit the
     one that was never interrupted.
@@ -59,22 +53,10 @@ class Training(MeasuredRun):
     """
 
     def __init__(self, config: RunConfig, task: Task | Dataset) -> None:
-        self.task = builtin_task(config, task) if isinstance(task, Dataset) else task
-        super().__init__(config, tuple(self.task.metrics))
-        self.train_data, self.test_data = (
-            TaskData(data, self.task.collate, config.device) for data in (self.task.train, self.task.test)
-        )
+        super().__init__(config, task)
         self.augmentation: torch.Generator | None = None
         if self.task.augment is not None:
             self.augmentation = torch.Generator(config.device).manual_seed(own_seed(config, "augmentation"))
-        self.random = None if isinstance(self.task, BuiltinTask) else OwnRandom(0, config.device)
-        self.way: Way = "auto"
-        if self.random is None:
-            self.model = self.task.model().to(config.device)
-            self.has_sample_norms = has_sample_norms(self.model)
-        else:
-            self._begin_own_task(self.random)
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = SVAG(
             self.params,
             config.lr_at(0),
@@ -84,41 +66,7 @@ class Training(MeasuredRun):
         )
         seeds = [own_seed(config, f"stream {stream}") for stream in range(2)]
         self.streams = make_streams(config.sampling, len(self.train_data), config.batch_size, seeds, l=config.l)
-        self.clear_sums()
-        with self._task_code():
-            self.begin()
-        if self.random is not None:  # what was drawn so far, for the first row, is no part of the training
-            self.random.seed(own_seed(config, "the task's own random numbers"))
-
-    def _begin_own_task(self, random: OwnRandom) -> None:
-        """Try the task, then make the model that is trained."""
-        config = self.config
-        with self._task_code():
-            facts = check_task(self.task, self.train_data, self.test_data, config.batch_size)
-        self.has_sample_norms, self.way = facts.norms, facts.way
-        random.seed(own_seed(config, "initial weights") if config.init == "own" else 0)
-        with self._task_code():
-            self.model = new_model(self.task, facts.model).to(config.device)
-
-    @contextmanager
-    def _task_code(self) -> Iterator[None]:
-        """Context in which a task's own code runs: with the run's random numbers; its errors are told as such."""
-        if self.random is None:
-            yield
-            return
-        with self.random.active(), own_code(self.task.name):
-            yield
-
-    @property
-    def runs(self) -> Sequence[MeasuredRun]:
-        """The runs whose steps `advance` takes: this one."""
-        return (self,)
-
-    def advance(self) -> None:
-        """Take one step."""
-        start = time.monotonic()
-        self.take_step()
-        self.seconds += time.monotonic() - start
+        self.start()
 
     def clear_sums(self) -> None:
         """Begin a new row's means."""
@@ -134,7 +82,7 @@ class Training(MeasuredRun):
         config = self.config
         # Set each step rather than by a scheduler: the factor depends on the effective step, and resumes with it.
         self.optimizer.param_groups[0]["lr"] = config.lr_at(self.step)
-        with self._task_code():
+        with self.task_code():
             batch = self._two_batches()
             if self.augmentation is not None:
                 batch = augmented(self.task, batch, self.augmentation)
@@ -208,35 +156,18 @@ class Training(MeasuredRun):
 
     def start_values(self) -> tuple[float, float | None]:
         """Return R of the initial weights, and what measuring the noise adds to a gradient's time."""
-        return sum(float(p.detach().double().square().sum()) for p in self.params), self._noise_cost()
-
-    def evaluate(self, part: Part) -> dict[str, float]:
-        """Return "loss", the mean, and each of the task's metrics, of the net as it is now."""
-        if part == "train":
-            return evaluate(self.task, self.model, self.train_data, EVALUATION_LIMIT)
-        return evaluate(self.task, self.model, self.test_data)
-
-    def end_row(self) -> None:
-        """Add a row: means over the steps since the last one, and the evaluations that fall on it."""
-        with self._task_code():
-            super().end_row()
+        return self.weight_sq_norm(), self._noise_cost()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next: tensors and plain Python."""
-        own: dict[str, Any] = {} if self.random is None else {"random": self.random.state_dict()}
-        own |= {} if self.augmentation is None else {"augmentation": self.augmentation.get_state()}
+        own = {} if self.augmentation is None else {"augmentation": self.augmentation.get_state()}
         return {
+            **super().state_dict(),
             **own,
-            "step": self.step,
-            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "streams": self.streams.state_dict(),
-            "rows": self.rows,
-            "seconds": self.seconds,
             "steps_summed": self.steps_summed,
-            "losses": self.losses,
-            "raw_stats": self.raw_stats,
-            "sample_sq_norms": self.sample_sq_norms,
+            **{name: getattr(self, name) for name in _SUMS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,29 +176,13 @@ class Training(MeasuredRun):
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.
         """
-        if state["rows"][0].keys() != set(self.columns):
-            raise ValueError(
-                f"rows must be of the columns {', '.join(self.columns)}, got {', '.join(state['rows'][0])}"
-            )
-        # These are added to, and a sum over another shape would broadcast without a word.
-        for name in ("losses", "raw_stats", "sample_sq_norms"):
-            theirs, ours = state[name], getattr(self, name)
-            if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-                raise ValueError(
-                    f"{name} must be {ours.dtype} {list(ours.shape)}, got {theirs.dtype} {list(theirs.shape)}"
-                )
-        self.model.load_state_dict(state["model"])
+        super().load_state_dict(state)
+        self.load_sums(state, _SUMS)
         self.optimizer.load_state_dict(state["optimizer"])
         self.streams.load_state_dict(state["streams"])
-        if self.random is not None:
-            self.random.load_state_dict(state["random"])
         if self.augmentation is not None:
             self.augmentation.set_state(state["augmentation"])
-        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
         self.steps_summed = state["steps_summed"]
-        self.losses = state["losses"].to(self.config.device)
-        self.raw_stats = state["raw_stats"].to(self.config.device)
-        self.sample_sq_norms = state["sample_sq_norms"].to(self.config.device)
 
 
 class Engine(Protocol):
@@ -299,7 +214,7 @@ def make_engine(configs: Sequence[RunConfig], task: Task | Dataset | None = None
         assert isinstance(task, Dataset)
         return FusedTraining(configs, task)
     (config,) = configs
-    return Training(config, task)
+    return Training(config, task) if config.process == "svag" else FullBatchTraining(config, task)
 
 
 def train(

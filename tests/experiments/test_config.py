@@ -82,7 +82,7 @@ def test_rows_stand_at_the_same_effective_steps_for_every_l_and_the_last_at_the_
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": 0.1}, "unknown setting 'learning_rate': known are backend, batch_size"),
+        ({"learning_rate": 0.1}, "unknown setting 'learning_rate': known are augment, backend, batch_size"),
         ({"dataset": "mnist"}, f"dataset must be one of {', '.join(DATASETS)} or FILE.npz, got 'mnist'"),
         ({"batch_size": [8, 8]}, "batch_size must be a list without repetition"),
         ({"batch_size": []}, "batch_size must be a number or a list of numbers"),
