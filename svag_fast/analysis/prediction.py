@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from svag_fast.analysis.phases import constant_stretches, same_rate
-from svag_fast.analysis.runs import Run, group_by_batch_size, load_run, load_runs
+from svag_fast.analysis.runs import Run, group_by_batch_size, load_run, load_runs, require_svag
 from svag_fast.experiments.run_folder import Array, read_log
 from svag_fast.numeric import integer, number
 from svag_fast.stats.estimate import Estimate
@@ -43,6 +43,7 @@ __all__ = [
     "from_csv",
     "from_runs",
     "measure",
+    "measure_each",
     "predict_if_possible",
 ]
 
@@ -345,9 +346,25 @@ def from_runs(
     """
     folder = Path(folder)
     runs = [load_run(folder)] if (folder / "config.json").is_file() else load_runs(folder)
+    require_svag(runs)
     if not any(run.l == 1 for run in runs):
         raise ValueError(f"{folder}: no SGD run (l = 1) in it, and Theorem 5.6 is about SGD")
     return _from_sgd_runs(runs, C=C, last=last, tolerance=tolerance, confidence=confidence)
+
+
+def measure_each(runs: Sequence[Run], *, last: float = 0.25, tolerance: float = 0.2) -> dict[int, Baseline | None]:
+    """Return what SGD's runs measure at each batch size; None where they can't be measured, as when one diverged.
+
+    Raises:
+        ValueError: a batch size was run at two learning rates.
+    """
+    found: dict[int, Baseline | None] = {}
+    for (batch_size, _), group in group_by_batch_size(run for run in runs if run.l == 1).items():
+        if batch_size in found:
+            raise ValueError(f"batch size {batch_size} must be run at one learning rate, got several")
+        finite = all(run.diverged_at is None for run in group)
+        found[batch_size] = _measure_if_possible(group, last, tolerance) if finite else None
+    return found
 
 
 def predict_if_possible(runs: Sequence[Run], *, C: float = SQRT2, confidence: float = 0.95) -> Prediction | str:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("svag_fast.cli.check:check", "Try a task: what would fail, what is measured, what a grid costs."),
     "report": ("svag_fast.cli.report:report", "Judge a folder of runs: matches, departs or open."),
     "predict": ("svag_fast.cli.predict:predict", "Predict from a baseline run where linear scaling fails."),
+    "reproduce": ("svag_fast.cli.reproduce:reproduce", "Reproduce a figure of the paper: runs, picture and table."),
     "weak": ("svag_fast.cli.weak:weak", "See on a net that SVAG goes to its limit as 1/l (Theorem 4.3)."),
     "verify": ("svag_fast.cli.verify:verify", "Check the paper's theorems by closed form and simulation."),
     "info": ("svag_fast.cli.info:main", "Print versions, processor, devices and backends."),
