@@ -8,6 +8,7 @@ from svag_fast.experiments.config import ConfigError
 from svag_fast.experiments.data import DATASETS
 from svag_fast.experiments.models.names import FAMILIES
 from svag_fast.experiments.presets import PRESETS, SCALES, find_preset
+from svag_fast.experiments.probe import probe
 
 TRAINED = [preset for preset in PRESETS.values() if preset.kind != "paths"]
 
@@ -55,3 +56,14 @@ def test_changes_go_over_the_preset_and_are_checked():
         find_preset("fig9")
     with pytest.raises(ConfigError, match="scale must be one of paper, small, smoke, got 'large'"):
         find_preset("fig1").settings("large")
+
+
+def test_the_probe_counts_every_sample_of_every_run(monkeypatch):
+    """A step takes a second for each of its samples: the seconds are the samples, and a third of those evaluated."""
+    counts = {"svag": 2 * 16, "ngd": 64, "gd": 64}
+    for process, count in counts.items():
+        monkeypatch.setattr("svag_fast.experiments.probe._timed", lambda call, count=count: float(count))
+        config = find_preset("fig1").experiments("smoke")[{"svag": "SGD", "ngd": "NGD", "gd": "GD"}[process]]
+        (run,) = config.runs()
+        samples = run.steps * (2 * run.batch_size if process == "svag" else 1437)
+        assert probe(config) == pytest.approx(samples + 360 * len(run.evaluation_steps) / 3)
