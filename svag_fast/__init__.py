@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # the names of _LAZY and _MODULES, for editors and type check
     from svag_fast.nn.independence import Independence as Independence
     from svag_fast.nn.independence import check_independence as check_independence
     from svag_fast.nn.pair_pass import pair_pass as pair_pass
-    from svag_fast.noise.estimators import RunningMean as RunningMean
-    from svag_fast.noise.estimators import mean_standard_error as mean_standard_error
     from svag_fast.noise.running import RunningNoise as RunningNoise
+    from svag_fast.noise.running_mean import RunningMean as RunningMean
+    from svag_fast.noise.running_mean import mean_standard_error as mean_standard_error
     from svag_fast.ops.backends import use_backend as use_backend
     from svag_fast.ops.step import svag_coefficients as svag_coefficients
     from svag_fast.ops.step_stats import StepStats as StepStats
@@ -46,7 +46,7 @@ moved.install()
 _LAZY: dict[str, str] = {
     "SVAGAdam": "svag_fast.optim.adaptive",
     "SVAGRMSprop": "svag_fast.optim.adaptive",
-    "RunningMean": "svag_fast.noise.estimators",
+    "RunningMean": "svag_fast.noise.running_mean",
     "RunningNoise": "svag_fast.noise.running",
     "SampleNorms": "svag_fast.sample_norms.context",
     "Task": "svag_fast.experiments.task",
@@ -54,7 +54,7 @@ _LAZY: dict[str, str] = {
     "by_vmap": "svag_fast.sample_norms.context",
     "Independence": "svag_fast.nn.independence",
     "check_independence": "svag_fast.nn.independence",
-    "mean_standard_error": "svag_fast.noise.estimators",
+    "mean_standard_error": "svag_fast.noise.running_mean",
     "SVAG": "svag_fast.optim.svag",
     "svag_loss": "svag_fast.optim.svag",
     "pair_pass": "svag_fast.nn.pair_pass",

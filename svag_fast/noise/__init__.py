@@ -6,14 +6,13 @@ from svag_fast import moved
 from svag_fast.noise.estimators import (
     BatchMoments,
     NoiseEstimate,
-    RunningMean,
     from_batches,
     from_sample_norms,
     from_two_batches,
     from_two_batches_of_samples,
-    mean_standard_error,
 )
 from svag_fast.noise.running import RunningNoise
+from svag_fast.noise.running_mean import RunningMean, mean_standard_error
 from svag_fast.stats.estimate import Estimate
 
 __all__ = [

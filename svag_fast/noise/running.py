@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svag_fast.noise.estimators import RunningMean
+from svag_fast.noise.running_mean import RunningMean
 from svag_fast.numeric import integer, number
 from svag_fast.ops.step_stats import StepStats, is_one_batch
 from svag_fast.stats.estimate import Estimate

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.models import build_model
-from svag_fast.noise.estimators import mean_standard_error
+from svag_fast.noise.running_mean import mean_standard_error
 from svag_fast.sde import (
     Draws,
     EulerMaruyama,

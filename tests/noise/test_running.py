@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import svag_fast
-from svag_fast.noise.estimators import RunningMean
 from svag_fast.noise.running import RunningNoise
+from svag_fast.noise.running_mean import RunningMean
 from svag_fast.ops import svag_step_
 from svag_fast.ops.step_stats import StepStats
 
