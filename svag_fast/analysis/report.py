@@ -19,8 +19,10 @@ from svag_fast.analysis.compared import compared_metrics
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.phases import END
 from svag_fast.analysis.prediction import Prediction, predict_if_possible
-from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l, load_runs, require_svag
-from svag_fast.analysis.verdict import Cell, Decision, Mean, SharedLimit, Verdict, combine, judge, shared_limits
+from svag_fast.analysis.runs import Run, group_by_batch_size, load_runs, require_svag
+from svag_fast.analysis.shared_limit import SharedLimit, shared_limits
+from svag_fast.analysis.summary_row import SummaryRow, summary_rows
+from svag_fast.analysis.verdict import Cell, Decision, Mean, Verdict, combine, judge
 from svag_fast.analysis.verdict_text import (
     headline,
     name,
@@ -32,38 +34,12 @@ from svag_fast.analysis.verdict_text import (
     with_error,
 )
 from svag_fast.files import replace_file
-from svag_fast.stats.estimate import Estimate
-from svag_fast.theory.closeness import Norms, c_closeness
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 SUMMARY_VERSION = 1  # of summary.json: raised when a key changes its meaning or goes
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One l of one batch size: means over the finished runs, with the standard deviation of one run where it says sd.
-
-    ``grad_sq_norm``, ``noise_trace`` and ``weight_sq_norm`` are G, N and R: the mean over seeds, with its standard
-    error. They and ``nsr`` are of the later half of the first phase. ``closeness`` is the least C for which this l and
-    the largest are C-close there (Definition 5.1). None means that nothing was measured, or that seeds are too few.
-    """
-
-    l: float
-    seeds: int
-    unfinished: int
-    final_accuracy: float | None
-    final_accuracy_sd: float | None
-    final_train_loss: float | None
-    final_train_loss_sd: float | None
-    grad_sq_norm: Estimate | None
-    noise_trace: Estimate | None
-    weight_sq_norm: Estimate | None
-    nsr: float | None
-    closeness: Estimate | None
-    samples_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -227,7 +203,10 @@ def make_report(
     require_svag(runs)
     metrics = compared_metrics(runs) if metrics is None else metrics
     verdicts = judge(runs, metrics=metrics, margins=margins, confidence=confidence)
-    rows = [_rows(group, verdict) for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)]
+    rows = [
+        summary_rows(group, verdict)
+        for group, verdict in zip(group_by_batch_size(runs).values(), verdicts, strict=True)
+    ]
     found = predict_if_possible(runs, confidence=confidence)
     prediction, missing = (None, found) if isinstance(found, str) else (found, None)
     return Report(runs, verdicts, shared_limits(verdicts), rows, confidence, prediction, missing)
@@ -323,83 +302,10 @@ def _verdict_table(verdict: Verdict) -> Table:
     return table
 
 
-def _rows(runs: Sequence[Run], verdict: Verdict) -> list[SummaryRow]:
-    groups = group_by_l(runs)
-    finished = {l: [r for r in group if r.finished and r.diverged_at is None] for l, group in groups.items()}
-    norms = {l: _norms(group) for l, group in finished.items()}
-    largest = norms.get(verdict.largest_l) if verdict.largest_l is not None else None
-    rows = []
-    for l, group in groups.items():
-        G, N, R = norms[l] or (None, None, None)
-        accuracy, accuracy_sd = _mean_sd(_last(finished[l], "test_accuracy"))
-        loss, loss_sd = _mean_sd(_last(finished[l], "train_loss"))
-        rows.append(
-            SummaryRow(
-                l=l,
-                seeds=len(finished[l]),
-                unfinished=len(group) - len(finished[l]),
-                final_accuracy=accuracy,
-                final_accuracy_sd=accuracy_sd,
-                final_train_loss=loss,
-                final_train_loss_sd=loss_sd,
-                grad_sq_norm=G,
-                noise_trace=N,
-                weight_sq_norm=R,
-                nsr=N.value / G.value if G and N and G.value > 0 else None,
-                closeness=_closeness(norms[l], largest) if l != verdict.largest_l else None,
-                samples_per_second=_mean_sd([_median(run, "samples_per_second") for run in finished[l]])[0],
-            )
-        )
-    return rows
-
-
-def _norms(runs: Sequence[Run]) -> tuple[Estimate, Estimate, Estimate] | None:
-    """G, N and R over the first phase, with standard errors from the seeds; None where one was never measured."""
-    estimates = []
-    for column in ("grad_sq_norm", "noise_trace", "weight_sq_norm"):
-        mean, sd = _mean_sd([run.first_phase_mean(column) for run in runs if column in run.metrics])
-        if mean is None:
-            return None
-        estimates.append(Estimate(mean, (sd or 0.0) / math.sqrt(len(runs))))
-    G, N, R = estimates
-    return G, N, R
-
-
-def _closeness(
-    a: tuple[Estimate, Estimate, Estimate] | None, b: tuple[Estimate, Estimate, Estimate] | None
-) -> Estimate | None:
-    # Estimates of G may fall below 0 by chance: there is no ratio of norms then.
-    if a is None or b is None or min(estimate.value for estimate in (*a, *b)) <= 0:
-        return None
-    sgd, sde = (Norms(weight_sq_norm=R, grad_sq_norm=G, noise_trace=N) for G, N, R in (a, b))
-    return c_closeness(sgd, sde).constant
-
-
 def _noise_cost(run: Run) -> float:
     # Measured once, before the first step; older runs don't have it.
     costs = run.metrics.get("noise_cost", np.empty(0))
     return float(costs[0]) if len(costs) else math.nan
-
-
-def _last(runs: Sequence[Run], column: str) -> list[float]:
-    """The value at the end of each run that measured it there."""
-    finals = [run.final(column) for run in runs if column in run.metrics]
-    return [value for value in finals if not math.isnan(value)]
-
-
-def _median(run: Run, column: str) -> float:
-    if column not in run.metrics:
-        return math.nan
-    values = run.series(column)[1]
-    return float(np.median(values)) if len(values) else math.nan
-
-
-def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    finite = np.array([value for value in values if math.isfinite(value)])
-    # All or none: a mean over the runs that were measured is another mean than its row says.
-    if len(finite) == 0 or len(finite) < len(values):
-        return None, None
-    return float(finite.mean()), float(finite.std(ddof=1)) if len(finite) > 1 else None
 
 
 def _final(mean: Mean | None, metric: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from svag_fast.analysis.verdict import Cell, Decision, Interval, SharedLimit, Verdict
+from svag_fast.analysis.shared_limit import SharedLimit
+from svag_fast.analysis.verdict import Cell, Decision, Interval, Verdict
 
 
 def unit(metric: str) -> tuple[float, str]:

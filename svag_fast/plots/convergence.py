@@ -10,7 +10,8 @@ import numpy as np
 
 from svag_fast.analysis.phases import END, common_phases
 from svag_fast.analysis.runs import Run, group_by_batch_size, group_by_l
-from svag_fast.analysis.verdict import Cell, SharedLimit, Verdict, same_sde, shared_limits
+from svag_fast.analysis.shared_limit import SharedLimit, same_sde, shared_limits
+from svag_fast.analysis.verdict import Cell, Verdict
 from svag_fast.analysis.verdict_text import headline, svag_answer, unit
 from svag_fast.experiments.data.sampling import MODES
 from svag_fast.experiments.task_file import short_name

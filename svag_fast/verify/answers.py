@@ -16,7 +16,8 @@ from scipy import signal, stats
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.prediction import Series, from_baseline, from_runs, measure
 from svag_fast.analysis.runs import Run
-from svag_fast.analysis.verdict import judge, shared_limits
+from svag_fast.analysis.shared_limit import shared_limits
+from svag_fast.analysis.verdict import judge
 from svag_fast.stats.limit_fit import fit_limit, outside, within
 from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check, z_check
 

@@ -10,7 +10,8 @@ from make_runs import Mean, rising, write_process, write_run
 
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.runs import Run, load_runs
-from svag_fast.analysis.verdict import Decision, Verdict, combine, decide, judge, shared_limits
+from svag_fast.analysis.shared_limit import shared_limits
+from svag_fast.analysis.verdict import Decision, Verdict, combine, decide, judge
 from svag_fast.analysis.verdict_text import sentences
 
 LS = (1, 2, 4, 8)

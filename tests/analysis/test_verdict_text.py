@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from svag_fast.analysis.runs import Run
-from svag_fast.analysis.verdict import judge, shared_limits
+from svag_fast.analysis.shared_limit import shared_limits
+from svag_fast.analysis.verdict import judge
 from svag_fast.analysis.verdict_text import headline, places, sentences, shared_limit_sentence
 
 

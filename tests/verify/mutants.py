@@ -334,7 +334,7 @@ MUTANTS = (
     # predictions and verdicts
     Mutant(
         "predict: the whole phase for its end",
-        "analysis/prediction.py",
+        "analysis/baseline.py",
         "    start = end - rows\n",
         "    start = begin\n",
         "prediction",
@@ -586,7 +586,7 @@ MUTANTS = (
     ),
     Mutant(
         "same_sde: lr B",
-        "analysis/verdict.py",
+        "analysis/shared_limit.py",
         "a.lr * b.batch_size / (b.lr * a.batch_size)",
         "a.lr * a.batch_size / (b.lr * b.batch_size)",
         None,
@@ -658,7 +658,7 @@ MUTANTS = (
     ),
     Mutant(
         "predict: relaxation times",
-        "analysis/prediction.py",
+        "analysis/baseline.py",
         "relaxation_times=4 * rate *",
         "relaxation_times=2 * rate *",
         "rules",
