@@ -58,8 +58,14 @@ def _cpu() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = _or_reason(_usable_cores)
     return {"model": model, "cores": os.cpu_count(), "usable_cores": usable, "simd": _or_reason(_simd)}
+
+
+def _usable_cores() -> int:
+    from svag_fast.experiments.config import cores
+
+    return cores()
 
 
 def _simd() -> dict[str, Any]:

@@ -156,11 +156,8 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     a given second moment.
 
     Args:
-        params: parameters or param groups, each group with its own options (but for ``l``) if it wants.
-        lr: plain RMSprop's learning rate, a float or a 0-d tensor.
+        params, lr, eps, l, weight_decay, maximize, backend: as SVAGAdam's.
         alpha: plain RMSprop's decay rate of the second moment, in [0, 1).
-        eps: plain RMSprop's term for the denominator.
-        l: SVAG's hyperparameter, >= 1.
         initial_square_avg: where ``square_avg`` starts, for each entry of a parameter:
 
             - None: at zero, as in torch, for ``l = 1`` alone.
@@ -173,9 +170,6 @@ class SVAGRMSprop(_AdaptiveOptimizer):
               follow ``effective_steps``. Entries without any gradient get the mean of the others.
 
             To compare paths of different ``l``, give all of them the same start, also ``l = 1``.
-        weight_decay: L2, added to the gradient as in torch.optim.RMSprop.
-        maximize: turn the gradients' sign, not the decay's, as torch.optim does.
-        backend: "auto" or a row of :mod:`svag_fast.ops.backends`.
 
     Raises:
         ValueError, TypeError: an option or a parameter is out of range, and which.

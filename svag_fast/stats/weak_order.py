@@ -76,11 +76,6 @@ class WeakOrder:
         """Whether there is a slope."""
         return not self.reason
 
-    @property
-    def holds_one(self) -> bool:
-        """Whether there is a slope and its interval has -1 in it."""
-        return self.told and self.low <= -1 <= self.high
-
 
 def bootstrap_means(values: list[Array], draws: int, seed: int) -> Array:
     """Return the means [draws, ..., K] of runs drawn again with replacement, each level by itself.

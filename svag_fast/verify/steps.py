@@ -22,7 +22,6 @@ from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check, l
 
 LR, DECAY = 0.3, 0.2
 LS = (1.0, 2.5, 8.0, 64.0)
-DIM = 3
 # The gradients of the loss's three batches at START, their probabilities, and START: no symmetry among them.
 GRADS = torch.tensor([[1.0, -0.4, 0.3], [-0.7, 0.9, 0.2], [0.1, 0.5, -1.6]], dtype=torch.float64, device="cpu")
 PROBABILITIES = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64, device="cpu")

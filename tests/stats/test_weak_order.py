@@ -70,7 +70,6 @@ def test_differences_within_the_noise_cannot_be_told() -> None:
     assert not order.told
     assert "more than the noise" in order.reason
     assert np.isnan([order.slope, order.low, order.high]).all()
-    assert not order.holds_one
 
 
 def test_levels_that_the_formula_does_not_fit_are_left_out_and_those_with_a_large_second_term_named() -> None:
