@@ -71,7 +71,7 @@ def check_stats(stats: StepStats, params: list[Tensor], grads1: list[Tensor], gr
 
 
 @ran_on_host
-@pytest.mark.parametrize("l", [1, 2, 65536])
+@pytest.mark.parametrize("l", [65536] if ASAN else [1, 2, 65536])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_step_equals_the_formula_within_one_rounding(
     kernels: HostKernels, dtypes: tuple[torch.dtype, torch.dtype], l: float

@@ -141,7 +141,7 @@ def lose_terminal(process):
 def finish_when_free(out):
     """Resume; an orphaned worker may still be saving its run."""
     for _ in range(50):
-        process = start("--resume", "--out", out, "--jobs", 2)
+        process = start("--resume", "--out", out, "--jobs", 1)
         output, _ = process.communicate(timeout=PATIENCE)
         if process.returncode == 0:
             return
@@ -330,7 +330,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path, argument
 
 
 def test_where_every_run_diverges_the_exit_status_is_3(tmp_path):
-    options = ["--model", "preresnet8-none", "--batch-size", "8", "--lr", "1e6", "--l", "1", "--seeds", "1"]
+    options = ["--model", "mlp16-none", "--batch-size", "8", "--lr", "1e6", "--l", "1", "--seeds", "1"]
     process = start(*options, "--effective-steps", "40", "--rows", "20", "--out", tmp_path / "x")
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, output
