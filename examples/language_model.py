@@ -31,4 +31,4 @@ def loss(model, tokens):
 
 task = svag_fast.Task(model=Transformer, train=tokens[:400], test=tokens[400:], loss=loss, name="counting")
 if __name__ == "__main__":
-    print(svag_fast.study(task, batch_size=8, lr=0.3, l=(1, 2), seeds=2, effective_steps=50).as_dict()["headline"])
+    print(svag_fast.study(task, batch_size=8, lr=0.3, l=(1, 2), seeds=2, effective_steps=20).as_dict()["headline"])
