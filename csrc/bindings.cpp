@@ -171,7 +171,7 @@ void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses
                const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes, double rate, double c1,
                double c2, double weight_decay, double momentum64, double momentum32,
                std::uintptr_t device_coefficients, bool skip_nonfinite, std::uintptr_t scale, std::uintptr_t found_inf,
-               int device, std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t stats) {
+               int64_t replicas, int device, std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t stats) {
     const auto tensors =
         step_tensors(params, grads1, grads2, compensation, momentum_buffers, sizes, param_dtypes, grad_dtypes);
     const svag::CudaStepOptions options{{rate, c1, c2, weight_decay},
@@ -180,6 +180,7 @@ void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses
                                         skip_nonfinite,
                                         reinterpret_cast<const float*>(scale),
                                         reinterpret_cast<const float*>(found_inf),
+                                        replicas,
                                         device,
                                         reinterpret_cast<void*>(stream),
                                         reinterpret_cast<double*>(workspace),

@@ -194,6 +194,7 @@ def cuda_step(
     skip_nonfinite: bool,
     scale: int,
     found_inf: int,
+    replicas: int,
     device: int,
     stream: int,
     workspace: int,

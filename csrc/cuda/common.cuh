@@ -133,10 +133,11 @@ struct Table {
     }
 };
 
-// Launch the kernel over the list, as many tensors at a time as a table holds; blocks(t) is a tensor's part of the grid.
+// Launch the kernel over the list, as many tensors at a time as a table holds; blocks(t) is a tensor's part of the grid,
+// which every replica has once.
 template <int kCapacity, class Pass, class Blocks>
 cudaError_t launch_table(void (*kernel)(Table<kCapacity>, Pass), const StepTensor* tensors, int64_t count,
-                         const Blocks& blocks, const Pass& pass, cudaStream_t stream) {
+                         const Blocks& blocks, const Pass& pass, cudaStream_t stream, int64_t replicas = 1) {
     static_assert(sizeof(Table<kCapacity>) + sizeof(Pass) <= (kCapacity == kSmallTable ? 4096 : 32764),
                   "the table must fit into the kernel's parameters");
     Table<kCapacity> table;
@@ -152,7 +153,7 @@ cudaError_t launch_table(void (*kernel)(Table<kCapacity>, Pass), const StepTenso
             grid += blocks(tensors[i]);
         }
         if (grid == 0) break;
-        const cudaLaunchConfig_t config = launch_config(grid, stream);
+        const cudaLaunchConfig_t config = launch_config(grid * replicas, stream);
         const cudaError_t error = cudaLaunchKernelEx(&config, kernel, table, pass);
         if (error != cudaSuccess) return error;
         partial += grid;
@@ -162,9 +163,10 @@ cudaError_t launch_table(void (*kernel)(Table<kCapacity>, Pass), const StepTenso
 
 constexpr unsigned kAllStats = (1u << kStatCount) - 1;
 
-// Add the partial sums [kStatCount][count] of all blocks in a fixed order, into the stats whose bit is set in `which`.
+// Add the partial sums [replicas][kStatCount][count] of a replica's blocks in a fixed order, into those of its stats whose
+// bit is set in `which`.
 cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream,
-                          const float* found_inf = nullptr);
+                          const float* found_inf = nullptr, int64_t replicas = 1);
 
 // A status below zero is a CUDA error.
 inline int status_of(cudaError_t error) { return error == cudaSuccess ? kOk : -static_cast<int>(error); }

@@ -1,5 +1,8 @@
 #include "cuda/step.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "cuda/common.cuh"
 
 namespace svag {
@@ -21,19 +24,25 @@ struct Pass {
     const float* scale;                          // as CudaStepOptions has it
     int64_t span;
     int64_t partial_stride;
-    double* partials;  // [kStatCount][partial_stride]
+    double* partials;  // [replicas][kStatCount][partial_stride]
+    int replicas;
 };
 
 static_assert(sizeof(Table<kSmallTable>) + sizeof(Pass) <= 4096 && sizeof(Table<kLargeTable>) + sizeof(Pass) <= 32764,
               "the tables must fit into the kernel's parameters");
 
-__device__ __forceinline__ StepCoefficients<double> coefficients_of(const Pass& pass) {
-    const double* from = pass.device_coefficients;
+// Of the coefficients on the device, if there are any, one replica's row of seven.
+template <bool kReplicas>
+__device__ __forceinline__ const double* row_of(const Pass& pass, [[maybe_unused]] int64_t replica) {
+    if constexpr (kReplicas) return pass.device_coefficients + 7 * replica;
+    return pass.device_coefficients;
+}
+
+__device__ __forceinline__ StepCoefficients<double> coefficients_of(const Pass& pass, const double* from) {
     return from == nullptr ? pass.coefficients : StepCoefficients<double>{from[0] / from[1], from[2], from[3], from[4]};
 }
 
-__device__ __forceinline__ MomentumFactors momentum_of(const Pass& pass) {
-    const double* from = pass.device_coefficients;
+__device__ __forceinline__ MomentumFactors momentum_of(const Pass& pass, const double* from) {
     return from == nullptr ? pass.momentum : MomentumFactors{from[5], from[6]};
 }
 
@@ -136,36 +145,53 @@ __device__ __forceinline__ void sum_block(const Moments<A>& m, BlockShared& bloc
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
 
-template <class P, class G, class A, bool kScaled>
-__device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, const Pass& pass, int partial,
-                                         BlockShared& block) {
+// How many of the elements that an access of 16 bytes is made of, if they are the narrower ones.
+template <class P, class G>
+constexpr int64_t kNarrowPack = static_cast<int64_t>(16 / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G)));
+
+template <class P, class G, class A, bool kScaled, bool kReplicas>
+__device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, [[maybe_unused]] int64_t replica,
+                                         const Pass& pass, int partial, BlockShared& block) {
     double* const totals = block.totals;
     constexpr int V = kPackSize<P, G>;
     const StepCoefficients<double>& c = block.coefficients;
-    const bool aligned = ((reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad1) |
-                           reinterpret_cast<uintptr_t>(t.grad2) | reinterpret_cast<uintptr_t>(t.compensation) |
-                           reinterpret_cast<uintptr_t>(t.momentum)) %
-                          16) == 0;
+    bool aligned = ((reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad1) |
+                     reinterpret_cast<uintptr_t>(t.grad2) | reinterpret_cast<uintptr_t>(t.compensation) |
+                     reinterpret_cast<uintptr_t>(t.momentum)) %
+                    16) == 0;
+    int64_t first = begin;
+    const double* finite = pass.finite;
+    if constexpr (kReplicas) {
+        first += replica * t.size;
+        aligned = aligned && first % kNarrowPack<P, G> == 0;
+        if (finite != nullptr) finite += replica * kStatCount;
+    }
     const int64_t left = t.size - begin;
     const int size = static_cast<int>(left < pass.span ? left : pass.span);
     void* const last = const_cast<void*>(pass.has_second ? t.grad2 : t.grad1);
-    const Part<P, G, A, kScaled> part{static_cast<P*>(t.param) + begin,
-                                      static_cast<const G*>(t.grad1) + begin,
-                                      pass.has_second ? static_cast<const G*>(t.grad2) + begin : nullptr,
-                                      static_cast<G*>(last) + begin,
-                                      pass.compensated ? static_cast<float*>(t.compensation) + begin : nullptr,
-                                      pass.has_momentum ? static_cast<A*>(t.momentum) + begin : nullptr,
+    const Part<P, G, A, kScaled> part{static_cast<P*>(t.param) + first,
+                                      static_cast<const G*>(t.grad1) + first,
+                                      pass.has_second ? static_cast<const G*>(t.grad2) + first : nullptr,
+                                      static_cast<G*>(last) + first,
+                                      pass.compensated ? static_cast<float*>(t.compensation) + first : nullptr,
+                                      pass.has_momentum ? static_cast<A*>(t.momentum) + first : nullptr,
                                       A(block.unscale),
                                       {A(c.rate), A(c.c1), A(c.c2), A(c.weight_decay)},
                                       Momentum<A>::of(block.momentum),
                                       pass,
-                                      pass.weights && (pass.finite == nullptr || *pass.finite == 1)};
+                                      pass.weights && (finite == nullptr || *finite == 1)};
     Moments<A> moments{};
-    const int packed = aligned ? size / V * V : 0;
-    for (int i = static_cast<int>(threadIdx.x) * V; i < packed; i += kThreads * V) part.template run<V>(i, moments);
+    const int packed = aligned || kReplicas ? size / V * V : 0;
+    int i = static_cast<int>(threadIdx.x) * V;
+    if constexpr (kReplicas) {
+        // Packs all the same, one element at a time: each thread adds what it adds where they are aligned.
+        if (!aligned)
 #pragma unroll 1
-    for (int i = packed + static_cast<int>(threadIdx.x); i < size; i += kThreads)
-        part.template run<1>(i, moments);
+            for (; i < packed; i += i % V < V - 1 ? 1 : (kThreads - 1) * V + 1) part.template run<1>(i, moments);
+    }
+    for (; i < packed; i += kThreads * V) part.template run<V>(i, moments);
+#pragma unroll 1
+    for (i = packed + static_cast<int>(threadIdx.x); i < size; i += kThreads) part.template run<1>(i, moments);
     sum_block(moments, block);
 
     if constexpr (sizeof(A) == sizeof(float)) {
@@ -187,29 +213,40 @@ __device__ __forceinline__ void run_part(const StepTensor& t, int64_t begin, con
             if (threadIdx.x == kWeightSqNorm) totals[kWeightSqNorm] = weight_sq_norm;
         }
     }
-    if (threadIdx.x < kStatCount) pass.partials[threadIdx.x * pass.partial_stride + partial] = totals[threadIdx.x];
+    double* partials = pass.partials;
+    if constexpr (kReplicas) partials += replica * kStatCount * pass.partial_stride;
+    if (threadIdx.x < kStatCount) partials[threadIdx.x * pass.partial_stride + partial] = totals[threadIdx.x];
 }
 
 __host__ __device__ constexpr int pair(DType param, DType grad) {
     return static_cast<int>(param) * 4 + static_cast<int>(grad);
 }
 
-template <bool kScaled, int kCapacity>
+// kReplicas: the grid has every replica's blocks, one replica after the other.
+template <bool kScaled, bool kReplicas, int kCapacity>
 __device__ __forceinline__ void run_block(const Table<kCapacity>& table, const Pass& pass, BlockShared& shared) {
+    int64_t replica = 0;
+    int before = 0;  // the blocks of the replicas before it
+    if constexpr (kReplicas) {
+        const int blocks = static_cast<int>(gridDim.x) / pass.replicas;
+        replica = static_cast<int>(blockIdx.x) / blocks;
+        before = static_cast<int>(replica) * blocks;
+    }
     if (threadIdx.x == 0) {
-        shared.coefficients = coefficients_of(pass);
-        shared.momentum = momentum_of(pass);
+        shared.coefficients = coefficients_of(pass, row_of<kReplicas>(pass, replica));
+        shared.momentum = momentum_of(pass, row_of<kReplicas>(pass, replica));
         if constexpr (kScaled) shared.unscale = 1.0 / static_cast<double>(*pass.scale);
     }
     __syncthreads();
-    const int block = static_cast<int>(blockIdx.x);
+    const int block = static_cast<int>(blockIdx.x) - before;
     const int i = table.tensor_of(block);
     const StepTensor& t = table.tensors[i];
     const int64_t begin = (block - table.first_block[i]) * pass.span;
     const int partial = table.first_partial + block;
     switch (pair(t.param_dtype, t.grad_dtype)) {
 #define SVAG_CASE(P, G, A, param, grad) \
-    case pair(DType::param, DType::grad): return run_part<P, G, A, kScaled>(t, begin, pass, partial, shared)
+    case pair(DType::param, DType::grad): \
+        return run_part<P, G, A, kScaled, kReplicas>(t, begin, replica, pass, partial, shared)
         SVAG_CASE(float, float, float, float32, float32);
         SVAG_CASE(double, double, double, float64, float64);
         SVAG_CASE(double, float, double, float64, float32);
@@ -227,7 +264,7 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, 3)
     step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
     __shared__ BlockShared shared;
-    run_block<false>(table, pass, shared);
+    run_block<false, false>(table, pass, shared);
 }
 
 template <int kCapacity>
@@ -235,14 +272,20 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, 2)
     scaled_step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
     __shared__ BlockShared shared;
-    run_block<true>(table, pass, shared);
+    run_block<true, false>(table, pass, shared);
+}
+
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads, 3)
+    replicas_step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Pass pass) {
+    __shared__ BlockShared shared;
+    run_block<false, true>(table, pass, shared);
 }
 
 // One block: adds the blocks' partial sums in a fixed order, and writes the stats whose bit is set in `which`. Not finite
 // is also what a GradScaler has found an inf in.
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const double* partials, int64_t count, unsigned which, const float* found_inf, double* stats) {
-    __shared__ double of_warps[kWarps][kStatCount];
+__device__ __forceinline__ void finish(const double* partials, int64_t count, unsigned which, const float* found_inf,
+                                       double* stats, double (&of_warps)[kWarps][kStatCount]) {
     double sums[kStatCount] = {};
 #pragma unroll 4
     for (int64_t i = threadIdx.x; i < count; i += kThreads)
@@ -261,6 +304,20 @@ __global__ void __launch_bounds__(kThreads)
         const bool taken = total == 0 && (found_inf == nullptr || *found_inf == 0);
         stats[k] = k == kFinite ? (taken ? 1 : 0) : total;
     }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const double* partials, int64_t count, unsigned which, const float* found_inf, double* stats) {
+    __shared__ double of_warps[kWarps][kStatCount];
+    finish(partials, count, which, found_inf, stats, of_warps);
+}
+
+// A block for each replica.
+__global__ void __launch_bounds__(kThreads)
+    replicas_finish_kernel(const double* partials, int64_t count, unsigned which, const float* found_inf, double* stats) {
+    __shared__ double of_warps[kWarps][kStatCount];
+    const int64_t replica = blockIdx.x;
+    finish(partials + replica * kStatCount * count, count, which, found_inf, stats + replica * kStatCount, of_warps);
 }
 
 constexpr unsigned kWeightStats = 1u << kWeightSqNorm;
@@ -291,16 +348,18 @@ cudaError_t launch_pass(const StepTensor* tensors, int64_t count, const Pass& pa
                         const CudaStepOptions& options) {
     const auto stream = static_cast<cudaStream_t>(options.stream);
     const auto blocks = [&pass](const StepTensor& t) { return blocks_of(t.size, pass.span); };
-    const bool small = count <= kSmallTable;
+    const auto launch = [&](auto small_kernel, auto large_kernel) {
+        return count <= kSmallTable
+                   ? launch_table(small_kernel, tensors, count, blocks, pass, stream, options.replicas)
+                   : launch_table(large_kernel, tensors, count, blocks, pass, stream, options.replicas);
+    };
     const cudaError_t error =
-        pass.scale == nullptr
-            ? (small ? launch_table(step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
-                     : launch_table(step_kernel<kLargeTable>, tensors, count, blocks, pass, stream))
-            : (small ? launch_table(scaled_step_kernel<kSmallTable>, tensors, count, blocks, pass, stream)
-                     : launch_table(scaled_step_kernel<kLargeTable>, tensors, count, blocks, pass, stream));
+        options.replicas > 1   ? launch(replicas_step_kernel<kSmallTable>, replicas_step_kernel<kLargeTable>)
+        : pass.scale != nullptr ? launch(scaled_step_kernel<kSmallTable>, scaled_step_kernel<kLargeTable>)
+                                : launch(step_kernel<kSmallTable>, step_kernel<kLargeTable>);
     return error != cudaSuccess ? error
                                 : launch_finish(pass.partials, pass.partial_stride, which, options.stats, stream,
-                                                options.found_inf);
+                                                options.found_inf, options.replicas);
 }
 
 cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions& o) {
@@ -321,6 +380,10 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
     pass.span = parts.span;
     pass.partial_stride = parts.blocks;
     pass.partials = o.workspace;
+    const int64_t most = std::numeric_limits<int>::max();  // of a grid's blocks
+    if (o.replicas < 1 || o.replicas > most / std::max<int64_t>(parts.blocks, 1)) return cudaErrorInvalidConfiguration;
+    if (o.replicas > 1 && (o.device_coefficients == nullptr || o.scale != nullptr)) return cudaErrorInvalidValue;
+    pass.replicas = static_cast<int>(o.replicas);
     if (!o.skip_nonfinite) return launch_pass(tensors, count, pass, kAllStats, o);
     // Whether to update is known only after all gradients were read: a pass over them alone goes before.
     pass.weights = false;
@@ -334,9 +397,10 @@ cudaError_t run(const StepTensor* tensors, int64_t count, const CudaStepOptions&
 }  // namespace
 
 cudaError_t launch_finish(const double* partials, int64_t count, unsigned which, double* stats, cudaStream_t stream,
-                          const float* found_inf) {
-    const cudaLaunchConfig_t config = launch_config(1, stream);
-    return cudaLaunchKernelEx(&config, finish_kernel, partials, count, which, found_inf, stats);
+                          const float* found_inf, int64_t replicas) {
+    const cudaLaunchConfig_t config = launch_config(replicas, stream);
+    const auto kernel = replicas > 1 ? replicas_finish_kernel : finish_kernel;
+    return cudaLaunchKernelEx(&config, kernel, partials, count, which, found_inf, stats);
 }
 
 }  // namespace svag

@@ -49,7 +49,6 @@ class Backend:
 class _Implementation:
     function: Callable[..., Any]
     why_not: WhyNot | None
-    slow: bool
 
 
 @functools.cache
@@ -108,14 +107,11 @@ CHOICE: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
 what calls an op there keeps the forward pass's for :func:`as_chosen`."""
 
 
-def implements(op: str, name: str, why_not: WhyNot | None = None, *, slow: bool = False) -> Callable[[Any], Any]:
-    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)``, if given, says what it can't serve.
-
-    "auto" takes a ``slow`` one after the backends that it would else go before, but for the reference.
-    """
+def implements(op: str, name: str, why_not: WhyNot | None = None) -> Callable[[Any], Any]:
+    """Decorate ``function`` as backend ``name`` of ``op``; ``why_not(tensors)``, if given, says what it can't serve."""
 
     def decorate(function: Any) -> Any:
-        _implementations.setdefault(op, {})[name] = _Implementation(function, why_not, slow)
+        _implementations.setdefault(op, {})[name] = _Implementation(function, why_not)
         return function
 
     return decorate
@@ -125,7 +121,7 @@ def implements(op: str, name: str, why_not: WhyNot | None = None, *, slow: bool 
 def _preferred(op: str) -> list[str]:
     """The op's backends in the order of preference."""
     found = _implementations[op]
-    return sorted((n for n in BACKENDS if n in found), key=lambda n: (n == "reference", found[n].slow))
+    return [n for n in BACKENDS if n in found]
 
 
 def ops_of(name: str) -> list[str]:

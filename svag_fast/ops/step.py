@@ -225,25 +225,40 @@ def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
 @implements("svag_step_", "cuda")
 @reads_scale
 def _cuda(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    raw = call.lists.params[0].new_empty(5, dtype=torch.float64)
+    cuda_step(call, options_scalars(call.options) if call.extra is None else call.extra, skip_nonfinite, raw)
+    return raw
+
+
+def cuda_step(
+    call: StepCall, scalars: HostScalars | Tensor, skip_nonfinite: bool, raw: Tensor, replicas: int = 1
+) -> None:
+    """Take the step of replicas by ``csrc/cuda/step.cu``, and write the statistics to ``raw``.
+
+    ``scalars``: of one replica, or on the device, :class:`StepScalars` of each.
+    """
     from svag_fast import _C
 
     tensors = call.described() if call.read is None else call.read
-    described, params, coefficients = tensors.columns(), call.lists.params, call.extra
-    raw = params[0].new_empty(5, dtype=torch.float64)
+    described, params = tensors.columns(), call.lists.params
+    sizes = [size // replicas for size in described[5]] if replicas > 1 else described[5]
+    on_host, on_device = ((0.0,) * 6, address(scalars, "coefficients")) if isinstance(scalars, Tensor) else (scalars, 0)
     found_inf, scale = (0 if t is None else address(t, "a GradScaler's") for t in call.scaler or (None, None))
-    workspace = params[0].new_empty(_C.cuda_step_workspace(described[5]), dtype=torch.float64)
+    workspace = params[0].new_empty(replicas * _C.cuda_step_workspace(sizes), dtype=torch.float64)
     _C.cuda_step(
-        *described,
-        *options_scalars(call.options),
-        0 if coefficients is None else address(coefficients, "coefficients"),
+        *described[:5],
+        sizes,
+        *described[6:],
+        *on_host,
+        on_device,
         skip_nonfinite,
         scale,
         found_inf,
+        replicas,
         *device_and_stream(params[0].device),
         address(workspace, "workspace"),
         address(raw, "raw"),
     )
-    return raw
 
 
 @implements("svag_step_", "triton")

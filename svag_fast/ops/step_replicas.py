@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from svag_fast.numeric import integer, number
 from svag_fast.ops.backends import implements, select
 from svag_fast.ops.checks import check_like, check_momentum, numbers
 from svag_fast.ops.memory import address
-from svag_fast.ops.step import SVAG_STEP, triton_step
+from svag_fast.ops.step import SVAG_STEP, cuda_step, triton_step
 from svag_fast.ops.step_call import StepCall, StepKind, StepLists, take_step
 from svag_fast.ops.step_options import (
     HostScalars,
@@ -49,9 +49,9 @@ def svag_replicas_step_(
 ) -> StepStats:
     """Take :func:`svag_fast.ops.svag_step_` of S replicas, which are the rows of the tensors, each by itself.
 
-    On ``cpu`` and ``triton`` it is one pass, and each replica's params and statistics have the bits of its step alone:
-    they depend neither on S, nor on the threads, nor on what the other replicas hold. ``reference`` and ``cuda`` step
-    one replica after the other: params to the same bits as alone, statistics too but for the order of ``cuda``'s sums.
+    Each replica's params and statistics have the bits of its step alone, in tensors of its own: they depend neither on
+    S, nor on the threads, nor on what the other replicas hold. It is one pass, but for ``reference``, which steps one
+    replica after the other.
 
     Args:
         params: [S, ...], and so all other tensors; else as for ``svag_step_``. The replicas' dimension is the outermost
@@ -237,20 +237,15 @@ def _cpu(call: StepCall, skip_nonfinite: bool) -> Tensor:
     return raw
 
 
-def _one_after_the_other(backend: str) -> Callable[[StepCall, bool], Tensor]:
-    """Return the step that takes each replica's rows through ``svag_step_`` of a backend."""
-
-    @torch.no_grad()
-    def steps(call: StepCall, skip_nonfinite: bool) -> Tensor:
-        step = select(SVAG_STEP.op, backend, call.lists.params)
-        raws = []
-        for s in range(call.options.replicas):
-            lists = StepLists(*(None if listed is None else [t[s] for t in listed] for listed in call.lists))  # type: ignore[arg-type]
-            one = call._replace(kind=SVAG_STEP, lists=lists, options=call.options.of(s), extra=None, read=None)
-            raws.append(step(one, skip_nonfinite))
-        return torch.stack(raws)
-
-    return steps
+@implements("svag_replicas_step_", "reference")
+@torch.no_grad()
+def _reference(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    step, raws = select(SVAG_STEP.op, "reference", call.lists.params), []
+    for s in range(call.options.replicas):
+        lists = StepLists(*(None if listed is None else [t[s] for t in listed] for listed in call.lists))  # type: ignore[arg-type]
+        one = call._replace(kind=SVAG_STEP, lists=lists, options=call.options.of(s), extra=None, read=None)
+        raws.append(step(one, skip_nonfinite))
+    return torch.stack(raws)
 
 
 @functools.lru_cache(64)
@@ -258,11 +253,18 @@ def _step_scalars(options: ReplicaOptions) -> tuple[StepScalars, ...]:
     return tuple(step_scalars(*options.of(s)) for s in range(options.replicas))
 
 
+def _coefficients(call: StepCall) -> Tensor:
+    return constant_coefficients(_step_scalars(call.options), call.lists.params[0].device)
+
+
+@implements("svag_replicas_step_", "cuda")
+def _cuda(call: StepCall, skip_nonfinite: bool) -> Tensor:
+    replicas = call.options.replicas
+    raw = call.lists.params[0].new_empty((replicas, 5), dtype=torch.float64)
+    cuda_step(call, _coefficients(call), skip_nonfinite, raw, replicas)
+    return raw
+
+
 @implements("svag_replicas_step_", "triton")
 def _triton(call: StepCall, skip_nonfinite: bool) -> Tensor:
-    coefficients = constant_coefficients(_step_scalars(call.options), call.lists.params[0].device)
-    return triton_step(call, coefficients, skip_nonfinite, call.options.replicas)
-
-
-for _backend in ("reference", "cuda"):
-    implements("svag_replicas_step_", _backend, slow=True)(_one_after_the_other(_backend))
+    return triton_step(call, _coefficients(call), skip_nonfinite, call.options.replicas)

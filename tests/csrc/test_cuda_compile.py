@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Any
 
 import cuda_report
@@ -39,8 +41,9 @@ def grown(report: dict[str, Any], recorded: dict[str, int]) -> list[str]:
 
 
 @pytest.mark.kernels(
-    "step_kernel", "scaled_step_kernel", "finish_kernel", "per_sample_step_kernel", "finish_norms_kernel", ran="compile"
-)
+    "step_kernel", "scaled_step_kernel", "finish_kernel", "per_sample_step_kernel", "finish_norms_kernel",
+    "replicas_step_kernel", "replicas_finish_kernel", ran="compile",
+)  # fmt: skip
 def test_the_golden_file_names_every_kernel(reports: dict[str, Any], golden: dict[str, Any]) -> None:
     assert sorted(reports) == sorted(golden["kernels"]), f"write it anew: {cuda_report.WRITE}"
 
@@ -83,3 +86,28 @@ def test_the_float32_loop_moves_16_bytes_an_access(reports: dict[str, Any], kern
         assert "float64" not in mix
         assert "other load" not in mix
         assert "other store" not in mix
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("capacity", [64, 540])
+def test_the_replicas_loops_fuse_multiplies_and_adds_as_the_plain_steps(
+    reports: dict[str, Any], capacity: int, arch: str
+) -> None:
+    """Whatever is fused is one fused instruction more, and one addition less: else a replica's bits weren't its own."""
+    plain, replicas = (fused_and_added(of(reports, f"{k}_kernel<{capacity}>", arch)) for k in ("step", "replicas_step"))
+    assert replicas[0] == plain[0], "the loops of 16-byte accesses"
+    assert replicas[1].keys() <= plain[1].keys(), "those of one element at a time"
+
+
+def fused_and_added(report: dict[str, Any]) -> tuple[Counter[Any], Counter[Any]]:
+    """Count the loops by their fused and added operations: those with accesses of 16 bytes, and the others."""
+    wide, others = Counter[Any](), Counter[Any]()
+    for loop in report["loops"]:
+        sums = Counter[str]()
+        for opcode, count in loop.items():
+            if found := re.match(r"[FD](FMA|ADD)", opcode):
+                sums[found[0]] += count
+        kind = wide if any(re.match(r"LDG.*\.128", opcode) for opcode in loop) else others
+        kind[tuple(sorted(sums.items()))] += 1
+    assert wide.total() >= 7, "one for each pair of dtypes"
+    return wide, others

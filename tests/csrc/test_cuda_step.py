@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ ASAN = MODE == "address"  # far slower where each of many threads copies a table
 SHAPES = [(0,), (1,), (), (3,), (7, 5), (4095,), (4096,), (4097,), (31, 0, 2), (8, 3, 3, 3)]
 
 ran_on_host = pytest.mark.kernels("step_kernel", "finish_kernel", ran="host")
+ran_replicas_on_host = pytest.mark.kernels("replicas_step_kernel", "replicas_finish_kernel", ran="host")
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +85,83 @@ def test_step_equals_the_formula_within_one_rounding(
     check_stats(stats, start, grads1, grads2)
 
 
-@ran_on_host
-def test_replicas_step_each_as_alone(kernels: HostKernels) -> None:
-    replicas, l = 3, [1.0, 4.0, 65536.0]
-    lists = [draw(torch.float32, k, [(replicas, *shape) for shape in SHAPES]) for k in range(3)]
-    ours = clones(lists[0])
-    stats = svag_replicas_step_(ours, *lists[1:], replicas=replicas, lr=0.3, l=l, weight_decay=0.02, backend="cuda")
-    assert stats.raw.shape == (replicas, 5)
-    for s in range(replicas):
-        alone = [[t[s].clone() for t in listed] for listed in lists]
-        own = svag_step_(*alone, lr=0.3, l=l[s], weight_decay=0.02, backend="cuda")
-        # Rows begin anywhere in memory, so that packs of elements, and the sums' order, are others.
-        torch.testing.assert_close(stats.raw[s], own.raw, rtol=1e-6, atol=1e-2)
-        assert all(torch.equal(a[s], b) for a, b in zip(ours, alone[0], strict=True))
+def stacked(dtypes: tuple[torch.dtype, torch.dtype], replicas: int) -> list[list[Tensor]]:
+    """Params, both gradients and what is kept; the rows of most begin anywhere in memory."""
+    shapes = [(replicas, *shape) for shape in SHAPES]
+    wide = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    compensation = [] if wide == torch.float64 else draw(torch.float32, 4, shapes, 1e-6)
+    return [draw(dtypes[0], 0, shapes), draw(dtypes[1], 1, shapes), draw(dtypes[1], 2, shapes), draw(wide, 3, shapes),
+            compensation]  # fmt: skip
+
+
+def step_of(lists: list[list[Tensor]], kept: bool, **options: Any) -> tuple[StepStats, list[Tensor]]:
+    """Step, and return what was written too; ``kept``: with momentum and compensation."""
+    step = svag_replicas_step_ if "replicas" in options else svag_step_
+    params, grads1, grads2, buffers, compensation = (clones(listed) for listed in lists)
+    if kept:
+        options |= {"momentum_buffers": buffers, "momentum": 0.9, "momentum_rule": "fixed"}
+        options |= {"compensation": compensation} if compensation else {}
+    stats = step(params, grads1, grads2, backend="cuda", **options)
+    return stats, [*params, *buffers, *compensation]
+
+
+@ran_replicas_on_host
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_each_replica_is_its_step_alone_to_the_bit_in_one_launch(
+    kernels: HostKernels, dtypes: tuple[torch.dtype, torch.dtype], kept: bool
+) -> None:
+    lists = stacked(dtypes, 3)
+    lr, l, decay = [0.3, 0.0, 0.1], [1.0, 4.0, 65536.0], [0.02, 0.0, 0.5]
+    lists[2][5][1, 17] = lists[1][5][0, 4094] = torch.nan
+    for skip in (False, True):
+        kernels.launches()
+        stats, ours = step_of(lists, kept, replicas=3, lr=lr, l=l, weight_decay=decay, skip_nonfinite=skip)
+        # Of a replica's tensors of 4097 elements and more one takes two blocks.
+        launch = [(DEVICE, STREAM, 3 * 9, 256), (DEVICE, STREAM, 3, 256)]
+        assert kernels.launches() == launch * (2 if skip else 1)
+        assert stats.finite.tolist() == [False, False, True]
+        for s in range(3):
+            rows = [[t[s].clone() for t in listed] for listed in lists]
+            own, alone = step_of(rows, kept, lr=lr[s], l=l[s], weight_decay=decay[s], skip_nonfinite=skip)
+            both = [stats.raw[s], *(t[s] for t in ours)], [own.raw, *alone]
+            assert same_bits(*([t.masked_fill(t.isnan(), 6e4) for t in tensors] for tensors in both))
+
+
+@ran_replicas_on_host
+def test_each_replica_is_the_formula_in_every_order_of_blocks_and_threads(kernels: HostKernels) -> None:
+    l, lists, results = [1.0, 2.0, 65536.0], stacked((torch.float32, torch.float32), 3), []
+    for order, seed in [("forward", 0), ("reversed", 0), ("shuffled", 1)]:
+        kernels.set_order(order, seed)
+        stats, written = step_of(lists, False, replicas=3, lr=0.3, l=l, weight_decay=0.02)
+        results.append([stats.raw, *written])
+    assert same_bits(*results)
+    for s in range(3):
+        params, start, grads1, grads2 = ([t[s] for t in listed] for listed in (written[: len(SHAPES)], *lists[:3]))
+        check(params, start, grads1, grads2, l[s])
+        check_stats(StepStats(stats.raw[s], True), start, grads1, grads2)
+
+
+@ran_replicas_on_host
+@pytest.mark.parametrize(("count", "launches"), [(65, 2), (545, 3)][: 1 if ASAN else None])
+def test_long_lists_of_replicas_take_a_launch_for_every_540_tensors(
+    kernels: HostKernels, count: int, launches: int
+) -> None:
+    shapes = [(2, 1 + i % 3) for i in range(count)]
+    lists = [draw(torch.float32, seed, shapes) for seed in range(3)]
+    stats, ours = step_of([*lists, [], []], False, replicas=2, lr=0.3, l=[1, 4], weight_decay=0.02)
+    assert len(kernels.launches()) == launches
+    for s, l in enumerate((1, 4)):
+        params, *rows = ([t[s] for t in listed] for listed in (ours, *lists))
+        check(params, *rows, l)  # type: ignore[arg-type]
+        check_stats(StepStats(stats.raw[s], True), *rows)
+
+
+@ran_replicas_on_host
+def test_replicas_of_empty_tensors_have_zero_statistics(kernels: HostKernels) -> None:
+    nothing = [torch.empty(3, 0), torch.empty(3, 0, 2)]
+    stats = svag_replicas_step_(nothing, nothing, nothing, replicas=3, lr=0.3, l=2, backend="cuda")
+    assert stats.raw.tolist() == [[0, 0, 0, 0, 1]] * 3
 
 
 @ran_on_host
@@ -272,12 +338,20 @@ def test_what_the_kernel_cannot_serve_is_a_status_and_nothing_is_launched(kernel
     module = HostModule(kernels)
     workspace = torch.zeros(module.cuda_step_workspace([3]), dtype=torch.float64)
     descriptors = ([x.data_ptr()], [g.data_ptr()], [], [], [], [3], [0], [1])
-    tail = (0.1, 1.0, 0.0, 0.0, 0.0, 0.0, 0, False)
-    with pytest.raises(RuntimeError, match="returned 1"):
-        module.cuda_step(*descriptors, *tail, 0, 0, workspace.data_ptr(), workspace.data_ptr())
+    tail = (0.1, 1.0, 0.0, 0.0, 0.0, 0.0)
+    there = workspace.data_ptr()  # the coefficients, and the scale, are not read
     same = ([x.data_ptr()], [x.data_ptr()], [], [], [], [3], [0], [0])
-    with pytest.raises(RuntimeError, match="returned -101"):  # cudaErrorInvalidDevice
-        module.cuda_step(*same, *tail, 5, 0, workspace.data_ptr(), workspace.data_ptr())
+    for lists, coefficients, scale, replicas, device, status in [
+        (descriptors, 0, 0, 1, 0, 1),
+        (same, 0, 0, 1, 5, -101),  # cudaErrorInvalidDevice
+        (same, there, 0, 0, 0, -9),  # cudaErrorInvalidConfiguration
+        (same, there, 0, 2**31, 0, -9),
+        (same, 0, 0, 2, 0, -1),  # cudaErrorInvalidValue
+        (same, there, there, 2, 0, -1),
+    ]:
+        options = coefficients, False, scale, 0, replicas, device, 0, there, there
+        with pytest.raises(RuntimeError, match=f"returned {status}$"):
+            module.cuda_step(*lists, *tail, *options)
     assert kernels.launches() == []
 
 

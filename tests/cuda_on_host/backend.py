@@ -34,6 +34,7 @@ class _StepOptions(ctypes.Structure):
         ("skip_nonfinite", ctypes.c_bool),
         ("scale", ctypes.c_void_p),
         ("found_inf", ctypes.c_void_p),
+        ("replicas", ctypes.c_int64),
         ("device", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("stream", "workspace", "stats")),
     ]

@@ -59,19 +59,21 @@ def _nothing(t: Tensor) -> contextlib.nullcontext[None]:  # not a mock, which wo
 def _cuda_step(device: Device, *arguments: Any) -> None:
     """What ``_C.cuda_step`` launches, and the CPU kernel's work on the same addresses."""
     columns, scalars = arguments[:8], arguments[8:14]
-    coefficients, skip_nonfinite, scale, found_inf, _, _, _, raw = arguments[14:]
+    coefficients, skip_nonfinite, scale, found_inf, replicas, _, _, _, raw = arguments[14:]
+    of, rows = "replicas_" if replicas > 1 else "", [scalars] * replicas
     assert len(columns[0]) <= _ONE_TABLE
     for _ in range(2 if skip_nonfinite else 1):  # where it may skip, a pass over the gradients alone goes before
-        device.note("launch", "cuda step_kernel")
-        device.note("launch", "cuda finish_kernel")
+        device.note("launch", f"cuda {of}step_kernel")
+        device.note("launch", f"cuda {of}finish_kernel")
     if coefficients:
-        read = (ctypes.c_double * 7).from_address(coefficients)
-        scalars = step_options.host_scalars(step_options.StepScalars(*read))
+        read = (ctypes.c_double * 7 * replicas).from_address(coefficients)
+        rows = [step_options.host_scalars(step_options.StepScalars(*row)) for row in read]
     if scale:
         _unscale(columns, ctypes.c_float.from_address(scale).value)
     # Else it would write the statistics alone.
     assert not found_inf or ctypes.c_float.from_address(found_inf).value == 0
-    _C.StepTensors(*columns).step(*scalars, skip_nonfinite, 1, raw)
+    sizes = [replicas * size for size in columns[5]]
+    _C.StepTensors(*columns[:5], sizes, *columns[6:]).replicas_step(rows, skip_nonfinite, 1, raw)
 
 
 def _unscale(columns: Any, scale: float) -> None:

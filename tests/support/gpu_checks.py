@@ -50,6 +50,10 @@ from gpu_cases import (
 from svag_fast.ops.backends import BACKENDS
 
 STEP_KERNELS = {"cuda": ("step_kernel", "finish_kernel"), "triton": ("_step_kernel", "_finish_kernel")}
+REPLICAS_KERNELS = {
+    "cuda": ("replicas_step_kernel", "replicas_finish_kernel", *STEP_KERNELS["cuda"]),
+    "triton": STEP_KERNELS["triton"],
+}
 SCALED_KERNELS = {"cuda": ("scaled_step_kernel", "finish_kernel"), "triton": STEP_KERNELS["triton"]}
 PER_SAMPLE_KERNELS = ("per_sample_step_kernel", "finish_norms_kernel", "finish_kernel")
 LAYER_KERNELS = ("_weight_grad_kernel", "_finish_layer_kernel")
@@ -120,7 +124,7 @@ def checks() -> list[Check]:
             add("500 tensors, mixed and unaligned", partial(mixed_list, backend=b, count=500)),
             add("the same bits", partial(same_bits, call=partial(step_bits, b))),
         ]
-    for b, kernels in STEP_KERNELS.items():
+    for b, kernels in REPLICAS_KERNELS.items():
         for dtypes in ((F32, F32), (F64, F64), (BF16, F32)):
             run = partial(replicas_step, backend=b, dtypes=dtypes)
             plain = dtypes == (F32, F32)
