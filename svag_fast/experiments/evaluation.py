@@ -58,7 +58,8 @@ def _evaluate(task: Task, model: nn.Module, data: TaskData, limit: int | None) -
             # Sums, since the last batch may be smaller: a mean of means would weigh its samples more.
             total += losses.sum(dtype=torch.float64) if summed is None else summed(outputs, targets)
         if task.metrics:
-            kept.append((outputs, targets))
+            # Copies: a model or a `collate` may write each batch over the one before.
+            kept.append(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (outputs, targets)))
         count += len(numbers)
     found = {"loss": float(total) / count}
     if task.metrics:

@@ -83,6 +83,10 @@ class Task:
         reduction = getattr(self.loss, "reduction", "none")
         if reduction != "none":
             raise ValueError(must_be("loss", 'of reduction="none", one value a sample', f"reduction={reduction!r}"))
+        own = sum(p.requires_grad for p in self.loss.parameters()) if isinstance(self.loss, nn.Module) else 0
+        if own:
+            expected = "without trained parameters, which no run trains: make them the model's"
+            raise ValueError(must_be("loss", expected, f"{own} of {type(self.loss).__name__}"))
         if not isinstance(self.metrics, Mapping):
             raise TypeError(must_be("metrics", "a dict of functions by name", shown(self.metrics)))
         for name, metric in self.metrics.items():
@@ -147,6 +151,8 @@ def _check_data(part: str, data: object) -> None:
         lengths = [len(t) if t.dim() else 0 for t in tensors]
         if len(set(lengths)) > 1:
             raise ValueError(must_be(part, "tensors with one row a sample each", f"{_listed(lengths)} rows"))
+    if isinstance(data, MapDataset) and not hasattr(data, "__len__"):
+        raise TypeError(must_be(part, "a Dataset with a length", type(data).__name__))
     if _count(data) < 1:
         raise ValueError(must_be(part, "data with a sample or more", "none"))
 
@@ -188,6 +194,9 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 @dataclass(frozen=True, kw_only=True)
 class BuiltinTask(Task):
     """A built-in net on a built-in data set: nothing of it draws from the global generators."""
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Nothing to refuse: a config knows its data set's size, and draws with repetition may be of more."""
 
 
 def builtin_task(config: RunConfig, dataset: Dataset | None = None) -> BuiltinTask:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from svag_fast.experiments.evaluation import checked_losses, evaluate
 from svag_fast.experiments.gradients import has_sample_norms, pair_gradients
@@ -104,7 +104,18 @@ def new_model(task: Task, than: nn.Module | None = None) -> nn.Module:
         raise ValueError(must_be("model", "one with a trained parameter", "none"))
     if than is not None and params & {id(p) for p in than.parameters()}:
         raise ValueError(must_be("model", "a function that makes new weights at each call", "the same ones twice"))
+    if than is not None:
+        _check_statistics(model, than)
     return model
+
+
+def _check_statistics(model: nn.Module, than: nn.Module) -> None:
+    """Refuse running statistics that two models share: a run would go on with another's."""
+    others = {id(b) for b in than.buffers()}
+    for place, module in model.named_modules():
+        if isinstance(module, _NormBase) and any(id(b) in others for b in module.buffers(recurse=False)):
+            expected = "a function that makes new running statistics at each call"
+            raise ValueError(must_be("model", expected, f"{place} ({type(module).__name__}) twice"))
 
 
 def augmented(task: Task, batch: Any, generator: torch.Generator) -> Any:
@@ -147,12 +158,21 @@ def _check_outputs(task: Task, model: nn.Module, batch: Any, rows: int, data: tu
 def _check_labels(
     loss: nn.CrossEntropyLoss | nn.NLLLoss, outputs: Tensor, targets: Any, data: tuple[TaskData, TaskData]
 ) -> None:
-    classes = outputs.shape[1] if outputs.dim() > 1 else 0
+    if outputs.dim() != 2:
+        return
+    rows, classes = outputs.shape
     for part, of in zip(("train", "test"), data, strict=True):
         # Of tensors all labels are looked at; a Dataset's would have to be loaded.
         whole = of.data[1] if isinstance(of.data, (tuple, list)) else targets
-        if not isinstance(whole, Tensor) or whole.is_floating_point() or classes == 0:
+        if not isinstance(whole, Tensor):
             return
+        probable = isinstance(loss, nn.CrossEntropyLoss) and whole.is_floating_point()
+        if probable and whole.shape[1:] == (classes,):
+            continue
+        if whole.dtype not in (torch.int64, torch.uint8) or whole.dim() != 1:  # uint8: torch takes it as well
+            expected = f"int64 labels [{rows}], or probabilities [{rows}, {classes}] for CrossEntropyLoss"
+            got = f"{str(whole.dtype).removeprefix('torch.')} {[rows, *whole.shape[1:]]}"
+            raise ValueError(must_be(f"{part}'s targets", expected, got))
         used = whole[whole != loss.ignore_index]
         wrong = used[(used < 0) | (used >= classes)]
         if len(wrong):
@@ -177,6 +197,9 @@ def _coupling(task: Task, model: nn.Module, batch: Any) -> str:
     modules = dict(model.named_modules())
     if isinstance(modules.get(place), _BatchNorm):
         return found.reason.replace("model.", "", 1)
+    if found.module == "":  # not inside of the model
+        got = "values that depend on other samples: do outputs and targets broadcast, or is there a mean?"
+        raise ValueError(must_be("loss", "one value a sample, of that sample alone", got))
     raise ValueError(
         must_be("model", "one whose samples are independent, but for BatchNorm", f"one where {found.reason}")
     )

@@ -23,7 +23,11 @@ class TaskData:
     def __init__(self, data: Any, collate: Callable[[list[Any]], Any] | None, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.collate = collate or default_collate
-        self.data = data if isinstance(data, Dataset) else tree_map(lambda tensor: tensor.to(self.device), data)
+        self.data = data if isinstance(data, Dataset) else tree_map(self._there, data)
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        # Detached: data that asks for a gradient would get one at every step.
+        return tensor.detach().to(self.device)
 
     def __len__(self) -> int:
         if isinstance(self.data, Dataset):
@@ -48,10 +52,11 @@ class TaskData:
         """Return samples that follow each other as a batch on the device."""
         if isinstance(self.data, Dataset):
             return self._moved(self.collate([self.data[i] for i in numbers]))
-        return tree_map(lambda tensor: tensor[numbers.start : numbers.stop], self.data)
+        # Not a view, as of a model that works in place.
+        return tree_map(lambda tensor: tensor[numbers.start : numbers.stop].clone(), self.data)
 
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, batch)
+        return tree_map(lambda x: self._there(x) if isinstance(x, Tensor) else x, batch)
 
 
 def rows_of(batch: Any) -> int | None:

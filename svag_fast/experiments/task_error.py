@@ -27,7 +27,7 @@ def own_code(name: str) -> Iterator[None]:
         yield
     except TaskError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code that ends the process hasn't made a task or a step either
         frames = traceback.extract_tb(error.__traceback__)
         own = next((i for i, frame in enumerate(frames) if not _is_library(frame.filename)), None)
         if own is None and isinstance(error, (TypeError, ValueError)) and " must be " in str(error):

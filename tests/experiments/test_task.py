@@ -67,7 +67,22 @@ class Couples(nn.Module):
         return x - x.mean(0)
 
 
+class Endless(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return X[i], Y[i]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, outputs, targets):
+        return self.scale * CROSS_ENTROPY(outputs, targets)
+
+
 SAME = mlp()
+BACKBONE = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).requires_grad_(False)
 WRONG_PARTS = {
     "a module for a function": ({"model": mlp()}, r"model must be a function that returns .*, got a Sequential"),
     "a mean, as torch's default": ({"loss": nn.CrossEntropyLoss()}, r"loss must be of reduction=.*, got .*mean"),
@@ -79,6 +94,11 @@ WRONG_PARTS = {
     "a metric named loss": ({"metrics": {"loss": accuracy}}, "a metric's name must be"),
     "a metric that is no function": ({"metrics": {"f1": 0.5}}, "metric f1 must be a function"),
     "a collate for tensors": ({"collate": list}, "collate must be None where the data are tensors"),
+    "a Dataset without a length": ({"test": Endless()}, "test must be a Dataset with a length, got Endless"),
+    "a loss with weights of its own": (
+        {"loss": Scaled()},
+        "loss must be without trained parameters, which no run trains: make them the model's, got 1 of Scaled",
+    ),
     "a stream": (
         {"train": torch.utils.data.ChainDataset([])},
         "train must be .*, got an IterableDataset",
@@ -111,6 +131,28 @@ WRONG_TOGETHER = {
     "fewer samples than a batch": (
         {"train": (X[:3], Y[:3])},
         "batch_size must be at most 3, the number of the task's training samples, got 4",
+    ),
+    "labels that are no integers": (
+        {"train": (X, Y.float())},
+        r"train's targets must be int64 labels \[8\], or probabilities \[8, 3\] for .*, got float32 \[8\]",
+    ),
+    "labels of bytes in the test data": (
+        {"test": (X, Y.to(torch.int32))},
+        r"test's targets must be int64 labels \[8\], or .*, got int32 \[8\]",
+    ),
+    "labels in a column": ({"train": (X, Y[:, None])}, r"train's targets must be int64 .*, got int64 \[8, 1\]"),
+    "targets that broadcast against outputs": (
+        {
+            "model": lambda: nn.Linear(8, 1),
+            "train": (X, X[:, 0]),
+            "loss": lambda outputs, targets: (outputs - targets).square().mean(1),
+            "metrics": {},
+        },
+        r"loss must be one value a sample, of that sample alone, got values that depend on other samples",
+    ),
+    "running statistics that all models share": (
+        {"model": lambda: nn.Sequential(BACKBONE, nn.Linear(8, 3))},
+        r"model must be a function that makes new running statistics at each call, got 0.1 \(BatchNorm1d\) twice",
     ),
     "a metric that is no number": ({"metrics": {"top": lambda o, t: "high"}}, "metric top must be a number, got"),
     "a metric a sample": ({"metrics": {"top": lambda o, t: o.argmax(1)}}, "metric top must be a number, got tensor"),
@@ -257,6 +299,53 @@ def test_a_loss_that_is_nan_ends_its_run_by_name_and_others_go_on(tmp_path, wher
     found = make_report(tmp_path).as_dict()["batch_sizes"]["4"]
     assert found["runs"] == {"total": 6, "finished": 4, "diverged": 2}
     assert "diverged, at effective step" in " ".join(found["sentences"])
+
+
+@pytest.mark.parametrize("kind", ["tensors", "a Dataset"])
+def test_a_model_that_works_in_place_leaves_the_data_alone(tmp_path, kind):
+    """Evaluation takes parts of the data in order, which are views of it."""
+    x = X.clone()
+    data = (x, Y) if kind == "tensors" else torch.utils.data.TensorDataset(x, Y)
+    model = lambda: nn.Sequential(nn.ReLU(inplace=True), mlp())  # noqa: E731
+    train(config(), tmp_path / "in place", task=make(model=model, train=data, test=data))
+    assert torch.equal(x, X)
+    elsewhere = make(model=lambda: nn.Sequential(nn.ReLU(), mlp()), train=data, test=data)
+    train(config(), tmp_path / "elsewhere", task=elsewhere)
+    assert read_rows(tmp_path / "in place") == read_rows(tmp_path / "elsewhere")
+
+
+def test_outputs_that_the_model_writes_over_are_kept_for_metrics():
+    class Reuses(nn.Linear):
+        def forward(self, x):
+            outputs = super().forward(x)
+            if torch.is_grad_enabled() or len(x) < 128:
+                return outputs
+            if not hasattr(self, "kept"):
+                self.kept = torch.empty_like(outputs)
+            return self.kept.copy_(outputs)
+
+    x, y = X.repeat(6, 1) * torch.arange(384)[:, None], Y.repeat(6)
+    run = Training(config(), make(model=lambda: Reuses(8, 3), test=(x, y)))
+    with torch.enable_grad():
+        expected = float(accuracy(run.model(x), y))
+    assert run.rows[0]["test_accuracy"] == pytest.approx(expected)
+
+
+def test_data_that_asks_for_a_gradient_gets_none():
+    x = X.clone().requires_grad_()
+    run = Training(config(), make(train=(x, Y)))
+    run.advance()
+    assert run.noise_source == "per_sample"
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("code", [0, "stop"])
+def test_a_task_that_ends_the_process_has_failed(code):
+    def model():
+        raise SystemExit(code)
+
+    with pytest.raises(TaskError, match=f"SystemExit: {code}"):
+        Training(config(), make(model=model))
 
 
 def test_the_tasks_own_error_has_its_own_traceback(tmp_path):
