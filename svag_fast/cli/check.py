@@ -8,8 +8,7 @@ from typing import Any
 import rich_click as click
 
 from svag_fast.cli.options import setting_options, setting_panel
-from svag_fast.experiments.config import BOOKKEEPING, HOW, LENGTH, WHAT, ConfigError, ExperimentConfig, cores
-from svag_fast.numeric import must_be, shown
+from svag_fast.experiments.config import BOOKKEEPING, HOW, LENGTH, WHAT, ExperimentConfig, cores
 
 MARKS = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
 
@@ -23,7 +22,10 @@ MARKS = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
 @setting_options(ExperimentConfig)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
 def check(target: str, jobs: int | None, **given: Any) -> None:
-    """Try the task FILE.py[:NAME] or package.module:NAME, and say what a run of it would be like.
+    """Try what `svag-fast run TARGET` would train, and say what a run of it would be like.
+
+    TARGET is your own task, FILE.py[:NAME] or package.module:NAME, or a built-in data set and perhaps its net, such as
+    digits/preresnet8-bn.
 
     Is the loss one value a sample? Are samples independent? Does the same seed give the same bits? Which layers have
     per-sample norms, and why not the others? Is the loss scale-invariant, and if not, which parameters break it? What
@@ -31,6 +33,7 @@ def check(target: str, jobs: int | None, **given: Any) -> None:
     runs. Exit status 1: a run would fail.
     """
     from svag_fast.experiments.experiment_folder import with_size
+    from svag_fast.experiments.task import builtin_task
     from svag_fast.experiments.task_error import TaskError
     from svag_fast.experiments.task_file import load_task, parse_target
     from svag_fast.experiments.task_survey import survey
@@ -38,15 +41,14 @@ def check(target: str, jobs: int | None, **given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     try:
         settings = parse_target(target)
-        if "task" not in settings:
-            raise ConfigError(must_be("TARGET", "a task, FILE.py[:NAME] or package.module:NAME", shown(target)))
         config = ExperimentConfig.from_dict(given | settings)
-    except ConfigError as error:
+        builtin = None if config.task else builtin_task(config.runs()[0])
+    except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
     failed = False
     try:
-        task = load_task(config.task)
-        config = with_size(config, task)
+        task = builtin or load_task(config.task)
+        config = config if builtin else with_size(config, task)
         for finding in survey(task, config, jobs=jobs or max(1, cores() // config.threads)):
             first, *more = finding.answer.splitlines()
             click.echo(f"{MARKS[finding.state]} {finding.question}: {first}")

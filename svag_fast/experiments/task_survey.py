@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.models.invariance import ScaleInvarianceReport, report_of
 from svag_fast.experiments.random_state import OwnRandom
-from svag_fast.experiments.task import Task
+from svag_fast.experiments.task import BuiltinTask, Task
 from svag_fast.experiments.task_check import TaskFacts, augmented, check_task, new_model
 from svag_fast.experiments.task_data import TaskData
 from svag_fast.experiments.task_error import own_code
-from svag_fast.experiments.training import Training
+from svag_fast.experiments.training import Engine, make_engine
 from svag_fast.nn.replay import differ
 from svag_fast.sample_norms.context import UnsupportedModuleError, per_sample_sq_norms
 
@@ -181,7 +181,9 @@ def _cost(task: Task, config: ExperimentConfig, runs: list[RunConfig], jobs: int
     for run in runs:
         if run.batch_size in seconds:
             continue
-        training = Training(run, task)
+        what = None if isinstance(task, BuiltinTask) else task
+        engine = make_engine([run], what)
+        (training,) = engine.runs
         if training.diverged:
             row = training.rows[-1].items()
             wrong = [name for name, value in row if isinstance(value, float) and not math.isfinite(value)]
@@ -189,7 +191,7 @@ def _cost(task: Task, config: ExperimentConfig, runs: list[RunConfig], jobs: int
             return Finding("fails", "first row of metrics", answer)
         if evaluations is None:
             evaluations = _timed(partial(training.evaluate, "test")), _timed(partial(training.evaluate, "train"))
-        seconds[run.batch_size] = _step_seconds(training)
+        seconds[run.batch_size] = _step_seconds(engine)
     assert evaluations is not None
     total = 0.0
     for run in runs:
@@ -206,21 +208,25 @@ def _cost(task: Task, config: ExperimentConfig, runs: list[RunConfig], jobs: int
     )
 
 
-def _step_seconds(training: Training) -> float:
+def _step_seconds(engine: Engine) -> float:
     """The median time of a step."""
-    training.advance()
-    cuda = torch.device(training.config.device).type == "cuda"
+    (run,) = engine.runs
+    device = run.config.device
+    cuda = torch.device(device).type == "cuda"
 
-    def step() -> None:
-        training.take_step()
+    def steps() -> float:
+        before = run.step
+        start = time.perf_counter()
+        engine.advance()
         if cuda:
-            torch.cuda.synchronize(training.config.device)
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / (run.step - before)
 
+    times = [steps()]  # this one warms up
     begin = time.monotonic()
-    times: list[float] = []
-    while not times or (len(times) < PROBE_STEPS and time.monotonic() - begin < PROBE_SECONDS):
-        times.append(_timed(step))
-    return median(times)
+    while not run.ended and len(times) <= PROBE_STEPS and time.monotonic() - begin < PROBE_SECONDS:
+        times.append(steps())
+    return median(times[1:] or times)
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -219,9 +219,25 @@ def test_what_one_should_know_is_told(name, tmp_path):
     assert "FAILS" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("target", "norms"),
+    [
+        ("digits", "ok    per-sample norms: of all layers: 3 Linear"),
+        ("digits/preresnet8-bn", "note  per-sample norms: no: the samples are coupled in .*BatchNorm2d"),
+    ],
+)
+def test_built_in_names_are_checked_like_a_task(target, norms):
+    result = CliRunner().invoke(main, ["check", target, *QUICK])
+    assert result.exit_code == 0, result.output
+    assert "ok    task: 1,437 training and 360 test samples" in result.output
+    assert re.search(norms, result.output), result.output
+    assert "ok    scale-invariant: yes" in result.output
+    assert re.search("ok    cost: about .* 2 runs of 9 steps in all", result.output)
+
+
 def test_a_wrong_command_is_refused(tmp_path):
     for arguments, message in (
-        (["digits"], "TARGET must be a task"),
+        (["digits/"], "TARGET must be"),
         ([str(tmp_path / "none.py")], "TARGET must be a file that is there"),
         (["nonesuch"], "TARGET must be"),
         (["json:loads", "--lr", "-1"], "lr must be"),
