@@ -12,7 +12,7 @@ from rich.console import Console
 from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.report import Report, make_report
-from svag_fast.experiments.config import ExperimentConfig, RunConfig, cores
+from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig, cores
 from svag_fast.experiments.experiment_folder import (
     check_experiment,
     check_task_file,
@@ -85,6 +85,8 @@ def study(
     else:
         raise TypeError(must_be("task", "a svag_fast.Task or a target such as 'my_task.py'", shown(task)))
     config = ExperimentConfig.from_dict(named | settings)
+    if resume and out is None:
+        raise ConfigError(must_be("out", "the experiment's folder, with resume=True", "None"))
     folder = free_folder(config) if out is None else Path(out)
     made = task if isinstance(task, Task) else None
     if made is None and config.task:

@@ -62,6 +62,8 @@ def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path):
         svag_fast.study(None)
     with pytest.raises(ConfigError, match=r"^TARGET must be a file that is there"):
         svag_fast.study("my_task.py", out=tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"^out must be the experiment's folder, with resume=True, got None"):
+        svag_fast.study(regression(), resume=True, **GRID)
     assert not (tmp_path / "x").exists()
 
 

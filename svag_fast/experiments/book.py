@@ -36,7 +36,7 @@ class Book:
         self.complete = self.state["step"] == config.steps or diverged(rows[-1])
         # A complete run may have been trained without events.
         if self.complete and tensorboard and not any(folder.glob("events.out.tfevents.*")):
-            Events(folder, self.identity).write(rows)
+            Events(folder, self.identity, rows[0]).write(rows)
 
     def load_into(self, run: MeasuredRun) -> None:
         """Continue the run from the checkpoint, if there is one."""
@@ -49,9 +49,9 @@ class Book:
                 f"{self.checkpoint} holds no whole state of this run ({error!r}). {ADVICE}"
             ) from error
 
-    def open_events(self) -> None:
+    def open_events(self, run: MeasuredRun) -> None:
         """Begin TensorBoard's file, if asked for."""
-        self.events = Events(self.folder, self.identity) if self.tensorboard else None
+        self.events = Events(self.folder, self.identity, run.columns) if self.tensorboard else None
 
     def save(self, run: MeasuredRun) -> None:
         """Write the checkpoint and what follows from it."""

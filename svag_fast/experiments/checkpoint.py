@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from svag_fast.experiments.config import UNSAID
+from svag_fast.experiments.task_file import same_task
 from svag_fast.files import open_regular, replace_file
 
 FORMAT = "svag_fast checkpoint 1"
@@ -55,6 +56,9 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no whole checkpoint: it lacks its config or its state. {ADVICE}")
     # An older version's checkpoint doesn't name settings that came later, and meant these.
     theirs = {k: v for k, v in UNSAID.items() if k in config} | theirs
+    # Where a task's file lies is no part of a run: its hash is, which was compared before.
+    if same_task(theirs.get("task"), config.get("task")):
+        theirs |= {name: config[name] for name in ("task",) if name in config}
     if theirs != config:
         names = sorted((k for k in {*theirs, *config} if theirs.get(k) != config.get(k)), key=str)
         differences = ", ".join(f"{k} is {_shown(theirs.get(k))} there and {_shown(config.get(k))} here" for k in names)

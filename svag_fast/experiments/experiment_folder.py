@@ -19,6 +19,7 @@ from svag_fast.experiments.task_file import (
     keep_copy,
     known_hashes,
     place_of,
+    same_task,
     short_name,
     source_of,
 )
@@ -53,20 +54,30 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool, force: 
             check_task_file(out, config.task, force=force)
         theirs, ours = read_experiment(out).to_dict(), config.to_dict()
         # A resumed experiment with other settings would mix two experiments' runs in one report.
-        if differing := [key for key in ours if ours[key] != theirs[key]]:
+        if differing := [key for key in ours if not _alike(key, ours[key], theirs[key])]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
         _check_runs(out, config)
         remove_leftovers(out)
         if source is not None:
             _renew_copy(out, config.task, source)
+        if theirs != ours:  # the task's file was moved
+            _write_experiment(out, config)
         return
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     if source is not None:
         keep_copy(out, config.task, source)
+    _write_experiment(out, config)
+
+
+def _write_experiment(out: Path, config: ExperimentConfig) -> None:
     with replace_file(out / "experiment.json") as file:
         file.write(json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+
+def _alike(key: str, one: object, other: object) -> bool:
+    return same_task(one, other) if key == "task" else one == other
 
 
 def check_task_file(out: Path, task: str, *, force: bool = False) -> str:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,22 @@ class Events:
     """TensorBoard events of all rows; those that an interrupted process wrote are purged and written again.
 
     They are at effective steps, so that runs of different l cover each other; the run's config are its hparams.
+
+    Args:
+        folder: the run's.
+        identity: its config.
+        columns: of its rows.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], columns: Iterable[str]) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.written = 0
         self.writer = SummaryWriter(str(folder), purge_step=0)
         # Not add_hparams, which makes a run of its own, in a folder of its own, of them.
-        metrics = dict.fromkeys(("test_accuracy", "test_loss", "train_loss", "nsr"), 0.0)
+        compared = [name for name in columns if name.startswith(("train_", "test_"))]
+        metrics = dict.fromkeys((*compared, "nsr"), 0.0)
         for summary in hparams(identity, metrics):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 

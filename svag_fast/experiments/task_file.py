@@ -48,7 +48,7 @@ def parse_target(text: str) -> dict[str, str]:
             raise ConfigError(must_be("TARGET", "FILE.py:NAME or package.module:NAME", shown(text)))
         return {"task": f"{place}:{_identifier(name, text)}"}
     dataset, slash, model = text.partition("/")
-    if dataset not in DATASETS:
+    if dataset not in DATASETS or (slash and not model):
         known = ", ".join(DATASETS)
         expected = f"FILE.py[:NAME], package.module:NAME, or a data set ({known}) and perhaps /MODEL"
         raise ConfigError(must_be("TARGET", expected, shown(text)))
@@ -103,6 +103,19 @@ def short_name(task: str) -> str:
         return task
     last = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     return last if name == DEFAULT_NAME else f"{last}:{name}"
+
+
+def same_task(one: object, other: object) -> bool:
+    """Whether two settings `task` name the same task: of a file its own name and the name in it, wherever it lies.
+
+    The file's hash says whether it is the same one: see `svag_fast.experiments.experiment_folder.check_task_file`.
+    """
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    places = [text.rpartition(":")[0] for text in (one, other)]
+    if all(place.endswith(".py") for place in places):
+        return Path(one).name == Path(other).name
+    return one == other
 
 
 def source_of(task: str) -> str:

@@ -306,7 +306,7 @@ def train_together(
         working = list(zip(books, engine.runs, strict=True))
         for book, run in working:
             book.load_into(run)
-            book.open_events()
+            book.open_events(run)
             if run.ended:  # diverged before the first step
                 book.save(run)
         working = [(book, run) for book, run in working if not run.ended]

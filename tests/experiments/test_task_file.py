@@ -129,6 +129,18 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     assert ",train_top,test_top,grad_sq_norm," in header
     assert "final test" in answer.output
 
+    # The file may lie elsewhere by now: its hash says that it is the same.
+    moved = file.parent / "elsewhere" / "my_task.py"
+    moved.parent.mkdir()
+    (moved.parent / "neighbour.py").write_text("CLASSES = 3\n")
+    file.rename(moved)
+    (out / "b4-lr0.1-l1-seed1" / "metrics.csv").unlink()
+    again = invoke(moved, "--resume", "--out", out)
+    assert again.exit_code == 0, again.output
+    assert (out / "b4-lr0.1-l1-seed1" / "metrics.csv").exists()
+    assert json.loads((out / "experiment.json").read_text())["task"] == f"{moved}:task"
+    moved.rename(file)
+
     # The copy is never run: it may be anything, the file that is named is what counts.
     file.write_text(SOURCE.replace("Linear(8, neighbour.CLASSES)", "Linear(8, 3, bias=False)"))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -16,8 +16,8 @@ from svag_fast.analysis.runs import load_run
 from svag_fast.experiments.checkpoint import CheckpointError
 from svag_fast.experiments.config import ConfigError, RunConfig
 from svag_fast.experiments.data import load_dataset
-from svag_fast.experiments.run_folder import COLUMNS
-from svag_fast.experiments.run_output import RunBusyError, alone_in
+from svag_fast.experiments.run_folder import COLUMNS, columns_of
+from svag_fast.experiments.run_output import Events, RunBusyError, alone_in
 from svag_fast.experiments.training import Training, make_engine, train
 from svag_fast.ops.step import svag_coefficients
 
@@ -382,6 +382,22 @@ def test_tensorboard_gets_every_row_once_also_across_an_interruption(tmp_path):
 
     found = HParamsPluginData.FromString(hparams).session_start_info.hparams
     assert (found["l"].number_value, found["model"].string_value) == (2, "digits-net")
+
+
+def test_tensorboards_table_has_the_columns_of_the_task(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    for place, names in enumerate(((), ("f1",))):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        Events(folder, {"l": 2}, columns_of(names)).write([])
+        events = accumulator.EventAccumulator(str(folder)).Reload()
+        content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+        found = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+        assert found == {"train_loss", "test_loss", "nsr"} | {
+            f"{part}_{n}" for n in names for part in ("train", "test")
+        }
 
 
 def test_a_complete_run_without_events_gets_them(tmp_path):
