@@ -30,12 +30,16 @@ def load(path: Path) -> Dataset:
     y_train, y_test = (_labels(path, name, arrays[name]) for name in ("y_train", "y_test"))
     if not x_train.size:
         raise ValueError(f"{path}: x_train must hold images, got {list(x_train.shape)}")
-    if x_train.dtype != x_test.dtype:
-        x_train, x_test = (x.astype(np.float32) for x in (x_train, x_test))
+    if x_train.dtype != x_test.dtype:  # bytes to 255 and numbers to 1 would be standardised alike
+        of = (arrays[name].dtype for name in ("x_train", "x_test"))
+        raise ValueError(f"{path}: x_train and x_test must both be uint8 or neither, got {' and '.join(map(str, of))}")
     mean, deviation = _moments(x_train)
     if not (deviation > 0).all():
         raise ValueError(f"{path}: x_train must not be the same everywhere in a channel")
     classes = int(y_train.max(initial=0)) + 1
+    if classes > len(x_train):  # each class is an output of the net
+        expected = f"labels below {len(x_train)}, its number of images"
+        raise ValueError(f"{path}: y_train must hold {expected}, got {classes - 1}")
     return of_pixels(
         str(path), (x_train, y_train), (x_test, y_test), num_classes=classes, mean=mean.tolist(),
         deviation=deviation.tolist(),
