@@ -56,7 +56,7 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no whole checkpoint: it lacks its config or its state. {ADVICE}")
     # An older version's checkpoint doesn't name settings that came later, and meant these.
     theirs = {k: v for k, v in UNSAID.items() if k in config} | theirs
-    # Where a task's file lies is no part of a run: its hash is, which was compared before.
+    # The folder of a task's file is no part of a run: its hash is, which was compared before.
     if same_task(theirs.get("task"), config.get("task")):
         theirs |= {name: config[name] for name in ("task",) if name in config}
     if theirs != config:

@@ -110,7 +110,7 @@ def new_model(task: Task, than: nn.Module | None = None) -> nn.Module:
 
 
 def _check_statistics(model: nn.Module, than: nn.Module) -> None:
-    """Refuse running statistics that two models share: a run would go on with another's."""
+    """Refuse running statistics that two models share: a run would continue with another's."""
     others = {id(b) for b in than.buffers()}
     for place, module in model.named_modules():
         if isinstance(module, _NormBase) and any(id(b) in others for b in module.buffers(recurse=False)):

@@ -106,7 +106,7 @@ def short_name(task: str) -> str:
 
 
 def same_task(one: object, other: object) -> bool:
-    """Whether two settings `task` name the same task: of a file its own name and the name in it, wherever it lies.
+    """Whether two settings `task` name the same task: of a file its own name and the name in it, in any folder.
 
     The file's hash says whether it is the same one: see `svag_fast.experiments.experiment_folder.check_task_file`.
     """
