@@ -50,8 +50,8 @@ def svag_replicas_step_(
     """Take :func:`svag_fast.ops.svag_step_` of S replicas, which are the rows of the tensors, each by itself.
 
     Each replica's params and statistics have the bits of its step alone, in tensors of its own: they depend neither on
-    S, nor on the threads, nor on what the other replicas hold. It is one pass, but for ``reference``, which steps one
-    replica after the other.
+    S, nor on the threads, nor on what the other replicas hold. Only Triton's statistics differ from those in float32's
+    rounding. It is one pass, but for ``reference``, which steps one replica after the other.
 
     Args:
         params: [S, ...], and so all other tensors; else as for ``svag_step_``. The replicas' dimension is the outermost
