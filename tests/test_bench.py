@@ -13,7 +13,7 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 # What of each file is run; torch.compile is left out, which compiles for half a minute.
 SMALLEST = {
-    "test_fused_replicas.py": "-2-1-",
+    "test_fused_replicas.py": "mlp-2-1- or net-2-1-",
     "test_host_overhead.py": "34 or weight",
     "test_norm_relu.py": "8x8-nchw",
     "test_replicas.py": "mlp-4-2] or mlp-2-4",
