@@ -32,8 +32,6 @@ from svag_fast.stats.sampling import noise_factor
 
 CHUNK = 512  # samples that pass through the net at once
 
-_SUMS = ("loss", "weight_sq_norms")
-
 
 class FullBatchTraining(TaskRun):
     """A run in progress by GD or NGD; see the module. It resumes to the bit, as SVAG's runs do.
@@ -50,6 +48,8 @@ class FullBatchTraining(TaskRun):
             numbers in its training, such as of an augmentation or Dropout, under which there is no full gradient.
         TaskError: its own code failed.
     """
+
+    sums = ("loss", "weight_sq_norms")
 
     def __init__(self, config: RunConfig, task: Task | Dataset) -> None:
         super().__init__(config, task)
@@ -183,8 +183,6 @@ class FullBatchTraining(TaskRun):
             **super().state_dict(),
             "noise": self.noise.get_state(),
             "elapsed": self.elapsed,
-            "steps_summed": self.steps_summed,
-            **{name: getattr(self, name) for name in _SUMS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,6 +192,5 @@ class FullBatchTraining(TaskRun):
             KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.
         """
         super().load_state_dict(state)
-        self.load_sums(state, _SUMS)
         self.noise.set_state(state["noise"])
-        self.elapsed, self.steps_summed = state["elapsed"], state["steps_summed"]
+        self.elapsed = state["elapsed"]

@@ -31,7 +31,14 @@ class TaskRun(MeasuredRun):
     Raises:
         TypeError, ValueError: what is wrong with the task, by name.
         TaskError: its own code failed.
+
+    Attributes:
+        sums: names of the attributes, tensors, that a row's means are made of; `clear_sums` makes them.
+        steps_summed: how many steps they hold.
     """
+
+    sums: tuple[str, ...]
+    steps_summed: int
 
     def __init__(self, config: RunConfig, task: Task | Dataset) -> None:
         self.task = builtin_task(config, task) if isinstance(task, Dataset) else task
@@ -106,7 +113,7 @@ class TaskRun(MeasuredRun):
             super().end_row()
 
     def state_dict(self) -> dict[str, Any]:
-        """What every process has: where the run stands, its model, its rows, the task's random numbers."""
+        """What every process has: where the run stands, its model, its rows and sums, the task's random numbers."""
         own: dict[str, Any] = {} if self.random is None else {"random": self.random.state_dict()}
         return {
             **own,
@@ -114,6 +121,8 @@ class TaskRun(MeasuredRun):
             "model": self.model.state_dict(),
             "rows": self.rows,
             "seconds": self.seconds,
+            "steps_summed": self.steps_summed,
+            **{name: getattr(self, name) for name in self.sums},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,18 +135,20 @@ class TaskRun(MeasuredRun):
             raise ValueError(
                 f"rows must be of the columns {', '.join(self.columns)}, got {', '.join(state['rows'][0])}"
             )
+        self._load_sums(state)
         self.model.load_state_dict(state["model"])
         if self.random is not None:
             self.random.load_state_dict(state["random"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.steps_summed = state["steps_summed"]
 
-    def load_sums(self, state: dict[str, Any], names: Sequence[str]) -> None:
-        """Continue sums, attributes that are tensors, from `state`.
+    def _load_sums(self, state: dict[str, Any]) -> None:
+        """Continue the sums.
 
         Raises:
             ValueError: one is of another shape or dtype: what is added to it would be broadcast without a word.
         """
-        for name in names:
+        for name in self.sums:
             theirs, ours = state[name], getattr(self, name)
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
                 raise ValueError(

@@ -34,8 +34,6 @@ from svag_fast.ops.step import svag_coefficients
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.svag import SVAG
 
-_SUMS = ("losses", "raw_stats", "sample_sq_norms")
-
 
 class Training(TaskRun):
     """A run in progress by SVAG: the net, the optimizer, the two batch streams, and the rows of metrics so far.
@@ -51,6 +49,8 @@ class Training(TaskRun):
         TypeError, ValueError: what is wrong with the task, by name.
         TaskError: its own code failed.
     """
+
+    sums = ("losses", "raw_stats", "sample_sq_norms")
 
     def __init__(self, config: RunConfig, task: Task | Dataset) -> None:
         super().__init__(config, task)
@@ -166,8 +166,6 @@ class Training(TaskRun):
             **own,
             "optimizer": self.optimizer.state_dict(),
             "streams": self.streams.state_dict(),
-            "steps_summed": self.steps_summed,
-            **{name: getattr(self, name) for name in _SUMS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,12 +175,10 @@ class Training(TaskRun):
             KeyError, TypeError, ValueError, RuntimeError: `state` is none of this run's; `self` may have taken a part.
         """
         super().load_state_dict(state)
-        self.load_sums(state, _SUMS)
         self.optimizer.load_state_dict(state["optimizer"])
         self.streams.load_state_dict(state["streams"])
         if self.augmentation is not None:
             self.augmentation.set_state(state["augmentation"])
-        self.steps_summed = state["steps_summed"]
 
 
 class Engine(Protocol):
