@@ -57,7 +57,7 @@ class HoldingOptimizer(Optimizer):
 
     @outside_compiler
     def hold_pair(self, first: Mapping[Tensor, Tensor], stepped: StepsInBackward | None = None) -> None:
-        """Keep both batches' gradients where one backward pass made them: what :func:`svag_fast.pair_pass` ends with.
+        """Keep both batches' gradients where your own backward pass made them, as in :func:`svag_fast.pair_pass`.
 
         Then ``step()`` without a closure; clipping, unscaling and :meth:`discard_gradient` are as after
         :meth:`hold_gradient` and a second backward pass.
