@@ -80,7 +80,7 @@ RANGES = {
     "evaluations": Range(1, 100_000, whole=True),
     "checkpoint_seconds": Range(0, math.inf),
     "depth": Range(1, 2000, whole=True),
-    "width": Range(1, 100, whole=True),
+    "width": Range(0.1, 100),
 }
 MOST_RUNS = 10_000
 EFFECTIVE_STEPS = 5120  # of an experiment that says nothing of its length

@@ -30,6 +30,8 @@ def norm_layer(kind: str, channels: int, *, plain: bool = False) -> nn.Module:
     if kind == "bn":
         return nn.BatchNorm2d(channels, eps=eps, affine=plain)
     if kind == "gn":
+        if channels % NORM_GROUPS:
+            raise ValueError(f"channels must be a multiple of {NORM_GROUPS} for norm gn, got {channels}: see width")
         return nn.GroupNorm(NORM_GROUPS, channels, eps=eps, affine=plain)
     if kind == "none":
         return nn.Identity()
@@ -58,10 +60,16 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, *, b
     return nn.Conv2d(channels_in, channels_out, kernel, stride=stride, padding=kernel // 2, bias=bias)
 
 
-def check_width(width: int) -> None:
-    """Refuse a factor on the channels that is none."""
-    if width < 1:
-        raise ValueError(f"width must be a positive integer, got {width}")
+def scaled(channels: int, width: float) -> int:
+    """Return `width` times as many channels.
+
+    Raises:
+        ValueError: that is no whole number, or none.
+    """
+    found = channels * width
+    if found < 1 or found % 1:
+        raise ValueError(f"width must be a factor that leaves a whole number of {channels} channels, got {width:g}")
+    return int(found)
 
 
 def draw_weights(module: nn.Module, generator: torch.Generator) -> None:

@@ -19,7 +19,12 @@ from svag_fast.experiments.models.vgg import vgg
 from svag_fast.numeric import integer
 
 _NUMBER = r"\d{1,9}"
-_VALUES = {"norm": "bn|gn|none", "norm or ln": "bn|gn|ln|none", "widths": rf"{_NUMBER}(?:x{_NUMBER})*"}
+_VALUES = {
+    "norm": "bn|gn|none",
+    "norm or ln": "bn|gn|ln|none",
+    "widths": rf"{_NUMBER}(?:x{_NUMBER})*",
+    "width": rf"{_NUMBER}(?:\.{_NUMBER})?",  # of nets for images: a factor on their channels
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Family:
             elif part == "widths":
                 found[part] = [integer("each width", int(width), least=1, most=65536) for width in text.split("x")]
             elif part == "depth" or (part == "width" and not self.takes_tokens):
-                found[part] = check_range(part, int(text or 1))
+                found[part] = check_range(part, float(text or 1) if part == "width" else int(text))
             else:
                 found[part] = integer(part, int(text), least=1, most=65536)
         flags = [flag for flag in ("plain", "tied") if f"-{flag}" in self.grammar]
@@ -84,7 +89,7 @@ FAMILIES = (
     Family("vgg<depth>-<norm>[-w<width>][-plain]", vgg),
     Family("wrn<depth>-<width>-<norm>[-plain]", wide_resnet),
     Family("mlp<widths>-<norm or ln>[-plain]", mlp, ("inputs", "num_classes")),
-    Family("gpt<layers>x<width>-ln[-plain[-tied]]", gpt, ("vocabulary", "context")),
+    Family("gpt<layers>x<width in features>-ln[-plain[-tied]]", gpt, ("vocabulary", "context")),
 )
 EXAMPLES = ("preresnet32-gn", "vgg16-bn-w2", "resnet32-bn-plain", "wrn16-4-bn", "mlp128x64-ln", "gpt2x32-ln-plain-tied")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svag_fast.experiments.models.layers import check_width, conv, has_bias, norm_layer, with_head
+from svag_fast.experiments.models.layers import conv, has_bias, norm_layer, scaled, with_head
 from svag_fast.nn.fuse import FusedSequential, norm_then_relu
 
 
@@ -65,7 +65,7 @@ class BasicBlock(nn.Module):
 def preresnet(
     depth: int = 32,
     norm: str = "gn",
-    width: int = 1,
+    width: float = 1,
     *,
     plain: bool = False,
     in_channels: int = 3,
@@ -75,17 +75,17 @@ def preresnet(
     """PreResNet-(6n+2): three stages of n pre-activation blocks of 16, 32 and 64 times `width` channels.
 
     Raises:
-        ValueError: depth is not 6n + 2 with n >= 1, width < 1, or an unknown norm.
+        ValueError: depth is not 6n + 2 with n >= 1, `width` leaves no whole number of channels, or an unknown norm.
     """
     blocks = _blocks("PreResNet", depth, 2)
-    check_width(width)
-    layers, channels = _pre_act_stages(in_channels, 16 * width, 16 * width, blocks, norm, plain)
+    first = scaled(16, width)
+    layers, channels = _pre_act_stages(in_channels, first, first, blocks, norm, plain)
     return with_head(FusedSequential(*layers), channels, num_classes, generator, plain=plain)
 
 
 def wide_resnet(
     depth: int = 16,
-    width: int = 4,
+    width: float = 4,
     norm: str = "bn",
     *,
     plain: bool = False,
@@ -99,11 +99,10 @@ def wide_resnet(
     of each stage takes its shortcut behind its norm, and before the ReLU; theirs takes it behind both.
 
     Raises:
-        ValueError: depth is not 6n + 4 with n >= 1, width < 1, or an unknown norm.
+        ValueError: depth is not 6n + 4 with n >= 1, `width` leaves no whole number of channels, or an unknown norm.
     """
     blocks = _blocks("WRN", depth, 4)
-    check_width(width)
-    layers, channels = _pre_act_stages(in_channels, 16, 16 * width, blocks, norm, plain)
+    layers, channels = _pre_act_stages(in_channels, 16, scaled(16, width), blocks, norm, plain)
     return with_head(FusedSequential(*layers, nn.ReLU()), channels, num_classes, generator, plain=plain)
 
 
@@ -126,7 +125,7 @@ def _pre_act_stages(
 def resnet(
     depth: int = 32,
     norm: str = "bn",
-    width: int = 1,
+    width: float = 1,
     *,
     plain: bool = False,
     in_channels: int = 3,
@@ -139,18 +138,17 @@ def resnet(
     net is scale-invariant too: what a block adds to its input is normalised.
 
     Raises:
-        ValueError: depth is not 6n + 2 with n >= 1, width < 1, or an unknown norm.
+        ValueError: depth is not 6n + 2 with n >= 1, `width` leaves no whole number of channels, or an unknown norm.
     """
     blocks = _blocks("ResNet", depth, 2)
-    check_width(width)
-    channels = 16 * width
+    channels = scaled(16, width)
     layers: list[nn.Module] = [
         conv(in_channels, channels, 3, bias=has_bias(norm, plain)),
         norm_layer(norm, channels, plain=plain),
         nn.ReLU(),
     ]
     for stage in range(3):
-        channels_out = 16 * width * 2**stage
+        channels_out = scaled(16, width) * 2**stage
         for block in range(blocks):
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(BasicBlock(channels, channels_out, stride, norm, plain))

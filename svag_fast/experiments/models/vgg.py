@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from svag_fast.experiments.models.layers import check_width, conv, has_bias, norm_layer, with_head
+from svag_fast.experiments.models.layers import conv, has_bias, norm_layer, scaled, with_head
 from svag_fast.nn.fuse import FusedSequential
 
 VGG_WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -19,7 +19,7 @@ VGG_WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
 def vgg(
     depth: int = 16,
     norm: str = "gn",
-    width: int = 1,
+    width: float = 1,
     *,
     plain: bool = False,
     in_channels: int = 3,
@@ -29,18 +29,17 @@ def vgg(
     """VGG-11, 13, 16 or 19 for small images: 3x3 convolution, norm, ReLU; average pooling; one linear layer.
 
     Raises:
-        ValueError: an unknown depth or norm, or width < 1.
+        ValueError: an unknown depth or norm, or `width` leaves no whole number of channels.
     """
     if depth not in VGG_WIDTHS:
         raise ValueError(f"VGG's depth must be one of {', '.join(map(str, VGG_WIDTHS))}, got {depth}")
-    check_width(width)
     layers: list[nn.Module] = []
     channels = in_channels
     for stage, widths in enumerate(VGG_WIDTHS[depth]):
         # Before each stage but the first: the pooling behind the last one is part of the mean over all pixels.
         if stage:
             layers.append(nn.AvgPool2d(2))
-        for channels_out in (width * w for w in widths):
+        for channels_out in (scaled(w, width) for w in widths):
             layers.append(conv(channels, channels_out, 3, bias=has_bias(norm, plain)))
             layers += [norm_layer(norm, channels_out, plain=plain), nn.ReLU()]
             channels = channels_out
