@@ -185,6 +185,11 @@ def _convergence(
 _MATCHES = "matches the limit"
 _LARGE: Settings = {"batch_size": 1024, "lr": 6.4}
 _SMALL_LARGE: Settings = {"batch_size": 256, "lr": 25.6, "effective_steps": 80, "l": [1, 2, 4, 8, 16, 32]}
+# 60,000 real images, one epoch: batch sizes on both sides of B*, the rate of B = 8 scaled linearly.
+_FASHION: Settings = {"dataset": "fashion-mnist", "label_noise": 0.0, "model": "preresnet8-bn-w0.5", "seeds": 3}
+_FASHION |= {"weight_decay": 0.0025, "rows": 100, "evaluations": 20}
+_FASHION_SMALL: Settings = _FASHION | {"batch_size": 8, "lr": 0.1, "effective_steps": 7500}
+_FASHION_LARGE: Settings = _FASHION | {"batch_size": 512, "lr": 6.4, "effective_steps": 117, "l": [1, 2, 4, 8]}
 _AT_128: Settings = {"batch_size": 128, "lr": 0.8, "l": [1, 2, 4, 8]}
 
 PRESETS: dict[str, Preset] = {
@@ -204,6 +209,14 @@ PRESETS: dict[str, Preset] = {
         _convergence(
             "fig4-right", "4 right", "SVAG converges, SGD departs from its limit", _SMALL_LARGE,
             "departs from the limit", **_LARGE,
+        ),
+        _convergence(
+            "fig4-left-fashion", "4 left", "SVAG converges, SGD matches its limit: Fashion-MNIST",
+            _FASHION_SMALL, _MATCHES, dataset="fashion-mnist",
+        ),
+        _convergence(
+            "fig4-right-fashion", "4 right", "SVAG converges, SGD departs from its limit: Fashion-MNIST",
+            _FASHION_LARGE, "departs from the limit", **_LARGE, dataset="fashion-mnist",
         ),
         _convergence(
             "bn-128", "F.1", "SVAG converges, SGD matches its limit: BatchNorm",

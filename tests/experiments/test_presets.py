@@ -19,7 +19,8 @@ def test_every_preset_is_made_of_settings_that_a_run_may_have(scale):
         for config in preset.experiments(scale).values():
             assert any(family.options(config.model) is not None for family in FAMILIES), config.model
             assert config.dataset in DATASETS
-            assert (scale == "paper") == (config.dataset in ("cifar10", "cifar100", "svhn")), preset.name
+            if not preset.name.endswith("-fashion"):
+                assert (scale == "paper") == (config.dataset in ("cifar10", "cifar100", "svhn")), preset.name
 
 
 @pytest.mark.parametrize("preset", TRAINED, ids=lambda preset: preset.name)
