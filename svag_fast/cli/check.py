@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from svag_fast.cli.options import setting_options, setting_panel
+from svag_fast.cli.options import data_dir_option, setting_options, setting_panel
 from svag_fast.experiments.config import BOOKKEEPING, HOW, LENGTH, WHAT, ExperimentConfig, cores
 
 MARKS = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
@@ -18,8 +18,9 @@ MARKS = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
 @setting_panel(ExperimentConfig, WHAT)
 @setting_panel(ExperimentConfig, LENGTH)
 @setting_panel(ExperimentConfig, HOW)
-@setting_panel(ExperimentConfig, BOOKKEEPING, "--jobs", "--help")
+@setting_panel(ExperimentConfig, BOOKKEEPING, "--data-dir", "--jobs", "--help")
 @setting_options(ExperimentConfig)
+@data_dir_option
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
 def check(target: str, jobs: int | None, **given: Any) -> None:
     """Try what `svag-fast run TARGET` would train, and say what a run of it would be like.

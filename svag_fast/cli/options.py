@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import rich_click as click
@@ -48,6 +50,21 @@ margin_option = click.option(
     default={},
     help="Distance from the limit that does not matter, in the metric's units or in percent of its value.  "
     "[default: test_accuracy=0.02,test_loss=10%]",
+)
+
+
+def _search_first(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:
+    if folder is not None:
+        os.environ["SVAG_FAST_DATA"] = str(folder.absolute())  # which the processes of the runs inherit
+    return folder
+
+
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    expose_value=False,
+    callback=_search_first,
+    help="Folder of data sets, searched first.  [default: SVAG_FAST_DATA, then data here and at home]",
 )
 
 

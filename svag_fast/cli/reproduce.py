@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from svag_fast.cli.options import NumberList
+from svag_fast.cli.options import NumberList, data_dir_option
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import ConfigError, ExperimentConfig, check_range, cores
 from svag_fast.experiments.experiment_folder import ExperimentError, check_experiment, prepare_folder
@@ -33,10 +32,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--l", type=NumberList(), metavar="L,...", help="SVAG's l, instead of the preset's.")
 @click.option("--seeds", type=int, metavar="N", help="Number of seeds, instead of the preset's.")
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of data sets, searched first.  [default: SVAG_FAST_DATA, then data here and at home]",
-)  # fmt: skip
+@data_dir_option
 @click.option("--device", metavar="NAME", help="Where nets and data live: cpu, cuda.  [default: cpu]")
 @click.option("--threads", type=int, metavar="N", help="Threads of each run's process.  [default: 1]")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time.  [default: cores / threads]")
@@ -49,7 +45,6 @@ def reproduce(
     list_: bool,
     probe: bool,
     scale: Scale,
-    data_dir: Path | None,
     out: Path | None,
     jobs: int | None,
     **given: Any,
@@ -61,8 +56,6 @@ def reproduce(
     gets NAME.png and NAME.json.
     """
     console = Console()
-    if data_dir is not None:
-        os.environ["SVAG_FAST_DATA"] = str(data_dir.absolute())  # which the processes of the runs inherit
     changes = {key: value for key, value in given.items() if value is not None}
     try:
         if list_:

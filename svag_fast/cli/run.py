@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
-from svag_fast.cli.options import margin_option, metric_option, setting_options, setting_panel
+from svag_fast.cli.options import data_dir_option, margin_option, metric_option, setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped
 from svag_fast.experiments.config import (
     BOOKKEEPING,
@@ -71,11 +70,7 @@ if TYPE_CHECKING:
     "--help",
 )
 @setting_options(ExperimentConfig)
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of data sets, searched first.  [default: SVAG_FAST_DATA, then data here and at home]",
-)
+@data_dir_option
 @click.option(
     "--download", is_flag=True, help="Let torchvision download what is missing into --data-dir.  [default: data]"
 )
@@ -101,7 +96,6 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into each run's folder.")
 def run(
     target: str | None,
-    data_dir: Path | None,
     download: bool,
     out: Path | None,
     file: Path | None,
@@ -131,8 +125,6 @@ def run(
     console = Console()
     given = {name: value for name, value in given.items() if value is not None}
     judging = {"metrics": metrics or None, "margins": margins}
-    if data_dir is not None:
-        os.environ["SVAG_FAST_DATA"] = str(data_dir.absolute())  # which the processes of the runs inherit
     try:
         if target is not None:
             given = _with_target(target, given)

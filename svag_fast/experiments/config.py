@@ -17,6 +17,8 @@ from svag_fast.numeric import integer, number, shown
 
 # Settings of the built-in nets and data, and what they are where a task takes their place.
 BUILTIN: dict[str, Any] = {"dataset": "", "model": "", "label_noise": 0.0, "augment": "none"}
+# By data set, where none is asked for: nobody's own data are made noisy.
+LABEL_NOISE = {"digits": 0.2}
 AUGMENTS = ("none", "crop-flip")
 INITS = ("shared", "own")
 ENGINES = ("torch", "fused")
@@ -162,7 +164,11 @@ class Settings:
     process: str = "svag"
     dataset: str = setting("digits", WHAT, "NAME", f"{', '.join(DATASETS)}, or FILE.npz with your own images.")
     label_noise: float = setting(
-        0.2, WHAT, "PART", "Part of the training labels, chosen once, that is redrawn from all classes."
+        None,
+        WHAT,
+        "PART",
+        "Part of the training labels, chosen once, that is redrawn from all classes. On other data than digits 0.",
+        shown="0.2",
     )
     # The convolutional net's honest setting, in which N/G is far above 1 as well: B = 2, lr 0.1, decay 0.0025.
     model: str = setting(
@@ -218,6 +224,8 @@ class Settings:
                 nothing = BUILTIN[name]
                 _check(value in (field.default, nothing), name, value, "left out: the task has its own")
                 object.__setattr__(self, name, nothing)
+            elif name == "label_noise" and value is None:
+                object.__setattr__(self, name, LABEL_NOISE.get(self.dataset, 0.0))
             elif choices:
                 _check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
             elif name in RANGES:

@@ -245,3 +245,11 @@ def test_a_wrong_command_is_refused(tmp_path):
         result = CliRunner().invoke(main, ["check", *arguments])
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_data_dir_is_searched_as_by_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SVAG_FAST_DATA", "elsewhere")
+    monkeypatch.setattr("svag_fast.experiments.data.files.Path.is_file", lambda self: False)
+    result = CliRunner().invoke(main, ["check", "cifar10/preresnet8-bn", "--data-dir", str(tmp_path / "here")])
+    assert result.exit_code == 2
+    assert f"areinnoneof{tmp_path}/here" in re.sub(r"[\s│]+", "", result.output)

@@ -27,6 +27,19 @@ def test_the_default_is_312_runs_of_equal_time_by_the_linear_scaling_rule():
     assert {(run.engine, run.stat_every, run.label_noise) for run in runs} == {("fused", 1, 0.2)}
 
 
+def test_labels_are_made_noisy_on_digits_alone_unless_it_is_asked_for(tmp_path):
+    own = tmp_path / "own.npz"
+    own.touch()
+    for dataset in ("fashion-mnist", "cifar10", "svhn", str(own)):
+        assert ExperimentConfig(dataset=dataset, model="preresnet8-bn").label_noise == 0
+        asked = ExperimentConfig(dataset=dataset, model="preresnet8-bn", label_noise=0.1)
+        assert {run.label_noise for run in asked.runs()} == {0.1}
+    assert ExperimentConfig(label_noise=0).label_noise == 0
+    assert ExperimentConfig(model="digits-net").label_noise == 0.2
+    with pytest.raises(ConfigError, match=r"^label_noise must be left out: the task has its own, got 0.2"):
+        ExperimentConfig(task="<toy>", label_noise=0.2)
+
+
 def test_l_is_one_list_for_all_batch_sizes_or_one_for_each():
     for given in ((1, 3), [[1, 3]], ((1, 3), (1, 3))):
         config = ExperimentConfig.from_dict({"batch_size": [4, 8], "l": given, "seeds": 1})
