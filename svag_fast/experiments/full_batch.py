@@ -23,6 +23,7 @@ from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import Dataset
 from svag_fast.experiments.evaluation import checked_losses
 from svag_fast.experiments.measured_run import RowMeans, own_seed
+from svag_fast.experiments.random_state import OwnRandom
 from svag_fast.experiments.task import Task
 from svag_fast.experiments.task_run import TaskRun
 from svag_fast.noise.estimators import NoiseEstimate
@@ -74,15 +75,15 @@ class FullBatchTraining(TaskRun):
         # On the CPU, so that a run has the same noise on every device.
         self.noise = torch.Generator("cpu").manual_seed(own_seed(config, "noise of NGD"))
         self.elapsed = 0.0
-        with self.task_code():
-            self._refuse_randomness()
+        if self.random is not None:
+            self._refuse_randomness(self.random)
         self.start()
 
-    def _refuse_randomness(self) -> None:
-        before = self._random_state()
-        with torch.no_grad():
+    def _refuse_randomness(self, random: OwnRandom) -> None:
+        before = random.state_dict()
+        with self.task_code(), torch.no_grad():
             self.task.losses(self.model, self.train_data.part(range(min(2, len(self.train_data)))))
-        if not all(torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True)):
+        if not random.stands_at(before):
             raise ValueError(
                 must_be(
                     "model",
@@ -90,11 +91,6 @@ class FullBatchTraining(TaskRun):
                     "one that does, such as Dropout",
                 )
             )
-
-    def _random_state(self) -> list[Tensor]:
-        device = torch.device(self.config.device)
-        own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        return [torch.get_rng_state(), *own]
 
     def sample_weights(self) -> Tensor:
         """Fresh weights [n] of the samples' losses: 1 of GD's, of mean 1 in NGD's."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -126,6 +127,21 @@ class Task:
         except (TypeError, ValueError):  # of C
             return False
         return parameters[:1] == ["model"]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of its parts that are modules, by name: the loss, metrics, the augmentation."""
+        parts = {"loss": self.loss, "augment": self.augment, **{f"metric {n}": m for n, m in self.metrics.items()}}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    def placed(self, device: torch.device | str) -> Task:
+        """Return the task with copies of its modules on a device: their buffers are one run's, as its model's are."""
+
+        def own(part: Any) -> Any:
+            return copy.deepcopy(part).to(device) if isinstance(part, nn.Module) else part
+
+        metrics = {name: own(metric) for name, metric in self.metrics.items()}
+        return replace(self, loss=own(self.loss), augment=own(self.augment), metrics=metrics)
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Each sample's loss, [B]."""

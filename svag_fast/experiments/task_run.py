@@ -43,12 +43,14 @@ class TaskRun(MeasuredRun):
     steps_summed: int
 
     def __init__(self, config: RunConfig, task: Task | Dataset) -> None:
-        self.task = builtin_task(config, task) if isinstance(task, Dataset) else task
+        own = builtin_task(config, task) if isinstance(task, Dataset) else task
+        with own_code(own.name):
+            self.task = own.placed(config.device)
         super().__init__(config, tuple(self.task.metrics))
         self.train_data, self.test_data = (
             TaskData(data, self.task.collate, config.device) for data in (self.task.train, self.task.test)
         )
-        self.random = None if isinstance(self.task, BuiltinTask) else OwnRandom(0, config.device)
+        self.random = None if isinstance(own, BuiltinTask) else OwnRandom(0, config.device, self.task)
         self.way: Way = "auto"
         if self.random is None:
             # Convolutions and BatchNorm are faster with the channels last: bench/test_training_step.py times both.
@@ -67,6 +69,7 @@ class TaskRun(MeasuredRun):
         random.seed(own_seed(config, "initial weights") if config.init == "own" else 0)
         with self.task_code():
             self.model = new_model(self.task, facts.model).to(config.device)
+        random.look_into(self.model)
 
     def start(self) -> None:
         """Add the first row; what is drawn from here on is the training's."""
@@ -118,6 +121,8 @@ class TaskRun(MeasuredRun):
     def state_dict(self) -> dict[str, Any]:
         """What every process has: where the run stands, its model, its rows and sums, the task's random numbers."""
         own: dict[str, Any] = {} if self.random is None else {"random": self.random.state_dict()}
+        if parts := {name: state for name, part in self.task.modules.items() if (state := part.state_dict())}:
+            own["parts"] = parts
         return {
             **own,
             "step": self.step,
@@ -140,6 +145,9 @@ class TaskRun(MeasuredRun):
             )
         self._load_sums(state)
         self.model.load_state_dict(state["model"])
+        # Older versions' have none: what didn't change is as it was made.
+        for name, part in state.get("parts", {}).items():
+            self.task.modules[name].load_state_dict(part)
         if self.random is not None:
             self.random.load_state_dict(state["random"])
         self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]

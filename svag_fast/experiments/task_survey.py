@@ -61,8 +61,9 @@ def survey(task: Task, config: ExperimentConfig, *, jobs: int) -> Iterator[Findi
     runs = config.runs()
     device = config.device
     task.check_batch_size(max(config.batch_size))
+    whole, task = task, task.placed(device)
     train, test = (TaskData(data, task.collate, device) for data in (task.train, task.test))
-    random = OwnRandom(0, device)
+    random = OwnRandom(0, device, task)
 
     def tried(ask: Callable[[], Any]) -> Any:
         with random.active(), own_code(task.name):
@@ -82,7 +83,7 @@ def survey(task: Task, config: ExperimentConfig, *, jobs: int) -> Iterator[Findi
     yield tried_twice(task, train, device)
     yield _norms(facts)
     yield _invariance(lambda: tried(lambda: report_of(facts.model, lambda m: task.losses(m, batch))))
-    yield _cost(task, config, runs, jobs)
+    yield _cost(whole, config, runs, jobs)
 
 
 def _batch(task: Task, train: TaskData) -> Any:
@@ -116,7 +117,7 @@ def tried_twice(task: Task, train: TaskData, device: torch.device | str) -> Find
 
 
 def _from_seed(task: Task, train: TaskData, device: torch.device | str) -> dict[str, list[Tensor]]:
-    with OwnRandom(1, device).active(), own_code(task.name):
+    with OwnRandom(1, device, task).active(), own_code(task.name):
         model = new_model(task).to(device).train()
         weights = [t.detach().clone() for t in model.state_dict().values()]
         batch = _batch(task, train)
