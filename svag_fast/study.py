@@ -55,9 +55,9 @@ def study(
     Args:
         task: a task, or a target as `svag-fast run` takes it.
         out: the experiment's folder; None: a new one in runs.
-        resume: continue the experiment in `out`, or start it where there is none yet. A task that was made in Python is
-            taken to be the same when its name is.
-        force: with `resume`: continue although the task's file has changed.
+        resume: continue the experiment in `out`, or start it where there is none yet. Another task is refused: by its
+            file, its data, and what it makes of a fixed seed.
+        force: with `resume`: continue although the task has changed.
         jobs: processes at a time, for a target; None: cores / threads.
         metrics: columns of metrics.csv to judge by; None: the task's first metric, if any, and the loss.
         margins: by column; see `svag-fast run --margin`.
@@ -94,7 +94,7 @@ def study(
     config = with_size(config, made)
     check_experiment(config, made)
     check_judging(["accuracy"] if made is None else list(made.metrics), metrics, margins)
-    prepare_folder(folder, config, resume=resume, force=force)
+    prepare_folder(folder, config, made, resume=resume, force=force)
     console = Console(quiet=not progress)
     console.print(f"in {folder}", markup=False)
     options: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 from rich.console import Console
 
 import svag_fast
 from svag_fast.analysis.margins import Margin
-from svag_fast.experiments.config import ConfigError
-from svag_fast.experiments.experiment_folder import ExperimentError
+from svag_fast.experiments.config import ConfigError, ExperimentConfig
+from svag_fast.experiments.experiment_folder import ExperimentError, prepare_folder, with_size
 from svag_fast.experiments.task_error import TaskError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -72,6 +75,79 @@ def test_a_folder_is_continued_by_a_task_of_the_same_name_alone(tmp_path):
     svag_fast.study(regression(), out=tmp_path, resume=True, **grid)
     with pytest.raises(ExperimentError, match="task is '<line>' there and '<other>' here"):
         svag_fast.study(regression(name="other"), out=tmp_path, resume=True, **grid)
+
+
+def net(activation=torch.nn.ReLU, dropout=0.1, gain=1.0):
+    def model():
+        made = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), activation(), torch.nn.Dropout(dropout), torch.nn.Linear(8, 1)
+        )
+        with torch.no_grad():
+            made[0].weight.mul_(gain)
+        return made
+
+    return model
+
+
+def mean_error(outputs, targets):
+    return (outputs - targets).abs().mean()
+
+
+CHANGES = {
+    "a training target": ({"train": (X, torch.where(torch.arange(64)[:, None] == 63, 0, Y))}, "training data: .*SHA"),
+    "the test data": ({"test": (X[1:10], Y[1:10])}, "test data: "),
+    "the loss": ({"loss": lambda o, t: torch.nn.functional.huber_loss(o, t, reduction="none").mean(1)}, "losses: "),
+    "the activation": ({"model": net(torch.nn.Tanh)}, "losses: "),
+    "the dropout": ({"model": net(dropout=0.2)}, "losses: "),
+    "the initial weights": ({"model": net(gain=1.01)}, "initial weights: "),
+    "the metric": ({"metrics": {"error": lambda o, t: 2 * mean_error(o, t)}}, "metrics: "),
+    "the augmentation": ({"augment": lambda x, generator: x + torch.randn(x.shape, generator=generator)}, "batches: "),
+    "a layer": ({"model": lambda: net()().append(torch.nn.Linear(1, 1))}, "initial weights: "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_task_that_changed_is_refused_by_what_changed(name, tmp_path):
+    changes, said = CHANGES[name]
+    parts = {"model": net(), "metrics": {"error": mean_error}}
+    prepare(tmp_path, regression(**parts))
+    before = files(tmp_path)
+    with pytest.raises(ExperimentError, match=rf"was begun with another task of this name(.|\n)*{said}"):
+        prepare(tmp_path, regression(**(parts | changes)))
+    assert files(tmp_path) == before
+
+
+def prepare(folder, task, **options):
+    config = with_size(ExperimentConfig.from_dict({"task": f"<{task.name}>", "seeds": 1}), task)
+    prepare_folder(folder, config, task, resume=True, **options)
+
+
+def test_a_changed_task_continues_by_force_and_is_the_experiment_s_from_then_on(tmp_path):
+    one, other = (regression(model=net(), metrics={"error": mean_error}, test=(X[n:9], Y[n:9])) for n in (0, 1))
+    prepare(tmp_path, one)
+    prepare(tmp_path, other, force=True)
+    prepare(tmp_path, other)
+    with pytest.raises(ExperimentError, match=r"test data: (.|\n)*--force continues with the new task"):
+        prepare(tmp_path, one)
+    (tmp_path / "task_facts.json").unlink()  # as an older version's
+    prepare(tmp_path, one)
+    with pytest.raises(ExperimentError, match="test data: "):
+        prepare(tmp_path, other)
+    for damage in ("{", "[1]", '{"losses": 3}'):
+        (tmp_path / "task_facts.json").write_text(damage)
+        with pytest.raises(ExperimentError, match=r"task_facts.json: no facts of a task in it"):
+            prepare(tmp_path, one)
+
+
+def test_what_is_never_the_same_twice_is_not_compared(tmp_path):
+    def entropy(x, generator):
+        return x + int.from_bytes(os.urandom(4), "big") / 2**32
+
+    for _ in range(2):
+        prepare(tmp_path, regression(augment=entropy))
+    facts = json.loads((tmp_path / "task_facts.json").read_text())
+    assert facts.keys() >= {"initial weights", "training data"}
+    assert not facts.keys() & {"batches", "losses"}
 
 
 def test_the_tasks_own_error_names_the_runs_folder(tmp_path):

@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Continue the experiment in --out, or start it where there is none yet. Without --out: the newest in runs.",
 )
-@click.option("--force", is_flag=True, help="With --resume: continue although the task's file has changed.")
+@click.option("--force", is_flag=True, help="With --resume: continue although the task has changed.")
 @click.option("--checkpoint-seconds", type=float, default=5.0, show_default=True, help="Save this often.")
 @metric_option
 @margin_option
@@ -151,7 +151,7 @@ def run(
             _download(config.dataset)
         check_experiment(config, made)
         _check_judging(made, metrics, margins)
-        prepare_folder(out, config, resume=resume, force=force)
+        prepare_folder(out, config, made, resume=resume, force=force)
         console.print(_plan(config))
         console.print(f"in {out}\n", markup=False)
         run_experiment(

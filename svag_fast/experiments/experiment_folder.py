@@ -26,23 +26,35 @@ from svag_fast.experiments.task_file import (
 from svag_fast.files import is_leftover, remove_leftovers, replace_file
 
 if TYPE_CHECKING:
+    from svag_fast.experiments.config import RunConfig
     from svag_fast.experiments.task import Task
+    from svag_fast.experiments.task_facts import Facts
 
 
 class ExperimentError(RuntimeError):
     """The experiment can't continue; the message says what to do."""
 
 
-def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool, force: bool = False) -> None:
+def prepare_folder(
+    out: Path, config: ExperimentConfig, task: Task | None = None, *, resume: bool, force: bool = False
+) -> None:
     """Make `out` the folder of the experiment that `config` describes or, with `resume`, check that it is.
 
     With `resume` too a folder that is missing or empty is made: one command line starts a job and continues it.
-    With `force` a task's file may have changed since: runs from here on are of the new one.
+    With `force` a task may have changed since: runs from here on are of the new one.
+
+    Args:
+        out: the folder.
+        config: the grid.
+        task: the task that it names.
+        resume: continue what is there.
+        force: whatever task it was.
 
     Raises:
         ConfigError: a task's file isn't there.
         ExperimentError: without `resume`, it holds something already; with it, another experiment, none, one of a
-            task's file that has changed, or runs that can't be continued or reported beside its own.
+            task that has changed, or runs that can't be continued or reported beside its own.
+        TaskError: the task's own code failed.
         OSError: it can't be written.
     """
     in_file = config.task and not config.task.startswith("<")
@@ -57,18 +69,65 @@ def prepare_folder(out: Path, config: ExperimentConfig, *, resume: bool, force: 
         if differing := [key for key in ours if not _alike(key, ours[key], theirs[key])]:
             details = ", ".join(f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in differing)
             raise ExperimentError(f"{out} holds another experiment: {details}. Leave these options out to resume it.")
+        facts = None if task is None else _facts(out, config, task, force)
         _check_runs(out, config)
         remove_leftovers(out)
         if source is not None:
             _renew_copy(out, config.task, source)
+        _write_facts(out, facts)
         if theirs != ours:  # the task's file was moved
             _write_experiment(out, config)
         return
+    facts = None if task is None else _facts(out, config, task, force)
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
+    _write_facts(out, facts)
     if source is not None:
         keep_copy(out, config.task, source)
     _write_experiment(out, config)
+
+
+def check_facts(out: Path, config: ExperimentConfig | RunConfig, task: Task) -> Facts:
+    """Return what a task is, by numbers; refuse another one than the experiment's in `out`.
+
+    Raises:
+        ExperimentError: it is another one, in what the message says, or the folder's facts can't be read.
+        TaskError: the task's own code failed.
+    """
+    from svag_fast.experiments.task_facts import differences, facts_of, read_facts
+
+    found = facts_of(task, config.device)
+    try:
+        known = read_facts(out)
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
+    if known is not None and (changes := differences(known, found)):
+        raise ExperimentError(
+            f"{out} was begun with another task of this name, by its data or by what comes of a fixed seed:\n\n"
+            + "\n".join(changes)
+            + "\n\nRuns of two tasks don't belong in one report. Does its code make the same data each time?"
+        )
+    return found
+
+
+def _facts(out: Path, config: ExperimentConfig, task: Task, force: bool) -> Facts:
+    if force:
+        from svag_fast.experiments.task_facts import facts_of
+
+        return facts_of(task, config.device)
+    try:
+        return check_facts(out, config, task)
+    except ExperimentError as error:
+        raise ExperimentError(
+            f"{error} Or choose another --out. --force continues with the new task anyway."
+        ) from error
+
+
+def _write_facts(out: Path, facts: Facts | None) -> None:
+    if facts is not None:
+        from svag_fast.experiments.task_facts import write_facts
+
+        write_facts(out, facts)
 
 
 def _write_experiment(out: Path, config: ExperimentConfig) -> None:

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from svag_fast import __version__
 from svag_fast.experiments.config import ExperimentConfig, RunConfig, check_range
-from svag_fast.experiments.experiment_folder import ExperimentError
+from svag_fast.experiments.experiment_folder import ExperimentError, check_facts
 from svag_fast.experiments.task_file import known_hashes, load_task
 from svag_fast.versions import package_version
 
@@ -272,7 +272,10 @@ def _work(
     from svag_fast.experiments.training import train_together
 
     try:
-        task = load_task(runs[0].task, options["provenance"]["task_sha256"]) if runs[0].task else None
+        task = None
+        if runs[0].task:
+            task = load_task(runs[0].task, options["provenance"]["task_sha256"])
+            check_facts(folders[0].parent, runs[0], task)  # its data may be made anew in each process
         train_together(runs, folders, task=task, on_progress=report, should_stop=lambda: stop, **options)
     except Exception as error:
         expected = isinstance(error, (OSError, RuntimeError, ValueError))

@@ -148,13 +148,15 @@ def load_task(task: str, sha256: str | None = None) -> Task:
             what is wrong with the task.
         TaskError: its code failed; the message has the traceback.
     """
+    from svag_fast.experiments.random_state import OwnRandom
     from svag_fast.experiments.task_error import own_code
 
     place, source = place_of(task), source_of(task)
     if sha256 is not None and hash_of(source) != sha256:
         raise ConfigError(must_be(str(place.path), "as it was when the experiment began", "a changed file"))
     try:
-        with own_code(short_name(task)):
+        # Every process makes the same data, also of global generators that nobody seeded.
+        with OwnRandom(0, "cpu").active(), own_code(short_name(task)):
             made = _made(place, source)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
@@ -180,8 +182,8 @@ def _run(place: Place, source: str) -> types.ModuleType:
     if place.module is not None:
         return importlib.import_module(place.module)
     folder = str(place.path.parent)
-    if folder not in sys.path:  # as of a script: it may import its neighbours
-        sys.path.insert(0, folder)
+    # As of a script: it may import its neighbours, before those of a file that ran earlier.
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
     module = types.ModuleType(f"svag_fast_task_{place.path.stem}")
     module.__file__ = str(place.path)
     sys.modules[module.__name__] = module

@@ -12,21 +12,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.models.invariance import ScaleInvarianceReport, report_of
 from svag_fast.experiments.random_state import OwnRandom
 from svag_fast.experiments.task import BuiltinTask, Task
-from svag_fast.experiments.task_check import TaskFacts, augmented, check_task, new_model
+from svag_fast.experiments.task_check import TaskFacts, check_task
 from svag_fast.experiments.task_data import TaskData
 from svag_fast.experiments.task_error import own_code
+from svag_fast.experiments.task_facts import from_seed, some_batch
 from svag_fast.experiments.training import Engine, make_engine
 from svag_fast.nn.replay import differ
 from svag_fast.sample_norms.context import UnsupportedModuleError, per_sample_sq_norms
 
 State = Literal["ok", "note", "fails"]
-ROWS = 8  # samples of the batch that is tried
 SHOWN = 8  # names in an answer
 PROBE_SECONDS, PROBE_STEPS = 1.0, 16  # of each batch size at most, behind one step that warms up
 
@@ -74,25 +73,16 @@ def survey(task: Task, config: ExperimentConfig, *, jobs: int) -> Iterator[Findi
     yield Finding(
         "ok", "task", f"{len(train):,} training and {len(test):,} test samples, {parameters:,} trained parameters"
     )
-    batch = tried(lambda: _batch(task, train))
+    batch = tried(lambda: some_batch(task, train))
     losses: Tensor = tried(lambda: task.losses(facts.model.train(), batch)).detach()
     finite = bool(losses.isfinite().all())
     got = "" if finite else f", but not finite: {', '.join(f'{v:g}' for v in losses.tolist()[:4])}"
     yield Finding("ok" if finite else "fails", "one loss a sample", f"yes{got}")
     yield _independence(facts)
-    yield tried_twice(task, train, device)
+    yield tried_twice(task, train, test)
     yield _norms(facts)
     yield _invariance(lambda: tried(lambda: report_of(facts.model, lambda m: task.losses(m, batch))))
     yield _cost(whole, config, runs, jobs)
-
-
-def _batch(task: Task, train: TaskData) -> Any:
-    """Some training samples, spread over the data, as a run takes them."""
-    count = len(train)
-    batch = train.take(torch.arange(ROWS, dtype=torch.int64, device="cpu") * max(1, count // ROWS) % count)
-    if task.augment is None:
-        return batch
-    return augmented(task, batch, torch.Generator(train.device).manual_seed(0))
 
 
 def _independence(facts: TaskFacts) -> Finding:
@@ -104,9 +94,9 @@ def _independence(facts: TaskFacts) -> Finding:
     return Finding("note", question, f"no: {facts.reason}. Each of the two batches has statistics of its own")
 
 
-def tried_twice(task: Task, train: TaskData, device: torch.device | str) -> Finding:
-    """Whether the same seed gives the same bits: weights, data, augmentation, losses, gradients."""
-    first, second = (_from_seed(task, train, device) for _ in range(2))
+def tried_twice(task: Task, train: TaskData, test: TaskData) -> Finding:
+    """Whether the same seed gives the same bits: weights, data, augmentation, losses, gradients, metrics."""
+    first, second = (from_seed(task, train, test) for _ in range(2))
     for what, tensors in first.items():
         if len(tensors) != len(second[what]) or any(
             a.shape != b.shape or differ(a, b) for a, b in zip(tensors, second[what], strict=True)
@@ -114,22 +104,6 @@ def tried_twice(task: Task, train: TaskData, device: torch.device | str) -> Find
             answer = f"no: {what} differ when made twice from the same seed, so that runs can't be repeated or resumed"
             return Finding("note", "deterministic", f"{answer} to the bit")
     return Finding("ok", "deterministic", f"yes: {', '.join(first)} are the same twice from the same seed")
-
-
-def _from_seed(task: Task, train: TaskData, device: torch.device | str) -> dict[str, list[Tensor]]:
-    with OwnRandom(1, device, task).active(), own_code(task.name):
-        model = new_model(task).to(device).train()
-        weights = [t.detach().clone() for t in model.state_dict().values()]
-        batch = _batch(task, train)
-        losses = task.losses(model, batch)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(losses.mean(), trained, allow_unused=True, materialize_grads=True)
-    return {
-        "initial weights": weights,
-        "batches": [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)],
-        "losses": [losses.detach()],
-        "gradients": list(gradients),
-    }
 
 
 def norms_by_layer(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[str, list[str]]]:

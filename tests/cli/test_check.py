@@ -158,6 +158,10 @@ TOLD = {
     ),
     "an augmentation with its own generator": (
         tried(augment="lambda images, generator: images + torch.randn(images.shape, generator=GENERATOR)"),
+        r"ok    deterministic: yes",
+    ),
+    "an augmentation with the system's entropy": (
+        tried(augment="lambda images, generator: images + os.urandom(1)[0] + os.urandom(1)[0]"),
         r"note  deterministic: no: batches differ when made twice",
     ),
     "an augmentation from the generator": (

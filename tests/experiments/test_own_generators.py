@@ -109,7 +109,7 @@ def test_a_task_s_own_generators_go_on_to_the_bit_and_are_each_run_s_own(name, t
 def test_a_task_s_own_generators_are_left_as_they_were_and_repeat(name):
     task = make(**cases()[name])
     assert bool(own_generators(task)) == (name != "the model's")
-    assert tried_twice(task, TaskData(task.train, None, "cpu"), "cpu").state == "ok"
+    assert tried_twice(task, *(TaskData(data, None, "cpu") for data in (task.train, task.test))).state == "ok"
     own = OwnRandom(0, "cpu", task)
     process = OwnRandom(0, "cpu", task)
     process.load_state_dict(own._read())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from svag_fast.cli.main import main
@@ -154,6 +156,17 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     assert "+        model=lambda: torch.nn.Linear(8, 3, bias=False)," in refused.output
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
+    # Nor may what the file imports change, where it makes another task.
+    file.write_text(SOURCE)
+    (file.parent / "neighbour.py").write_text("CLASSES = 4\n")
+    sys.modules.pop("neighbour")
+    refused = invoke("my_task.py", "--resume", "--out", out)
+    assert refused.exit_code == 1
+    assert "initial weights: float32 [3, 8], float32 [3] there and float32 [4, 8], float32 [4] here" in refused.output
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    sys.modules.pop("neighbour")
+    file.write_text(SOURCE.replace("Linear(8, neighbour.CLASSES)", "Linear(8, 3, bias=False)"))
+
     # Trained again under --force, one run is of the new file; the report takes both, as it was told to.
     for name in ("checkpoint.pt", "metrics.csv", "config.json"):
         (out / "b4-lr0.1-l1-seed0" / name).unlink()
@@ -168,3 +181,19 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     mixed = CliRunner().invoke(main, ["report", str(out)])
     assert mixed.exit_code == 1
     assert "the runs must be of one version of their task's file" in mixed.output
+
+
+def test_a_file_makes_the_same_data_in_every_process_or_is_refused(file):
+    """Nobody seeds torch, Python and NumPy here; a generator of the system's entropy can't be."""
+    file.write_text(SOURCE.replace("torch.manual_seed(0)", "import random, numpy")
+        .replace("torch.randn(64, 8)", "torch.randn(64, 8) + random.random() + numpy.random.rand()"))  # fmt: skip
+    tasks = [load_task(f"{file}:task") for _ in range(2)]
+    assert torch.equal(tasks[0].train[0], tasks[1].train[0])
+    file.write_text(SOURCE.replace("torch.manual_seed(0)", "import os")
+        .replace("torch.randn(64, 8)", "torch.randn(64, 8) + os.urandom(1)[0] + os.urandom(1)[0]"))  # fmt: skip
+    answer = invoke("my_task.py", *OPTIONS, "--jobs", "1")
+    assert answer.exit_code == 1
+    said = " ".join(answer.output.split())
+    assert "run b4-lr0.1-l1-seed1 failed" in said
+    assert "training data: float32 [64, 8] of SHA-256" in said
+    assert "Does its code make the same data each time?" in said
