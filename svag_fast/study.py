@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from svag_fast.experiments.experiment_folder import (
     prepare_folder,
     with_size,
 )
-from svag_fast.experiments.grid import progress_bar, provenance, run_experiment
+from svag_fast.experiments.grid import ExperimentInterruptedError, progress_bar, provenance, run_experiment
+from svag_fast.experiments.signals import stop_requests
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import load_task, parse_target
 from svag_fast.numeric import must_be, shown
@@ -74,6 +76,8 @@ def study(
         ConfigError: a setting or the task is wrong; nothing was written.
         TaskError: the task's own code failed.
         ExperimentError, OSError: see `svag_fast.experiments.grid.run_experiment`.
+        KeyboardInterrupt: Ctrl-C, or a notebook's stop button: the step was ended and the run saved; the message says
+            how to continue. A second one stops at once.
     """
     from svag_fast.experiments.task import Task
 
@@ -98,10 +102,16 @@ def study(
     console = Console(quiet=not progress)
     console.print(f"in {folder}", markup=False)
     options: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds, "tensorboard": tensorboard}
-    if isinstance(task, Task):
-        _run_here(config, task, folder, console, options)
-    else:
-        run_experiment(config, folder, jobs=jobs or max(1, cores() // config.threads), console=console, **options)
+    try:
+        if isinstance(task, Task):
+            _run_here(config, task, folder, console, options)
+        else:
+            run_experiment(config, folder, jobs=jobs or max(1, cores() // config.threads), console=console, **options)
+    except ExperimentInterruptedError as stop:
+        said = f"{stop}. Continue with: svag_fast.study(..., out={str(folder)!r}, resume=True)"
+        if stop.number == signal.SIGINT:  # not an error, which a loop over studies might catch and go on
+            raise KeyboardInterrupt(said) from None
+        raise ExperimentInterruptedError(said, stop.number) from None
     report = make_report(folder, metrics=metrics, margins=margins)
     save(report, folder)
     return report
@@ -112,7 +122,7 @@ def _run_here(config: ExperimentConfig, task: Task, out: Path, console: Console,
     from svag_fast.experiments.training import train
 
     runs = config.runs()
-    with _torch_as_before(), progress_bar(console) as bar:
+    with _torch_as_before(), progress_bar(console) as bar, stop_requests() as asked:
         row = bar.add_task(f"0 of {len(runs)} runs", total=sum(run.cost for run in runs))
         before = 0.0
         for number, run in enumerate(runs, 1):
@@ -120,10 +130,14 @@ def _run_here(config: ExperimentConfig, task: Task, out: Path, console: Console,
             def show(step: int, run: RunConfig = run, before: float = before) -> None:
                 bar.update(row, completed=before + run.cost * step / run.steps)
 
+            options |= {"on_progress": show, "should_stop": lambda: asked.number is not None}
             try:
-                train(run, out / run.name, task=task, provenance=provenance(), on_progress=show, **options)
+                done = train(run, out / run.name, task=task, provenance=provenance(), **options)
             except TaskError as error:
                 raise TaskError(f"run {run.name} failed (in {out / run.name}): {error}") from error
+            if asked.number is not None:
+                complete = f"{number if done else number - 1} of {len(runs)} runs are complete"
+                raise ExperimentInterruptedError(f"stopped: {complete}", asked.number)
             before += run.cost
             bar.update(row, completed=before, description=f"{number} of {len(runs)} runs")
 

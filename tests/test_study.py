@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,9 +14,12 @@ from rich.console import Console
 
 import svag_fast
 from svag_fast.analysis.margins import Margin
-from svag_fast.experiments.config import ConfigError, ExperimentConfig
+from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
 from svag_fast.experiments.experiment_folder import ExperimentError, prepare_folder, with_size
+from svag_fast.experiments.grid import ExperimentInterruptedError
+from svag_fast.experiments.signals import stop_requests
 from svag_fast.experiments.task_error import TaskError
+from svag_fast.experiments.training import Training, train
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(64, 4, generator=GENERATOR)
@@ -148,6 +154,83 @@ def test_what_is_never_the_same_twice_is_not_compared(tmp_path):
     facts = json.loads((tmp_path / "task_facts.json").read_text())
     assert facts.keys() >= {"initial weights", "training data"}
     assert not facts.keys() & {"batches", "losses"}
+
+
+def sends(number, at):
+    """An augmentation that sends this process a signal at its call number `at` with gradients, as a user might."""
+
+    def augment(x, generator):
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+        return x + 0.1 * torch.randn(x.shape, generator=generator)
+
+    calls = iter(range(100_000))
+    return augment
+
+
+def states(folder):
+    found = {}
+    for path in sorted(folder.glob("*/checkpoint.pt")):
+        state = torch.load(path, weights_only=True)["state"]
+        rows = [
+            {k: v for k, v in row.items() if k not in ("samples_per_second", "noise_cost")} for row in state["rows"]
+        ]
+        found[path.parent.name] = state["step"], {k: v.tolist() for k, v in state["model"].items()}, rows
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, ExperimentInterruptedError)]
+)
+def test_a_signal_ends_the_step_saves_the_run_and_says_how_to_go_on(tmp_path, number, kind):
+    grid = GRID | {"batch_size": 4, "seeds": 1, "checkpoint_seconds": 1e6, "metrics": ["test_loss"]}
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    out = tmp_path / "a folder"
+    with pytest.raises(kind) as stop:
+        svag_fast.study(regression(augment=sends(number, 45)), out=out, **grid)
+    said = f"stopped: 1 of 2 runs are complete. Continue with: svag_fast.study(..., out={str(out)!r}, resume=True)"
+    assert str(stop.value) == said
+    assert isinstance(stop.value, KeyboardInterrupt) == (number == signal.SIGINT)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    half = states(out)
+    assert [step for step, *_ in half.values()] == [20, pytest.approx(20, abs=19)]
+    for run in ExperimentConfig.from_dict({"task": "<line>"} | grid_settings(grid)).runs():
+        task = regression(augment=sends(0, -1))
+        train(dataclasses.replace(run, train_size=64), out / run.name, task=task)
+        train(dataclasses.replace(run, train_size=64), tmp_path / "whole" / run.name, task=task)
+    assert states(out) == states(tmp_path / "whole") != half
+
+
+def grid_settings(grid):
+    return {name: value for name, value in grid.items() if name not in ("progress", "checkpoint_seconds", "metrics")}
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    line = RunConfig(task="<line>", train_size=64, batch_size=4, lr=0.02, l=1, seed=0, effective_steps=100)
+    run = Training(line, regression(augment=impatient))
+    ARMED.append(True)
+    with stop_requests() as asked:
+        with pytest.raises(KeyboardInterrupt):
+            run.advance()
+        assert asked.number == signal.SIGINT
+    assert run.step == 0
+
+
+ARMED = []
+
+
+def impatient(x, generator):
+    for _ in ARMED:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    return x
+
+
+def test_in_a_thread_signals_are_the_caller_s(tmp_path):
+    grid = GRID | {"batch_size": 4, "l": 1, "seeds": 1, "effective_steps": 2, "rows": 1}
+    with ThreadPoolExecutor() as pool:
+        report = pool.submit(svag_fast.study, regression(), out=tmp_path / "x", **grid).result()
+    assert [run.finished for run in report.runs] == [True]
 
 
 def test_the_tasks_own_error_names_the_runs_folder(tmp_path):

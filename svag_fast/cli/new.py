@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import rich_click as click
@@ -75,9 +76,9 @@ def new(file: Path) -> None:
         raise click.UsageError(f"FILE must be one whose name ends in .py, got {str(file)!r}")
     try:
         with file.open("x", encoding="utf-8") as out:
-            out.write(TEMPLATE.format(file=file))
+            out.write(TEMPLATE.format(file=shlex.quote(str(file))))
     except FileExistsError as error:
         raise click.ClickException(f"FILE must be a new one, got {str(file)!r}, which is there already") from error
     except OSError as error:
         raise click.ClickException(f"{file} can't be written: {error.strerror}") from error
-    click.echo(f"wrote {file}. Try it: svag-fast check {file}")
+    click.echo(f"wrote {file}. Try it: svag-fast check {shlex.quote(str(file))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -133,8 +134,7 @@ def run(
             there = read_experiment(out).to_dict() if holds_something(out) else {}
             task = str(there.get("task", ""))
             if task and target is None and not task.startswith("<"):
-                again = f"svag-fast run {task} --resume --out {out}"
-                expected = f"named again, since no file of settings has code run: {again}"
+                expected = f"named again, since no file of settings has code run: {_again(task, out)}"
                 raise ConfigError(must_be("TARGET", expected, "none"))
             config = ExperimentConfig.from_dict(there | _from_file(file) | given)
         else:
@@ -167,12 +167,16 @@ def run(
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     except ExperimentInterruptedError as error:
-        again = f"svag-fast run {f'{config.task} ' if config.task else ''}--resume --out {out}"
+        again = _again(config.task, out)
         raise Stopped(f"{error}. Continue with: {again}", error.number) from error
     except TaskError as error:  # before the experiment began: a worker's comes as an ExperimentError
         raise _failure(f"{error}\nNothing was written.") from error
     except (ExperimentError, OSError) as error:
         raise _failure(str(error)) from error
+
+
+def _again(task: str, out: Path | None) -> str:
+    return shlex.join(["svag-fast", "run", *([task] if task else []), "--resume", "--out", str(out)])
 
 
 def _failure(text: str) -> click.ClickException:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import platform
 import signal
@@ -14,8 +15,8 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from svag_fast import __version__
 from svag_fast.experiments.config import ExperimentConfig, RunConfig, check_range
 from svag_fast.experiments.experiment_folder import ExperimentError, check_facts
+from svag_fast.experiments.signals import kept_from_children, termination_as_interrupt
 from svag_fast.experiments.task_file import known_hashes, load_task
 from svag_fast.versions import package_version
 
@@ -103,7 +105,7 @@ def run_experiment(
     # Nobody writes to it. It ends with this process, however that ends, and with it the workers.
     lifeline, ours = context.Pipe(duplex=False)
     progress = progress_bar(console)
-    with progress, _termination_as_interrupt():
+    with progress, termination_as_interrupt():
         bar = progress.add_task(f"0 of {count} runs", total=total)
         try:
             while waiting or workers:
@@ -198,34 +200,13 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
     # seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    # First, since it lets signals through again.
+    multiprocessing.resource_tracker.ensure_running()
     # Inherited by the fork server and its workers. A terminal sends Ctrl-C to all of them, and they would die amid a
     # step.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    try:
+    with kept_from_children():
         multiprocessing.forkserver.ensure_running()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return context
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM, as of a batch system or a container that ends, and SIGHUP, of a terminal, like Ctrl-C."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    # Under nohup SIGHUP is ignored, and stays so.
-    deaf = {number for number, handler in before.items() if handler is signal.SIG_IGN and number == signal.SIGHUP}
-    for number in before.keys() - deaf:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in before.keys() - deaf:
-            signal.signal(number, before[number])
 
 
 def _start(
@@ -237,7 +218,8 @@ def _start(
 ) -> _Worker:
     ours, theirs = context.Pipe(duplex=False)
     arguments = (runs, [out / run.name for run in runs], options, theirs, lifeline)
-    process = context.Process(target=_work, args=arguments, name=runs[0].name, daemon=True)
+    # No daemon, which may have no children of its own, such as those of a task that loads its data in processes.
+    process = context.Process(target=_work, args=arguments, name=runs[0].name)
     process.start()
     theirs.close()  # so that the worker's end shows as the end of the messages
     return _Worker(runs, out, process, ours, [0] * len(runs))

@@ -19,6 +19,8 @@ from svag_fast.cli.main import main
 from svag_fast.experiments.config import ExperimentConfig
 from svag_fast.experiments.experiment_folder import ExperimentError, prepare_folder, read_experiment
 from svag_fast.experiments.run_output import RunBusyError, alone_in
+from svag_fast.experiments.task_file import load_task
+from svag_fast.experiments.training import train
 
 OPTIONS = ["--batch-size", "4,16", "--lr", "0.1", "--l", "1,3", "--seeds", "2", "--effective-steps", "4000"]
 OPTIONS += ["--rows", "100", "--evaluations", "10", "--replicas", "2"]
@@ -167,6 +169,47 @@ def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(tmp_
     with pytest.raises(ProcessLookupError):
         wait_for_end_of_group(process.pid)
     assert any(out.glob("*/checkpoint.pt"))
+
+
+OWN = """
+import multiprocessing, torch, svag_fast
+
+x = torch.randn(64, 8)
+with multiprocessing.get_context("fork").Pool(1) as pool:  # as a task may that reads its data in processes
+    y = torch.tensor(pool.map(int, [i % 3 for i in range(64)]))
+
+
+def task():
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+    model = lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(), torch.nn.Linear(8, 3))
+    return svag_fast.Task(model=model, train=(x, y), test=(x, y), loss=loss)
+"""
+
+
+def test_a_task_s_file_is_stopped_by_ctrl_c_and_continued_to_the_bit(tmp_path):
+    file, out = tmp_path / "my task.py", tmp_path / "an experiment"
+    file.write_text(OWN)
+    options = ["--batch-size", 4, "--lr", 0.1, "--l", 1, "--seeds", 1, "--effective-steps", 2000, "--rows", 4]
+    process = start(file, *options, "--out", out, "--jobs", 1)
+    wait_for(lambda: list(out.glob("*/config.json")), process)
+    time.sleep(0.5)
+    press_ctrl_c(process)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, output
+    said = f"Continue with: svag-fast run '{file}:task' --resume --out '{out}'"
+    assert "".join(said.split()) in re.sub(r"[\s│]+", "", output)
+    assert "Traceback" not in output
+    with pytest.raises(ProcessLookupError):
+        wait_for_end_of_group(process.pid)
+    (checkpoint,) = out.glob("*/checkpoint.pt")
+    (run,) = read_experiment(out).runs()
+    task = load_task(run.task)
+    assert torch.load(checkpoint, weights_only=True)["state"]["step"] < run.steps
+    train(run, checkpoint.parent, task=task)
+    train(run, tmp_path / "whole", task=task)
+    resumed, whole = (torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+        for folder in (checkpoint.parent, tmp_path / "whole"))  # fmt: skip
+    assert {k: v.tolist() for k, v in resumed["model"].items()} == {k: v.tolist() for k, v in whole["model"].items()}
 
 
 def wait_for_end_of_group(group):
