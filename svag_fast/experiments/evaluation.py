@@ -29,12 +29,14 @@ def evaluate(task: Task, model: nn.Module, data: TaskData, limit: int | None = N
     Raises:
         TypeError, ValueError: the loss is not one value a sample, or a metric is no number.
     """
-    was_training = model.training
+    # Each module's: a frozen one may be in evaluation mode while the others train.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         return _evaluate(task, model, data, limit)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _evaluate(task: Task, model: nn.Module, data: TaskData, limit: int | None) -> dict[str, float]:

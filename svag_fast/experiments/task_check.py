@@ -65,7 +65,6 @@ def check_task(task: Task, train: TaskData, test: TaskData, batch_size: int) -> 
     task.check_batch_size(batch_size)
     count = len(train)
     model = new_model(task).to(train.device)
-    model.train()
     rows = 2 * min(SAMPLES, batch_size)
     # Spread over the data, which may be sorted by class.
     batch = train.take(torch.arange(rows, dtype=torch.int64, device="cpu") * max(1, count // rows) % count)
@@ -102,6 +101,8 @@ def new_model(task: Task, than: nn.Module | None = None) -> nn.Module:
     params = {id(p) for p in model.parameters() if p.requires_grad}
     if not params:
         raise ValueError(must_be("model", "one with a trained parameter", "none"))
+    if not model.training:  # as a whole, such as one that was loaded; parts of it are left as they were made
+        model.train()
     if than is not None and params & {id(p) for p in than.parameters()}:
         raise ValueError(must_be("model", "a function that makes new weights at each call", "the same ones twice"))
     if than is not None:
@@ -186,7 +187,7 @@ def _coupling(task: Task, model: nn.Module, batch: Any) -> str:
     Raises:
         ValueError: the model mixes them otherwise than BatchNorm does, so that a loss is none of one sample.
     """
-    wrapped = _Losses(task, model).train()
+    wrapped = _Losses(task, model)
     try:
         found = check_independence(wrapped, batch)
     except (RuntimeError, ValueError) as error:

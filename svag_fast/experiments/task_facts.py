@@ -55,7 +55,7 @@ def from_seed(task: Task, train: TaskData, test: TaskData) -> dict[str, list[Ten
     random = OwnRandom(1, train.device, task)
     with own_code(task.name):
         with random.active():
-            model = new_model(task).to(train.device).train()
+            model = new_model(task).to(train.device)
         weights = [t.detach().clone() for t in model.state_dict().values()]
         random.look_into(model)
         random.seed(1)

@@ -74,7 +74,7 @@ def survey(task: Task, config: ExperimentConfig, *, jobs: int) -> Iterator[Findi
         "ok", "task", f"{len(train):,} training and {len(test):,} test samples, {parameters:,} trained parameters"
     )
     batch = tried(lambda: some_batch(task, train))
-    losses: Tensor = tried(lambda: task.losses(facts.model.train(), batch)).detach()
+    losses: Tensor = tried(lambda: task.losses(facts.model, batch)).detach()
     finite = bool(losses.isfinite().all())
     got = "" if finite else f", but not finite: {', '.join(f'{v:g}' for v in losses.tolist()[:4])}"
     yield Finding("ok" if finite else "fails", "one loss a sample", f"yes{got}")

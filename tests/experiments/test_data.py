@@ -344,8 +344,10 @@ def test_a_foreign_or_cut_idx_file_is_refused(tmp_path, raw, message):
         read_idx(tmp_path / "x-ubyte")
 
 
-def test_a_cut_gzip_is_refused_and_a_missing_file_named(tmp_path):
-    (tmp_path / "x-ubyte.gz").write_bytes(gzip.compress(idx_bytes(np.zeros((20, 30), np.uint8)))[:-9])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_cut_gzip_is_refused_and_a_missing_file_named(tmp_path, damage):
+    whole = gzip.compress(idx_bytes(np.zeros((20, 30), np.uint8)))
+    (tmp_path / "x-ubyte.gz").write_bytes(whole[:-9] if damage == "cut" else whole[:12] + b"\xff" * 9 + whole[21:])
     with pytest.raises(ValueError, match="not a whole gzip file"):
         read_idx(tmp_path / "x-ubyte")
     with pytest.raises(DatasetNotFoundError, match="y-ubyte"):

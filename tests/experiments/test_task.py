@@ -284,6 +284,21 @@ def test_batch_norm_goes_through_the_pair_pass_and_its_noise_comes_from_two_batc
     assert int(run.model[2].num_batches_tracked) == 2  # what was tried before left no trace
 
 
+def test_what_the_model_keeps_in_evaluation_mode_stays_there_and_one_that_is_there_as_a_whole_is_trained():
+    def model():
+        return nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).requires_grad_(False).eval(), mlp())
+
+    run = Training(config(), make(model=model))
+    before = run.model[0][1].running_mean.clone()
+    run.advance()
+    run.end_row()
+    run.advance()
+    assert [module.training for module in run.model.modules()][:4] == [True, False, False, False]
+    assert torch.equal(run.model[0][1].running_mean, before)
+    assert run.noise_source == "per_sample"  # BatchNorm couples samples in training mode alone
+    assert Training(config(), make(model=lambda: mlp(nn.Dropout()).eval())).model[2].training
+
+
 @pytest.mark.parametrize("where", ["test", "first step"])
 def test_a_loss_that_is_nan_ends_its_run_by_name_and_others_go_on(tmp_path, where):
     def loss(outputs, targets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def read_idx(path: Path) -> np.ndarray:
     elif compressed.exists():
         try:
             raw = gzip.decompress(compressed.read_bytes())
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{compressed} is not a whole gzip file: {error}") from error
     else:
         raise DatasetNotFoundError(f"neither {path} nor {compressed} is there")
