@@ -52,7 +52,7 @@ def study(
         report.verdicts[0].answer
 
     A :class:`svag_fast.Task` trains in this process, a run after the other. The text of a target, such as "my_task.py",
-    trains in processes of its own, `jobs` at a time; a script must then call this under ``if __name__ == "__main__":``.
+    trains in processes of its own, `jobs` at a time.
 
     Args:
         task: a task, or a target as `svag-fast run` takes it.

@@ -139,6 +139,9 @@ def test_a_changed_task_continues_by_force_and_is_the_experiment_s_from_then_on(
     prepare(tmp_path, one)
     with pytest.raises(ExperimentError, match="test data: "):
         prepare(tmp_path, other)
+    (tmp_path / "experiment.json").unlink()  # as where a process ended before it was written
+    assert [path.name for path in tmp_path.iterdir()] == ["task_facts.json"]
+    prepare(tmp_path, one)
     for damage in ("{", "[1]", '{"losses": 3}'):
         (tmp_path / "task_facts.json").write_text(damage)
         with pytest.raises(ExperimentError, match=r"task_facts.json: no facts of a task in it"):

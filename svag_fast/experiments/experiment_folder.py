@@ -13,7 +13,9 @@ from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig
 from svag_fast.experiments.run_folder import read_config, read_metrics, require_comparable
 from svag_fast.experiments.settings_file import read_settings
 from svag_fast.experiments.task_file import (
+    BOOK,
     COPY,
+    FACTS,
     difference,
     hash_of,
     keep_copy,
@@ -184,8 +186,10 @@ def free_folder(config: ExperimentConfig) -> Path:
 
 
 def holds_something(out: Path) -> bool:
-    """Whether there is anything in the folder `out` (but for what a killed process left half-written)."""
-    return out.is_dir() and any(not is_leftover(entry) for entry in os.scandir(out))
+    """Whether there is anything in the folder `out`, but for what a process left that ended before it had begun."""
+    names = {entry.name for entry in os.scandir(out) if not is_leftover(entry)} if out.is_dir() else set()
+    # `prepare_folder` writes the facts first and the settings last.
+    return bool(names) and not (FACTS in names and names <= {FACTS, COPY, BOOK})
 
 
 def _check_runs(out: Path, config: ExperimentConfig) -> None:

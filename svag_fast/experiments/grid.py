@@ -12,9 +12,11 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -217,16 +219,27 @@ def _start(
     lifeline: Connection,
 ) -> _Worker:
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (runs, [out / run.name for run in runs], options, theirs, lifeline)
+    # The fork server has the environment of when it began.
+    arguments = (runs, [out / run.name for run in runs], options, theirs, lifeline, dict(os.environ))
     # No daemon, which may have no children of its own, such as those of a task that loads its data in processes.
     process = context.Process(target=_work, args=arguments, name=runs[0].name)
-    process.start()
+    # A worker would run the script that called `svag_fast.study` again, from which it needs nothing.
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        process.start()
+    finally:
+        sys.modules["__main__"] = main
     theirs.close()  # so that the worker's end shows as the end of the messages
     return _Worker(runs, out, process, ours, [0] * len(runs))
 
 
 def _work(
-    runs: list[RunConfig], folders: list[Path], options: dict[str, Any], messages: Connection, lifeline: Connection
+    runs: list[RunConfig],
+    folders: list[Path],
+    options: dict[str, Any],
+    messages: Connection,
+    lifeline: Connection,
+    environment: dict[str, str],
 ) -> None:
     """Train runs in a worker process: messages are a run's place and steps done, or the error that ended it."""
     stop = False
@@ -249,6 +262,8 @@ def _work(
         except BrokenPipeError:  # the parent is gone
             ask_to_stop()
 
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGTERM, ask_to_stop)
     threading.Thread(target=end_with_parent, daemon=True).start()
     from svag_fast.experiments.training import train_together

@@ -23,9 +23,9 @@ from svag_fast.experiments.task import Task
 from svag_fast.experiments.task_check import augmented, new_model
 from svag_fast.experiments.task_data import TaskData
 from svag_fast.experiments.task_error import own_code
+from svag_fast.experiments.task_file import FACTS
 from svag_fast.files import read_text, replace_file
 
-BOOK = "task_facts.json"
 ROWS = 8  # samples of the batch that is tried
 TOLERANCE = 1e-4  # of a number: machines round differently
 
@@ -131,7 +131,7 @@ def read_facts(out: Path) -> Facts | None:
     Raises:
         ValueError: its file can't be read.
     """
-    path = out / BOOK
+    path = out / FACTS
     try:
         book = json.loads(read_text(path, 1 << 26))
         return {str(name): (str(text), [float(v) for v in numbers]) for name, (text, numbers) in book.items()}
@@ -143,5 +143,5 @@ def read_facts(out: Path) -> Facts | None:
 
 def write_facts(out: Path, facts: Facts) -> None:
     """Write them into an experiment's folder."""
-    with replace_file(out / BOOK) as file:
+    with replace_file(out / FACTS) as file:
         file.write(json.dumps(facts, indent=1).encode() + b"\n")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "task"  # of the function in a task's file
 SOURCE_BYTES = 1 << 24
 SHOWN_LINES = 40  # of a difference
-COPY, BOOK = "task.py", "task.json"  # in the experiment's folder
+COPY, BOOK, FACTS = "task.py", "task.json", "task_facts.json"  # in the experiment's folder
 
 
 def parse_target(text: str) -> dict[str, str]:
@@ -136,6 +136,9 @@ def hash_of(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
+_loading: set[Path] = set()
+
+
 def load_task(task: str, sha256: str | None = None) -> Task:
     """Run a task's file, and return the task.
 
@@ -154,12 +157,18 @@ def load_task(task: str, sha256: str | None = None) -> Task:
     place, source = place_of(task), source_of(task)
     if sha256 is not None and hash_of(source) != sha256:
         raise ConfigError(must_be(str(place.path), "as it was when the experiment began", "a changed file"))
+    if place.path in _loading:
+        expected = 'a file that calls svag_fast.study under if __name__ == "__main__": alone, since a run loads it'
+        raise ConfigError(must_be(str(place.path), expected, "one that calls it whenever it is loaded"))
+    _loading.add(place.path)
     try:
         # Every process makes the same data, also of global generators that nobody seeded.
         with OwnRandom(0, "cpu").active(), own_code(short_name(task)):
             made = _made(place, source)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    finally:
+        _loading.discard(place.path)
     return dataclasses.replace(made, name=short_name(task)) if made.name == DEFAULT_NAME else made
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -44,11 +46,15 @@ number = 3
 OPTIONS = ["--batch-size", "4", "--lr", "0.1", "--l", "1", "--seeds", "2", "--effective-steps", "20", "--rows", "4"]
 
 
+# In an environment that workers share.
+NEIGHBOUR = 'import os\n\nCLASSES = int(os.environ.get("CLASSES_OF_TASK", 2))\n'
+
+
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "neighbour.py").write_text("CLASSES = 3\n")
+    (tmp_path / "neighbour.py").write_text(NEIGHBOUR)
     (tmp_path / "my_task.py").write_text(SOURCE)
     return tmp_path / "my_task.py"
 
@@ -118,7 +124,9 @@ def test_a_file_of_settings_names_no_code(file):
     assert "task must be named on the command line" in " ".join(answer.output.split())
 
 
-def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
+def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file, monkeypatch):
+    monkeypatch.setenv("CLASSES_OF_TASK", "3")
+    sys.modules.pop("neighbour", None)
     answer = invoke("my_task.py", *OPTIONS)
     assert answer.exit_code == 0, answer.output
     out = file.parent / "runs" / "my_task"
@@ -134,7 +142,7 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     # The file may lie elsewhere by now: its hash says that it is the same.
     moved = file.parent / "elsewhere" / "my_task.py"
     moved.parent.mkdir()
-    (moved.parent / "neighbour.py").write_text("CLASSES = 3\n")
+    (moved.parent / "neighbour.py").write_text(NEIGHBOUR)
     file.rename(moved)
     (out / "b4-lr0.1-l1-seed1" / "metrics.csv").unlink()
     again = invoke(moved, "--resume", "--out", out)
@@ -170,7 +178,7 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     # Trained again under --force, one run is of the new file; the report takes both, as it was told to.
     for name in ("checkpoint.pt", "metrics.csv", "config.json"):
         (out / "b4-lr0.1-l1-seed0" / name).unlink()
-    (file.parent / "neighbour.py").write_text("CLASSES = 3\n")
+    (file.parent / "neighbour.py").write_text(NEIGHBOUR)
     forced = invoke("my_task.py", "--resume", "--force", "--out", out)
     assert forced.exit_code == 0, forced.output
     hashes = json.loads((out / "task.json").read_text())["sha256"]
@@ -181,6 +189,25 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file):
     mixed = CliRunner().invoke(main, ["report", str(out)])
     assert mixed.exit_code == 1
     assert "the runs must be of one version of their task's file" in mixed.output
+
+
+def test_a_file_that_studies_itself_is_told_so(file):
+    file.write_text(SOURCE + 'import svag_fast\nsvag_fast.study("my_task.py", out="runs/x")\n')
+    answer = invoke("my_task.py")
+    assert answer.exit_code == 1
+    assert 'must be a file that calls svag_fast.study under if __name__ == "__main__": alone' in answer.output
+    assert not (file.parent / "runs").exists()
+
+
+def test_a_script_without_a_guard_may_study_another_file(file):
+    script = file.with_name("script.py")
+    options = "batch_size=4, lr=0.1, l=1, seeds=1, effective_steps=2, rows=1, jobs=1, progress=False"
+    script.write_text(
+        f'import svag_fast\nprint(svag_fast.study("my_task.py", out="runs/x", {options}).runs[0].finished)\n'
+    )
+    done = subprocess.run([sys.executable, script], env=os.environ | {"CLASSES_OF_TASK": "3"}, cwd=file.parent,
+        capture_output=True, text=True, timeout=500)  # fmt: skip
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 def test_a_file_makes_the_same_data_in_every_process_or_is_refused(file):
