@@ -17,7 +17,7 @@ from svag_fast.analysis.margins import Margin
 from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
 from svag_fast.experiments.experiment_folder import ExperimentError, prepare_folder, with_size
 from svag_fast.experiments.grid import ExperimentInterruptedError
-from svag_fast.experiments.signals import stop_requests
+from svag_fast.experiments.signals import STOPPING, stop_requests
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.training import Training, train
 
@@ -182,19 +182,32 @@ def states(folder):
     return found
 
 
+@pytest.fixture
+def _signals():
+    """As in a terminal: a shell's background job ignores Ctrl-C, and then so does a study."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOPPING[1:]:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, ExperimentInterruptedError)]
 )
 def test_a_signal_ends_the_step_saves_the_run_and_says_how_to_go_on(tmp_path, number, kind):
     grid = GRID | {"batch_size": 4, "seeds": 1, "checkpoint_seconds": 1e6, "metrics": ["test_loss"]}
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    handlers = [signal.getsignal(n) for n in STOPPING]
     out = tmp_path / "a folder"
     with pytest.raises(kind) as stop:
         svag_fast.study(regression(augment=sends(number, 45)), out=out, **grid)
     said = f"stopped: 1 of 2 runs are complete. Continue with: svag_fast.study(..., out={str(out)!r}, resume=True)"
     assert str(stop.value) == said
     assert isinstance(stop.value, KeyboardInterrupt) == (number == signal.SIGINT)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert [signal.getsignal(n) for n in STOPPING] == handlers
     half = states(out)
     assert [step for step, *_ in half.values()] == [20, pytest.approx(20, abs=19)]
     for run in ExperimentConfig.from_dict({"task": "<line>"} | grid_settings(grid)).runs():
@@ -208,6 +221,7 @@ def grid_settings(grid):
     return {name: value for name, value in grid.items() if name not in ("progress", "checkpoint_seconds", "metrics")}
 
 
+@pytest.mark.usefixtures("_signals")
 def test_a_second_ctrl_c_stops_at_once():
     line = RunConfig(task="<line>", train_size=64, batch_size=4, lr=0.02, l=1, seed=0, effective_steps=100)
     run = Training(line, regression(augment=impatient))

@@ -189,7 +189,7 @@ def task():
 def test_a_task_s_file_is_stopped_by_ctrl_c_and_continued_to_the_bit(tmp_path):
     file, out = tmp_path / "my task.py", tmp_path / "an experiment"
     file.write_text(OWN)
-    options = ["--batch-size", 4, "--lr", 0.1, "--l", 1, "--seeds", 1, "--effective-steps", 2000, "--rows", 4]
+    options = ["--batch-size", 4, "--lr", 0.1, "--l", 1, "--seeds", 1, "--effective-steps", 500, "--rows", 4]
     process = start(file, *options, "--out", out, "--jobs", 1, "--checkpoint-seconds", 0)
     wait_for(lambda: list(out.glob("*/checkpoint.pt")), process)
     press_ctrl_c(process)
