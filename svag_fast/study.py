@@ -15,6 +15,7 @@ from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.report import Report, make_report
 from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig, cores
 from svag_fast.experiments.experiment_folder import (
+    ExperimentError,
     check_experiment,
     check_task_file,
     free_folder,
@@ -39,7 +40,7 @@ def study(
     resume: bool = False,
     force: bool = False,
     jobs: int | None = None,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     margins: Mapping[str, Margin] | None = None,
     checkpoint_seconds: float = 5.0,
     tensorboard: bool = False,
@@ -92,6 +93,7 @@ def study(
     if resume and out is None:
         raise ConfigError(must_be("out", "the experiment's folder, with resume=True", "None"))
     folder = free_folder(config) if out is None else Path(out)
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     made = task if isinstance(task, Task) else None
     if made is None and config.task:
         made = load_task(config.task, check_task_file(folder, config.task, force=force))
@@ -112,9 +114,21 @@ def study(
         if stop.number == signal.SIGINT:  # not an error, which a loop over studies might catch and go on
             raise KeyboardInterrupt(said) from None
         raise ExperimentInterruptedError(said, stop.number) from None
-    report = make_report(folder, metrics=metrics, margins=margins)
+    report = final_report(folder, metrics, margins)
     save(report, folder)
     return report
+
+
+def final_report(folder: Path, metrics: Sequence[str] | None, margins: Mapping[str, Margin] | None) -> Report:
+    """Return the report of an experiment whose runs are complete.
+
+    Raises:
+        ExperimentError: there is none of such runs.
+    """
+    try:
+        return make_report(folder, metrics=metrics, margins=margins)
+    except ValueError as error:
+        raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
 
 
 def _run_here(config: ExperimentConfig, task: Task, out: Path, console: Console, options: dict[str, Any]) -> None:

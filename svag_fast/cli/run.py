@@ -228,15 +228,12 @@ class _EarlyReport:
 def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     """Save and print the verdict, and what the smallest batch size's SGD runs alone would have predicted."""
     from svag_fast.analysis.prediction import from_runs
-    from svag_fast.analysis.report import make_report
     from svag_fast.cli.predict import show_table
     from svag_fast.cli.report import ALL_DIVERGED
     from svag_fast.plots.report import save
+    from svag_fast.study import final_report
 
-    try:
-        report = make_report(out, **judging)
-    except ValueError as error:
-        raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
+    report = final_report(out, **judging)
     save(report, out)
     report.print(console)
     if report.prediction is not None:  # the report has said it in words
