@@ -204,7 +204,7 @@ def test_a_script_without_a_guard_may_study_another_file(file):
     script.write_text(
         f'import svag_fast\nprint(svag_fast.study("my_task.py", out="runs/x", {options}).runs[0].finished)\n'
     )
-    done = subprocess.run([sys.executable, script], cwd=file.parent, capture_output=True, text=True, timeout=500)  # fmt: skip
+    done = subprocess.run([sys.executable, script], cwd=file.parent, capture_output=True, text=True, timeout=500)
     assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
