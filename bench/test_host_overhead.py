@@ -27,6 +27,10 @@ def _first(_: torch.device) -> tuple[int, int]:
     return 0, 0
 
 
+def _workspace(_: Any, replicas: int) -> int:
+    return replicas
+
+
 def _nothing(*_: Any, **__: Any) -> None:  # not a mock, which takes its time
     pass
 
@@ -38,7 +42,7 @@ def kernels_that_do_nothing() -> Iterator[None]:
         for patch in (
             mock.patch.dict(backends.BACKENDS, cuda=backends.Backend("cuda", ("cpu",), lambda: None)),
             mock.patch.object(step, "device_and_stream", _first),
-            mock.patch.object(_C, "cuda_step_workspace", len, create=True),
+            mock.patch.object(_C, "cuda_step_workspace", _workspace, create=True),
             mock.patch.object(_C, "cuda_step", _nothing, create=True),
             mock.patch.object(torch, "_fused_sgd_", _nothing),
         ):

@@ -147,33 +147,26 @@ void norm_relu_grad(const svag::NormShape& shape, const std::array<std::uintptr_
 }
 
 #ifdef SVAG_WITH_CUDA
-// An empty list stands for "none": no second gradients, no compensation, no momentum.
-std::vector<svag::StepTensor> step_tensors(const Addresses& params, const Addresses& grads1, const Addresses& grads2,
-                                           const Addresses& compensation, const Addresses& momentum_buffers,
-                                           const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
-                                           const std::vector<int>& grad_dtypes) {
-    std::vector<svag::StepTensor> tensors(params.size());
-    for (std::size_t i = 0; i < params.size(); ++i) {
-        tensors[i] = {reinterpret_cast<void*>(params[i]),
-                      reinterpret_cast<const void*>(grads1[i]),
-                      reinterpret_cast<const void*>(grads2.empty() ? 0 : grads2[i]),
-                      reinterpret_cast<void*>(compensation.empty() ? 0 : compensation[i]),
-                      reinterpret_cast<void*>(momentum_buffers.empty() ? 0 : momentum_buffers[i]),
-                      sizes[i],
-                      static_cast<svag::DType>(param_dtypes[i]),
-                      static_cast<svag::DType>(grad_dtypes[i])};
-    }
-    return tensors;
+// The tensors of one of so many replicas, each of which has its elements behind the last one's.
+std::vector<svag::StepTensor> of_one(const StepTensors& tensors, int64_t replicas) {
+    auto found = tensors.plain();
+    if (replicas > 1)
+        for (auto& t : found) t.size /= replicas;
+    return found;
 }
 
-void cuda_step(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& compensation,
-               const Addresses& momentum_buffers, const std::vector<int64_t>& sizes,
-               const std::vector<int>& param_dtypes, const std::vector<int>& grad_dtypes, double rate, double c1,
-               double c2, double weight_decay, double momentum64, double momentum32,
-               std::uintptr_t device_coefficients, bool skip_nonfinite, std::uintptr_t scale, std::uintptr_t found_inf,
-               int64_t replicas, int device, std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t stats) {
-    const auto tensors =
-        step_tensors(params, grads1, grads2, compensation, momentum_buffers, sizes, param_dtypes, grad_dtypes);
+// How many float64 values the step's partial sums take.
+int64_t cuda_step_workspace(const StepTensors& tensors, int64_t replicas) {
+    std::vector<int64_t> sizes;
+    for (const auto& t : of_one(tensors, replicas)) sizes.push_back(t.size);
+    return replicas * svag_step_cuda_workspace(sizes.data(), static_cast<int64_t>(sizes.size()));
+}
+
+void cuda_step(const StepTensors& step_tensors, double rate, double c1, double c2, double weight_decay,
+               double momentum64, double momentum32, std::uintptr_t device_coefficients, bool skip_nonfinite,
+               std::uintptr_t scale, std::uintptr_t found_inf, int64_t replicas, int device, std::uintptr_t stream,
+               std::uintptr_t workspace, std::uintptr_t stats) {
+    const auto tensors = of_one(step_tensors, replicas);
     const svag::CudaStepOptions options{{rate, c1, c2, weight_decay},
                                         {momentum64, momentum32},
                                         reinterpret_cast<const double*>(device_coefficients),
@@ -194,7 +187,7 @@ void cuda_step_per_sample(const Addresses& params, const Addresses& grads1, cons
                           int64_t samples2, double rate, double c1, double c2, double weight_decay, int device,
                           std::uintptr_t stream, std::uintptr_t workspace, std::uintptr_t sq_norms,
                           std::uintptr_t stats) {
-    const auto tensors = step_tensors(params, grads1, grads2, {}, {}, sizes, dtypes, dtypes);
+    const auto tensors = StepTensors(params, grads1, grads2, {}, {}, sizes, dtypes, dtypes).plain();
     const svag::CudaPerSampleOptions options{{rate, c1, c2, weight_decay},
                                              samples1,
                                              samples2,
@@ -259,9 +252,7 @@ PYBIND11_MODULE(_C, m) {
         .def("gradient", &replicas_gradient);
 #ifdef SVAG_WITH_CUDA
     m.def("cuda_step", &cuda_step);
-    m.def("cuda_step_workspace", [](const std::vector<int64_t>& sizes) {
-        return svag_step_cuda_workspace(sizes.data(), static_cast<int64_t>(sizes.size()));
-    });
+    m.def("cuda_step_workspace", &cuda_step_workspace);
     m.def("cuda_step_per_sample", &cuda_step_per_sample);
     m.def("cuda_step_per_sample_workspace",
           [](const std::vector<int64_t>& sizes, const std::vector<int>& dtypes, int64_t samples) {

@@ -176,14 +176,7 @@ class Replicas:
 
 # Only in a build with CUDA:
 def cuda_step(
-    params: list[int],
-    grads1: list[int],
-    grads2: list[int],
-    compensation: list[int],
-    momentum_buffers: list[int],
-    sizes: list[int],
-    param_dtypes: list[int],
-    grad_dtypes: list[int],
+    tensors: StepTensors,
     rate: float,
     c1: float,
     c2: float,
@@ -200,7 +193,7 @@ def cuda_step(
     workspace: int,
     stats: int,
 ) -> None: ...
-def cuda_step_workspace(sizes: list[int]) -> int: ...
+def cuda_step_workspace(tensors: StepTensors, replicas: int) -> int: ...
 def cuda_step_per_sample(
     params: list[int],
     grads1: list[int],

@@ -70,6 +70,13 @@ class StepTensors {
         return py::make_tuple(params, grads1, grads2, kept1, kept2, sizes, param_dtypes, grad_dtypes);
     }
 
+    // As the kernels take them, which add kept[0] to the params and have their momentum in kept[1].
+    std::vector<svag::StepTensor> plain() const {
+        std::vector<svag::StepTensor> tensors(read_.tensors.size());
+        std::transform(read_.tensors.begin(), read_.tensors.end(), tensors.begin(), plain_one);
+        return tensors;
+    }
+
     bool all_float64() const { return read_.all_float64(); }
 
     // Whether the tensors of several steps, each `apart` in itself, are so together.
@@ -106,7 +113,7 @@ class StepTensors {
         std::vector<svag::AdaptiveTensor> tensors(read_.tensors.size());
         for (std::size_t i = 0; i < tensors.size(); ++i) {
             const svag::ReadTensor& t = read_.tensors[i];
-            tensors[i] = {plain(t), t.kept[0], t.kept[1], step_sizes[i], bias_corrections2_sqrt[i]};
+            tensors[i] = {plain_one(t), t.kept[0], t.kept[1], step_sizes[i], bias_corrections2_sqrt[i]};
         }
         const svag::AdaptiveOptions options{c1,  c2,  weight_decay,   one_minus_beta1, beta2, one_minus_beta2,
                                             eps, skip_nonfinite, threads};
@@ -118,13 +125,12 @@ class StepTensors {
   private:
     StepTensors() = default;
 
-    static svag::StepTensor plain(const svag::ReadTensor& t) {
+    static svag::StepTensor plain_one(const svag::ReadTensor& t) {
         return {t.param, t.grad1, t.grad2, t.kept[0], t.kept[1], t.size, t.param_dtype, t.grad_dtype};
     }
 
     void step_segments(const svag::StepOptions* options, int64_t segments, std::uintptr_t stats) const {
-        std::vector<svag::StepTensor> tensors(read_.tensors.size());
-        std::transform(read_.tensors.begin(), read_.tensors.end(), tensors.begin(), plain);
+        const auto tensors = plain();
         py::gil_scoped_release unlocked;
         raise_for(SVAG_KERNEL(svag_step)(tensors.data(), static_cast<int64_t>(tensors.size()), options, segments,
                                          reinterpret_cast<double*>(stats)));

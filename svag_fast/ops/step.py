@@ -239,23 +239,19 @@ def cuda_step(
     """
     from svag_fast import _C
 
-    tensors = call.described() if call.read is None else call.read
-    described, params = tensors.columns(), call.lists.params
-    sizes = [size // replicas for size in described[5]] if replicas > 1 else described[5]
+    tensors, like = call.described() if call.read is None else call.read, call.lists.params[0]
     on_host, on_device = ((0.0,) * 6, address(scalars, "coefficients")) if isinstance(scalars, Tensor) else (scalars, 0)
-    found_inf, scale = (0 if t is None else address(t, "a GradScaler's") for t in call.scaler or (None, None))
-    workspace = params[0].new_empty(replicas * _C.cuda_step_workspace(sizes), dtype=torch.float64)
+    found_inf, scale = [0 if t is None else address(t, "a GradScaler's") for t in call.scaler or (None, None)]
+    workspace = like.new_empty(_C.cuda_step_workspace(tensors, replicas), dtype=torch.float64)
     _C.cuda_step(
-        *described[:5],
-        sizes,
-        *described[6:],
+        tensors,
         *on_host,
         on_device,
         skip_nonfinite,
         scale,
         found_inf,
         replicas,
-        *device_and_stream(params[0].device),
+        *device_and_stream(like.device),
         address(workspace, "workspace"),
         address(raw, "raw"),
     )

@@ -19,6 +19,7 @@ from scaler_cases import CHECKS as SCALER_CHECKS
 from torch import Tensor
 
 from svag_fast import SVAG, svag_coefficients
+from svag_fast._C import StepTensors
 from svag_fast.ops import StepStats, svag_replicas_step_, svag_step_
 from svag_fast.ops.step import step_coefficients
 from svag_fast.optim import two_batch
@@ -336,12 +337,12 @@ def test_coefficients_on_the_device_replace_the_arguments(kernels: HostKernels) 
 def test_what_the_kernel_cannot_serve_is_a_status_and_nothing_is_launched(kernels: HostKernels) -> None:
     x, g = torch.zeros(3), torch.zeros(3, dtype=torch.float64)
     module = HostModule(kernels)
-    workspace = torch.zeros(module.cuda_step_workspace([3]), dtype=torch.float64)
-    descriptors = ([x.data_ptr()], [g.data_ptr()], [], [], [], [3], [0], [1])
+    descriptors = StepTensors([x.data_ptr()], [g.data_ptr()], [], [], [], [3], [0], [1])
+    workspace = torch.zeros(module.cuda_step_workspace(descriptors, 1), dtype=torch.float64)
     tail = (0.1, 1.0, 0.0, 0.0, 0.0, 0.0)
     there = workspace.data_ptr()  # the coefficients, and the scale, are not read
-    same = ([x.data_ptr()], [x.data_ptr()], [], [], [], [3], [0], [0])
-    for lists, coefficients, scale, replicas, device, status in [
+    same = StepTensors([x.data_ptr()], [x.data_ptr()], [], [], [], [3], [0], [0])
+    for tensors, coefficients, scale, replicas, device, status in [
         (descriptors, 0, 0, 1, 0, 1),
         (same, 0, 0, 1, 5, -101),  # cudaErrorInvalidDevice
         (same, there, 0, 0, 0, -9),  # cudaErrorInvalidConfiguration
@@ -351,7 +352,7 @@ def test_what_the_kernel_cannot_serve_is_a_status_and_nothing_is_launched(kernel
     ]:
         options = coefficients, False, scale, 0, replicas, device, 0, there, there
         with pytest.raises(RuntimeError, match=f"returned {status}$"):
-            module.cuda_step(*lists, *tail, *options)
+            module.cuda_step(tensors, *tail, *options)
     assert kernels.launches() == []
 
 

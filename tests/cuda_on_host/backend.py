@@ -56,29 +56,20 @@ class HostModule:
     def __init__(self, kernels: HostKernels) -> None:
         self.kernels = kernels
 
-    def cuda_step_workspace(self, sizes: list[int]) -> int:
+    def cuda_step_workspace(self, tensors: _C.StepTensors, replicas: int) -> int:
         function = self.kernels.library.svag_step_cuda_workspace
         function.restype = ctypes.c_int64
-        return int(function((ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_int64(len(sizes))))
+        sizes = [size // replicas for size in tensors.columns()[5]]
+        return replicas * int(function((ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_int64(len(sizes))))
 
-    def cuda_step(
-        self,
-        params: list[int],
-        grads1: list[int],
-        grads2: list[int],
-        compensation: list[int],
-        momentum_buffers: list[int],
-        sizes: list[int],
-        param_dtypes: list[int],
-        grad_dtypes: list[int],
-        *options: float,
-    ) -> None:
-        none = [None] * len(params)
-        optional = (grads2 or none, compensation or none, momentum_buffers or none)
-        columns = (params, grads1, *optional, sizes, param_dtypes, grad_dtypes)
-        tensors = (_StepTensor * len(params))(*zip(*columns, strict=True))
+    def cuda_step(self, tensors: _C.StepTensors, *options: float) -> None:
+        replicas = int(options[10])
+        none = [None] * len(tensors.columns()[0])
+        *addresses, sizes, param_dtypes, grad_dtypes = (column or none for column in tensors.columns())
+        of_one = [size // max(1, replicas) for size in sizes]
+        described = (_StepTensor * len(none))(*zip(*addresses, of_one, param_dtypes, grad_dtypes, strict=True))
         packed = _StepOptions((ctypes.c_double * 6)(*options[:6]), *options[6:])
-        status = self.kernels.run("svag_step_cuda", tensors, ctypes.c_int64(len(params)), ctypes.byref(packed))
+        status = self.kernels.run("svag_step_cuda", described, ctypes.c_int64(len(none)), ctypes.byref(packed))
         if status:
             raise RuntimeError(f"svag_step_cuda returned {status}")
 

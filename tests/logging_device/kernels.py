@@ -41,7 +41,7 @@ def as_a_gpu(device: Device) -> Iterator[None]:
             mock.patch.object(torch.Tensor, "is_cuda", property(lambda t: t.device.type == "logged")),
             mock.patch.object(torch.cuda, "device_of", _nothing),
             mock.patch.object(step, "device_and_stream", lambda device: (device.index, 0)),
-            mock.patch.object(_C, "cuda_step_workspace", len, create=True),
+            mock.patch.object(_C, "cuda_step_workspace", lambda tensors, replicas: replicas, create=True),
             mock.patch.object(_C, "cuda_step", functools.partial(_cuda_step, device), create=True),
             mock.patch.object(JITFunction, "run", launched),
             mock.patch.object(
@@ -56,10 +56,10 @@ def _nothing(t: Tensor) -> contextlib.nullcontext[None]:  # not a mock, which wo
     return contextlib.nullcontext()
 
 
-def _cuda_step(device: Device, *arguments: Any) -> None:
+def _cuda_step(device: Device, tensors: _C.StepTensors, *options: Any) -> None:
     """What ``_C.cuda_step`` launches, and the CPU kernel's work on the same addresses."""
-    columns, scalars = arguments[:8], arguments[8:14]
-    coefficients, skip_nonfinite, scale, found_inf, replicas, _, _, _, raw = arguments[14:]
+    columns, scalars = tensors.columns(), options[:6]
+    coefficients, skip_nonfinite, scale, found_inf, replicas, _, _, _, raw = options[6:]
     of, rows = "replicas_" if replicas > 1 else "", [scalars] * replicas
     assert len(columns[0]) <= _ONE_TABLE
     for _ in range(2 if skip_nonfinite else 1):  # where it may skip, a pass over the gradients alone goes before
@@ -72,8 +72,7 @@ def _cuda_step(device: Device, *arguments: Any) -> None:
         _unscale(columns, ctypes.c_float.from_address(scale).value)
     # Else it would write the statistics alone.
     assert not found_inf or ctypes.c_float.from_address(found_inf).value == 0
-    sizes = [replicas * size for size in columns[5]]
-    _C.StepTensors(*columns[:5], sizes, *columns[6:]).replicas_step(rows, skip_nonfinite, 1, raw)
+    tensors.replicas_step(rows, skip_nonfinite, 1, raw)
 
 
 def _unscale(columns: Any, scale: float) -> None:
