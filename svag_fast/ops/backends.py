@@ -36,7 +36,7 @@ class BackendError(RuntimeError):
     """The backend asked for is unknown, or can't serve the call; the message names why and what could."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """A row of the table: ``why_unavailable()`` is None where the backend can be used at all."""
 
@@ -102,6 +102,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _implementations: dict[str, dict[str, _Implementation]] = {}
+VARIABLE = "SVAG_FAST_BACKEND"
 CHOICE: ContextVar[str | None] = ContextVar("svag_fast_backend", default=None)
 """What the innermost :func:`use_backend` asks for. A backward pass on a GPU is in another thread, which doesn't know:
 what calls an op there keeps the forward pass's for :func:`as_chosen`."""
@@ -164,7 +165,7 @@ def as_chosen(name: str | None, function: Callable[..., Any], *args: Any) -> Any
 
 def wanted() -> str:
     """What ``backend="auto"`` means here: a backend's name, or "auto"."""
-    return CHOICE.get() or os.environ.get("SVAG_FAST_BACKEND", "auto")
+    return CHOICE.get() or os.environ.get(VARIABLE, "auto")
 
 
 def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
@@ -197,7 +198,7 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """
     asked = ""
     if name == "auto" and (name := CHOICE.get() or "") == "":
-        name, asked = os.environ.get("SVAG_FAST_BACKEND", "auto"), " (of SVAG_FAST_BACKEND)"
+        name, asked = os.environ.get(VARIABLE, "auto"), f" (of {VARIABLE})"
     if name not in ("auto", *BACKENDS):
         raise _unknown(name, asked)
     if name == "auto":
@@ -218,6 +219,19 @@ def select(op: str, name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         could = [n for n in BACKENDS if why_not(op, n, tensors) is None]
         raise BackendError(f"backend {name!r}{asked} can't serve {op}: {reason}. Could serve it: {', '.join(could)}")
     return _implementations[op][name].function
+
+
+@functools.lru_cache(256)
+def settled(op: str, name: str, device: torch.device, *_: Any) -> Callable[..., Any] | None:
+    """Return what :func:`select` does for tensors on a device, looked up once; None where it has to look at them.
+
+    Args:
+        op, name, device: as there.
+        _: what else it goes by: ``CHOICE.get()``, ``os.environ.get(VARIABLE)`` and the table's rows.
+    """
+    if any(implementation.why_not is not None for implementation in _implementations[op].values()):
+        return None
+    return select(op, name, [torch.empty(0, dtype=torch.float32, device=device)])
 
 
 if not TYPE_CHECKING:  # else a type checker would take every unknown name for Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svag_fast.ops.backends import BACKENDS, select
+from svag_fast.ops.backends import BACKENDS, CHOICE, VARIABLE, select, settled
 from svag_fast.ops.checks import check_like, check_params, check_strides, laid_out_like, tensors
 from svag_fast.ops.library import is_watched, register_op
 from svag_fast.ops.memory import Spans, addresses, check_apart, has_memory, mark_written, spans
@@ -166,7 +167,8 @@ class StepCall(NamedTuple):
             options.check_held(lists.params)
         if extra is not None:
             kind.check_extra(lists, extra)
-        step = select(kind.op, backend, lists.params)
+        asked = lists.params[0].device, CHOICE.get(), os.environ.get(VARIABLE), *BACKENDS.values()
+        step = settled(kind.op, backend, *asked) or select(kind.op, backend, lists.params)
         return cls(kind, lists, options, extra, step, ROUNDING[read.all_float64], read)
 
     @classmethod

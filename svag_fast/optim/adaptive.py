@@ -8,7 +8,6 @@ optimizer. (The ℓ of that paper is the root of our ``l``.)
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +17,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from svag_fast.ops.adaptive_step import ADAPTIVE_STEP, AdaptiveOptions
-from svag_fast.ops.step_call import Scaler, StepCall, StepLists
+from svag_fast.ops.step_call import Scaler, StepKind
 from svag_fast.ops.step_stats import FINITE
 from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.initial_square_avg import MEASURE, MEASURED_STEPS, averaged, check_start, filled, second_moment
 from svag_fast.optim.loaded_state import TorchKin
-from svag_fast.optim.two_batch import MakeCall, TwoBatchOptimizer, Work
+from svag_fast.optim.two_batch import MakeCall, Plan, State, TwoBatchOptimizer, Work
 
 
 class _AdaptiveOptimizer(TwoBatchOptimizer):
@@ -43,44 +42,18 @@ class _AdaptiveOptimizer(TwoBatchOptimizer):
     def _time_of(self, lr: Any, l: float) -> Any:
         return lr * lr / l  # by the square-root scaling rule
 
-    def _work(
-        self,
-        group: dict[str, Any],
-        options: AdaptiveOptions,
-        params: list[Tensor],
-        grads1: Grads,
-        grads2: Grads | None,
-        call: MakeCall,
-    ) -> list[Work] | None:
-        states = [self.state.get(p) or self._new_state(group, p) for p in params]
-        step = self._call(group, options, StepLists(params, grads1, grads2), states, call)
-        return None if step is None else [Work(step, functools.partial(self._keep, params, states))]
+    def _kind(self, group: dict[str, Any], options: Any) -> tuple[StepKind, tuple[str | None, str | None], bool]:
+        return ADAPTIVE_STEP, self._moment_names, True
 
-    def _call(
-        self,
-        group: dict[str, Any],
-        options: AdaptiveOptions,
-        lists: StepLists,
-        states: list[dict[str, Any]],
-        call: MakeCall,
-    ) -> StepCall | None:
-        """Return the fused step of the params with these states."""
-        first, second = self._moment_names
-        kept1 = [state[first] for state in states] if first else None
-        lists = lists._replace(kept1=kept1, kept2=[state[second] for state in states])
-        steps = [int(state["step"].item()) + 1 for state in states]
-        return call(ADAPTIVE_STEP, lists, options, extra=steps, backend=group["backend"])
+    def _extra(self, group: dict[str, Any], plan: Plan, params: list[Tensor], states: list[State]) -> list[int]:
+        return [int(state["step"].item()) + 1 for state in states]
 
-    def _keep(self, params: list[Tensor], states: list[dict[str, Any]], raw: Tensor, skip_nonfinite: bool) -> None:
+    def _keep(self, work: Work, raw: Tensor, skip_nonfinite: bool) -> None:
         if not skip_nonfinite or bool(raw[FINITE]):
-            torch._foreach_add_([state["step"] for state in states], 1)
-        self.state.update(zip(params, states, strict=True))
+            torch._foreach_add_([state["step"] for state in work.states], 1)
+        self.state.update(work.fresh)
 
-    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            self.state[p] = self.state.get(p) or self._new_state(group, p)
-
-    def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    def _new_state(self, group: dict[str, Any], p: Tensor) -> State:
         names = filter(None, self._moment_names)
         moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
         return {"step": torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments}
@@ -223,7 +196,7 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     def _work(
         self,
         group: dict[str, Any],
-        options: AdaptiveOptions,
+        plan: Plan,
         params: list[Tensor],
         grads1: Grads,
         grads2: Grads | None,
@@ -232,14 +205,15 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         start = group["initial_square_avg"]
         measured = [isinstance(start, str) and self._measures(p) for p in params] if start is not None else []
         if not any(measured):
-            return super()._work(group, options, params, grads1, grads2, call)
+            return super()._work(group, plan, params, grads1, grads2, call)
         work: list[Work] = []
-        for measures, part in ((True, self._measuring), (False, super()._work)):
+        for measures in (True, False):
             if chosen := [i for i, m in enumerate(measured) if m == measures]:
                 first, second = [grads1[i] for i in chosen], grads2 and [grads2[i] for i in chosen]
-                if (works := part(group, options, [params[i] for i in chosen], first, second, call)) is None:
+                part = super()._work(group, plan, [params[i] for i in chosen], first, second, call)
+                if part is None:
                     return None
-                work += works
+                work += map(self._measuring, part) if measures else part
         return work
 
     def _measures(self, p: Tensor) -> bool:
@@ -247,20 +221,11 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         state = self.state.get(p)
         return not state or int(state.get("measured", MEASURED_STEPS)) < MEASURED_STEPS
 
-    def _measuring(
-        self,
-        group: dict[str, Any],
-        options: AdaptiveOptions,
-        params: list[Tensor],
-        grads1: Grads,
-        grads2: Grads | None,
-        call: MakeCall,
-    ) -> list[Work] | None:
-        """Average the gradients' squares and leave the params alone; what a step refuses is refused here."""
-        states = [self.state.get(p) or self._new_state(group, p) for p in params]
-        ready = self._call(group, options, StepLists(params, grads1, grads2), states, call)
-        if ready is None:
-            return None
+    def _measuring(self, work: Work) -> Work:
+        """Return what averages the gradients' squares and leaves the params alone; a step's refusals are behind it."""
+        ready, states = work.call, work.states
+        params, grads1, grads2, *_ = ready.lists
+        options = ready.options
 
         @torch.no_grad()
         def measure(skip_nonfinite: bool, scaler: Scaler | None = None) -> tuple[Tensor, list[Tensor] | None]:
@@ -277,18 +242,14 @@ class SVAGRMSprop(_AdaptiveOptimizer):
         # What is refused must be so before any part of the step is taken; but a GradScaler's scale is in them still.
         scaled = getattr(self, "found_inf", None) is not None
         early = None if scaled else measure(False)
-        averages: list[Tensor] | None = None
 
         def take(skip_nonfinite: bool, scaler: Scaler | None) -> Tensor:
-            nonlocal averages
             raw, averages = early or measure(skip_nonfinite, scaler)
-            return raw
-
-        def keep(raw: Tensor, skip_nonfinite: bool) -> None:
             for p, state, average in zip(params, states, averages or [], strict=averages is not None):
                 self.state[p] = {**state, "square_avg": average, "measured": state["measured"] + 1}
+            return raw
 
-        return [Work(ready, keep, take, moves=False)]
+        return Work(ready, take=take, moves=False)
 
     def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state, start = super()._new_state(group, p), group["initial_square_avg"]

@@ -6,17 +6,17 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-_GRAD, _VERSION = operator.attrgetter("grad"), operator.attrgetter("_version")
-_OF: tuple[Callable[[Tensor], int], ...] = (id, Tensor.data_ptr, _VERSION)
+_GRAD, VERSION = operator.attrgetter("grad"), operator.attrgetter("_version")
+_OF: tuple[Callable[[Tensor], int], ...] = (id, Tensor.data_ptr, VERSION)
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """Gradients, each 0 where that can't be told of it. Lists of numbers, which cost next to nothing to compare."""
 
     ids: list[int]
@@ -47,7 +47,7 @@ class GradWatch:
     def __init__(self) -> None:
         self.seen = Seen(0, -1)
         self._params: list[Tensor] = []
-        self.noted: _Look | None = None
+        self.noted: Look | None = None
         """The gradients as the last pass left them; None where nothing is known."""
         self._hooked: weakref.ref[Tensor] | None = None
         self._unhook: Callable[[], object] = int
@@ -80,7 +80,7 @@ class GradWatch:
 
     def note(self) -> None:
         """Note the gradients as they are."""
-        self.noted = _look(self._params)
+        self.noted = look([*map(_GRAD, self._params)])
 
     def kept(self, params: Sequence[Tensor], changes: int = 0) -> list[bool | None]:
         """Whether each parameter's gradient is as it was noted, but for so many changes in place; None: not known.
@@ -92,7 +92,7 @@ class GradWatch:
         noted = self.noted
         if noted is None or not _same(self._params, params):
             return [None] * len(params)
-        now = _look(params)
+        now = look([*map(_GRAD, params)])
         if now == noted:
             return [True if i else None for i in now.ids]
         return [
@@ -117,7 +117,7 @@ class GradWatch:
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(functools.partial(queue, end))  # behind what others put at the end of the pass
 
-    def _end(self, hooked: Tensor, before: _Look | None, mark: tuple[int, int] | None) -> None:
+    def _end(self, hooked: Tensor, before: Look | None, mark: tuple[int, int] | None) -> None:
         if _mark(hooked) == mark:  # autograd.grad, which leaves .grad alone
             self.noted = before
         else:
@@ -152,22 +152,25 @@ def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _look(params: Sequence[Tensor]) -> _Look:
+def look(grads: Sequence[Any]) -> Look:
+    """Return what a :class:`GradWatch` notes of these gradients."""
     # No references are kept: a gradient that something refers to could not be held without a copy.
-    grads = [*map(_GRAD, params)]
     if {*map(type, grads)} == {Tensor}:
         try:
-            return _Look([*map(id, grads)], [*map(Tensor.data_ptr, grads)], [*map(_VERSION, grads)])
+            return Look([*map(id, grads)], [*map(Tensor.data_ptr, grads)], [*map(VERSION, grads)])
         except RuntimeError:  # a sparse one has no address, one of inference mode no count
             pass
     plain = [g is not None and is_plain(g) for g in grads]
     known = [[of(g) if of_it else 0 for g, of_it in zip(grads, plain, strict=True)] for of in _OF]
-    return _Look(*known)
+    return Look(*known)
 
 
 def versions(grads: Sequence[Tensor | None]) -> list[int]:
     """Return how often each gradient was changed in place; 0 where it isn't counted."""
-    return [0 if g is None or g.is_inference() else g._version for g in grads]
+    try:
+        return [*map(VERSION, grads)]
+    except (AttributeError, RuntimeError):  # one is None, or of inference mode
+        return [0 if g is None or g.is_inference() else g._version for g in grads]
 
 
 def is_plain(g: Tensor) -> bool:

@@ -69,27 +69,3 @@ def read_clock(group: dict[str, Any], name: str) -> float:
     if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() and len(value) > 1):
         raise ValueError(f"{name} must be one number for all replicas, got one of each: read param_groups[0][{name!r}]")
     return float(value)
-
-
-def count(group: dict[str, Any], taken: Any, l: Any, time: Any) -> None:
-    """Add a step to the clocks, the sums compensated (Kahan): exact to about an ulp after any number of steps.
-
-    Args:
-        group: the param group.
-        taken: 1, or a 0-d float64 tensor that is 0 where the step was skipped.
-        l: the step's; of replicas that differ [S].
-        time: the step's own; of replicas that differ [S].
-    """
-    new = {"steps": group["steps"] + taken}
-    for name, lost, term in (
-        ("effective_steps", "effective_steps_lost", taken / l),
-        ("time", "time_lost", taken * time),
-    ):
-        term = term + group[lost]
-        new[name] = group[name] + term
-        new[lost] = term - (new[name] - group[name])
-    if not group.get("capturable"):
-        group.update(new)
-        return
-    for name, value in new.items():
-        group[name].copy_(value)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.ops.step_stats import StepStats
-from svag_fast.optim.grad_watch import GradWatch, is_plain, versions
+from svag_fast.optim.grad_watch import VERSION, GradWatch, is_plain, look, versions
 from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.optim.optimizer_methods import outside_compiler
 
 GroupGrads = list[Tensor | None]
 _Groups = list[dict[str, Any]]
+_NONES = itertools.repeat(None)
 
 
 class HeldGradient:
@@ -125,10 +126,13 @@ class HeldGradient:
 
     def _note_the_point(self) -> None:
         """Note how often each parameter with a first gradient was changed in place."""
-        pairs = zip(self._params, self.grads or [], strict=True)
-        having = [p for params, grads in pairs for p, g in zip(params, grads, strict=True) if g is not None]
-        self._moving = [p for p in having if not p.is_inference()]  # which keeps no count
-        self._moves = [p._version for p in self._moving]
+        grads = itertools.chain(*(self.grads or ()))
+        having = [*itertools.compress(itertools.chain(*self._params), map(operator.is_not, grads, _NONES))]
+        try:
+            self._moving, self._moves = having, [*map(VERSION, having)]
+        except RuntimeError:  # one is of inference mode, and keeps no count
+            self._moving = [p for p in having if not p.is_inference()]
+            self._moves = [*map(VERSION, self._moving)]
 
     def note_both(self) -> None:
         """Take both gradients as they are for unchanged."""
@@ -163,15 +167,17 @@ class HeldGradient:
         seen = False
         for params in self._params:
             second.append([p.grad for p in params])
-            seen = seen or any(map(operator.is_not, second[-1], itertools.repeat(None)))
+            seen = seen or any(map(operator.is_not, second[-1], _NONES))
         if not seen and self.stepped is None:
             raise RuntimeError(
                 "a gradient is held, but no parameter has one of the second batch: call backward() on the second "
                 "batch's loss after hold_gradient() (a closure: at each of its calls)"
             )
-        if self.watch.noted is not None or False in self._first_kept:
+        noted = self.watch.noted
+        changed = noted is not None and look(second[0] if len(second) == 1 else [*itertools.chain(*second)]) != noted
+        if changed or False in self._first_kept:
             self._refuse_one_changed(_changes_of_a_scaler() if seen_by_scaler else 0)
-        moves = [p._version for p in self._moving]
+        moves = [*map(VERSION, self._moving)]
         if moves and all(map(operator.gt, moves, self._moves)):
             warnings.warn(
                 "the parameters were changed in place after the first gradient was held. Unless they were put back, "

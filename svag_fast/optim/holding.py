@@ -73,10 +73,10 @@ class HoldingOptimizer(Optimizer):
         """
         if self._pair.grads is not None and not self._pair.paired:
             raise RuntimeError("a gradient is held already: call step(), or discard_gradient() to give it up")
-        known = {p for group in self.param_groups for p in group["params"]}
+        known = {id(p) for group in self.param_groups for p in group["params"]}
         for p, g in first.items():
-            if p not in known or g.shape != p.shape:
-                what = "a parameter that is not the optimizer's" if p not in known else f"a parameter {list(p.shape)}"
+            if id(p) not in known or g.shape != p.shape:
+                what = f"a parameter {list(p.shape)}" if id(p) in known else "a parameter that is not the optimizer's"
                 raise ValueError(f"first must be as its parameters are, got a gradient {list(g.shape)} of {what}")
         self._pair.put(self.param_groups, first, stepped)
 

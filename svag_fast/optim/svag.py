@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,13 +13,13 @@ from torch.optim.optimizer import ParamsT
 from svag_fast.kernels.device_cache import is_capturing
 from svag_fast.ops.checks import PARAM_DTYPES
 from svag_fast.ops.step import SVAG_STEP
-from svag_fast.ops.step_call import StepLists
+from svag_fast.ops.step_call import StepKind
 from svag_fast.ops.step_options import MomentumRule, StepOptions, step_scalars, svag_coefficients
 from svag_fast.ops.step_replicas import SVAG_REPLICAS_STEP, ReplicaOptions, check_replicas
 from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.in_backward import StepsInBackward, check_in_backward
 from svag_fast.optim.loaded_state import TorchKin
-from svag_fast.optim.two_batch import MakeCall, TwoBatchOptimizer, Work
+from svag_fast.optim.two_batch import Plan, State, TwoBatchOptimizer
 
 __all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
 
@@ -76,7 +75,6 @@ def svag_loss(loss1: Tensor, loss2: Tensor | float | None = None, l: float | Non
 _MOMENTUM_DEFAULTS = {"momentum": 0.0, "momentum_rule": "time", "maximize": False}
 _LATER_DEFAULTS = {"capturable": False, "replicas": None, "in_backward": False, **_MOMENTUM_DEFAULTS}
 _BUFFERS = ("compensation", "momentum_buffer")
-_Fresh: TypeAlias = tuple[Tensor, str, Tensor]
 
 
 def _new_buffer(p: Tensor) -> Tensor:
@@ -237,11 +235,11 @@ class SVAG(TwoBatchOptimizer):
                 break
         else:
             return None
-        pairs = zip(self.param_groups, self._checked_options(), strict=True)
+        pairs = zip(self.param_groups, self._plans(), strict=True)
         return StepsInBackward(
             {
-                p: (checked.options, group["backend"])
-                for group, checked in pairs
+                p: (plan.options, group["backend"])
+                for group, plan in pairs
                 if group["in_backward"]
                 for p in group["params"]
             }
@@ -259,38 +257,19 @@ class SVAG(TwoBatchOptimizer):
                 for name in (k for k, v in group.items() if isinstance(v, Tensor)):
                     group[name] = group[name].to(group["params"][0].device)
 
-    def _work(
-        self,
-        group: dict[str, Any],
-        options: Any,
-        params: list[Tensor],
-        grads1: Grads,
-        grads2: Grads | None,
-        call: MakeCall,
-    ) -> list[Work] | None:
-        kind, extra = SVAG_STEP, None
-        if group["capturable"]:
-            extra = self._coefficients(group, options, params[0].device)
-        elif group["replicas"] is not None:
-            kind, extra = SVAG_REPLICAS_STEP, options.replicas
-        fresh: list[_Fresh] = []
-        kept: list[list[Tensor] | None] = []
-        for name, wanted in zip(_BUFFERS, (group["compensated"], options.momentum != 0), strict=True):
-            kept.append(self._buffers(name, params, fresh) if wanted else None)
-        lists = StepLists(params, grads1, grads2, *kept)
-        step = call(kind, lists, options, extra=extra, backend=group["backend"])
-        return None if step is None else [Work(step, functools.partial(self._keep, fresh) if fresh else None)]
+    def _kind(self, group: dict[str, Any], options: Any) -> tuple[StepKind, tuple[str | None, str | None], bool]:
+        kept = (_BUFFERS[0] if group["compensated"] else None, _BUFFERS[1] if options.momentum != 0 else None)
+        kind = SVAG_STEP if group["replicas"] is None else SVAG_REPLICAS_STEP
+        return kind, kept, group["capturable"] or group["replicas"] is not None
 
-    def _keep(self, fresh: list[_Fresh], *_: Any) -> None:
-        for p, name, buffer in fresh:
-            self.state[p][name] = buffer
+    def _extra(self, group: dict[str, Any], plan: Plan, params: list[Tensor], states: list[State]) -> Any:
+        return (
+            self._coefficients(group, plan.options, params[0].device) if group["capturable"] else plan.options.replicas
+        )
 
-    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        fresh: list[_Fresh] = []
-        for name, wanted in zip(_BUFFERS, (group["compensated"], group["momentum"] != 0), strict=True):
-            if wanted:
-                self._buffers(name, params, fresh)
-        self._keep(fresh)
+    def _new_state(self, group: dict[str, Any], p: Tensor) -> State:
+        wanted = group["compensated"], group["momentum"] != 0
+        return {name: _new_buffer(p) for name, is_wanted in zip(_BUFFERS, wanted, strict=True) if is_wanted}
 
     def _coefficients(self, group: dict[str, Any], options: StepOptions, device: torch.device) -> Tensor:
         """Return the group's coefficients on the device, with lr copied there by the device itself."""
@@ -301,15 +280,3 @@ class SVAG(TwoBatchOptimizer):
             self._on_device[id(group), device] = coefficients, options
         coefficients[0].copy_(group["lr"])
         return coefficients
-
-    def _buffers(self, name: str, params: list[Tensor], fresh: list[_Fresh]) -> list[Tensor]:
-        """Return the params' buffers; the new ones join ``fresh``, to be kept once a step has used them."""
-        buffers = []
-        for p in params:
-            state = self.state.get(p)
-            buffer = None if state is None else state.get(name)
-            if buffer is None:
-                buffer = _new_buffer(p)
-                fresh.append((p, name, buffer))
-            buffers.append(buffer)
-        return buffers

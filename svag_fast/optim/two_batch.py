@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_not
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from svag_fast.numeric import number
 from svag_fast.ops.backends import check_name
-from svag_fast.ops.step_call import Scaler, StepCall, check_calls_apart, read_the_scale
+from svag_fast.ops.step_call import Scaler, StepCall, StepKind, StepLists, check_calls_apart, read_the_scale
 from svag_fast.ops.step_stats import FINITE, StepStats, is_one_batch, nothing_stepped, total
 from svag_fast.optim import loaded_state
 from svag_fast.optim.callers import only_makes_state, tell_scaler
@@ -26,7 +27,6 @@ from svag_fast.optim.grad_lists import divide, gradients, overflow, sharded
 from svag_fast.optim.group_options import (
     as_clock,
     check_clocks,
-    count,
     is_immutable,
     on_device,
     read_clock,
@@ -38,24 +38,33 @@ from svag_fast.optim.holding import HoldingOptimizer
 from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.optim.optimizer_methods import as_torch_wraps, outside_compiler, plain
 
+State: TypeAlias = dict[str, Any]
+
 
 class Work(NamedTuple):
     """A part of a step, checked and ready to be taken."""
 
     call: StepCall
-    keep: Callable[[Tensor, bool], None] | None = None
-    """Keeps the state that the step has used, called with what it returned and ``skip_nonfinite``."""
+    states: Sequence[State] = ()
+    """What is kept of each of its params, if anything is."""
+    fresh: Mapping[Tensor, State] = MappingProxyType({})
+    """Of these what the optimizer doesn't have yet."""
     take: Callable[[bool, Scaler | None], Tensor] | None = None
     """What is called in place of ``call``."""
     moves: bool = True
     """Whether it moves parameters, so that the group's clocks count it."""
 
 
-class Checked(NamedTuple):
-    """A group's options when they were set."""
+class Plan(NamedTuple):
+    """A group's step, as its options say: made when they are set."""
 
     options: Any
-    """As a step takes them."""
+    """As a step takes them, checked."""
+    kind: StepKind
+    kept: tuple[str | None, str | None]
+    """The names of what is kept for each param, as :class:`StepLists` has it."""
+    has_extra: bool
+    """Whether the step takes more than lists and options (:meth:`TwoBatchOptimizer._extra`)."""
     l: Any
     """A number, or [S] where the replicas differ."""
     time: Any
@@ -74,7 +83,7 @@ _add_param_group = plain(Optimizer.add_param_group)
 class TwoBatchOptimizer(HoldingOptimizer):
     """An optimizer whose step combines the gradients of two batches: what SVAG and its adaptive variants share.
 
-    A subclass says in :meth:`_work` how one group's tensors on one device are updated.
+    A subclass says in :meth:`_kind` which step it takes, and what it keeps for it.
     """
 
     _step_supports_amp_scaling = True
@@ -88,14 +97,14 @@ class TwoBatchOptimizer(HoldingOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._pair = HeldGradient()
-        # By the group's id: its options' values when they were checked, and what a step takes them as.
-        self._checked: dict[int, tuple[tuple[Any, ...], Any]] = {}
+        # By the group's id: its options' values, and what they were found to ask for.
+        self._plans_of: dict[int, tuple[tuple[Any, ...], Plan]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_pair", HeldGradient()).clear()
-        self._checked = {}
+        self._plans_of = {}
         for group in self.param_groups:
             start_clocks(group)
         if any(map(takes_two_batches, self.param_groups)):
@@ -194,28 +203,28 @@ class TwoBatchOptimizer(HoldingOptimizer):
         """Return the options of the group's step at the rate ``lr``, checked."""
         raise NotImplementedError
 
-    def _checked_options(self) -> list[Checked]:
-        """Return all groups' options, checked where they are others than at the last step."""
-        checked: list[Checked] = []
+    def _plans(self) -> list[Plan]:
+        """Return all groups' plans, made where the options are others than at the last step."""
+        plans: list[Plan] = []
         for group in self.param_groups:
             values = self.values(group)
-            kept = self._checked.get(id(group))
+            kept = self._plans_of.get(id(group))
             if kept is not None and not all(map(operator.is_, values, kept[0])):
                 kept = None
             if kept is None:
-                if checked and group.get("replicas") is None:  # before what depends on l
-                    self._check_agrees(group, number("l", group["l"]), checked[0].options.l)
+                if plans and group.get("replicas") is None:  # before what depends on l
+                    self._check_agrees(group, number("l", group["l"]), plans[0].options.l)
                 options = self._check_group(group)
                 l = as_clock(options.l)
                 time = None if on_device(group) else self._time_of(as_clock(options.lr), l)
-                kept = values, Checked(options, l, time)
+                kept = values, Plan(options, *self._kind(group, options), l, time)
                 if all(map(is_immutable, values)):  # the same objects then are the same values
-                    self._checked[id(group)] = kept
-            checked.append(kept[1])
-            options, first = kept[1].options, checked[0].options
+                    self._plans_of[id(group)] = kept
+            plans.append(kept[1])
+            options, first = kept[1].options, plans[0].options
             if options.l != first.l or group.get("replicas") != self.param_groups[0].get("replicas"):
                 self._check_agrees(group, options.l, first.l)
-        return checked
+        return plans
 
     # ---- the step
 
@@ -268,10 +277,11 @@ class TwoBatchOptimizer(HoldingOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         value = None if closure is None else self._backpropagated(closure)
-        pair, groups, checked = self._pair, self.param_groups, self._checked_options()
-        if not any(map(_RATE, checked)) and only_makes_state():
-            for group in groups:
-                self._make_state(group, [p for p in group["params"] if p.grad is not None])
+        pair, groups, plans = self._pair, self.param_groups, self._plans()
+        if not any(map(_RATE, plans)) and only_makes_state():
+            for group, plan in zip(groups, plans, strict=True):
+                reached = [p for p in group["params"] if p.grad is not None]
+                self.state.update(self._states(group, plan, reached)[1] if any(plan.kept) else {})
             return self._nothing_stepped() if value is None else value
         scaled = getattr(self, "found_inf", None) is not None
         if scaled:
@@ -279,18 +289,18 @@ class TwoBatchOptimizer(HoldingOptimizer):
             self._check_no_in_backward("a GradScaler")
         scale: Tensor | None = getattr(self, "grad_scale", None) if scaled else None
         if pair.grads is None:
-            lists = self._one_batch(checked[0].options.l)
+            lists = self._one_batch(plans[0].options.l)
         else:
             if scaled:
                 pair.check_scaler(divides=scale is not None)
             second = pair.second(groups, seen_by_scaler=scaled and not pair.unscaled)
             lists = list(zip(pair.grads, second, strict=True))
         by_group = []
-        for group, (options, _, _), (grads1, grads2) in zip(groups, checked, lists, strict=True):
+        for group, plan, (grads1, grads2) in zip(groups, plans, lists, strict=True):
             work, params = None, group["params"]
             if params and all(map(is_not, grads1, _NONES)) and all(map(is_not, grads2 or (), _NONES)):
-                work = self._work(group, options, params, grads1, grads2, StepCall.by_reader)
-            by_group.append(work or self._work_by_device(group, options, grads1, grads2))
+                work = self._work(group, plan, params, grads1, grads2, StepCall.by_reader)
+            by_group.append(work or self._work_by_device(group, plan, grads1, grads2))
         works = [part for parts in by_group for part in parts]
         if len(works) > 1:
             ends = [f" of group {k}" for k, parts in enumerate(by_group) for _ in parts]
@@ -299,11 +309,11 @@ class TwoBatchOptimizer(HoldingOptimizer):
         if scaled:
             scaler = self._scaler(works, lists, scale)
         raws: list[Tensor] = []
-        for call, keep, take, _ in works:
-            of_device = None if scaler is None else scaler.to(call.lists.params[0].device)
-            raws.append((take or call)(scaled, of_device))
-            if keep is not None:
-                keep(raws[-1], scaled)
+        for part in works:
+            of_device = None if scaler is None else scaler.to(part.call.lists.params[0].device)
+            raws.append((part.take or part.call)(scaled, of_device))
+            if part.states:
+                self._keep(part, raws[-1], scaled)
         precision = max(map(_ROUNDING, works), default=0.0)
         if pair.stepped is not None:
             raws += pair.stepped.raws
@@ -312,22 +322,29 @@ class TwoBatchOptimizer(HoldingOptimizer):
             pair.stats = self._nothing_stepped()
             return pair.stats if value is None else value
         held = pair.grads is not None
-        two_batches = held and checked[0].options.l != 1
+        two_batches = held and plans[0].options.l != 1
         raw = raws[0] if len(raws) == 1 else total(raws)
         pair.stats = StepStats(raw, held, two_batches, precision)
-        if two_batches and not pair.warned and raw.is_cpu and is_one_batch(raw.view(-1, 5).tolist()):
-            pair.warned = True
-            same = [s for s, row in enumerate(raw.view(-1, 5).tolist()) if is_one_batch([row])]
-            of = f" of replica {', '.join(map(str, same))}" if raw.dim() == 2 else ""
-            warnings.warn(f"{type(self).__name__}{of}: {StepStats.ONE_BATCH}", stacklevel=3)
+        if two_batches and not pair.warned and raw.is_cpu:
+            rows = raw.view(-1, 5).tolist()
+            if [1 for row in rows if row[0] == row[1]]:
+                self._warn_of_one_batch(rows, raw.dim() == 2)
         if scale is not None and held:  # it has looked at the second gradient alone
             tell_scaler(raw[FINITE])
         pair.clear()
         counted = raw[FINITE] if scaled else 1
-        for group, (_, l, time), parts in zip(groups, checked, by_group, strict=True):
+        for group, plan, parts in zip(groups, plans, by_group, strict=True):
             if not parts or any(map(_MOVES, parts)):
-                count(group, counted, l, self._time_of(group["lr"].double(), l) if time is None else time)
+                time = self._time_of(group["lr"].double(), plan.l) if plan.time is None else plan.time
+                count(group, counted, plan.l, time)
         return pair.stats if value is None else value
+
+    def _warn_of_one_batch(self, rows: list[list[float]], of_replicas: bool) -> None:
+        same = [str(s) for s, row in enumerate(rows) if is_one_batch([row])]
+        if same:
+            self._pair.warned = True
+            of = f" of replica {', '.join(same)}" if of_replicas else ""
+            warnings.warn(f"{type(self).__name__}{of}: {StepStats.ONE_BATCH}", stacklevel=4)
 
     def _scaler(
         self, works: list[Work], lists: list[tuple[GroupGrads, GroupGrads | None]], scale: Tensor | None
@@ -348,9 +365,9 @@ class TwoBatchOptimizer(HoldingOptimizer):
             raise RuntimeError(
                 "pair_pass has made both batches' gradients: call step() without a closure, or discard_gradient() first"
             )
-        checked = self._checked_options()
+        plans = self._plans()
         with torch.enable_grad():
-            if self._pair.grads is not None or checked[0].options.l == 1:
+            if self._pair.grads is not None or plans[0].options.l == 1:
                 return closure()
             first = detached(closure())
             self.hold_gradient()
@@ -373,30 +390,64 @@ class TwoBatchOptimizer(HoldingOptimizer):
         return [(listed, None) for listed in lists]
 
     def _work_by_device(
-        self, group: dict[str, Any], options: Any, first: GroupGrads, second: GroupGrads | None
+        self, group: dict[str, Any], plan: Plan, first: GroupGrads, second: GroupGrads | None
     ) -> list[Work]:
         works: list[Work] = []
         for params, grads1, grads2 in gradients(group["params"], first, second):
-            works += self._work(group, options, params, grads1, grads2, StepCall.of) or []
+            works += self._work(group, plan, params, grads1, grads2, StepCall.of) or []
         return works
 
     def _work(
         self,
         group: dict[str, Any],
-        options: Any,
+        plan: Plan,
         params: list[Tensor],
         grads1: Any,
         grads2: Any,
         call: MakeCall,
     ) -> list[Work] | None:
         """Return what updates a group's params of one device, all of which have gradients; None where ``call`` does."""
+        states, fresh = self._states(group, plan, params) if any(plan.kept) else ([], {})
+        kept = [name and [state[name] for state in states] for name in plan.kept]
+        extra = self._extra(group, plan, params, states) if plan.has_extra else None
+        lists = StepLists(params, grads1, grads2, *kept)  # type: ignore[arg-type]
+        step = call(plan.kind, lists, plan.options, extra=extra, backend=group["backend"])
+        return None if step is None else [Work(step, states, fresh)]
+
+    def _kind(self, group: dict[str, Any], options: Any) -> tuple[StepKind, tuple[str | None, str | None], bool]:
+        """Return ``kind``, ``kept`` and ``has_extra`` of the group's plan."""
+        raise NotImplementedError
+
+    def _extra(self, group: dict[str, Any], plan: Plan, params: list[Tensor], states: list[State]) -> Any:
+        """Return what a step takes beside lists and options."""
         raise NotImplementedError
 
     def _time_of(self, lr: Any, l: float) -> Any:
         return lr / l
 
-    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Make the state that a first step would leave, of a parameter that hasn't moved."""
+    # ---- what is kept for each parameter
+
+    def _new_state(self, group: dict[str, Any], p: Tensor) -> State:
+        """Return the state of a parameter that has not moved."""
+        return {}
+
+    def _states(
+        self, group: dict[str, Any], plan: Plan, params: list[Tensor]
+    ) -> tuple[list[State], dict[Tensor, State]]:
+        """Return the params' states, and of these the new ones, to be kept once a step has used them."""
+        wanted = {*filter(None, plan.kept)}
+        states: list[State] = []
+        fresh: dict[Tensor, State] = {}
+        for p in params:
+            state = self.state.get(p)
+            if state is None or not wanted <= state.keys():
+                state = fresh[p] = {**self._new_state(group, p), **(state or {})}
+            states.append(state)
+        return states, fresh
+
+    def _keep(self, work: Work, raw: Tensor, skip_nonfinite: bool) -> None:
+        """Keep the state that a step has used, given the statistics that it returned."""
+        self.state.update(work.fresh)
 
     # ---- checkpoints
 
@@ -438,6 +489,30 @@ class TwoBatchOptimizer(HoldingOptimizer):
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         """Mend what torch's own loading leaves."""
+
+
+def count(group: dict[str, Any], taken: Any, l: Any, time: Any) -> None:
+    """Add a step to the clocks, the sums compensated (Kahan): exact to about an ulp after any number of steps.
+
+    Args:
+        group: the param group.
+        taken: 1, or a 0-d float64 tensor that is 0 where the step was skipped.
+        l: the step's; of replicas that differ [S].
+        time: the step's own; of replicas that differ [S].
+    """
+    new = {"steps": group["steps"] + taken}
+    for name, lost, term in (
+        ("effective_steps", "effective_steps_lost", taken / l),
+        ("time", "time_lost", taken * time),
+    ):
+        term = term + group[lost]
+        new[name] = group[name] + term
+        new[lost] = term - (new[name] - group[name])
+    if not group.get("capturable"):
+        group.update(new)
+        return
+    for name, value in new.items():
+        group[name].copy_(value)
 
 
 _watched_step = as_torch_wraps(TwoBatchOptimizer._step)

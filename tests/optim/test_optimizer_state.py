@@ -195,7 +195,8 @@ def test_effective_steps_and_time_are_summed_as_they_pass(optimizer: Any) -> Non
 
 
 def test_sums_of_many_steps_are_exact_to_an_ulp() -> None:
-    from svag_fast.optim.group_options import count, start_clocks
+    from svag_fast.optim.group_options import start_clocks
+    from svag_fast.optim.two_batch import count
 
     group: dict[str, Any] = {"l": 1000, "params": []}
     start_clocks(group)
