@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_calls import CALLS, copies
 
 import svag_fast
 from svag_fast.ops import backends, svag_step_
@@ -43,15 +44,24 @@ def test_the_environment_s_choice_replaces_auto_and_the_block_s_comes_first(monk
             step()
 
 
+@pytest.mark.parametrize("by_name", [False, True], ids=["by the environment", "by name"])
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-@pytest.mark.parametrize("op", sorted(backends._implementations))
 def test_every_op_says_why_a_gpu_s_backend_can_t_serve_it_and_what_could(
-    op: str, name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, by_name: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SVAG_FAST_BACKEND", name)
+    if not by_name:
+        monkeypatch.setenv("SVAG_FAST_BACKEND", name)
     monkeypatch.setitem(BACKENDS, "triton", Backend("triton", ("cuda",), lambda: None))  # interpreted or not
-    with pytest.raises(BackendError) as error:
-        backends.select(op, "auto", [torch.ones(3)])
-    why = "it serves cuda tensors, not cpu" if op in backends.ops_of(name) else f"it has no {op}"
-    expected = f"backend '{name}' (of SVAG_FAST_BACKEND) can't serve {op}: {why}. Could serve it: cpu, reference"
-    assert str(error.value) == expected
+    asked = f"backend '{name}'" + ("" if by_name else " (of SVAG_FAST_BACKEND)")
+    refused = set()
+    for call in CALLS.values():
+        tensors = call.make(torch.float32)
+        before = copies(tensors)
+        with pytest.raises(BackendError) as error:
+            call.run(tensors, name if by_name else "auto")
+        op = str(error.value).split(" can't serve ")[-1].partition(":")[0]
+        why = "it serves cuda tensors, not cpu" if op in backends.ops_of(name) else f"it has no {op}"
+        assert str(error.value) == f"{asked} can't serve {op}: {why}. Could serve it: cpu, reference"
+        assert all(torch.equal(tensors[key], t) for key, t in before.items()), op
+        refused.add(op)
+    assert refused == set(backends._implementations)
