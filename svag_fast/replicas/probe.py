@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from svag_fast.nn.independence import check_independence
 from svag_fast.replicas.build import Built, alone
 from svag_fast.replicas.errors import NotReplicable
+from svag_fast.replicas.generators import Generators
 from svag_fast.replicas.state import attributes
 from svag_fast.replicas.vmap import substituted, with_tensors
 
@@ -56,17 +57,18 @@ def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool, grad: b
     for s in sorted({0, replicas - 1}):
         tensors = {name: place.stacked[s].detach().clone() for name, place in built.places.items()}
         own = tree_map(lambda x, s=s: (x if shared else x[s]).clone() if isinstance(x, Tensor) else x, inputs)
-        states = _generator_states(built)
+        states = _generators(built)
         for name in built.trained:
             tensors[name].requires_grad_()
         with torch.set_grad_enabled(grad), with_tensors(built, tensors) as replaced:
             outputs = tree_leaves(built.model(*own[0], **own[1]))
             grads = _gradients(outputs, tensors, built)
         singles[s] = Found(outputs, grads, {name: replaced.get(name, tensors[name]) for name in built.buffers})
-        if any(not torch.equal(a, b) for a, b in zip(states, _generator_states(built), strict=True)):
-            _restore_generators(built, states)
+        if states != _generators(built):
+            states.restore()
             raise NotReplicable(
-                "the model draws random numbers in its forward pass, and replicas have no streams of their own for them"
+                f"{_who_draws(built, s, own)} draws random numbers in its forward pass, and replicas have no streams "
+                "of their own for them"
             )
     after = attributes(built.model)
     changed = [place for place in after if before.get(place) != after[place]]
@@ -75,9 +77,32 @@ def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool, grad: b
     return Trial(inputs, shared, grad, singles)
 
 
+def _who_draws(built: Built, s: int, inputs: Any) -> str:
+    """Name the innermost module of replica s that draws random numbers first; the generators stay as they are."""
+    model, states, found = alone(built, s), _generators(built), [""]
+    entered: list[Generators] = []
+
+    def leave(name: str) -> Callable[..., None]:
+        def look(*_: Any) -> None:
+            if entered.pop() != _generators(built) and not found[0]:
+                found[0] = name
+
+        return look
+
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_: entered.append(_generators(built)))
+        module.register_forward_hook(leave(f"{path or 'the model itself'} ({type(module).__name__})"))
+    try:
+        with torch.no_grad():
+            model(*inputs[0], **inputs[1])
+    finally:
+        states.restore()
+    return found[0] or "the model"
+
+
 def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
     """Say why an engine can't serve this model and these inputs, or None."""
-    states = _generator_states(built)
+    states = _generators(built)
     try:
         tensors = {name: place.stacked.detach().clone() for name, place in built.places.items()}
         found = _pass(built, run, tensors, trial.inputs, replicas, grad=trial.grad)
@@ -103,7 +128,7 @@ def compare(built: Built, run: Run, trial: Trial, replicas: int) -> str | None:
     except Exception as error:
         return str(error).partition("\n")[0] or type(error).__name__
     finally:
-        _restore_generators(built, states)
+        states.restore()
 
 
 def measure(built: Built, run: Run, inputs: Any, *, grad: bool) -> float:
@@ -229,16 +254,8 @@ def _poisoned(x: Any, half: int) -> Any:
     return copied
 
 
-def _generator_states(built: Built) -> list[Tensor]:
-    devices = sorted({p.stacked.device.index for p in built.places.values() if p.stacked.device.type == "cuda"})
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
-
-
-def _restore_generators(built: Built, states: list[Tensor]) -> None:
-    devices = sorted({p.stacked.device.index for p in built.places.values() if p.stacked.device.type == "cuda"})
-    torch.set_rng_state(states[0])
-    for index, state in zip(devices, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, index)
+def _generators(built: Built) -> Generators:
+    return Generators.now(sorted({p.stacked.device.index for p in built.places.values() if p.stacked.is_cuda}))
 
 
 def _now(device: torch.device) -> float:

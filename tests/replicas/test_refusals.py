@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import itertools
+import random
 import threading
 
 import numpy
@@ -16,6 +17,7 @@ from torch import nn
 import svag_fast
 from svag_fast import Replicas
 from svag_fast.replicas import NotReplicable, build
+from svag_fast.replicas.generators import Generators
 
 
 def linear():
@@ -229,7 +231,13 @@ def append(self, y):
 
 IN_THE_FORWARD_PASS = {
     "random numbers": (lambda: Holds(None, lambda self, y: y + torch.rand_like(y)), "draws random numbers"),
+    "Python's": (lambda: Holds(None, lambda self, y: y if random.random() < 2 else -y), "draws random numbers"),
+    "NumPy's": (lambda: Holds(None, lambda self, y: y if numpy.random.rand() < 2 else -y), "draws random numbers"),
     "functional dropout": (lambda: Holds(None, lambda self, y: nn.functional.dropout(y)), "draws random numbers"),
+    "functional dropout inside": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Holds(None, lambda self, y: nn.functional.dropout(y))),
+        r"^1 \(Holds\) draws random numbers",
+    ),
     "remembers": (lambda: Holds(None, remember), "kept is a Tensor outside"),
     "counts": (lambda: Holds(0, count), "changes kept"),
     "counts in an array": (lambda: Holds(numpy.zeros(1), count_inside), "changes kept"),
@@ -245,10 +253,10 @@ IN_THE_FORWARD_PASS = {
 def test_what_shows_in_the_forward_pass(name: str) -> None:
     build_model, message = IN_THE_FORWARD_PASS[name]
     replicas = Replicas(build_model, range(2))
-    values, generator = copy.deepcopy(replicas.state_dict()), torch.get_rng_state()
+    values, generators = copy.deepcopy(replicas.state_dict()), Generators.now()
     with pytest.raises(NotReplicable, match=message):
         replicas(torch.cat([X, -X.abs()], 1))
-    assert torch.equal(generator, torch.get_rng_state())
+    assert Generators.now() == generators
     for key, value in replicas.state_dict().items():
         assert value == values[key] if key == "_extra_state" else torch.equal(value, values[key])
 
