@@ -17,7 +17,7 @@ from rich.table import Table
 from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
 from svag_fast.cli.options import data_dir_option, margin_option, metric_option, setting_options, setting_panel
-from svag_fast.cli.stopped import Stopped
+from svag_fast.cli.stopped import Stopped, failure
 from svag_fast.experiments.config import (
     BOOKKEEPING,
     HOW,
@@ -170,21 +170,13 @@ def run(
         again = _again(config.task, out)
         raise Stopped(f"{error}. Continue with: {again}", error.number) from error
     except TaskError as error:  # before the experiment began: a worker's comes as an ExperimentError
-        raise _failure(f"{error}\nNothing was written.") from error
+        raise failure(f"{error}\nNothing was written.") from error
     except (ExperimentError, OSError) as error:
-        raise _failure(str(error)) from error
+        raise failure(str(error)) from error
 
 
 def _again(task: str, out: Path | None) -> str:
     return shlex.join(["svag-fast", "run", *([task] if task else []), "--resume", "--out", str(out)])
-
-
-def _failure(text: str) -> click.ClickException:
-    """Print what has more lines than one, such as a traceback, as it is: in the error's box its lines would break."""
-    first, newline, _ = text.partition("\n")
-    if newline:
-        click.echo(text, err=True)
-    return click.ClickException(first.rstrip(":"))
 
 
 def _with_target(target: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -18,19 +18,24 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from svag_fast.cli.options import setting_options, setting_panel
-from svag_fast.cli.stopped import Stopped
+from svag_fast.cli.stopped import Stopped, failure
 from svag_fast.experiments.config import HOW, LENGTH, WHAT, ConfigError
+from svag_fast.experiments.task_error import TaskError
+from svag_fast.experiments.task_file import hash_of, load_task, parse_target, short_name, source_of
 from svag_fast.experiments.weak import WeakSettings
 from svag_fast.files import replace_file
+from svag_fast.numeric import must_be, shown
+from svag_fast.replicas.errors import NotReplicable
 
 if TYPE_CHECKING:
     from svag_fast.analysis.weak import WeakReport
-    from svag_fast.experiments.weak import Array, WeakTask
+    from svag_fast.experiments.weak import Array, Trainable
 
 VALUES = "values.npz"
 
 
 @click.command()
+@click.argument("target", required=False)
 @setting_panel(WeakSettings, WHAT)
 @setting_panel(WeakSettings, LENGTH, "--budget")
 @setting_panel(WeakSettings, HOW, "--out", "--help")
@@ -49,8 +54,10 @@ VALUES = "values.npz"
     show_default=True,
     help="Folder for weak.png, summary.json and values.npz; runs of the same settings in it are kept and added to.",
 )
-def weak(out: Path, budget: float | None, **given: Any) -> None:
+def weak(target: str | None, out: Path, budget: float | None, **given: Any) -> None:
     """See Theorem 4.3 on a net: does the mean of test functions go to its limit as 1/l?
+
+    TARGET is a task of your own, FILE.py[:NAME] or package.module:NAME (docs/tasks.md). Without it, it is the digits.
 
     Trains many runs from one initialisation at each l. Fits each test function's limit, and the slope of its difference
     from that limit in log l. Theory says -1. docs/weak.md says how the slope and its interval are made. After Ctrl-C
@@ -63,13 +70,15 @@ def weak(out: Path, budget: float | None, **given: Any) -> None:
     try:
         if "l" in given and "replicas" not in given:
             given["replicas"] = (256,)
+        if target is not None:
+            given |= _own(target, given)
         settings = WeakSettings(**given)
-        had = _read(out, settings)
-        from svag_fast.experiments.weak import digits_task
-
-        task = digits_task(settings)
+        source = source_of(settings.task) if settings.task else ""
+        identity = _identity(settings, source)
+        had = _read(out, settings, identity)
+        task = _trainable(settings, source)
         out.mkdir(parents=True, exist_ok=True)
-        values, stopped = _train(task, settings, budget, had, out, console)
+        values, stopped = _train(task, settings, budget, had, out, identity, console)
         if not values:
             raise Stopped("interrupted before every l had its first runs: nothing was written", signal.SIGINT)
         _tell(values, settings, task.functions, out, console)
@@ -77,39 +86,69 @@ def weak(out: Path, budget: float | None, **given: Any) -> None:
             raise Stopped("interrupted: the same command continues", signal.SIGINT)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
-    except (OSError, MemoryError) as error:
-        raise click.ClickException(str(error)) from error
+    except (OSError, MemoryError, TaskError, NotReplicable) as error:
+        raise failure(str(error)) from error
 
 
-def _identity(settings: WeakSettings) -> str:
+def _own(target: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the setting of a task of one's own."""
+    found = parse_target(target)
+    if "task" not in found:
+        raise ConfigError(must_be("TARGET", "FILE.py[:NAME] or package.module:NAME, or left out", shown(target)))
+    for name in ("model", "label_noise"):
+        if name in given:
+            raise ConfigError(must_be(f"--{name.replace('_', '-')}", f"left out beside {target}", shown(given[name])))
+    if "lr" not in given:
+        raise ConfigError(must_be("--lr", f"given beside {target}: the default is of the digits", "nothing"))
+    return found
+
+
+def _trainable(settings: WeakSettings, source: str) -> Trainable:
+    if not settings.task:
+        from svag_fast.experiments.weak import digits_task
+
+        return digits_task(settings)
+    from svag_fast.experiments.weak_own import OwnTask
+
+    task = load_task(settings.task, hash_of(source))
+    try:
+        return OwnTask(task, settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _identity(settings: WeakSettings, source: str) -> str:
     """What decides a run's numbers."""
     kept = {name: value for name, value in settings.to_dict().items() if name not in ("replicas", "l", "threads")}
+    if settings.task:
+        kept |= {"task": short_name(settings.task), "sha256": hash_of(source)}
     return json.dumps(kept, sort_keys=True)
 
 
-def _read(out: Path, settings: WeakSettings) -> dict[float, Array]:
+def _read(out: Path, settings: WeakSettings, identity: str) -> dict[float, Array]:
     """Return the runs that the folder has already, refusing those of other settings."""
     if not (out / VALUES).exists():
         return {}
     try:
         with np.load(out / VALUES, allow_pickle=False) as file:
-            identity = str(file["settings"])
+            there = str(file["settings"])
             had = {l: np.asarray(file[f"{l:.17g}"]) for l in settings.l if f"{l:.17g}" in file.files}
     except (ValueError, KeyError, EOFError) as error:
         raise ConfigError(
             f"{out / VALUES} must be whole, got a damaged one ({error}): choose another folder with --out"
         ) from error
-    if identity != _identity(settings):
-        raise ConfigError(f"{out / VALUES} must be of these settings, got {identity}: choose another folder with --out")
+    if there != identity:
+        raise ConfigError(f"{out / VALUES} must be of these settings, got {there}: choose another folder with --out")
     return had
 
 
 def _train(
-    task: WeakTask,
+    task: Trainable,
     settings: WeakSettings,
     budget: float | None,
     had: Mapping[float, Array],
     out: Path,
+    identity: str,
     console: Console,
 ) -> tuple[dict[float, Array], bool]:
     """Return what is complete of each l, and whether Ctrl-C came."""
@@ -139,7 +178,7 @@ def _train(
             for values in run_levels(task, settings, had=had, budget=budget, planned=planned, advanced=advanced):
                 with replace_file(out / VALUES) as file:
                     arrays: dict[str, Any] = {f"{l:.17g}": x for l, x in values.items()}
-                    np.savez(file, settings=_identity(settings), **arrays)
+                    np.savez(file, settings=identity, **arrays)
         except KeyboardInterrupt:
             return values, True
     return values, False
@@ -154,8 +193,9 @@ def _tell(
 
     report = weak_report(values, settings.effective_steps, functions, seed=settings.seed)
     report.save(out / "summary.json", settings.to_dict())
+    digits = f"{settings.model} on digits, {settings.label_noise:.0%} label noise"
     title = (
-        f"{settings.model} on digits, {settings.label_noise:.0%} label noise, B = {settings.batch_size}, "
+        f"{short_name(settings.task) or digits}, B = {settings.batch_size}, "
         f"lr {settings.lr:g}, weight decay {settings.weight_decay:g}: {sum(report.runs.values()):,} runs"
     )
     with plots.style():

@@ -65,13 +65,14 @@ def _evaluate(task: Task, model: nn.Module, data: TaskData, limit: int | None) -
         count += len(numbers)
     found = {"loss": float(total) / count}
     if task.metrics:
-        outputs, targets = tree_map(_joined, *kept)
+        outputs, targets = tree_map(joined, *kept)
         # Of all samples at once: a mean over batches is another number for most metrics.
         found |= {name: metric_value(name, metric(outputs, targets)) for name, metric in task.metrics.items()}
     return found
 
 
-def _joined(*parts: Any) -> Any:
+def joined(*parts: Any) -> Any:
+    """Return tensors one after the other; of anything else the first."""
     return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from svag_fast.replicas.errors import NotReplicable
+
 PACKAGE = str(Path(__file__).resolve().parents[1])
 STANDARD = str(Path(contextlib.__file__).parent)
 
@@ -25,7 +27,7 @@ def own_code(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except TaskError:
+    except (TaskError, NotReplicable):
         raise
     except (Exception, SystemExit) as error:  # code that ends the process hasn't made a task or a step either
         frames = traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
 """Runs for Theorem 4.3 on a net: many replicas from one initialisation at each l, and test functions at set times.
 
-task = digits_task(WeakSettings())
-for values in measure(task, settings, l=4, replicas=range(64)): ...
+task = digits_task(settings := WeakSettings())
+values = measure(task, settings, l=4, replicas=range(64))
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from svag_fast.replicas.chain import Chain
-    from svag_fast.replicas.fused import FusedRuns, Loss
+    from svag_fast.replicas.fused import Loss
 
 Array = NDArray[np.float64]
 
@@ -33,12 +33,15 @@ LEAST_REPLICAS = 8  # of a level: fewer don't tell its variance
 MOST_REPLICAS = 100_000
 _AT_ONCE = 64  # replicas of one call: enough for the threads, few enough for soon-answered Ctrl-C and progress
 _PILOT = 16  # replicas of a level that a plan is made from
-_SINGLE = 3  # fixed test samples whose own losses are test functions
+SINGLES = 3  # fixed test samples whose own losses are test functions
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeakSettings:
-    """What `svag-fast weak` trains. The command makes its options from these fields."""
+    """What `svag-fast weak` trains. The command makes its options from these fields.
+
+    ``task`` is a task of one's own in place of ``model`` and ``label_noise``, as ``svag-fast run`` names it.
+    """
 
     model: str = setting("digits-mlp", WHAT, None, "Net on the digits.", choices=MODELS)
     label_noise: float = setting(0.2, WHAT, "PART", "Part of the training labels that is drawn again from all classes.")
@@ -54,6 +57,7 @@ class WeakSettings:
     )
     seed: int = setting(0, HOW, "N", "Of the one initialisation and, with l and the run's number, of the batches.")
     threads: int | None = setting(None, HOW, "N", "Threads, a run each.", shown="all cores")
+    task: str = ""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "lr", "weight_decay", "seed"):
@@ -87,13 +91,36 @@ class WeakSettings:
         return round(effective * l)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return the settings as plain values, without those that don't count beside a task, or without one."""
+        left_out = ("model", "label_noise") if self.task else ("task",)
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+
+
+class WeakRuns(Protocol):
+    """Some runs at one l, which are trained side by side."""
+
+    def advance(self, step: int) -> None:
+        """Take every run to a step."""
+
+    def test_functions(self) -> Tensor:
+        """Return [functions, runs] float64, nan where a run diverged; the runs take one step more."""
+
+
+class Trainable(Protocol):
+    """What is trained, from one initialisation: a :class:`WeakTask`, or a task of one's own."""
+
+    @property
+    def functions(self) -> list[str]:
+        """The names of the test functions."""
+
+    def start(self, settings: WeakSettings, l: float, seeds: Sequence[int]) -> WeakRuns:
+        """Return runs at their start, one for each seed of batches."""
 
 
 @dataclass(frozen=True)
 class WeakTask:
-    """A net and its data.
+    """A chain of layers and its data, for the fused kernel.
 
     Attributes:
         chain: the net, with the weights that every run starts from.
@@ -113,8 +140,63 @@ class WeakTask:
     def functions(self) -> list[str]:
         """The names of the test functions."""
         accuracy = ["test accuracy"] if self.loss == "cross_entropy" else []
-        singles = [f"loss of test sample {i}" for i in range(min(_SINGLE, len(self.test_inputs)))]
+        singles = [f"loss of test sample {i}" for i in range(min(SINGLES, len(self.test_inputs)))]
         return ["test loss", *accuracy, "train loss", "|x|²", "G", "N", *singles]
+
+    def start(self, settings: WeakSettings, l: float, seeds: Sequence[int]) -> WeakRuns:
+        """Return runs at their start, one for each seed of batches.
+
+        Raises:
+            ValueError, MemoryError: as of :class:`svag_fast.replicas.fused.FusedRuns`.
+        """
+        return _ChainRuns(self, settings, l, seeds)
+
+
+class _ChainRuns:
+    def __init__(self, task: WeakTask, settings: WeakSettings, l: float, seeds: Sequence[int]) -> None:
+        from svag_fast.replicas.fused import FusedRuns
+
+        self._task = task
+        self._step = 0
+        self._runs = FusedRuns(
+            task.chain,
+            task.chain.initial().weights.expand(len(seeds), -1),
+            inputs=task.inputs,
+            targets=task.targets,
+            loss=task.loss,
+            seeds=seeds,
+            batch_size=settings.batch_size,
+            lr=settings.lr,
+            l=l,
+            weight_decay=settings.weight_decay,
+            # The steps that are to be measured, each time's next one, are multiples of this.
+            stat_every=math.gcd(*(settings.steps_at(t, l) for t in settings.effective_steps)),
+            threads=settings.threads or cores(),
+        )
+
+    def advance(self, step: int) -> None:
+        self._runs.advance(step)
+        self._step = step
+
+    def test_functions(self) -> Tensor:
+        import torch
+
+        runs, task = self._runs, self._task
+        test = runs.evaluate(task.test_inputs, task.test_targets)
+        accuracy = [] if test.accuracy is None else [test.accuracy]
+        train = runs.evaluate(task.inputs, task.targets).loss
+        sq_norm = runs.weights.double().square().sum(1)
+        singles = [
+            runs.evaluate(task.test_inputs[i : i + 1], task.test_targets[i : i + 1]).loss
+            for i in range(min(SINGLES, len(task.test_inputs)))
+        ]
+        runs.clear_sums()
+        runs.advance(self._step + 1)
+        means = runs.sums.means()
+        noise = (means.sq_norm1 + means.sq_norm2) / 2 - means.inner
+        found = torch.stack([test.loss, *accuracy, train, sq_norm, means.inner, noise, *singles])
+        found[:, runs.diverged] = math.nan
+        return found
 
 
 def digits_task(settings: WeakSettings) -> WeakTask:
@@ -129,7 +211,7 @@ def digits_task(settings: WeakSettings) -> WeakTask:
 
 
 def measure(
-    task: WeakTask,
+    task: Trainable,
     settings: WeakSettings,
     l: float,
     replicas: range,
@@ -146,58 +228,22 @@ def measure(
         advanced: called now and then with the effective steps taken since the last call, over all these runs.
 
     Raises:
-        ValueError, MemoryError: as of :class:`svag_fast.replicas.fused.FusedRuns`.
+        ValueError, MemoryError: as the task's ``start``.
     """
-    import torch
-
-    from svag_fast.replicas.fused import FusedRuns
-
     steps = [settings.steps_at(t, l) for t in settings.effective_steps]
     results = []
     for first in range(replicas.start, replicas.stop, _AT_ONCE):
         some = range(first, min(first + _AT_ONCE, replicas.stop))
-        runs = FusedRuns(
-            task.chain,
-            task.chain.initial().weights.expand(len(some), -1),
-            inputs=task.inputs,
-            targets=task.targets,
-            loss=task.loss,
-            seeds=[_seed(settings.seed, l, replica) for replica in some],
-            batch_size=settings.batch_size,
-            lr=settings.lr,
-            l=l,
-            weight_decay=settings.weight_decay,
-            # The steps that are to be measured, each time's next one, are multiples of this.
-            stat_every=math.gcd(*steps),
-            threads=settings.threads or cores(),
-        )
-        values, at = torch.empty(len(steps), len(task.functions), len(some), dtype=torch.float64, device="cpu"), 0
+        runs = task.start(settings, l, [_seed(settings.seed, l, replica) for replica in some])
+        values, at = np.empty((len(steps), len(task.functions), len(some))), 0
         for row, to in enumerate(steps):
             for step in _stops(at, to, l):
                 runs.advance(step)
                 advanced((step - at) / l * len(some))
                 at = step
-            values[row] = torch.stack(_test_functions(runs, task, to))
-            values[row, :, runs.diverged] = math.nan
-        results.append(values.numpy())
+            values[row] = runs.test_functions().numpy()
+        results.append(values)
     return np.concatenate(results, axis=2)
-
-
-def _test_functions(runs: FusedRuns, task: WeakTask, step: int) -> list[Tensor]:
-    """Return what `functions` names, of runs that have taken so many steps; they take one more."""
-    test = runs.evaluate(task.test_inputs, task.test_targets)
-    accuracy = [] if test.accuracy is None else [test.accuracy]
-    train = runs.evaluate(task.inputs, task.targets).loss
-    sq_norm = runs.weights.double().square().sum(1)
-    singles = [
-        runs.evaluate(task.test_inputs[i : i + 1], task.test_targets[i : i + 1]).loss
-        for i in range(min(_SINGLE, len(task.test_inputs)))
-    ]
-    runs.clear_sums()
-    runs.advance(step + 1)
-    means = runs.sums.means()
-    noise = (means.sq_norm1 + means.sq_norm2) / 2 - means.inner
-    return [test.loss, *accuracy, train, sq_norm, means.inner, noise, *singles]
 
 
 def _stops(at: int, to: int, l: float) -> list[int]:
@@ -233,7 +279,7 @@ class Pilot:
 
 
 def run_levels(
-    task: WeakTask,
+    task: Trainable,
     settings: WeakSettings,
     *,
     had: Mapping[float, Array] | None = None,
