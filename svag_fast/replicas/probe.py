@@ -153,7 +153,8 @@ def _pass(built: Built, run: Run, tensors: dict[str, Tensor], inputs: Any, repli
     for name in built.trained:
         tensors[name].requires_grad_()
     with torch.set_grad_enabled(grad), substituted(built.places, tensors):
-        outputs = tree_leaves(run(inputs))
+        # A copy, since a model may write into its input.
+        outputs = tree_leaves(run(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)))
         for x in outputs:
             if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] != replicas):
                 raise NotReplicable(f"an output has the shape {list(x.shape)}")

@@ -249,3 +249,15 @@ def test_several_inputs_of_any_structure() -> None:
         for s in range(3):
             want = F.linear(parts["a"][s], replicas.unstack(s).lin.weight, replicas.unstack(s).lin.bias) * 2
             torch.testing.assert_close(out["sum"][s], want + parts["b"][s])
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_a_model_that_writes_into_its_input_is_served(engine: str) -> None:
+    class Shifts(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.add_(1))
+
+    x = torch.randn(3, B, 4)
+    replicas = Replicas(lambda: Shifts(nn.Linear(4, 2)), SEEDS, engine=engine)
+    for s, out in enumerate(replicas(x.clone())):
+        torch.testing.assert_close(out, replicas.unstack(s)(x[s].clone()))
