@@ -42,9 +42,9 @@ def row_count(args: Any, kwargs: Any) -> int:
     Raises:
         ValueError: there is none, it is odd, or tensors are in containers that PyTorch can't look into.
     """
+    if len(args) == 1 and not kwargs and type(x := args[0]) is Tensor and x.dim() > 0:  # as a rule
+        return _even(x.shape[0])
     leaves = leaves_of(args, kwargs)
-    if len(leaves) == 1 and type(leaves[0]) is Tensor and leaves[0].dim() > 0:  # as a rule
-        return _even(leaves[0].shape[0])
     for leaf in leaves:
         if hides_tensors(leaf):
             raise ValueError(
@@ -83,6 +83,8 @@ class ByHalves:
     """
 
     way = "halves"
+    task: int | None = None
+    """As of `Joint`: not known."""
 
     def __init__(self, root: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
         self.root = root

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from svag_fast.nn.joint_layers import Layer, has_norms, layers_of, norm_rule, sh
 from svag_fast.nn.layer_halves import LayerHalves
 from svag_fast.nn.pair_batch_norm import pair_batch_norm
 from svag_fast.nn.replay import tensors_of
+from svag_fast.ops.backends import as_chosen
 from svag_fast.ops.weight_grad.shapes import Geometry
 from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.sample_norms.layers.conv import conv_plan
@@ -30,6 +31,11 @@ from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product
 from svag_fast.sample_norms.rule import Seen, in_full_precision
 from svag_fast.sample_norms.tape import NO_TASK, Recorder, Rows, current_task, hook, in_backward
+
+Due: TypeAlias = tuple[PairCall, Tensor | None, Tensor, bool, str | None, int, int]
+
+# What layers whose gradients are formed together may keep alive.
+DUE_BYTES = 1 << 23
 
 
 class Joint:
@@ -63,6 +69,10 @@ class Joint:
         self._first: Gradients = {}  # of the running backward pass
         self._second: Gradients = {}
         self.steps: StepsInBackward | None = None  # of the running backward pass
+        self._due: list[Due] = []  # layers whose gradients are to be formed
+        self._due_bytes = 0
+        self.task: int | None = None
+        """The last backward pass's number in this process, where it has reached a layer."""
         self._only_once: Container[Tensor] = ()
         self.inside = False
         self.rows = 2  # of the running call of the model
@@ -278,7 +288,7 @@ class Joint:
         """
         if steps is not None and (name := used_elsewhere(self, [losses])) is not None:  # before anything has moved
             raise self._from_elsewhere(name)
-        self._first, self._second, self._sq_norms = {}, {}, {}
+        self._first, self._second, self._sq_norms, self.task = {}, {}, {}, None
         if self.met is not None:
             check_losses(self, losses, self.met)
             self._seen_losses = True
@@ -290,15 +300,18 @@ class Joint:
         self.taking, self.steps = True, steps
         try:
             torch.autograd.backward(losses, weights)
+            self._take_due()
         finally:
             self.taking, self.steps = False, None
+            self._due, self._due_bytes = [], 0
         self.forget()
         for name, p in self.params.items():
             if p.grad is not None:
                 raise self._from_elsewhere(name)
         for sums, grads in ((first, self._first), (before, self._second)):
-            for of, grad in grads.items():
-                sums[of] = sums[of] + grad if of in sums else grad
+            for of in grads.keys() & sums.keys():
+                grads[of] = sums[of] + grads[of]
+            sums.update(grads)
         for kept, grad in before.items():
             kept.grad = grad
         if self._norms is not None:  # each loss has the weight 1/B
@@ -309,6 +322,32 @@ class Joint:
             f"{name} got a gradient from outside its own layer's forward in the model's call, so its gradient can't be "
             'told apart by batches: have the model return what the losses need, or way="halves"'
         )
+
+    def later(self, call: PairCall, x: Tensor | None, b: Tensor, wants_bias: bool, backend: str | None) -> None:
+        """Have a layer's gradients formed: at once, or, as long as what they need is small, together with others'.
+
+        Each change between the backward pass and ours has code brought back into the caches, at the price of a small
+        layer's kernel.
+        """
+        self.task = current_task()
+        self._due.append((call, x, b, wants_bias, backend, 0 if x is None else x._version, b._version))
+        self._due_bytes += b.nbytes + (0 if x is None else x.nbytes)
+        if self._due_bytes > DUE_BYTES or self.steps is not None or not b.is_cpu:
+            self._take_due()
+
+    def _take_due(self) -> None:
+        with torch.no_grad():
+            for call, x, b, wants_bias, backend, x_version, b_version in self._due:
+                if b._version != b_version or (x is not None and x._version != x_version):
+                    raise RuntimeError(
+                        "a layer's input, or the gradient of its output, was changed by an in-place operation in the "
+                        'backward pass, where gradients are still to be formed of it: way="halves"'
+                    )
+                if backend is None:
+                    call.take(x, b, wants_bias)
+                else:
+                    as_chosen(backend, call.take, x, b, wants_bias)
+        self._due, self._due_bytes = [], 0
 
     def step(self, weight: Tensor, product: Product, x: Tensor, b: Tensor) -> bool:
         """Have a weight take its step at once, if it may and there is a kernel for its layer."""
@@ -328,10 +367,13 @@ class Joint:
 
     def take(self, p: Tensor, grad1: Tensor, grad2: Tensor) -> None:
         """Two gradients of a parameter, in memory of their own."""
+        if self.task is None:
+            self.task = current_task()
         for grads, grad in ((self._first, grad1), (self._second, grad2)):
             if grad.stride() != p.stride() or grad._base is not None or grad.dtype != p.dtype:
                 grad = torch.empty_like(p).copy_(grad)
-            grads[p] = grads[p] + grad if p in grads else grad
+            if (there := grads.setdefault(p, grad)) is not grad:
+                grads[p] = there + grad
 
     def take_norms(self, p: Tensor, sq_norms: Tensor) -> None:
         """Each sample's squared norm of a parameter's gradient."""

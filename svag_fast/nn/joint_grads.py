@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from svag_fast.ops.backends import CHOICE, as_chosen
+from svag_fast.ops.backends import CHOICE
 from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product, ProductLayer, weight_grads_of_halves
@@ -35,6 +35,9 @@ class Taker(Protocol):
 
     steps: StepsInBackward | None
     """Takes weights' steps in the running backward pass, if that is wanted."""
+
+    def later(self, call: PairCall, x: Tensor | None, b: Tensor, wants_bias: bool, backend: str | None) -> None:
+        """Have `call.take` called on the others, with the forward pass's choice of a backend: at once or soon."""
 
     def step(self, weight: Tensor, product: Product, x: Tensor, b: Tensor) -> bool:
         """Have a weight take its step from a layer's input and the gradient of its output, at once, if it may."""
@@ -96,7 +99,7 @@ class PairCall(NamedTuple):
                 b = b.resolve_neg()
                 x_grad = _cast(self.product.input_grad(b, x, _cast(weight, b.dtype)), ctx.dtypes[0])
         if self.joint.taking:
-            self.take(x if wants_weight else None, b, wants_bias)
+            self.joint.later(self, x if wants_weight else None, b, wants_bias, ctx.backend)
         return x_grad, None, None, None
 
     def take(self, x: Tensor | None, b: Tensor, wants_bias: bool) -> None:
@@ -128,23 +131,27 @@ class PairCall(NamedTuple):
         """The layer's output from an input [2B, ...].
 
         Where the input has a gradient the graph stays PyTorch's own, which is faster than any function of ours, and
-        the layer's gradients are formed where its output's comes by. Else, and where somebody keeps what is saved for
-        the backward pass elsewhere (checkpoints, offloading), a function of ours saves the input.
+        the layer's gradients are formed where its output's comes by. Else it begins here. Where somebody keeps what is
+        saved for the backward pass elsewhere (checkpoints, offloading), a function of ours saves the input.
         """
         _, product, weight, bias = self
         as_a_view = x.dim() == 3 or (
             x.dim() > 3 and product is LINEAR
         )  # of what PyTorch makes: its node may be replaced
-        if as_a_view or not x.requires_grad or self.joint.met is not None or _saved_elsewhere(True) is not None:
-            output: Tensor = ProductLayer.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+        output: Tensor
+        if as_a_view or self.joint.met is not None or _saved_elsewhere(True) is not None:
+            output = ProductLayer.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+            return output
+        wants_bias = bias is not None and bias.requires_grad
+        wants_any = weight.requires_grad or wants_bias
+        if wants_any and not x.requires_grad:
+            output = _Begun.apply(x, self, _LEAF)  # type: ignore[no-untyped-call]
             return output
         output = product.output(x, weight.detach(), None if bias is None else bias.detach())
         assert not output._is_view()
-        wants_bias = bias is not None and bias.requires_grad
-        if weight.requires_grad or wants_bias:
-            low = x if x.dtype == output.dtype else x.detach().to(output.dtype)
+        if wants_any:
             node: Any = output.grad_fn
-            node.register_hook(_Passing(self, low if weight.requires_grad else None, wants_bias))
+            node.register_hook(_Passing(self, x, output))
         return output
 
 
@@ -156,16 +163,40 @@ def _perhaps(_: bool) -> object:
 _saved_elsewhere: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", _perhaps)
 
 
+# What a graph begins with whose first layer's parameters are not in it.
+_LEAF = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
+
+
+class _Begun(torch.autograd.Function):
+    """The output of a layer whose input has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: PairCall, leaf: Tensor) -> Tensor:
+        """See the class."""
+        output = call.product.output(x, call.weight, call.bias)
+        ctx.passing = _Passing(call, x, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[None, None, None]:
+        """Have the layer's gradients formed."""
+        ctx.passing(None, (b,))
+        return None, None, None
+
+
 class _Passing:
     """Sees the gradient of a layer's output pass by, once, after the layer's input has got its own."""
 
     __slots__ = ("_backend", "_call", "_version", "_wants_bias", "_x")
 
-    def __init__(self, call: PairCall, x: Tensor | None, wants_bias: bool) -> None:
-        self._call, self._x, self._wants_bias, self._backend = call, x, wants_bias, CHOICE.get()
-        self._version = 0 if x is None else x._version
+    def __init__(self, call: PairCall, x: Tensor, output: Tensor) -> None:
+        self._call, self._backend = call, CHOICE.get()
+        self._wants_bias = call.bias is not None and call.bias.requires_grad
+        low = x if x.dtype == output.dtype else x.detach().to(output.dtype)
+        self._x = low if call.weight.requires_grad else None
+        self._version = 0 if self._x is None else low._version
 
-    def __call__(self, _: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, _: object, grads: tuple[Tensor | None, ...]) -> None:
         if torch.is_grad_enabled():
             raise second_derivatives()
         b, x = grads[0], self._x
@@ -177,10 +208,7 @@ class _Passing:
                 "which needs it as it was"
             )
         self._x = None  # as PyTorch frees what a node has saved
-        if self._backend is None:
-            self._call.take(x, b, self._wants_bias)
-        else:
-            as_chosen(self._backend, self._call.take, x, b, self._wants_bias)
+        self._call.joint.later(self._call, x, b, self._wants_bias, self._backend)
 
 
 OURS = (Twin._backward_cls, ProductLayer._backward_cls)

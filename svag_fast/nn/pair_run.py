@@ -260,7 +260,7 @@ class Run:
                 ) from error
             raise
         stepped = steps if steps is not None and steps.raws else None
-        self.optimizer._pair.put(self.optimizer.param_groups, self._first, stepped)
+        self.optimizer._pair.put(self.optimizer.param_groups, self._first, stepped, engine.task)
 
     def _checked(self, losses: Tensor) -> int:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():

@@ -78,6 +78,10 @@ class GradWatch:
         self._unhook = end = weakref.finalize(self, handle.remove)
         end.atexit = False
 
+    def saw(self, task: int | None) -> None:
+        """Take all backward passes up to this number (None: up to now) for seen."""
+        self.seen = Seen(self.seen.passes, _last_task() if task is None else task)
+
     def note(self) -> None:
         """Note the gradients as they are."""
         self.noted = look([*map(_GRAD, self._params)])

@@ -83,13 +83,20 @@ class HeldGradient:
         self.watch.follow(listed, reached)
 
     @outside_compiler
-    def put(self, groups: _Groups, first: Mapping[Tensor, Tensor], stepped: StepsInBackward | None = None) -> None:
+    def put(
+        self,
+        groups: _Groups,
+        first: Mapping[Tensor, Tensor],
+        stepped: StepsInBackward | None = None,
+        task: int | None = None,
+    ) -> None:
         """Keep the first batch's gradients that were made together with the second's, which are in ``.grad``.
 
         Args:
             groups: the optimizer's.
             first: a parameter's gradient, of its shape, in memory of its own.
             stepped: the other parameters' steps.
+            task: the number of the backward pass that made both, of all in this process; None where it isn't known.
         """
         self.clear()
         self.paired = True
@@ -97,6 +104,7 @@ class HeldGradient:
         self.grads = [[first.get(p) for p in group["params"]] for group in groups]
         self._params = [list(group["params"]) for group in groups]
         self.watch.follow([p for params in self._params for p in params])
+        self.watch.saw(task)  # it need not have reached the parameter whose hook tells of passes
         self._note_the_point()
         self.note_both()
 

@@ -6,6 +6,7 @@ them while a context is open, where the same is asked in each pass.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Mapping
@@ -117,24 +118,23 @@ class Switches:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._seen: list[tuple[weakref.ref[nn.Module], Callable[[Any], Any], Any]] = []
+        self._of: list[tuple[weakref.ref[nn.Module], Callable[[Any], Any]]] = []
+        self._then: list[Any] = []
         for module in model.modules():
             own = module.__dict__
             names = [name for name, value in own.items() if type(value) in (bool, str)]
             if names:
                 values = operator.itemgetter(*names, names[0])  # of one name it would be no tuple
-                self._seen.append((weakref.ref(module), values, values(own)))
+                self._of.append((weakref.ref(module), values))
+                self._then += values(own)
 
     def changed(self) -> bool:
         """Whether one of them is another, or a module has gone."""
         try:
-            for ref, values, then in self._seen:
-                module = ref()
-                if module is None or not all(map(operator.is_, values(module.__dict__), then)):
-                    return True
-        except KeyError:
+            now = [values(ref().__dict__) for ref, values in self._of]
+        except (KeyError, AttributeError):  # a flag, or a module (None has no attributes)
             return True
-        return False
+        return not all(map(operator.is_, itertools.chain.from_iterable(now), self._then))
 
 
 class Standing:

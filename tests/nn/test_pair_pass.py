@@ -13,6 +13,7 @@ from torch import nn
 
 import svag_fast
 from svag_fast import SVAG, SVAGAdam, SVAGRMSprop, pair_pass
+from svag_fast.nn import joint
 
 
 class Tied(nn.Module):
@@ -280,6 +281,50 @@ def test_adaptive_optimizers_take_pairs(kind, more):
         assert_same_stats(optimizer.step(), two_passes(expected, reference, x, y))
         # A bias before BatchNorm has no gradient but rounding (1e-17), which these divide by eps = 1e-8.
         assert_same_states(model, expected, atol=1e-9)
+
+
+def test_layers_taken_together_have_the_bits_of_layers_taken_one_by_one(monkeypatch):
+    found = []
+    for most in (joint.DUE_BYTES, 2000, 0):  # all, some, one
+        monkeypatch.setattr(joint, "DUE_BYTES", most)
+        model = seeded(MODELS["other norms"])
+        optimizer = SVAG(model.parameters(), lr=0.1, l=2)
+        one_pass(model, optimizer, images(), labels(), way="joint")
+        found.append([*optimizer._pair.first(), *(p.grad for p in model.parameters())])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("which", ["its output", "the gradient of its output"])
+def test_what_a_layers_gradients_are_to_be_formed_of_is_not_changed_before(which):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Identity(), nn.Linear(6, CLASSES))
+    optimizer = SVAG(model.parameters(), lr=0.1, l=2)
+    seen, changes = [], False
+
+    def see(module, inputs, output):
+        seen[:] = [output.detach()]
+        if output.requires_grad:
+            output.register_hook(seen.append)
+
+    def change(grad):
+        if changes:
+            seen[which == "the gradient of its output"].mul_(2)
+
+    def wait(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(change)
+
+    model[1].register_forward_hook(wait)
+    model[2].register_forward_hook(see)
+    for changes in (False, True):
+        with pair_pass(model, optimizer, way="joint") as pair:
+            losses = model(torch.randn(8, 6)).square().sum(1)
+            if changes:
+                with pytest.raises(RuntimeError, match="in-place operation in the backward pass"):
+                    pair.backward(losses)
+                assert all(p.grad is None for p in model.parameters())
+            else:
+                pair.backward(losses)
 
 
 @pytest.mark.parametrize("way", ["joint", "halves"])

@@ -7,7 +7,7 @@ import gc
 import multiprocessing.reduction
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -238,6 +238,37 @@ def test_both_of_a_pair_pass_or_neither() -> None:
         with pytest.raises(RuntimeError, match=REFUSED):
             opt.step()
         opt.discard_gradient()
+
+
+class Unused(nn.Module):
+    """The first layer, of which the others' passes tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.net = nn.Linear(2, 2), net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The net's output."""
+        out: Tensor = self.net(x)
+        return out
+
+
+@pytest.mark.parametrize(("build", "way"), [(net, "joint"), (Unused, "halves")])
+def test_a_pair_pass_is_seen_that_does_not_reach_the_watched_parameter(
+    build: Callable[[], nn.Module], way: Literal["joint", "halves"]
+) -> None:
+    """Layers whose input has a gradient have no parameter in a joint pass's graph."""
+    model = build()
+    opt = SVAG(model.parameters(), lr=1e-4, l=2)
+    for changed in (False, True):
+        with pair_pass(model, opt, way=way) as pair:
+            pair.backward(model(torch.randn(8, 3, requires_grad=True)).square().sum(1))
+        if changed:
+            params_with_grad(model)[-1].grad.mul_(0.5)
+            with pytest.raises(RuntimeError, match=REFUSED):
+                opt.step()
+        else:
+            opt.step()
 
 
 def hooks(model: nn.Module) -> int:
