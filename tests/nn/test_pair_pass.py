@@ -325,6 +325,7 @@ def test_what_a_layers_gradients_are_to_be_formed_of_is_not_changed_before(which
                 assert all(p.grad is None for p in model.parameters())
             else:
                 pair.backward(losses)
+                optimizer.step()
 
 
 @pytest.mark.parametrize("way", ["joint", "halves"])
