@@ -21,7 +21,7 @@ struct StepTensor {
 
 enum Status : int { kOk = 0, kUnsupportedDType = 1, kOutOfMemory = 2 };
 
-// Where the step's statistics lie in its output of five float64 values.
+// Where the step's statistics are in its output of five float64 values.
 enum StatIndex : int { kSqNorm1 = 0, kSqNorm2 = 1, kInner = 2, kWeightSqNorm = 3, kFinite = 4, kStatCount = 5 };
 
 }  // namespace svag

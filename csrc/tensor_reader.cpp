@@ -126,7 +126,7 @@ bool TensorReader::answers(const py::object& method, PyObject* object, PyObject*
     return answer && PyObject_RichCompareBool(answer.ptr(), expected, Py_EQ) == 1;
 }
 
-// Whether the values lie at the tensor's address: DLPack shows neither that they are the negated ones (`is_neg`) nor
+// Whether the values are at the tensor's address: DLPack shows neither that they are the negated ones (`is_neg`) nor
 // that the storage was freed, whose address is then null plus the tensor's offset in it.
 bool TensorReader::holds_values(PyObject* object, const dlpack::Tensor& tensor) const {
     constexpr uintptr_t kSomewhereLow = uintptr_t(1) << 40;  // null plus any offset, and the heap of few programs

@@ -118,7 +118,7 @@ def _weight_grad_kernel(
     tile, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = (tile // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # A tap's channels lie side by side in a tile, so that where the channels lie so in memory loads are wide.
+    # A tap's channels are side by side in a tile, so that loads are wide where memory has them so.
     channel, tap = n % CHANNELS, n // CHANNELS
     t = tl.arange(0, ROWS * COLUMNS)
     row, column = t // COLUMNS, t % COLUMNS

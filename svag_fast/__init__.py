@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # the names of _LAZY and _MODULES, for editors and type check
 
 __version__ = "0.1.0"
 
-if importlib.util.find_spec("svag_fast.kernels") is None:  # they lie elsewhere in the sources
+if importlib.util.find_spec("svag_fast.kernels") is None:  # they are elsewhere in the sources
     raise ImportError(
         f"this svag_fast, in {__path__[0]}, is the source folder: nothing is compiled there, and it hides an installed "
         "svag_fast. Start Python in another folder, or install with `pip install -e .`"

@@ -221,7 +221,7 @@ def test_the_compiler_is_found_behind_its_launchers(command: list[str], programs
     assert load_setup().compiler_of(command) == programs
 
 
-# Stands for nvcc: knows the architectures in ARCHS, logs its calls, and fails to compile where FAIL is set.
+# In nvcc's place: knows the architectures in ARCHS, logs its calls, and fails to compile where FAIL is set.
 NVCC = """#!/bin/sh
 printf '%s|' "$@" >> "$LOG"; echo >> "$LOG"
 case "$1" in

@@ -173,7 +173,7 @@ def test_the_benchmark_finds_all_that_it_imports(
 def test_a_disk_that_becomes_full_ends_nothing_and_the_report_is_printed(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """/dev/full stands for the disk once the first section is written."""
+    """/dev/full is the disk once the first section is written."""
     opens, written = Path.open, tmp_path / "gpu-x.json"
 
     def open_full(path: Path, mode: str = "r", **options: Any) -> Any:

@@ -111,7 +111,7 @@ def test_what_fails_is_a_row_with_its_reason() -> None:
     assert row == {"skipped": "RuntimeError: no memory"}
 
 
-def test_a_time_is_held_against_the_longer_of_both_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_is_compared_with_the_longer_of_both_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     report = gpu_stopwatch.Report(file, torch.device("cpu"))
     report.bytes_a_us, report.matrix = 1000.0, {"tf32": 500.0}

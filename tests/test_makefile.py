@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
-# Stands for python3: `-m venv DIR` copies it into DIR/bin; any call fails whose arguments contain what the file
+# In python3's place: `-m venv DIR` copies it into DIR/bin; any call fails whose arguments contain what the file
 # named FAIL holds. CXX is tried by the real one.
 FAKE_PYTHON = f"""#!/bin/sh
 case "$*" in *shlex*) exec {shlex.quote(sys.executable)} "$@" ;; esac
@@ -110,7 +110,7 @@ def test_changed_pins_are_installed_into_the_same_environment(checkout: Checkout
 
 
 @pytest.mark.parametrize("step", ["-m venv", "dev.txt"])
-def test_environment_that_failed_is_begun_anew(checkout: Checkout, step: str) -> None:
+def test_environment_that_failed_is_begun_again(checkout: Checkout, step: str) -> None:
     checkout.fail_on(step)
     assert checkout.make("test").returncode != 0
     assert "pytest" not in checkout.steps()

@@ -1,8 +1,7 @@
-"""Short sentences and plain words: in README, CONTRIBUTING and docs, and in what the package says."""
+"""Short sentences and plain words: in README, CONTRIBUTING and docs, and in all sources."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -44,12 +43,12 @@ def test_a_pages_words_are_plain(page: Path) -> None:
     assert [found[0] for block in prose(page.read_text()) for found in WORDS_TO_LEAVE.finditer(block)] == []
 
 
-def test_what_the_package_says_is_plain() -> None:
-    """Docstrings, help texts and messages: every text in the source but the comments."""
+def test_the_sources_words_are_plain() -> None:
+    """Docstrings, help texts, messages, comments and names, of the tests too."""
     said = []
-    for path in sorted([*(ROOT / "svag_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                text = " ".join(node.value.split())
-                said += [f"{path.name}:{node.lineno}: {found[0]}" for found in WORDS_TO_LEAVE.finditer(text)]
+    for folder in ("svag_fast", "kernels", "csrc", "tests", "bench", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh") and path != Path(__file__).resolve():
+                text = re.sub(r"\n\s*(#|//)?\s*", " ", path.read_text())
+                said += [f"{path.name}: {text[: m.end()][-40:]}" for m in WORDS_TO_LEAVE.finditer(text)]
     assert not said, "\n".join(said)

@@ -33,7 +33,7 @@ class StepTensors {
         return tensors;
     }
 
-    // An empty list stands for "none": no second gradients, nothing kept.
+    // An empty list means "none": no second gradients, nothing kept.
     StepTensors(const Addresses& params, const Addresses& grads1, const Addresses& grads2, const Addresses& kept1,
                 const Addresses& kept2, const std::vector<int64_t>& sizes, const std::vector<int>& param_dtypes,
                 const std::vector<int>& grad_dtypes)

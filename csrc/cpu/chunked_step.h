@@ -67,7 +67,7 @@ SVAG_INLINE void add_block(const Moments<V>& m, const G* g1, const G* g2, int64_
 }
 
 // One walk over a list of tensors. Tensor has a `size`; Options has `threads` and `skip_nonfinite`. Each tensor is cut into
-// `segments` of equal length, each with options and statistics of its own: chunks begin anew in every segment, so that
+// `segments` of equal length, each with options and statistics of its own: chunks begin again in every segment, so that
 // its bits depend neither on how many there are nor on the others.
 template <class Tensor, class Options>
 struct Pass {

@@ -41,7 +41,7 @@ class ScratchMemory {
         return reinterpret_cast<E*>(memory_ + piece.begin);
     }
 
-    // The least number of elements, `count` or more, that fills whole lines: what lies behind is aligned too.
+    // The least number of elements, `count` or more, that fills whole lines: what follows is aligned too.
     template <class E>
     static SVAG_INLINE int64_t padded(int64_t count) {
         constexpr int64_t line = kAlign / static_cast<int64_t>(sizeof(E));

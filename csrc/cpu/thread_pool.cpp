@@ -145,7 +145,7 @@ void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* 
     if (threads <= 1 || chunks <= 1)
         shared.work();
     else if (parallel != nullptr && forks_are_seen && !forked)
-        // The team has the size that PyTorch gives it, whatever the chunks: another size would start threads anew.
+        // The team has the size that PyTorch gives it, whatever the chunks: another size would start new threads.
         parallel([](void* data) { static_cast<Chunks*>(data)->work(); }, &shared, static_cast<unsigned>(threads), 0);
     else
         pool().run(shared, threads);

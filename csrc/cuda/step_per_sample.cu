@@ -33,7 +33,7 @@ struct Columns {
     static constexpr int V = kColumns<T>;
     int64_t begin;
     int count;     // of the block
-    bool aligned;  // every row is: the thread's columns lie side by side, and move by 16 bytes
+    bool aligned;  // every row is: the thread's columns are side by side, and move by 16 bytes
 
     __device__ __forceinline__ void read(const T* row, T* values) const {
         if (aligned) {

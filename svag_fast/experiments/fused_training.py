@@ -73,7 +73,7 @@ class FusedTraining:
         stopped = self.fused.diverged.tolist()
         moved = [run for run in waiting if run.step < goal]
         for run in moved:
-            # One that has diverged stands still. The row that shows it is the next, as of a run that goes on with nan.
+            # One that has diverged stands still. The row that shows it is the next, as of a run that trains on nan.
             run.step = goals[run.replica] if stopped[run.replica] else goal
         seconds = time.monotonic() - start
         for run in moved:

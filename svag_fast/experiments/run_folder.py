@@ -332,7 +332,7 @@ def require_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
         seen[key] = name
         for setting in sorted((configs[first].keys() | config.keys()) - MAY_DIFFER):
             one, other = configs[first].get(setting), config.get(setting)
-            # A task's file may lie in another folder on another machine: its hash says whether it is the same.
+            # A task's file may be in another folder on another machine: its hash says whether it is the same.
             if setting == "task":
                 one, other = (Path(str(value or "")).name for value in (one, other))
             if other != one:

@@ -21,7 +21,7 @@ from svag_fast.ops.step_call import Scaler, StepKind
 from svag_fast.ops.step_stats import FINITE
 from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.initial_square_avg import MEASURE, MEASURED_STEPS, averaged, check_start, filled, second_moment
-from svag_fast.optim.loaded_state import TorchKin
+from svag_fast.optim.loaded_state import TorchPeer
 from svag_fast.optim.two_batch import MakeCall, Plan, State, TwoBatchOptimizer, Work
 
 
@@ -82,7 +82,7 @@ class SVAGAdam(_AdaptiveOptimizer):
     """
 
     _moment_names = ("exp_avg", "exp_avg_sq")
-    torch_kin = TorchKin(
+    torch_peer = TorchPeer(
         "Adam", frozenset({"betas", "amsgrad"}), off=("amsgrad", "decoupled_weight_decay"), any_l=False
     )
     state_names = frozenset({"step", "exp_avg", "exp_avg_sq"})
@@ -151,7 +151,7 @@ class SVAGRMSprop(_AdaptiveOptimizer):
     """
 
     _moment_names = (None, "square_avg")
-    torch_kin = TorchKin("RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered"), any_l=False)
+    torch_peer = TorchPeer("RMSprop", frozenset({"alpha", "centered"}), off=("momentum", "centered"), any_l=False)
     state_names = frozenset({"step", "square_avg", "measured"})
     values = operator.itemgetter(
         *("lr", "alpha", "eps", "l", "initial_square_avg", "weight_decay", "maximize", "backend")

@@ -22,7 +22,7 @@ _BESIDE = frozenset({"params", "param_names", "initial_lr"})
 _SQUARES = frozenset({"exp_avg_sq", "square_avg"})
 
 
-class TorchKin(NamedTuple):
+class TorchPeer(NamedTuple):
     """The optimizer of torch.optim that ours is at l = 1."""
 
     name: str
@@ -45,7 +45,7 @@ def checked(optimizer: TwoBatchOptimizer, state_dict: dict[str, Any]) -> dict[st
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
         return state_dict  # torch has its own words for this
     state_dict = {**state_dict, "param_groups": [_group(optimizer, i, group) for i, group in enumerate(saved)]}
-    if any("l" not in group for group in saved) and optimizer.torch_kin.any_l:
+    if any("l" not in group for group in saved) and optimizer.torch_peer.any_l:
         moving = {number for group in saved if group["momentum"] for number in group["params"]}
         buffers = {number: of.get("momentum_buffer") for number, of in state_dict["state"].items() if number in moving}
         state_dict["state"] = {k: {"momentum_buffer": buffer} for k, buffer in buffers.items() if buffer is not None}
@@ -129,22 +129,22 @@ def _group(optimizer: TwoBatchOptimizer, i: int, saved: dict[str, Any]) -> dict[
     own = "l" in saved and _KINDS & saved.keys() == _KINDS & now.keys()
     if own:
         return {**{k: v for k, v in now.items() if k in optimizer.defaults}, **saved}
-    kin, name = optimizer.torch_kin, type(optimizer).__name__
-    if "l" in saved or not kin.marks <= saved.keys() or _KINDS & saved.keys() != _KINDS & now.keys():
+    peer, name = optimizer.torch_peer, type(optimizer).__name__
+    if "l" in saved or not peer.marks <= saved.keys() or _KINDS & saved.keys() != _KINDS & now.keys():
         options = ", ".join(sorted(saved.keys() - {"params"}))
         raise ValueError(
             f"the loaded state must be {name}'s, got another optimizer's: its param group {i} has {options}"
         )
-    if more := [k for k in kin.off if saved.get(k)]:
+    if more := [k for k in peer.off if saved.get(k)]:
         had = ", ".join(f"{k}={saved[k]!r}" for k in more)
         raise ValueError(
-            f"the loaded state must be without {had}, which {name} doesn't take over, got torch's {kin.name} with it"
+            f"the loaded state must be without {had}, which {name} doesn't take over, got torch's {peer.name} with it"
         )
     l = optimizer._check_group(optimizer.param_groups[i], read=True).l
-    if l != 1 and (not kin.any_l or saved["momentum"]):
+    if l != 1 and (not peer.any_l or saved["momentum"]):
         shown = l if isinstance(l, tuple) else f"{l:g}"
         raise ValueError(
-            f"the loaded state must be of moments at l = {shown}, got torch's {kin.name}, whose are others"
+            f"the loaded state must be of moments at l = {shown}, got torch's {peer.name}, whose are others"
         )
     return {**now, **{k: v for k, v in saved.items() if k in now or k in _BESIDE}}
 

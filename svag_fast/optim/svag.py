@@ -18,7 +18,7 @@ from svag_fast.ops.step_options import MomentumRule, StepOptions, step_scalars, 
 from svag_fast.ops.step_replicas import SVAG_REPLICAS_STEP, ReplicaOptions, check_replicas
 from svag_fast.optim.grad_lists import Grads
 from svag_fast.optim.in_backward import StepsInBackward, check_in_backward
-from svag_fast.optim.loaded_state import TorchKin
+from svag_fast.optim.loaded_state import TorchPeer
 from svag_fast.optim.two_batch import Plan, State, TwoBatchOptimizer
 
 __all__ = ["SVAG", "Grads", "TwoBatchOptimizer", "svag_loss"]
@@ -143,7 +143,7 @@ class SVAG(TwoBatchOptimizer):
         ValueError, TypeError: an option or a parameter is out of range, and which.
     """
 
-    torch_kin = TorchKin(
+    torch_peer = TorchPeer(
         "SGD", frozenset({"momentum", "dampening", "nesterov"}), off=("dampening", "nesterov"), any_l=True
     )
     state_names = frozenset(_BUFFERS)

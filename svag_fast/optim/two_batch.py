@@ -88,7 +88,7 @@ class TwoBatchOptimizer(HoldingOptimizer):
 
     _step_supports_amp_scaling = True
     state_dict = outside_compiler(plain(Optimizer.state_dict))
-    torch_kin: loaded_state.TorchKin
+    torch_peer: loaded_state.TorchPeer
     """The optimizer of torch.optim whose checkpoints are taken over."""
     state_names: frozenset[str]
     """What is kept for each parameter."""

@@ -95,7 +95,7 @@ class _Walk(pickle.Pickler):
         if isinstance(value, types.FunctionType):
             return tuple, (self._function(value),)
         if isinstance(value, types.MethodType):
-            # A copy of the model binds the methods of its modules anew, as it doesn't do with what a function holds.
+            # A copy of the model binds the methods of its modules again, as it doesn't do with what a function holds.
             bound_to = "the model" if id(value.__self__) in self.own else value.__self__
             return tuple, ((bound_to, value.__func__.__qualname__),)
         try:

@@ -380,7 +380,7 @@ def test_runs_from_other_starts_or_draws_are_not_compared(tmp_path: Path, settin
         make_report(tmp_path)
 
 
-def test_the_smallest_batchs_sgd_foretells_which_batch_size_fails(folder: Path) -> None:
+def test_the_smallest_batchs_sgd_predicts_which_batch_size_fails(folder: Path) -> None:
     """The made runs have N/G = 1.2 at B = 8: κ* = 4.4, and 128 is 16 times 8."""
     found = make_report(folder)
     prediction = json.loads(json.dumps(found.as_dict(), allow_nan=False))["prediction"]
@@ -391,7 +391,7 @@ def test_the_smallest_batchs_sgd_foretells_which_batch_size_fails(folder: Path) 
     assert "B = 128 (κ = 16): predicted to fail." in console.export_text()
 
 
-def test_runs_too_short_to_foretell_from_are_reported_all_the_same(tmp_path: Path) -> None:
+def test_runs_too_short_to_predict_from_are_reported_all_the_same(tmp_path: Path) -> None:
     write_run(tmp_path, accuracy=np.linspace(0.1, 0.9, 9))
     found = make_report(tmp_path)
     assert found.prediction is None

@@ -23,7 +23,7 @@ def verdict_of(folder: Path, **options: object) -> Verdict:
 
 
 def law(limit: float, distance: float) -> dict[float, Mean]:
-    """Accuracies that lie ``distance``/l above the limit all along."""
+    """Accuracies ``distance``/l above the limit all along."""
     return {l: (lambda done, l=l: limit + distance / l + 0 * done) for l in LS}  # type: ignore[misc]
 
 

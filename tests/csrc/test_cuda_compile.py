@@ -45,7 +45,7 @@ def grown(report: dict[str, Any], recorded: dict[str, int]) -> list[str]:
     "replicas_step_kernel", "replicas_finish_kernel", ran="compile",
 )  # fmt: skip
 def test_the_golden_file_names_every_kernel(reports: dict[str, Any], golden: dict[str, Any]) -> None:
-    assert sorted(reports) == sorted(golden["kernels"]), f"write it anew: {cuda_report.WRITE}"
+    assert sorted(reports) == sorted(golden["kernels"]), f"write it again: {cuda_report.WRITE}"
 
 
 @pytest.mark.parametrize("arch", ARCHS)

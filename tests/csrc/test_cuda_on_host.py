@@ -128,7 +128,7 @@ def test_conversions_of_16_bit_types_are_torchs_own(kernels: HostKernels) -> Non
     assert torch.equal(half.nan_to_num(7e7), bits.view(torch.float16).float().nan_to_num(7e7))
     assert torch.equal(bfloat.nan_to_num(7e7), bits.view(torch.bfloat16).float().nan_to_num(7e7))
 
-    # Every float16, the midpoints between neighbours, and what lies just beside them.
+    # Every float16, the midpoints between neighbours, and what is just beside them.
     finite = half[half.isfinite()].sort().values
     middles = (finite[1:] + finite[:-1]) / 2
     nearby = [middles.nextafter(torch.tensor(s)) for s in (-torch.inf, torch.inf)]

@@ -115,7 +115,7 @@ def load(mode: str, cache: Path) -> HostKernels:
 
 @contextlib.contextmanager
 def cuda_on_host(kernels: HostKernels) -> Iterator[None]:
-    """Let backend "cuda" take CPU tensors while the block runs, as if they lay on CUDA device 1, stream 7."""
+    """Let backend "cuda" take CPU tensors while the block runs, as if they were on CUDA device 1, stream 7."""
     module = HostModule(kernels)
     names = [name for name in vars(HostModule) if name.startswith("cuda_")]
     before = {name: getattr(_C, name, None) for name in names}

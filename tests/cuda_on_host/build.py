@@ -25,7 +25,7 @@ MODES = {
     "race": ["-fsanitize=thread"],
     "address": ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-O0"],
 }
-# Where the checkout lies does not matter: one in another place may take over what was built here.
+# Where the checkout is does not matter: one in another place may take over what was built here.
 NAMED = "/svag_fast"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
@@ -114,7 +114,7 @@ def _compile(source: Path, mode: str, cache: Path) -> Path:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time make what lies in ``folder``: the workers of `make test` share it."""
+    """Let one process at a time make what is in ``folder``: the workers of `make test` share it."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

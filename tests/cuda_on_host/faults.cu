@@ -131,7 +131,7 @@ extern "C" int run_fault(const char* name, int fault, const float* in, float* ou
     return -1;
 }
 
-// The harness's own conversions, to be held against another library's.
+// The harness's own conversions, to be compared with another library's.
 extern "C" void convert_to_float(const uint16_t* in, float* half, float* bfloat, int count) {
     for (int i = 0; i < count; ++i) {
         half[i] = __half2float(__half{in[i]});

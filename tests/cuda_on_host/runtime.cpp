@@ -39,7 +39,7 @@ enum class State { ready, at_block_barrier, at_warp_barrier, at_shuffle, done };
 
 using Triple = std::array<unsigned, 3>;  // x, y, z
 
-// Where a suspended fiber, or the scheduler, goes on. swapcontext would do, but for its system call at every switch.
+// Where a suspended fiber, or the scheduler, continues. swapcontext would do, but for its system call at every switch.
 using Jump = void* [5];
 
 struct Fiber {
@@ -55,7 +55,7 @@ struct Fiber {
     unsigned mask;
     unsigned source_lane;
     uint64_t value, result;
-    // Counts the barriers passed: what lies before an equal count is ordered.
+    // Counts the barriers passed: what comes before an equal count is ordered.
     uint64_t block_epoch, warp_epoch;
 #if defined(__SANITIZE_ADDRESS__)
     void* fake_stack;
@@ -183,7 +183,7 @@ bool same_place(const Fiber& a, const Fiber& b) {
 
 std::string waiting_place(const Fiber& f) { return ", at " + std::string(f.file) + ":" + std::to_string(f.line); }
 
-// Let a warp's lanes go on once all that `first`'s mask names wait at its place.
+// Let a warp's lanes continue once all that `first`'s mask names wait at its place.
 bool release_warp(unsigned warp, Fiber& first) {
     Machine& m = machine();
     for (unsigned lane = 0; lane < kWarp; ++lane) {

@@ -118,7 +118,7 @@ def test_a_run_has_the_same_bits_alone_and_beside_others(tmp_path):
     )
 
 
-def test_stopped_killed_and_gone_on_with_it_is_the_same_to_the_bit(tmp_path):
+def test_stopped_killed_and_resumed_it_is_the_same_to_the_bit(tmp_path):
     """Stops at every pause; at some, one run's files are put back, as a kill between two saves leaves them."""
     configs = runs_of(effective_steps=90, l=4)  # rows 60 steps apart: pauses fall between them
     assert together(configs, tmp_path / "whole")
@@ -212,7 +212,7 @@ def test_a_checkpoint_with_half_a_state_is_refused(tmp_path, change, message):
         train(config, tmp_path / config.name)
 
 
-def test_an_experiment_is_not_gone_on_with_by_the_other_engine(tmp_path):
+def test_an_experiment_is_not_continued_by_the_other_engine(tmp_path):
     prepare_folder(tmp_path, ExperimentConfig(seeds=1), resume=False)
     with pytest.raises(ExperimentError, match="replicas is 'auto' there and 'off' here"):
         prepare_folder(tmp_path, ExperimentConfig(seeds=1, replicas="off"), resume=True)

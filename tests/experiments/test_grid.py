@@ -157,7 +157,7 @@ def finish_when_free(out):
     [(press_ctrl_c, 130), (subprocess.Popen.terminate, 143), (lose_terminal, 129)],
     ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
-def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_go_on(tmp_path, stop, status):
+def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_continue(tmp_path, stop, status):
     out = tmp_path / "x"
     process = start(*OPTIONS, "--out", out, "--jobs", 2)
     wait_for(lambda: len(list(out.glob("*/config.json"))) >= 2, process)
@@ -244,7 +244,7 @@ def test_a_worker_s_error_stops_the_others_and_is_told(whole, tmp_path):
         ("foreign model", "belong in folders of their own"),
     ],
 )
-def test_what_can_t_be_gone_on_with_or_reported_is_refused_before_anything_is_trained(whole, tmp_path, damage, message):
+def test_what_can_t_be_resumed_or_reported_is_refused_before_anything_is_trained(whole, tmp_path, damage, message):
     out = copy_of(whole, tmp_path / "x")
     unfinished = out / "b16-lr0.4-l1-seed0"
     shutil.rmtree(unfinished)
@@ -282,7 +282,7 @@ def test_what_follows_from_the_checkpoints_is_made_again(whole, tmp_path):
     assert (out / ".mine.tmp").is_dir()
 
 
-def test_one_command_line_starts_a_job_and_goes_on_with_it(whole, tmp_path):
+def test_one_command_line_starts_a_job_and_continues_it(whole, tmp_path):
     out = copy_of(whole, tmp_path / "x")
     config = ExperimentConfig.from_dict(json.loads((out / "experiment.json").read_text()))
     for place in (tmp_path / "new", tmp_path / "empty", tmp_path / "killed"):

@@ -188,7 +188,7 @@ def test_a_fixed_order_is_the_run_s_own():
 
 
 @pytest.mark.parametrize(("sampling", "l"), [*itertools.product(PAIRS, (1.0, 2.0)), ("fixed", 1.0)])
-def test_streams_go_on_in_mid_epoch_from_a_saved_state_to_the_bit(sampling, l, tmp_path):
+def test_streams_continue_in_mid_epoch_from_a_saved_state_to_the_bit(sampling, l, tmp_path):
     one, other = (stream(sampling, n=23, size=3, l=l, seed=seed) for seed in (0, 5))
     for steps in (0, 1, 2, 9):
         for _ in range(steps):
@@ -443,7 +443,7 @@ def test_distinct_images_of_a_data_set_of_unknown_size_are_said_to_be_so(tmp_pat
     assert not load_run(known).unsized
 
 
-def test_an_older_folder_goes_on_as_it_began(tmp_path):
+def test_an_older_folder_continues_as_it_began(tmp_path):
     """Where experiment.json and the checkpoint don't name what came later, they mean what was done then."""
     settings = ExperimentConfig(seeds=1).to_dict()
     assert settings["effective_steps"] is None

@@ -245,7 +245,7 @@ def noisy(**changes):
 
 
 @pytest.mark.parametrize("data", ["tensors", "a Dataset"])
-def test_dropout_and_augmentation_go_on_to_the_bit(tmp_path, data):
+def test_dropout_and_augmentation_continue_to_the_bit(tmp_path, data):
     parts = {} if data == "tensors" else {"train": Numbers(), "collate": torch.utils.data.default_collate}
     assert train(config(), tmp_path / "whole", task=noisy(**parts))
     for stop in (7, 3, 100):
@@ -300,7 +300,7 @@ def test_what_the_model_keeps_in_evaluation_mode_stays_there_and_one_that_is_the
 
 
 @pytest.mark.parametrize("where", ["test", "first step"])
-def test_a_loss_that_is_nan_ends_its_run_by_name_and_others_go_on(tmp_path, where):
+def test_a_loss_that_is_nan_ends_its_run_by_name_and_others_continue(tmp_path, where):
     def loss(outputs, targets):
         bad = broken[0] and (where == "test" or torch.is_grad_enabled())
         return CROSS_ENTROPY(outputs, targets) * (math.nan if bad else 1.0)

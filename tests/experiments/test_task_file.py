@@ -138,7 +138,7 @@ def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file, monkeyp
     assert ",train_top,test_top,grad_sq_norm," in header
     assert "final test" in answer.output
 
-    # The file may lie elsewhere by now: its hash says that it is the same.
+    # The file may be elsewhere by now: its hash says that it is the same.
     moved = file.parent / "elsewhere" / "my_task.py"
     moved.parent.mkdir()
     (moved.parent / "neighbour.py").write_text(NEIGHBOUR)

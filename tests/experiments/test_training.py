@@ -211,7 +211,7 @@ def test_rows_of_a_run(tmp_path):
     ],
     ids=str,
 )
-def test_stopped_anywhere_and_gone_on_with_it_is_the_same_run_to_the_bit(tmp_path, changes):
+def test_stopped_anywhere_and_resumed_it_is_the_same_run_to_the_bit(tmp_path, changes):
     changes = {**changes, "effective_steps": 3 if "model" in changes else 12}
     assert train(config(**changes), tmp_path / "whole")
     generator = random.Random(0)
@@ -250,7 +250,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_nothing_overwritten(tmp_
     assert (tmp_path / "metrics.csv").read_bytes() == before["metrics.csv"]
 
 
-def test_a_disk_that_fills_up_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_a_checkpoint_to_continue_from(tmp_path, monkeypatch):
     assert train(config(), tmp_path / "whole")
     train(config(), tmp_path / "run", should_stop=lambda: True)
     with monkeypatch.context() as broken:

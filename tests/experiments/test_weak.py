@@ -79,7 +79,7 @@ def test_test_functions_are_those_of_the_weights_at_their_time() -> None:
     assert found == pytest.approx([float(value.detach()) for value in expected.values()], rel=2e-4, abs=1e-5)
 
 
-def test_rounds_train_each_run_once_and_go_on_from_what_is_there() -> None:
+def test_rounds_train_each_run_once_and_continue_from_what_is_there() -> None:
     settings = WeakSettings(**{**SMALL, "replicas": (20,)})
     task = digits_task(settings)
     *_, values = run_levels(task, settings)

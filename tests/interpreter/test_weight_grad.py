@@ -23,7 +23,7 @@ for name in ("wide and small", "depthwise", "depthwise, stride 2, dilation"):
     del CASES[name]
 
 
-def held_to_the_loop(
+def assert_equals_the_loop(
     x: Tensor, dy: Tensor, shape: list[int], tolerance: float, segments: list[int] | None = None, **options: Any
 ) -> None:
     B = len(x)
@@ -49,7 +49,7 @@ def held_to_the_loop(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_every_option_and_odd_size(case: tuple[list[int], list[int], dict[str, Any]]) -> None:
     x, dy = make(case[0], case[1], dtype=torch.float32, **case[2])
-    held_to_the_loop(x, dy, case[1], 1e-6, **case[2])
+    assert_equals_the_loop(x, dy, case[1], 1e-6, **case[2])
 
 
 @pytest.mark.parametrize("segments", [[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [2, 0, 1, 2, 0]], ids=str)
@@ -58,25 +58,25 @@ def test_segments_and_channels_last(segments: list[int], last: bool) -> None:
     x, dy = make([5, 6, 5, 4], [7, 6, 3, 3], dtype=torch.float32, padding=1)
     if last:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    held_to_the_loop(x, dy, [7, 6, 3, 3], 1e-6, segments, padding=1)
+    assert_equals_the_loop(x, dy, [7, 6, 3, 3], 1e-6, segments, padding=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
     x, dy = make([4, 6, 5, 4], [7, 6, 3, 3], dtype=dtype, padding=1)
-    held_to_the_loop(x, dy, [7, 6, 3, 3], 1e-6, [0, 1, 0, 1], padding=1)
+    assert_equals_the_loop(x, dy, [7, 6, 3, 3], 1e-6, [0, 1, 0, 1], padding=1)
 
 
 def test_one_chunk_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy = make([6, 5, 5, 4], [7, 5, 3, 3], dtype=torch.float32, padding=1)
     for warps in (4, 12, 1024):
         monkeypatch.setattr(kernel, "_WARPS", warps)
-        held_to_the_loop(x, dy, [7, 5, 3, 3], 1e-6, [0, 1, 0, 1, 1, 0], padding=1)
+        assert_equals_the_loop(x, dy, [7, 5, 3, 3], 1e-6, [0, 1, 0, 1, 1, 0], padding=1)
 
 
 def test_strided_inputs_need_no_copy() -> None:
     x, dy = make([4, 6, 10, 8], [7, 6, 3, 3], dtype=torch.float32, padding=1)
-    held_to_the_loop(x[:, :, ::2, ::2], dy[:, :, 1::2, :4], [7, 6, 3, 3], 1e-6, padding=1)
+    assert_equals_the_loop(x[:, :, ::2, ::2], dy[:, :, 1::2, :4], [7, 6, 3, 3], 1e-6, padding=1)
 
 
 def test_float64_is_refused_by_name() -> None:

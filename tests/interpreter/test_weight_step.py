@@ -20,7 +20,7 @@ CASES: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
 }
 
 
-def held_to_two_ops(
+def assert_equals_two_ops(
     weight: Tensor, x: Tensor, dy: Tensor, *, l: float, segments: Tensor | None = None, **options: Any
 ) -> StepStats:
     """Step by Triton; every result is float64's to float32's rounding of the terms that enter it."""
@@ -44,21 +44,21 @@ def held_to_two_ops(
 def test_every_option_and_odd_size(case: str) -> None:
     input_shape, shape, options = CASES[case]
     x, dy = make(input_shape, shape, dtype=torch.float32, **options)
-    held_to_two_ops(torch.randn(shape, generator=torch.Generator().manual_seed(1)), x, dy, l=4, **options)
+    assert_equals_two_ops(torch.randn(shape, generator=torch.Generator().manual_seed(1)), x, dy, l=4, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("l", [1, 1.5, 1e12])
 def test_every_dtype_from_l_1_to_a_huge_one(l: float, dtype: torch.dtype) -> None:
     x, dy = make([4, 6, 5, 4], [7, 6, 3, 3], dtype=dtype, padding=1)
-    held_to_two_ops(torch.randn([7, 6, 3, 3], generator=torch.Generator().manual_seed(1)), x, dy, l=l, padding=1)
+    assert_equals_two_ops(torch.randn([7, 6, 3, 3], generator=torch.Generator().manual_seed(1)), x, dy, l=l, padding=1)
 
 
 @pytest.mark.parametrize("warps", [4, 12, 1024])
 def test_a_tile_ends_in_one_chunk_or_in_the_launch_that_adds_them(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
     monkeypatch.setattr(kernel, "_WARPS", warps)
     x, dy = make([6, 5, 5, 4], [7, 5, 3, 3], dtype=torch.float32, padding=1)
-    held_to_two_ops(torch.randn([7, 5, 3, 3], generator=torch.Generator().manual_seed(1)), x, dy, l=4, padding=1)
+    assert_equals_two_ops(torch.randn([7, 5, 3, 3], generator=torch.Generator().manual_seed(1)), x, dy, l=4, padding=1)
 
 
 def test_any_memory_order_of_the_weight() -> None:
@@ -67,14 +67,14 @@ def test_any_memory_order_of_the_weight() -> None:
     reversed_order = start.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     for weight in (start.contiguous(memory_format=torch.channels_last), reversed_order):
         assert not weight.is_contiguous()
-        held_to_two_ops(weight, x, dy, l=4, padding=1)
+        assert_equals_two_ops(weight, x, dy, l=4, padding=1)
     x, dy = make([4, 3, 6], [5, 6], dtype=torch.float32)
-    held_to_two_ops(torch.randn([6, 5], generator=torch.Generator().manual_seed(1)).T, x, dy, l=4)
+    assert_equals_two_ops(torch.randn([6, 5], generator=torch.Generator().manual_seed(1)).T, x, dy, l=4)
 
 
 def test_one_element_and_none() -> None:
     x, dy = make([2, 1], [1, 1], dtype=torch.float32)
-    held_to_two_ops(torch.ones(1, 1), x, dy, l=4)
+    assert_equals_two_ops(torch.ones(1, 1), x, dy, l=4)
     x, dy = make([3, 2, 0], [4, 0], dtype=torch.float32)
     norms, stats = svag_weight_step_(torch.empty(4, 0), x, dy, segments=[0, 1, 1], l=4, backend="triton", **STEP)
     assert norms.tolist() == [0, 0, 0]
@@ -84,7 +84,7 @@ def test_one_element_and_none() -> None:
 def test_one_batch_is_sgd() -> None:
     x, dy = make([5, 3, 5, 5], [9, 3, 3, 3], dtype=torch.float32, padding=1)
     weight = torch.randn([9, 3, 3, 3], generator=torch.Generator().manual_seed(1))
-    stats = held_to_two_ops(weight, x, dy, l=1, segments=torch.zeros(5, dtype=torch.int64), padding=1)
+    stats = assert_equals_two_ops(weight, x, dy, l=1, segments=torch.zeros(5, dtype=torch.int64), padding=1)
     assert stats.inner is None
 
 

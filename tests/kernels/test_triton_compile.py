@@ -143,7 +143,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.kernels(*sorted({kernel for kernel, _, _ in KERNELS.values()}), ran="compile")
-def test_nothing_spills_and_nothing_lies_on_the_stack(reports: dict[str, Report]) -> None:
+def test_nothing_spills_and_nothing_is_on_the_stack(reports: dict[str, Report]) -> None:
     bad = {name: line for name, line in reports.items() if line["spills"] or line["stack"]}
     assert not bad
 

@@ -73,7 +73,7 @@ def check(rank: int, way: str) -> None:
         for (name, p), q in zip(ddp.module.named_parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
     assert ddp.module.unused.weight.grad is None
-    # Plain training goes on as before.
+    # Plain training works as before.
     torch.manual_seed(9)
     x, y = torch.randn(2 * B, 2, 6, 6, dtype=torch.float64), torch.randint(3, (2 * B,))
     ddp.zero_grad()

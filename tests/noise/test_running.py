@@ -39,7 +39,7 @@ def feed(running: RunningNoise, grads: Tensor, noises: Tensor) -> RunningNoise:
 
 @pytest.mark.parametrize("phi", [0.0, 0.8])
 def test_errors_and_effective_samples_are_calibrated_on_ar1(phi: float) -> None:
-    """The true means lie within 1.96 standard errors in 95 % of the series, to 4 standard errors of that frequency; the
+    """The true means are within 1.96 standard errors in 95 % of the series, to 4 standard errors of that frequency; the
     effective sample size is n (1−φ)/(1+φ), to 4 standard errors of its mean and 5 % for what is left of its bias.
     """
     a, b = ar1(phi, 0), ar1(phi, 1)
@@ -90,7 +90,7 @@ def test_means_are_those_of_the_steps() -> None:
 
 @pytest.mark.parametrize("optimizer", ["SVAG", "SVAGAdam"])
 def test_a_training_loop_feeds_it(optimizer: str) -> None:
-    """Two gradients a + noise with known |a|² and noise: both lie within 4 of the reported standard errors."""
+    """Two gradients a + noise with known |a|² and noise: both are within 4 of the reported standard errors."""
     generator = torch.Generator().manual_seed(3)
     true, deviation = torch.full((30,), 0.5), 0.7
     weight = torch.zeros(30, requires_grad=True)
@@ -135,7 +135,7 @@ def test_steps_with_inf_or_nan_enter_no_mean() -> None:
     assert running.noise_trace.mean == 2.0
 
 
-def test_a_stored_state_goes_on_as_if_never_stopped() -> None:
+def test_a_stored_state_continues_as_if_never_stopped() -> None:
     a, b = ar1(0.5, 4)[0][:900], ar1(0.5, 5)[0][:900]
     whole, first, second = (
         feed(RunningNoise(), 5 + a, 9 + b),

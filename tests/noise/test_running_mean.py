@@ -54,7 +54,7 @@ def running(series):
 )
 @pytest.mark.parametrize("phi", [-0.6, 0.0, 0.5, 0.9])
 def test_standard_error_is_calibrated_on_ar1(phi, estimate, count):
-    """The true mean 0 lies within 1.96 standard errors in 95 % of the series, to 4 standard errors of that frequency;
+    """The true mean 0 is within 1.96 standard errors in 95 % of the series, to 4 standard errors of that frequency;
     the effective sample size is n (1−φ)/(1+φ), to 4 standard errors of its mean and 4 % for what is left of its bias.
     """
     series = ar1(phi, LENGTH, count, seed=3)

@@ -58,7 +58,7 @@ def test_bits_depend_on_neither_threads_nor_level():
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_walk_goes_on_from_where_another_stopped():
+def test_walk_continues_from_where_another_stopped():
     whole = affine_walk_(start(100, torch.float64), STEP, 7, key=KEY)
     parts = affine_walk_(start(100, torch.float64), STEP, 3, key=KEY)
     assert torch.equal(affine_walk_(parts, STEP, 4, key=KEY, draw=3 * len(STEP.weights)), whole)

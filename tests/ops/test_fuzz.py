@@ -37,7 +37,7 @@ class Dice:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
 
     def read(self, t: Tensor) -> Tensor:
-        """The same values, lying in memory in some other way."""
+        """The same values, placed in memory in some other way."""
         way = self.random.randrange(8)
         if way == 0 and t.dtype in (torch.float32, torch.float64):
             return torch.complex(torch.zeros_like(t), -t).conj().imag

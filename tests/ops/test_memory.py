@@ -1,4 +1,4 @@
-"""An address is where the values lie: every op, at each of its tensors, gives the plain values' result or refuses.
+"""An address is where the values are: every op, at each of its tensors, gives the plain values' result or refuses.
 
 Refused by name, with nothing written. What is tried: negated and conjugated views, expanded and strided tensors,
 subclasses, tensors without memory (meta, fake, freed, zero tensors, inside vmap), other layouts and dtypes.
@@ -126,7 +126,7 @@ def test_expanded_tensors_are_read_as_their_values(op: str, name: str) -> None:
 
 
 class Wrapper(Tensor):
-    """Its values lie in another tensor, as DTensor's do."""
+    """Its values are in another tensor, as DTensor's do."""
 
     inner: Tensor
 

@@ -106,7 +106,7 @@ def test_numbers_are_uncorrelated_within_and_across_counters_draws_and_keys(dtyp
 
 
 def test_angles_of_pairs_are_uniform():
-    """Box and Muller's pairs lie on every direction alike: Kolmogorov and Smirnov over the angle, p > 1e-5."""
+    """Box and Muller's pairs are in every direction alike: Kolmogorov and Smirnov over the angle, p > 1e-5."""
     z = normals((2**14, 64)).view(-1, 4, 16)
     angle = torch.atan2(z[:, 1], z[:, 0]).flatten().double() / (2 * math.pi) + 0.5
     assert scipy.stats.kstest(angle.numpy(), "uniform", method="asymp").pvalue > 1e-5

@@ -212,7 +212,7 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 def test_tensors_of_one_cuda_device_are_read_and_of_two_devices_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stub that says of each tensor, which lies on the CPU, that it were on a CUDA device."""
+    """By a stub that says of each tensor, which is on the CPU, that it were on a CUDA device."""
     name = b"dlpack_exchange_api"
     address = _pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(Tensor.__dlpack_c_exchange_api__, name)  # type: ignore[attr-defined]
     real = _ExchangeApi.from_address(address)

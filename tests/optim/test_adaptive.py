@@ -1,4 +1,4 @@
-"""SVAGAdam and SVAGRMSprop: torch's own at l = 1, one SDE as l grows, and torch.optim's manners."""
+"""SVAGAdam and SVAGRMSprop: torch's own at l = 1, one SDE as l grows, and torch.optim's interface."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_moments_at_equal_time_converge_to_the_sde_as_l_grows(optimizer: Any) ->
     assert np.abs(z).max() < 4
 
 
-# ---- torch.optim's manners
+# ---- torch.optim's interface
 
 
 def net() -> nn.Sequential:
@@ -252,7 +252,7 @@ def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one(optimizer: Any, wa
     assert opt.effective_steps == 6 / 8
 
 
-def test_a_state_of_torchs_own_adam_can_be_gone_on_from() -> None:
+def test_a_state_of_torchs_own_adam_can_be_continued() -> None:
     ours, theirs = net(), net()
     adam = torch.optim.Adam(theirs.parameters(), lr=0.02, foreach=False)
     for model_step in range(3):

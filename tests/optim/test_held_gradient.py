@@ -55,7 +55,7 @@ def test_buckets_of_distributed_data_parallel(one_rank: None, views: bool, keep:
     model = net()
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
     opt = SVAG(ddp.parameters(), lr=0.1, l=4)
-    for k in range(0, 8, 2):  # the buckets are made anew after the first backward pass
+    for k in range(0, 8, 2):  # the buckets are made again after the first backward pass
         expected = noise_of(grads(model, k), grads(model, k + 1))
         opt.zero_grad(set_to_none=keep == "set_to_none")
         loss(ddp, k).backward()

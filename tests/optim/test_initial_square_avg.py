@@ -301,7 +301,7 @@ def test_a_loaded_count_out_of_range_is_refused(measured: Any) -> None:
     assert opt.state[p]["measured"] == 1
 
 
-def test_what_was_pickled_before_there_was_a_start_goes_on_from_its_state() -> None:
+def test_what_was_pickled_before_there_was_a_start_continues_from_its_state() -> None:
     p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
     opts = [SVAGRMSprop([x], lr=LR, l=4, initial_square_avg=1.0) for x in (p, q)]
     for o, x in zip(opts, (p, q), strict=True):

@@ -160,7 +160,7 @@ def test_schedules_of_the_momentum_work_with_their_defaults(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compensated", [False, True])
-def test_a_saved_run_goes_on_to_the_bit(dtype: torch.dtype, compensated: bool) -> None:
+def test_a_saved_run_continues_to_the_bit(dtype: torch.dtype, compensated: bool) -> None:
     if compensated and dtype == torch.float64:
         pytest.skip("compensation is for the others")
     wide = torch.float64 if dtype == torch.float64 else torch.float32

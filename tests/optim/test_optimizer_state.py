@@ -347,7 +347,7 @@ def test_a_state_that_is_not_of_these_parameters_is_refused(case: Any) -> None:
     opt.load_state_dict(renamed)
 
 
-KIN: list[tuple[Any, Any, dict[str, Any]]] = [
+PEERS: list[tuple[Any, Any, dict[str, Any]]] = [
     (SVAG, torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.1}),
     (SVAG, torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.1, "momentum": 0.9}),
     (SVAGAdam, torch.optim.Adam, {"lr": 0.3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}),
@@ -355,19 +355,19 @@ KIN: list[tuple[Any, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs", "options"), KIN)
-def test_a_checkpoint_of_torchs_own_kin_is_gone_on_from(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("ours", "theirs", "options"), PEERS)
+def test_a_checkpoint_of_torchs_own_optimizer_is_continued(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     a = ones(3, dtype=torch.float64)
-    kin = theirs([a], **options, foreach=False)
+    peer = theirs([a], **options, foreach=False)
     for seed in range(3):
         a.grad = torch.randn(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        kin.step()
+        peer.step()
     b = nn.Parameter(a.detach().clone())
     opt = ours([b], lr=0.9)
-    opt.load_state_dict(copy.deepcopy(kin.state_dict()))
+    opt.load_state_dict(copy.deepcopy(peer.state_dict()))
     assert opt.param_groups[0]["weight_decay"] == 0.1
     for _ in range(2):
-        for p, optimizer in ((a, kin), (b, opt)):
+        for p, optimizer in ((a, peer), (b, opt)):
             p.grad = torch.full((3,), 0.5, dtype=torch.float64)
             optimizer.step()
     torch.testing.assert_close(b, a, rtol=1e-12, atol=0)
@@ -428,12 +428,12 @@ def test_moments_of_torchs_checkpoint_are_refused_at_another_l(ours: Any, theirs
 def test_buffers_of_sgds_checkpoint_go_with_the_groups_that_have_momentum() -> None:
     """torch keeps the buffer of a group whose momentum has become 0."""
     params = [ones(2), ones(2), ones(2)]
-    kin = torch.optim.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
+    peer = torch.optim.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
     params[2].grad = None
-    kin.step()
-    kin.param_groups[1]["momentum"] = 0.0
+    peer.step()
+    peer.param_groups[1]["momentum"] = 0.0
     opt = SVAG([{"params": [p]} for p in params], lr=0.5)
-    opt.load_state_dict(kin.state_dict())
+    opt.load_state_dict(peer.state_dict())
     assert [group["momentum"] for group in opt.param_groups] == [0.9, 0.0, 0.9]
     assert [list(opt.state.get(p, {})) for p in params] == [["momentum_buffer"], [], []]
 

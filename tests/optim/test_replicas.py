@@ -184,7 +184,7 @@ def saved_and_loaded(state: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("way", ["state_dict", "file", "pickle", "deepcopy"])
 @pytest.mark.parametrize("given", [list, tuple, torch.tensor], ids=["list", "tuple", "tensor"])
-def test_a_checkpoint_goes_on_to_the_bit(way: str, given: Callable[[Any], Any]) -> None:
+def test_a_checkpoint_continues_to_the_bit(way: str, given: Callable[[Any], Any]) -> None:
     options = {**{name: given(values) for name, values in OF_EACH.items()}, "momentum": 0.9, "momentum_rule": "fixed"}
     params = parameters()
     opt = SVAG(params, replicas=S, **options)

@@ -1,4 +1,4 @@
-"""SVAG the optimizer: the formula, torch.optim's manners, AMP, and what it refuses."""
+"""SVAG the optimizer: the formula, torch.optim's interface, AMP, and what it refuses."""
 
 from __future__ import annotations
 

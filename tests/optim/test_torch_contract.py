@@ -24,21 +24,21 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 from svag_fast import SVAG, SVAGAdam, SVAGRMSprop
 from svag_fast.ops.step_stats import StepStats
 
-KIN = {"SVAG": (torch.optim.SGD, SVAG), "SVAGAdam": (torch.optim.Adam, SVAGAdam)}
-KIN["SVAGRMSprop"] = (torch.optim.RMSprop, SVAGRMSprop)
+PEERS = {"SVAG": (torch.optim.SGD, SVAG), "SVAGAdam": (torch.optim.Adam, SVAGAdam)}
+PEERS["SVAGRMSprop"] = (torch.optim.RMSprop, SVAGRMSprop)
 Answer = Callable[[Any], Any]
 
 
 class Row(NamedTuple):
     answer: Answer
     ours: Any = None
-    only: tuple[str, ...] = tuple(KIN)
+    only: tuple[str, ...] = tuple(PEERS)
 
 
 ROWS: dict[str, Row] = {}
 
 
-def row(ours: Any = None, only: tuple[str, ...] = tuple(KIN)) -> Callable[[Answer], Answer]:
+def row(ours: Any = None, only: tuple[str, ...] = tuple(PEERS)) -> Callable[[Answer], Answer]:
     def add(answer: Answer) -> Answer:
         ROWS[answer.__name__.strip("_")] = Row(answer, ours, only)
         return answer
@@ -665,10 +665,10 @@ def close(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-@pytest.mark.parametrize(("name", "kin"), [(name, kin) for name in ROWS for kin in ROWS[name].only])
-def test_ours_answers_as_torch_does(name: str, kin: str) -> None:
+@pytest.mark.parametrize(("name", "peer"), [(name, peer) for name in ROWS for peer in ROWS[name].only])
+def test_ours_answers_as_torch_does(name: str, peer: str) -> None:
     case, differs, _ = ROWS[name]
-    theirs, ours = (answer_of(case, optimizer) for optimizer in KIN[kin])
+    theirs, ours = (answer_of(case, optimizer) for optimizer in PEERS[peer])
     if isinstance(differs, type):
         assert isinstance(ours, differs)
         assert not isinstance(theirs, differs)

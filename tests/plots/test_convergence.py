@@ -89,7 +89,7 @@ def test_upper_axis_is_the_sdes_time_which_slows_down_when_the_rate_falls(tmp_pa
         places = axes.get_xticks()
         assert len(labels) >= 3
         for time, place in zip(labels, places, strict=True):
-            assert time <= 0.1 * 1504 * 0.8  # all ticks lie in the first phase here, where time = lr * k/l
+            assert time <= 0.1 * 1504 * 0.8  # all ticks are in the first phase here, where time = lr * k/l
             assert place == pytest.approx(time / 150.4 * total)
 
 
@@ -241,7 +241,7 @@ def test_any_metrics_can_be_drawn(tmp_path: Path) -> None:
 
 
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of words that lie on one another in the drawn figure, and words that leave it."""
+    """Pairs of words that cover one another in the drawn figure, and words that leave it."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text().strip()]
@@ -263,7 +263,7 @@ def overlaps(figure: Figure) -> list[tuple[str, str]]:
     ("batch_sizes", "ls", "seeds"),
     [([8], [1, 2], 3), ([8, 128], [1, 2, 4, 8], 3), ([2, 8, 32, 128], [1, 2, 4, 8, 16], 2), ([8, 128], [1, 2, 4], 1)],
 )
-def test_no_word_lies_on_another_or_leaves_the_picture(
+def test_no_word_covers_another_or_leaves_the_picture(
     tmp_path: Path, batch_sizes: list[int], ls: list[float], seeds: int
 ) -> None:
     write_sweep(tmp_path, batch_sizes, ls, seeds)

@@ -1,4 +1,4 @@
-"""A small training of replicas that saves after each step and goes on from what was saved; for test_resume.py."""
+"""A small training of replicas that saves after each step and continues from what was saved; for test_resume.py."""
 
 from __future__ import annotations
 

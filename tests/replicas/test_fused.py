@@ -220,7 +220,7 @@ def test_pauses_and_resumed_states_change_no_bit(cases: dict[str, Case], monkeyp
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda runs: pickle.loads(pickle.dumps(runs))], ids=["copy", "pickle"])
-def test_a_copy_goes_on_to_the_same_bits_and_apart(
+def test_a_copy_continues_to_the_same_bits_and_apart(
     cases: dict[str, Case], way: Callable[[FusedRuns], FusedRuns]
 ) -> None:
     for name, settings in (("mlp", {}), ("digits-net", {"l": 2, "stat_every": 3})):

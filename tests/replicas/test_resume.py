@@ -1,4 +1,4 @@
-"""Replicas in PyTorch's engine, killed without warning and gone on with from a checkpoint: the same to the bit."""
+"""Replicas in PyTorch's engine, killed without warning and resumed from a checkpoint: the same to the bit."""
 
 from __future__ import annotations
 

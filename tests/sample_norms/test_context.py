@@ -126,7 +126,7 @@ def test_graphs_that_outlive_the_context_still_give_gradients():
 
 
 def test_one_context_inside_another():
-    """On two models each has its own norms; on the same layers the inner one is refused and the outer one goes on."""
+    """On two models each has its own norms; on the same layers the inner one is refused, the outer one works."""
     one, two = small_net(), mlp().double()
     x, y = image_batch()
     with per_sample_sq_norms(one) as outer:

@@ -63,7 +63,7 @@ def attention(**more):
 
 
 def each_layer(net, x):
-    """One normalisation used behind every layer, as decoders do that return what lies between."""
+    """One normalisation used behind every layer, as decoders do that return what is between."""
     out = []
     for layer in (net.a, net.b, net.c):
         x = torch.tanh(layer(x))

@@ -239,7 +239,7 @@ def test_tables_have_each_samples_own_norms(net, B):
     check(net(), words(B))
 
 
-def test_a_model_goes_on_where_the_number_of_positions_becomes_the_batch_size():
+def test_a_model_works_where_the_number_of_positions_becomes_the_batch_size():
     torch.manual_seed(0)
     net = NanoGPT()
     for B, length in ((3, 5), (5, 5), (2, 6), (6, 6)):

@@ -1,4 +1,4 @@
-"""The SDE side held against torchsde: an independent integrator of the same equations."""
+"""The SDE side compared with torchsde: an independent integrator of the same equations."""
 
 import pytest
 import torch

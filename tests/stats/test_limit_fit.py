@@ -8,7 +8,7 @@ from verdict_error_rates import CURVED, LS, NOISES, Noise, fitted, questions, ra
 
 from svag_fast.stats.limit_fit import fit_limit, lack_of_fit, outside, within
 
-Z = 3.5  # standard errors that an observed rate may lie beyond a stated one: some 100 rates are held against one
+Z = 3.5  # standard errors that an observed rate may be beyond a stated one: some 100 rates are compared with one
 REPETITIONS = 1500
 
 
@@ -104,7 +104,7 @@ def test_exact_lines_are_found_exactly_whatever_the_l_and_counts() -> None:
     assert fit.slope == pytest.approx(-0.05)
     assert fit.distances.value == pytest.approx(-0.05 / ls)
     assert bool(fit.regime_reached)
-    assert int(fit.first) == 1  # SGD is not part of the limit that it is held against
+    assert int(fit.first) == 1  # SGD is not part of the limit that it is compared with
 
 
 def test_limit_and_distance_are_welch_contrasts_of_the_means() -> None:

@@ -1,7 +1,7 @@
 """What nvcc made of the CUDA kernels in the installed extension: registers, stack, shared memory, instructions.
 
 python tests/support/cuda_report.py            the loops that move 128 bits, as docs/roofline.md shows them
-python tests/support/cuda_report.py --write    write tests/golden/cuda.json anew, after a change that is meant
+python tests/support/cuda_report.py --write    write tests/golden/cuda.json again, after a change that is meant
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ def replicas_step(device: torch.device, backend: str, dtypes: tuple[torch.dtype,
     for s, l in enumerate(ls):
         rows = [[t[s].to(device, copy=True) for t in listed] for listed in (start, grads1, grads2)]
         own = svag_step_(*rows, lr=LR, l=l, weight_decay=DECAY, skip_nonfinite=True, backend=backend)
-        # Triton sums in another order where a replica's part isn't aligned: its statistics are held to float64 below.
+        # Triton sums in another order where a replica's part isn't aligned: float64 is below.
         statistics = ([stats.raw[s]], [own.raw]) if backend == "cuda" else ([], [])
         pairs = zip([*statistics[0], *(t[s] for t in params)], [*statistics[1], *rows[0]], strict=True)
         same = all(torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()]) for a, b in pairs)
@@ -424,7 +424,7 @@ def weight_step(device: torch.device, case: str, dtype: torch.dtype, l: float) -
 
 
 def adaptive_step(device: torch.device, dtype: torch.dtype, adam: bool) -> Shares:
-    """Adam and RMSprop have no GPU kernel: on a GPU they are plain PyTorch, held to float64 all the same."""
+    """Adam and RMSprop have no GPU kernel: on a GPU they are plain PyTorch, compared with float64 all the same."""
 
     def run(where: torch.device, dtype: torch.dtype) -> list[Tensor]:
         params, grads1, grads2, first = (on(where, [t.to(dtype) for t in draw(F32, seed)]) for seed in range(4))

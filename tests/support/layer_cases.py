@@ -1,4 +1,4 @@
-"""Linear and Conv2d cases of every option, and what they are held against: a loop of single-sample backward passes."""
+"""Linear and Conv2d cases of every option, and what they are compared with: a loop of single-sample backward passes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(
 
 
 def bias_z(found: Tensor, exact: Tensor) -> float:
-    """How many standard errors the mean relative error lies from 0; the errors must be independent, as samples' are."""
+    """How many standard errors the mean relative error is from 0; the errors must be independent, as samples' are."""
     errors = ((found - exact) / exact).double()
     return float(errors.mean() / (errors.std() / len(errors) ** 0.5))
 

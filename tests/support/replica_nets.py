@@ -67,7 +67,7 @@ class Checkpointed(nn.Sequential):
 
 
 class Replaces(nn.Module):
-    """A buffer that the forward pass sets anew, as no stacked form can."""
+    """A buffer that the forward pass sets again, as no stacked form can."""
 
     def __init__(self):
         super().__init__()

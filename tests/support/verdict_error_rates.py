@@ -208,7 +208,7 @@ def others_table(repetitions: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Questions:
-    """Fractions of wrong "matches", each where the truth lies exactly at the margin, and of intervals that hold it."""
+    """Fractions of wrong "matches", each where the truth is exactly at the margin, and of intervals that hold it."""
 
     relative: float  # SGD's distance, margin 10 % of the metric's level
     converged: float  # the largest l's distance

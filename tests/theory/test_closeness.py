@@ -1,4 +1,4 @@
-"""The theorems as functions: derived from (11), simulated on a scale-invariant toy, errors held against draws."""
+"""The theorems as functions: derived from (11), simulated on a scale-invariant toy, errors compared with draws."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_theorems_5_5_and_5_6_never_accuse_an_invariant_pair(G, N, grad_ratio, n
 
 @given(ratio=positive, C=constants)
 def test_the_tightened_kappa_is_attained_and_the_papers_is_not(ratio, C):
-    """As ηλ → 0 a (C, κ)-LSI pair exists at κ = C² + (C²-1) N/G; the paper's κ* lies N/G above it."""
+    """As ηλ → 0 a (C, κ)-LSI pair exists at κ = C² + (C²-1) N/G; the paper's κ* is N/G above it."""
     kappa = critical_kappa(1.0, ratio, C=C, form="tightened").value
     assert critical_kappa(1.0, ratio, C=C).value - kappa == pytest.approx(ratio, rel=1e-9)
     G, N, g, n = 1.0, ratio, 1 / C, ratio / (kappa * C)
@@ -286,7 +286,7 @@ def test_toy_settles_on_equation_11_and_on_svags_form_of_it(l):
     assert abs(other.residual.value) > 4 * other.ratio.standard_error
 
 
-def test_certificates_on_the_toy_foretell_failures_and_never_accuse_what_holds():
+def test_certificates_on_the_toy_predict_failures_and_never_accuse_what_holds():
     """Over a grid of κ: no certificate fails where LSI was measured to hold, and beyond κ* it was measured to fail."""
     lr, batch_size, weight_decay = 0.05, 4, 0.1
     base = norms(simulate(lr, batch_size, weight_decay, settle=600, keep=400))

@@ -1,4 +1,4 @@
-// A small chain net laid out for training on one thread: layers, where their values lie, and which meets which.
+// A small chain net laid out for training on one thread: layers, where their values are, and which meets which.
 // Images are channels last, the channels padded with zeros to whole vectors; what a 3x3 kernel reads has a border of
 // zeros. So a convolution is a product whose rows and depth are looked up in tables: nothing is unfolded.
 #pragma once

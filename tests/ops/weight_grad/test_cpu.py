@@ -82,7 +82,7 @@ def test_one_samples_nan_and_inf_stay_in_its_norm(loop_order: int) -> None:
 
 
 def test_a_batch_that_ends_at_a_page_is_not_read_beyond() -> None:
-    """Inputs at the very end of their storage, next to NaN: what lies behind them never enters."""
+    """Inputs at the very end of their storage, next to NaN: what follows them never enters."""
     for channels in (1, 3, 16, 17):
         shape = [5, channels, 3, 3]
         x, dy = make([3, channels, 5, 5], shape, padding=1)
@@ -137,7 +137,7 @@ def test_pixel_gram_of_generated_shapes(case: tuple[list[int], list[int], dict[s
 
 
 def test_weights_of_zero_leave_the_norms() -> None:
-    """Trap: at l = 1 SVAG's second half has weight 0, and its norms can't be had back from weighted rows."""
+    """Trap: at l = 1 SVAG's second half has weight 0, and its norms don't follow from weighted rows."""
     for shape, x_shape in (([40, 48, 3, 3], [6, 48, 2, 2]), ([8, 4, 3, 3], [6, 4, 9, 9]), ([5, 7], [6, 3, 7])):
         options = {"padding": 1} if len(shape) == 4 else {}
         x, dy = make(x_shape, shape, **options)

@@ -37,7 +37,7 @@ def test_the_way_beside_the_library_equals_the_loop(case: str, segments: bool) -
         assert float((gram - sums @ sums.T).norm()) <= 4e-6 * scale**2
 
 
-def test_the_gradient_lies_in_memory_as_the_inputs_do() -> None:
+def test_the_gradient_has_the_inputs_memory_order() -> None:
     x, dy = make([4, 16, 8, 8], [16, 16, 3, 3], dtype=torch.float32, padding=1)
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     grad, _, _ = library(layer_product(x, dy, [16, 16, 3, 3], padding=1))

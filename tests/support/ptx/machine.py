@@ -165,7 +165,7 @@ class Machine:
             self._join(self.program.labels[table[i]], chosen & (index == i))
 
     def _release(self) -> None:
-        """Let those blocks go on of which every thread that lives waits at a barrier."""
+        """Let those blocks continue of which every thread that lives waits at a barrier."""
         if not self.waiting.any():
             return
         missing = (self.live & ~self.waiting).reshape(len(self.epoch), -1).any(1)

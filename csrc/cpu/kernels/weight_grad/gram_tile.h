@@ -10,7 +10,7 @@ namespace {
 // The sums of 4 by 3 products, 3 rows and one more stay in 16 registers.
 constexpr int kDotRows = 4, kDotColumns = 3;
 
-// Float32 sums run over this many elements, then go on in float64.
+// Float32 sums run over this many elements, then continue in float64.
 constexpr int64_t kDotRun = 1024;
 
 // The sum of all lanes in float64; float32 lanes are folded once before.

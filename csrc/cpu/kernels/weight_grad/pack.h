@@ -35,7 +35,7 @@ SVAG_INLINE void transpose_step(typename Simd<T>::V* r, std::integer_sequence<in
     }
 }
 
-// Where the channels of one block come from and how they lie in the block.
+// Where the channels of one block come from and where they are in the block.
 template <class T>
 struct PackBlock {
     const T* source;
