@@ -21,13 +21,28 @@ PRINTED = {
 }
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_it_runs(example: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(example)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(PRINTED[example.name], done.stdout), done.stdout
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each example prints. One process of their own for all: importing torch takes longer than most of them."""
+    names = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    one = f"runpy.run_path(f'{EXAMPLES}/{{name}}', run_name='__main__')"
+    run = f"import runpy\nfor name in {names}:\n    {one}\n    print(chr(0))"
+    done = subprocess.run(
+        [sys.executable, "-c", run],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        cwd=tmp_path_factory.mktemp("examples"),
+    )
+    outputs = done.stdout.split("\0\n")
+    assert done.returncode == 0, f"{names[len(outputs) - 1]}: {done.stderr}"
+    return dict(zip(names, outputs, strict=False))
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_it_runs(example: str, printed: dict[str, str]) -> None:
+    assert re.search(PRINTED[example], printed[example]), printed[example]
 
 
 def test_they_are_short() -> None:
