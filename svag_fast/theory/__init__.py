@@ -5,21 +5,19 @@ from svag_fast.theory.closeness import (
     SQRT2,
     Certificate,
     Closeness,
-    EquilibriumResidual,
     KappaForm,
     Norms,
     c_closeness,
     critical_batch_size,
     critical_kappa,
     critical_kappa_interval,
-    equilibrium_residual,
-    equilibrium_sides,
     linear_scaling_invariance,
     lsi_fails_certificate,
     nsr,
     sde_fails_certificate,
     simple_noise_scale,
 )
+from svag_fast.theory.equilibrium_equation import EquilibriumResidual, equilibrium_residual, equilibrium_sides
 from svag_fast.theory.scaling_rules import AdaptiveRates, SGDRates, linear_scaling_rule, square_root_scaling_rule
 
 __all__ = [

@@ -24,7 +24,8 @@ from scipy import stats
 from svag_fast.numeric import number
 from svag_fast.stats.estimate import Estimate
 from svag_fast.stats.series import JointMeans, batch_count, batches, effective_samples, joint_means, runs_of
-from svag_fast.theory.closeness import EquilibriumResidual, equilibrium_residual, nsr
+from svag_fast.theory.closeness import nsr
+from svag_fast.theory.equilibrium_equation import EquilibriumResidual, equilibrium_residual
 
 __all__ = ["Equilibrium", "Stationarity", "detect_equilibrium", "stationarity"]
 

@@ -24,7 +24,7 @@ from svag_fast.sde import (
     simulate,
 )
 from svag_fast.stats.estimate import Estimate
-from svag_fast.theory.closeness import equilibrium_residual
+from svag_fast.theory.equilibrium_equation import equilibrium_residual
 from svag_fast.verify.check import Check, Outcome, SuiteSettings, one_thread, z_check
 
 LR, DECAY = 0.1, 0.2

@@ -10,11 +10,11 @@ from svag_fast.theory.closeness import (
     c_closeness,
     critical_batch_size,
     critical_kappa,
-    equilibrium_residual,
     linear_scaling_invariance,
     lsi_fails_certificate,
     sde_fails_certificate,
 )
+from svag_fast.theory.equilibrium_equation import equilibrium_residual
 from svag_fast.verify.check import Check, Outcome, SuiteSettings, exact_check
 
 EDGE = 1e-6

@@ -18,8 +18,10 @@ from svag_fast.theory import (
     Estimate,
     Norms,
     c_closeness,
+    closeness,
     critical_batch_size,
     critical_kappa,
+    equilibrium_equation,
     equilibrium_residual,
     linear_scaling_invariance,
     linear_scaling_rule,
@@ -29,13 +31,12 @@ from svag_fast.theory import (
     sde_fails_certificate,
     square_root_scaling_rule,
 )
-from svag_fast.theory import closeness as theory
 
 positive = st.floats(1e-3, 1e3)
 constants = st.floats(1.05, 6.0)
 
 
-@pytest.mark.parametrize("module", [estimate, scaling_rules, theory])
+@pytest.mark.parametrize("module", [estimate, scaling_rules, closeness, equilibrium_equation])
 def test_doctests(module):
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert results.attempted > 0

@@ -30,6 +30,7 @@ class Mutant:
 
 
 STEP, OPTIONS, NOISE, THEORY = "ops/step.py", "ops/step_options.py", "noise/estimators.py", "theory/closeness.py"
+EQUATION = "theory/equilibrium_equation.py"
 ADAPTIVE, START, FIT = "ops/adaptive_step.py", "optim/initial_square_avg.py", "stats/limit_fit.py"
 MUTANTS = (
     # the step
@@ -290,14 +291,14 @@ MUTANTS = (
     ),
     Mutant(
         "(11): λ² dropped",
-        THEORY,
+        EQUATION,
         "(2 - lr * weight_decay / l) * weight_decay, lr / l, lr",
         "2 * weight_decay, lr / l, lr",
         "certificates-attained",
     ),
     Mutant(
         "(11): l not on G",
-        THEORY,
+        EQUATION,
         "(2 - lr * weight_decay / l) * weight_decay, lr / l, lr",
         "(2 - lr * weight_decay / l) * weight_decay, lr, lr",
         "certificates-attained",
