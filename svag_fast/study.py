@@ -13,7 +13,7 @@ from rich.console import Console
 from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
 from svag_fast.analysis.report import Report, make_report
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig, cores
+from svag_fast.experiments.config import ExperimentConfig, RunConfig, cores
 from svag_fast.experiments.experiment_folder import (
     ExperimentError,
     check_experiment,

@@ -14,9 +14,10 @@ from rich.console import Console
 
 import svag_fast
 from svag_fast.analysis.margins import Margin
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.experiment_folder import ExperimentError, prepare_folder, with_size
 from svag_fast.experiments.grid import ExperimentInterruptedError
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.signals import STOPPING, stop_requests
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.training import Training, train

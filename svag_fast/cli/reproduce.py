@@ -12,10 +12,11 @@ from rich.table import Table
 
 from svag_fast.cli.options import NumberList, data_dir_option
 from svag_fast.cli.stopped import Stopped
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, check_range, cores
+from svag_fast.experiments.config import ExperimentConfig, cores
 from svag_fast.experiments.experiment_folder import ExperimentError, check_experiment, prepare_folder
 from svag_fast.experiments.grid import ExperimentInterruptedError, run_experiment, start_fork_server
 from svag_fast.experiments.presets import PRESETS, SCALES, Preset, Scale, find_preset
+from svag_fast.experiments.ranges import ConfigError, check_range
 from svag_fast.numeric import must_be, shown
 
 if TYPE_CHECKING:

@@ -18,16 +18,7 @@ from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
 from svag_fast.cli.options import data_dir_option, margin_option, metric_option, setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped, failure
-from svag_fast.experiments.config import (
-    BOOKKEEPING,
-    HOW,
-    LENGTH,
-    WHAT,
-    ConfigError,
-    ExperimentConfig,
-    check_range,
-    cores,
-)
+from svag_fast.experiments.config import BOOKKEEPING, HOW, LENGTH, WHAT, ExperimentConfig, cores
 from svag_fast.experiments.data import download as download_dataset
 from svag_fast.experiments.data.files import roots
 from svag_fast.experiments.experiment_folder import (
@@ -41,6 +32,7 @@ from svag_fast.experiments.experiment_folder import (
     with_size,
 )
 from svag_fast.experiments.grid import ExperimentInterruptedError, run_experiment, start_fork_server
+from svag_fast.experiments.ranges import ConfigError, check_range
 from svag_fast.experiments.settings_file import read_settings
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import load_task, parse_target, short_name

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from svag_fast.cli.options import setting_options, setting_panel
 from svag_fast.cli.stopped import Stopped, failure
-from svag_fast.experiments.config import HOW, LENGTH, WHAT, ConfigError
+from svag_fast.experiments.config import HOW, LENGTH, WHAT
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import hash_of, load_task, parse_target, short_name, source_of
 from svag_fast.experiments.weak import WeakSettings

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from svag_fast.experiments.data import DATASETS, check_name, train_size
 from svag_fast.experiments.data.sampling import MODES, require_drawable
+from svag_fast.experiments.ranges import RANGES, ConfigError, Range, check, check_numbers, check_range, settle
 from svag_fast.experiments.schedules import milestones, resolve, starts
-from svag_fast.numeric import integer, number, shown
 
 # Settings of the built-in nets and data, and what they are where a task takes their place.
 BUILTIN: dict[str, Any] = {"dataset": "", "model": "", "label_noise": 0.0, "augment": "none"}
@@ -33,94 +33,11 @@ DRAWN_AFRESH = ("replacement", "distinct")
 SMALL_CHAINS = ("digits-mlp", "digits-net")
 
 
-class ConfigError(ValueError):
-    """A setting is wrong: the message names it, what it was and what was expected."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers from `least` to `most`; `whole` ones are integers. ``value in range`` takes any object."""
-
-    least: float
-    most: float
-    whole: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        try:
-            if self.whole:
-                return self.least <= integer("value", value) <= self.most
-            number("value", value, least=self.least, most=self.most)
-        except (TypeError, ValueError):
-            return False
-        return True
-
-    def __str__(self) -> str:
-        kind = "an integer" if self.whole else "a number"
-        least, most = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
-        if self.most >= 1e300:
-            return f"a finite number of at least {least}" if self.least > -1e300 else "a finite number"
-        return f"{kind} from {least} to {most}"
-
-
-# Of every number that comes from outside, by its name: wide, but nothing in them takes for ever or fills a disk alone.
-RANGES = {
-    "batch_size": Range(1, 1_000_000, whole=True),
-    "lr": Range(1e-12, 1e12),
-    "weight_decay": Range(0, 1e6),
-    "label_noise": Range(0, 1),
-    "l": Range(1, 1e6),
-    "seed": Range(0, 2**63 - 1, whole=True),
-    "seeds": Range(1, 10_000, whole=True),
-    "effective_steps": Range(1, 1_000_000_000, whole=True),
-    "epochs": Range(1e-6, 1e6),
-    "steps": Range(1, 10_000_000_000, whole=True),
-    "threads": Range(1, 1024, whole=True),
-    "jobs": Range(1, 1024, whole=True),
-    "replicas": Range(1, 10_000, whole=True),
-    "stat_every": Range(1, 1_000_000_000, whole=True),
-    "rows": Range(1, 100_000, whole=True),
-    "evaluations": Range(1, 100_000, whole=True),
-    "checkpoint_seconds": Range(0, math.inf),
-    "depth": Range(1, 2000, whole=True),
-    "width": Range(0.1, 100),
-}
 MOST_RUNS = 10_000
 EFFECTIVE_STEPS = 5120  # of an experiment that says nothing of its length
 TRAIN_EVALUATIONS = 20  # at most; the training set is larger than the test set, and no answer rests on it
 DEFAULT_BATCH_SIZES = (4, 32, 256)
 DEFAULT_L: tuple[tuple[float, ...], ...] = ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16))
-
-
-def check_range(name: str, value: Any) -> Any:
-    """Return a value as a plain number; refuse one that is out of its `RANGES`.
-
-    Raises:
-        ConfigError: the message names it, what it was and what was expected.
-    """
-    _check(value in RANGES[name], name, value, str(RANGES[name]))
-    return value.item() if hasattr(value, "item") else value  # NumPy's and PyTorch's own can't be written as JSON
-
-
-def _check(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} must be {expected}, got {shown(value)}")
-
-
-def _settle(check: Callable[[], object]) -> None:
-    """Raise what `check` finds wrong as a ConfigError."""
-    try:
-        check()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _numbers(name: str, values: Any) -> tuple[Any, ...]:
-    """Return a list of numbers, each in its range; but for learning rates none twice."""
-    _check(isinstance(values, tuple) and len(values) > 0, name, values, "a number or a list of numbers")
-    checked = tuple(check_range(name, value) for value in values)
-    distinct = {f"{value:g}" if name == "l" else value for value in checked}  # as in the runs' names
-    _check(name == "lr" or len(distinct) == len(checked), name, values, "a list without repetition")
-    return checked
 
 
 def run_name(batch_size: int, lr: float, l: float, seed: int) -> str:
@@ -211,30 +128,30 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.task, str), "task", self.task, "a string")
-        _check(self.process in PROCESSES, "process", self.process, f"one of {', '.join(PROCESSES)}")
+        check(isinstance(self.task, str), "task", self.task, "a string")
+        check(self.process in PROCESSES, "process", self.process, f"one of {', '.join(PROCESSES)}")
         if self.process != "svag":
-            _check(self.sampling in DRAWN_AFRESH, "sampling", self.sampling, " or ".join(DRAWN_AFRESH) + FULL_BATCH)
-            _check(self.backend == "auto", "backend", self.backend, "auto" + FULL_BATCH)
+            check(self.sampling in DRAWN_AFRESH, "sampling", self.sampling, " or ".join(DRAWN_AFRESH) + FULL_BATCH)
+            check(self.backend == "auto", "backend", self.backend, "auto" + FULL_BATCH)
         sizes = Range(0, 10**15 if self.task else 0, whole=True)
-        _check(self.train_size in sizes, "train_size", self.train_size, str(sizes))
+        check(self.train_size in sizes, "train_size", self.train_size, str(sizes))
         for field in dataclasses.fields(Settings):
             name, value, choices = field.name, getattr(self, field.name), field.metadata.get("choices")
             if self.task and name in BUILTIN:
                 nothing = BUILTIN[name]
-                _check(value in (field.default, nothing), name, value, "left out: the task has its own")
+                check(value in (field.default, nothing), name, value, "left out: the task has its own")
                 object.__setattr__(self, name, nothing)
             elif name == "label_noise" and value is None:
                 object.__setattr__(self, name, LABEL_NOISE.get(self.dataset, 0.0))
             elif choices:
-                _check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
+                check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
             elif name in RANGES:
                 object.__setattr__(self, name, check_range(name, value))
             elif name != "train_size":
-                _check(isinstance(value, str), name, value, "a string")
+                check(isinstance(value, str), name, value, "a string")
         if not self.task:
-            _settle(lambda: check_name(self.dataset))
-        _settle(lambda: resolve(self.schedule))
+            settle(lambda: check_name(self.dataset))
+        settle(lambda: resolve(self.schedule))
 
     @property
     def population(self) -> int:
@@ -269,23 +186,23 @@ class RunConfig(Settings):
         super().__post_init__()
         for name in ("batch_size", "lr", "l", "seed", "effective_steps", "stat_every"):
             object.__setattr__(self, name, check_range(name, getattr(self, name)))
-        _check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
         if self.engine == "torch":
-            _check(self.stat_every == 1, "stat_every", self.stat_every, "1 where runs are not trained as replicas")
+            check(self.stat_every == 1, "stat_every", self.stat_every, "1 where runs are not trained as replicas")
         else:
-            _check(not self.task, "task", self.task, "left out, or replicas off")
-            _check(self.process == "svag", "process", self.process, "svag, or replicas off")
-            _check(self.augment == "none", "augment", self.augment, "none, or replicas off")
-            _check(self.device == "cpu", "device", self.device, "cpu, or replicas off")
-            _check(self.backend == "auto", "backend", self.backend, "auto, or replicas off")
-            _check(self.sampling == "replacement", "sampling", self.sampling, "replacement, or replicas off")
+            check(not self.task, "task", self.task, "left out, or replicas off")
+            check(self.process == "svag", "process", self.process, "svag, or replicas off")
+            check(self.augment == "none", "augment", self.augment, "none, or replicas off")
+            check(self.device == "cpu", "device", self.device, "cpu, or replicas off")
+            check(self.backend == "auto", "backend", self.backend, "auto, or replicas off")
+            check(self.sampling == "replacement", "sampling", self.sampling, "replacement, or replicas off")
             expected = "constant, step or milestones, or replicas off"
-            _check(milestones(self.schedule) is not None, "schedule", self.schedule, expected)
+            check(milestones(self.schedule) is not None, "schedule", self.schedule, expected)
         expected = f"at most {RANGES['steps'].most:,}: it is the number of steps"
-        _check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
+        check(self.steps in RANGES["steps"], "l times effective_steps", self.steps, expected)
         if self.sampling != "replacement" and (size := self.population):
             name = self.dataset or "the task"
-            _settle(lambda: require_drawable(self.sampling, self.batch_size, self.l, size, name))
+            settle(lambda: require_drawable(self.sampling, self.batch_size, self.l, size, name))
 
     @property
     def name(self) -> str:
@@ -380,14 +297,12 @@ class ExperimentConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "lr"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+            object.__setattr__(self, name, check_numbers(name, getattr(self, name)))
         count = len(self.batch_size)
         object.__setattr__(self, "l", self._checked_levels())
-        _check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
+        check(len(self.lr) in (1, count), "lr", self.lr, f"one number, or {count}: one for each batch size")
         object.__setattr__(self, "seeds", check_range("seeds", self.seeds))
-        _check(
-            self.epochs is None or self.effective_steps is None, "epochs", self.epochs, "alone or effective_steps be"
-        )
+        check(self.epochs is None or self.effective_steps is None, "epochs", self.epochs, "alone or effective_steps be")
         for name in ("epochs", "effective_steps"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_range(name, getattr(self, name)))
@@ -395,11 +310,11 @@ class ExperimentConfig(Settings):
             text = str(self.replicas)
             asked = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else self.replicas
             expected = f"auto, off or {RANGES['replicas']}"
-            _check(asked in RANGES["replicas"], "replicas", self.replicas, expected)
+            check(asked in RANGES["replicas"], "replicas", self.replicas, expected)
             object.__setattr__(self, "replicas", asked)
         object.__setattr__(self, "stat_every", check_range("stat_every", self.stat_every))
         runs = sum(map(len, self.levels)) * self.seeds
-        _check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
+        check(runs <= MOST_RUNS, "the number of runs", runs, f"at most {MOST_RUNS:,}")
         # Each run checks its own values: what is wrong with one is said before anything starts.
         self.runs()
 
@@ -411,10 +326,10 @@ class ExperimentConfig(Settings):
         if given is None:
             given = DEFAULT_L if self.batch_size == DEFAULT_BATCH_SIZES else DEFAULT_L[0]
         if not (isinstance(given, tuple) and given and all(isinstance(ls, (tuple, list)) for ls in given)):
-            return _numbers("l", given)
-        lists = tuple(_numbers("l", tuple(ls)) for ls in given)  # type: ignore[arg-type]
+            return check_numbers("l", given)
+        lists = tuple(check_numbers("l", tuple(ls)) for ls in given)  # type: ignore[arg-type]
         count = len(self.batch_size)
-        _check(len(lists) in (1, count), "l", given, f"one list, or {count}: one for each batch size")
+        check(len(lists) in (1, count), "l", given, f"one list, or {count}: one for each batch size")
         return lists if len(lists) > 1 else lists[0]
 
     @property
@@ -449,7 +364,7 @@ class ExperimentConfig(Settings):
         for batch_size, lr, ls in zip(self.batch_size, lrs, self.levels, strict=True):
             if self.epochs is not None:
                 known = self.population or self.task
-                _check(bool(known), "dataset", self.dataset, "a file that can be read where epochs are given")
+                check(bool(known), "dataset", self.dataset, "a file that can be read where epochs are given")
                 length = self.epochs * max(1, self.population) / batch_size
             else:
                 # The same time lr * steps at each batch size: the SDE's own clock.

@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svag_fast.experiments.config import UNSAID, ConfigError, ExperimentConfig
+from svag_fast.experiments.config import UNSAID, ExperimentConfig
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.run_folder import read_config, read_metrics, require_comparable
 from svag_fast.experiments.settings_file import read_settings
 from svag_fast.experiments.task_file import (

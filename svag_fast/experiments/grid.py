@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svag_fast import __version__
-from svag_fast.experiments.config import ExperimentConfig, RunConfig, check_range
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.experiment_folder import ExperimentError, check_facts
+from svag_fast.experiments.ranges import check_range
 from svag_fast.experiments.signals import kept_from_children, termination_as_interrupt
 from svag_fast.experiments.task_file import known_hashes, load_task
 from svag_fast.versions import package_version

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from svag_fast.experiments.config import ConfigError, ExperimentConfig
+from svag_fast.experiments.config import ExperimentConfig
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.numeric import must_be, shown
 
 Scale: TypeAlias = Literal["paper", "small", "smoke"]

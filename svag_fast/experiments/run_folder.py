@@ -20,9 +20,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import RANGES, UNSAID, Range, run_name
+from svag_fast.experiments.config import UNSAID, run_name
 from svag_fast.experiments.data import train_size
 from svag_fast.experiments.data.sampling import MODES
+from svag_fast.experiments.ranges import RANGES, Range
 from svag_fast.files import read_text
 
 Array: TypeAlias = NDArray[np.float64]

@@ -12,7 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from svag_fast.experiments.config import ConfigError
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.files import read_text
 
 SETTINGS_BYTES = 1 << 20

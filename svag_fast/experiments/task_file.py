@@ -13,8 +13,8 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from svag_fast.experiments.config import ConfigError
 from svag_fast.experiments.data import DATASETS
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.files import read_text, replace_file
 from svag_fast.numeric import must_be, shown
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svag_fast.experiments.book import Book
-from svag_fast.experiments.config import RunConfig, check_range
+from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import Dataset, load_dataset
 from svag_fast.experiments.data.sampling import MODES, is_disjoint, make_streams, population_of
 from svag_fast.experiments.evaluation import checked_losses
@@ -20,6 +20,7 @@ from svag_fast.experiments.full_batch import FullBatchTraining
 from svag_fast.experiments.fused_training import FusedTraining
 from svag_fast.experiments.gradients import measuring_cost, pair_gradients
 from svag_fast.experiments.measured_run import MeasuredRun, RowMeans, own_seed
+from svag_fast.experiments.ranges import check_range
 from svag_fast.experiments.run_output import alone_in
 from svag_fast.experiments.task import Task
 from svag_fast.experiments.task_check import augmented

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from svag_fast.experiments.config import HOW, LENGTH, RANGES, WHAT, ConfigError, Range, check_range, cores, setting
+from svag_fast.experiments.config import HOW, LENGTH, WHAT, cores, setting
+from svag_fast.experiments.ranges import RANGES, ConfigError, Range, check_range
 from svag_fast.numeric import shown
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from svag_fast.experiments.config import ConfigError, cores
+from svag_fast.experiments.config import cores
 from svag_fast.experiments.evaluation import checked_losses, evaluate, joined
 from svag_fast.experiments.random_state import OwnRandom
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.task import Task, pair_of
 from svag_fast.experiments.task_check import augmented, check_task, new_model
 from svag_fast.experiments.task_data import TaskData

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.data import DATASETS
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.settings_file import read_settings
 
 RUN = {"batch_size": 8, "lr": 0.1, "l": 2, "seed": 0, "effective_steps": 100}

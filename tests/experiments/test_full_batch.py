@@ -16,9 +16,10 @@ from svag_fast import Task
 from svag_fast.analysis.prediction import from_runs
 from svag_fast.analysis.report import make_report
 from svag_fast.analysis.runs import load_runs
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.full_batch import FullBatchTraining
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.training import make_engine, train
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from svag_fast.analysis.runs import load_run
 from svag_fast.experiments.checkpoint import CheckpointError
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.experiment_folder import ExperimentError, check_experiment, prepare_folder
 from svag_fast.experiments.fused_training import FusedTraining
 from svag_fast.experiments.grid import _groups
 from svag_fast.experiments.measured_run import initial_model, own_seed
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.run_output import RunBusyError, alone_in
 from svag_fast.experiments.training import make_engine, train, train_together
 from svag_fast.ops.step import svag_coefficients

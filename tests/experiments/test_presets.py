@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from svag_fast.experiments.config import ConfigError
 from svag_fast.experiments.data import DATASETS
 from svag_fast.experiments.models.names import FAMILIES
 from svag_fast.experiments.presets import PRESETS, SCALES, find_preset
 from svag_fast.experiments.probe import probe
+from svag_fast.experiments.ranges import ConfigError
 
 TRAINED = [preset for preset in PRESETS.values() if preset.kind != "paths"]
 

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.schedules import milestones, resolve
 
 RUN = {"batch_size": 8, "lr": 0.1, "l": 2, "seed": 0, "effective_steps": 100}

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from svag_fast import Task
 from svag_fast.analysis.report import make_report
-from svag_fast.experiments.config import ConfigError, ExperimentConfig, RunConfig
+from svag_fast.experiments.config import ExperimentConfig, RunConfig
 from svag_fast.experiments.data import load_dataset
 from svag_fast.experiments.experiment_folder import check_experiment, with_size
 from svag_fast.experiments.gradients import pair_gradients
 from svag_fast.experiments.measured_run import own_seed
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.run_folder import columns_of
 from svag_fast.experiments.task import builtin_task
 from svag_fast.experiments.task_error import TaskError

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from svag_fast.cli.main import main
-from svag_fast.experiments.config import ConfigError
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.task_file import load_task, parse_target, short_name
 
 SOURCE = """

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from svag_fast.analysis.runs import load_run
 from svag_fast.experiments.checkpoint import CheckpointError
-from svag_fast.experiments.config import ConfigError, RunConfig
+from svag_fast.experiments.config import RunConfig
 from svag_fast.experiments.data import load_dataset
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.run_folder import COLUMNS, columns_of
 from svag_fast.experiments.run_output import Events, RunBusyError, alone_in
 from svag_fast.experiments.training import Training, make_engine, train

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from svag_fast.experiments.config import ConfigError
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.weak import Pilot, WeakSettings, digits_task, measure, run_levels
 from svag_fast.replicas.fused import FusedRuns
 from svag_fast.replicas.sampling import batch_indices

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from svag_fast import Task, svag_coefficients
 from svag_fast.cli.main import main
-from svag_fast.experiments.config import ConfigError
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.weak import WeakSettings, _seed, measure
 from svag_fast.experiments.weak_own import OwnTask
 from svag_fast.replicas import NotReplicable

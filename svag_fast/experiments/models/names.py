@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from svag_fast.experiments.config import check_range
 from svag_fast.experiments.models.gpt import gpt
 from svag_fast.experiments.models.residual import preresnet, resnet, wide_resnet
 from svag_fast.experiments.models.small import digits_mlp, digits_net, mlp
 from svag_fast.experiments.models.vgg import vgg
+from svag_fast.experiments.ranges import check_range
 from svag_fast.numeric import integer
 
 _NUMBER = r"\d{1,9}"
