@@ -2,21 +2,13 @@
 
 Weak convergence of order 1 (Theorem 4.3) gives the mean of a test function as m(l) = m_inf + a/l + b/l² + ... Then log
 |m(l) - m_inf| against log l has slope -1, once l is so large that a/l is nearly all of the difference. On a net b/l² is
-seldom small at the l that can be trained, and a line through the points would be too steep or too flat. Therefore:
+seldom small at the l that can be trained, and a line through the points would be too steep or too flat. Therefore
+the limit m_inf is that of m_inf + a/l + b/l², by least squares, and the slope that of m + A l^slope (1 + c/l): of the
+line that the differences approach as l grows. As theory gives all test functions the same order, `common_slope` fits
+one to all of them.
 
-- The limit m_inf is that of m_inf + a/l + b/l², by least squares, from the least level on from which this formula shows
-  no lack of fit, by four levels or more. The levels before are left out.
-- The slope is that of m + A l^slope (1 + c/l) over these levels: of the line that the differences approach as l grows.
-  Its limit m is free: a limit that was fitted with a/l makes the differences from it look like a/l, whatever they are
-  (of a true 1/√l the slope from such a limit was -1.0 in simulation). So the interval is wide where one function has
-  little to say.
-- Its interval is a bootstrap's over runs: each draw makes the means, the limit and the slope again. The levels and the
-  weights stay those of the runs.
-- As theory gives all test functions the same order, `common_slope` fits one to all of them. In the bootstrap a run
-  keeps all its values, so what they share is in the interval.
-
-A level where b/l² is more than a fifth of a/l is outside the 1/l regime. tests/stats/test_weak_order.py says how often
-the interval has -1 in it where the order is 1, and how often where it is not.
+tests/stats/test_weak_order.py says how often the slope's interval has -1 in it where the order is 1, and how often
+where it is not.
 """
 
 from __future__ import annotations
@@ -32,7 +24,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 LACK_OF_FIT_LEVEL = 0.05
 SIGNIFICANT = 2.0  # standard errors from the limit
-REGIME = 0.2  # of b/l² over a/l
+REGIME = 0.2  # a level with more of b/l² over a/l is outside the 1/l regime
 _SLOPES = np.linspace(-3.0, -0.2, 281)
 
 
@@ -106,6 +98,7 @@ def weak_order(ls: Array, means: Array, errors: Array, drawn: Array) -> WeakOrde
     there = np.isfinite(means)
     if (exact := there & (errors <= 0)).any():
         return _untold(ls, means, errors, f"all runs agree at l = {ls[exact][0]:g}")
+    # The least level from which on the formula shows no lack of fit. Four levels, as it has three coefficients itself.
     first = next(
         (i for i in np.flatnonzero(there).tolist() if there[i:].sum() >= 4 and _fits(ls, means, errors, i)), None
     )
@@ -126,6 +119,7 @@ def weak_order(ls: Array, means: Array, errors: Array, drawn: Array) -> WeakOrde
     if (np.abs(differences[fitted]) > SIGNIFICANT * difference_errors[fitted]).sum() < 3:
         reason = "fewer than three levels differ from the limit by more than the noise"
     else:
+        # Each draw makes the means, the limit and the slope again; levels and weights stay those of the runs.
         slopes = _best(gains)
         slope = float(slopes[0])
         low, high = (float(end) for end in np.quantile(slopes[1:], [0.025, 0.975]))
@@ -168,6 +162,8 @@ def _contrasts(ls: Array, errors: Array, use: NDArray[np.bool_]) -> tuple[Array,
 
 def _gains(ls: Array, rows: Array, errors: Array) -> Array:
     """Return what the fit takes off the weighted sum of squares of rows [rows, K] at each of `_SLOPES`."""
+    # The limit is free here too. One that was fitted with a/l makes the differences from it look like a/l, whatever
+    # they are (of a true 1/√l the slope from such a limit was -1.0 in simulation). So an interval may be wide.
     powers = (np.zeros_like(_SLOPES), _SLOPES, _SLOPES - 1)
     columns = np.stack([ls[:, None] ** power for power in powers], axis=-1) / errors[:, None, None]
     basis = np.linalg.qr(columns.transpose(1, 0, 2))[0]  # [slopes, K, 3]
@@ -194,6 +190,7 @@ def common_slope(orders: Sequence[WeakOrder]) -> tuple[float, float, float]:
     gains = [order.gains for order in orders if order.gains is not None]
     if not gains:
         return np.nan, np.nan, np.nan
+    # In the bootstrap a run keeps all its values, so what the functions share is in the interval.
     slopes = _best(np.sum(gains, axis=0))
     low, high = (float(end) for end in np.quantile(slopes[1:], [0.025, 0.975]))
     if low <= _SLOPES[1] or high >= _SLOPES[-2]:

@@ -5,10 +5,8 @@ stationary, and do their means obey equation (11)? Errors allow for autocorrelat
 
 The drift test. A parabola is fitted to batch means of the runs, six or more a run; the slope's error is what they
 scatter about it, its p-value Student's t. On made AR(1) series at level 0.01 false alarms stay within 2 of 100 where
-the window holds 12 independent values a run, within 4 of 100 where it holds 6. "drifting" is a significant drift that
-may exceed the tolerance, "stationary" one whose 95 % interval is within it, all else "undecided": a drift as large as
-the tolerance is called stationary in 1 of 40 cases, and found in 80 % or more where its standard error is at most the
-tolerance over (t + 0.9), t Student's for the level (tests/theory/test_equilibrium.py measures all that).
+the window holds 12 independent values a run, within 4 of 100 where it holds 6 (tests/theory/test_equilibrium.py
+measures all that is said here).
 """
 
 from __future__ import annotations
@@ -105,6 +103,8 @@ def _stationarity(x: NDArray[np.float64], mean: Estimate, level: float, toleranc
     z = abs(slope) / error if error > 0 else math.inf if slope != 0 else 0.0
     p_value = float(2 * stats.t.sf(z, freedom))
     low, high = drift.interval()
+    # A drift as large as the tolerance is so called stationary in 1 of 40 cases, and found in 80 % or more where its
+    # standard error is at most the tolerance over (t + 0.9), t Student's for the level.
     within = max(abs(low), abs(high)) <= tolerance
     if p_value < level and not within:
         state: Literal["stationary", "drifting", "undecided"] = "drifting"

@@ -8,11 +8,8 @@
 | shuffle     | the halves of the next 2B samples of an epoch in random order | random_shuffling            |
 | fixed       | as shuffle, but every epoch has the same order                | fixed_sequence              |
 
-At l = 1, SGD, the steps follow batch 1 alone. Shuffle and fixed then take B at a time, so that SGD sees each sample
-once an epoch as it does elsewhere, and batch 2, which only measures the noise, is B distinct samples drawn afresh.
-
-The order of `fixed` is the run's own, by its seed. It is refused at l > 1: each sample would have one of SVAG's two
-coefficients for ever, and the run would minimise a weighted loss with negative weights.
+At l = 1, SGD, shuffle and fixed take B at a time, and batch 2, which only measures the noise, is B distinct samples
+drawn afresh. The order of `fixed` is the run's own, by its seed.
 
 Nothing here imports torch before it is used: `config` reads the table.
 """
@@ -53,6 +50,7 @@ MODES = {
 
 def is_disjoint(mode: str, l: float) -> bool:
     """Whether the two batches of a step are halves of one draw, and so not independent of each other."""
+    # SGD's steps follow batch 1 alone: taking B at a time it sees each sample once an epoch, as it does elsewhere.
     return MODES[mode].halves and (l > 1 or not MODES[mode].epochs)
 
 
@@ -67,6 +65,7 @@ def require_drawable(mode: str, batch_size: int, l: float, size: int, dataset: s
     Raises:
         ValueError: the setting is named.
     """
+    # The run would minimise a weighted loss with negative weights.
     if mode == "fixed" and l > 1:
         raise ValueError(
             f"l must be 1 at sampling fixed, got {l:g}: with the same order in every epoch a sample would keep one of "

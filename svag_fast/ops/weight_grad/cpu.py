@@ -7,10 +7,7 @@
 | gram       | Linear: the library's product; norms from those of rows   | (T p d + 3 (T(T+1)/2) (p + d)) / 1.5 |
 
 p = K C: K taps of C channels in each of G groups. The constants are ratios of times of bench/test_weight_grad.py,
-listed in docs/per_sample_norms.md: squaring and adding a sample's tile costs as much as 4 positions; a product of
-pixels (in float64, of small matrices) as much as 8 multiply-adds of a tile; one of rows as much as 3 of the library's,
-whose matrix product is 1.5 times faster than tiles of a single tap. In that bench the library's weight gradient of a
-convolution was faster than both other ways for small 1x1 kernels alone, so no convolution goes by it.
+listed in docs/per_sample_norms.md.
 """
 
 from __future__ import annotations
@@ -38,8 +35,12 @@ _LOOP_ORDERS = {"samples outside": SAMPLES_OUTSIDE, "tiles outside": TILES_OUTSI
 # With the samples outside each chunk of them has its own dW, which must stay in a core's cache.
 _CACHED_GRAD_BYTES = 1 << 20
 
-# What a way costs beside multiply-adds: see the table above.
-_TILE_END, _PIXEL_PRODUCT, _ROW_PRODUCT, _LIBRARY_SPEED = 4, 8, 3, 1.5
+# Squaring and adding a sample's tile costs as much as so many positions.
+_TILE_END = 4
+# A product of pixels (in float64, of small matrices) costs as much as so many multiply-adds of a tile.
+_PIXEL_PRODUCT = 8
+# A product of rows costs as much as so many of the library's, which is so much faster than tiles of a single tap.
+_ROW_PRODUCT, _LIBRARY_SPEED = 3, 1.5
 
 
 @functools.lru_cache(maxsize=1024)
@@ -57,6 +58,7 @@ def choose(weight_shape: tuple[int, ...], positions: int, itemsize: int = 4, gro
     if len(weight_shape) == 2:
         if T == 1 or T * elements + _ROW_PRODUCT * pairs * (C + d) < _LIBRARY_SPEED * direct_cost:
             return "gram"
+    # No convolution goes by the library's gradient: it was faster than both other ways for small 1x1 kernels alone.
     elif T * elements + _PIXEL_PRODUCT * pairs * (groups * (C + math.prod(weight_shape[2:])) + d) < direct_cost:
         return "pixel-gram"
     return "samples outside" if _stays_cached(weight_shape, itemsize) else "tiles outside"

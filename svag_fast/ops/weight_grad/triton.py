@@ -6,10 +6,8 @@
 | library | Σ_{s,t} (a_s·a_t)(b_s·b_t) beside PyTorch's weight gradient (cuBLAS, cuDNN) | S T p d + T² (p + d)    |
 
 ⌈ ⌉ is the next multiple of 16, the least tile; S is the number of segments, T the output positions, and for a
-convolution p and d are one group's. To the second add the bytes of the unfolded windows and of the two T x T products,
-at the A100's multiply-adds a byte, and its launches. So the first serves all but few positions on wide layers (T = 1,
-or 512 channels at 2x2), where most of a tile would be padding. Arithmetic on datasheet figures, not yet measured:
-bench/gpu/gpu_bench.py prints both ways' times.
+convolution p and d are one group's. Arithmetic on datasheet figures, not yet measured: bench/gpu/gpu_bench.py prints
+both ways' times.
 """
 
 from __future__ import annotations
@@ -44,10 +42,13 @@ def choose(
     """Return "direct" or "library" for float32 inputs, by operations and bytes."""
     T, M, N = positions, weight_shape[0] // groups, math.prod(weight_shape[1:])
     precision = "tf32" if tf32 else "ieee"
+    # Padding counts: with few positions on a wide layer (T = 1, or 512 channels at 2x2) it is most of a tile.
     direct = math.prod(math.ceil(n / 16) * 16 for n in (T, M, N))
     library = segments * T * M * N
+    # A convolution's windows are unfolded into memory, written and read.
     moved = 0 if len(weight_shape) == 2 else 2 * 4 * T * N
     if T > 1:
+        # So are the two T x T products of rows.
         library += T * T * (M + N)
         moved += 2 * 2 * 4 * T * T
     saved = groups * (direct - library - _A_BYTE[precision] * moved)
