@@ -1,8 +1,7 @@
 """Whose forward runs: a class's own, or the one that serves one module of it for a while.
 
-Nothing is put onto a module, so whatever copies one (deepcopy, pickle, torch.save, a copied `__dict__`, a traced graph)
-gets a plain module. The class's `forward` is replaced while any of its modules is served; it looks the module up by
-identity, and everything else goes the class's own way.
+The class's `forward` is replaced while any of its modules is served; it looks the module up by identity, and everything
+else goes the class's own way.
 """
 
 from __future__ import annotations
@@ -65,9 +64,12 @@ class Dispatch:
         self.plain = plain = plain_forward(kind)
         self.own = kind.__dict__.get("forward")  # None: inherited
         self.served: dict[int, Callable[..., Any]] = {}
+        # In the closure, as the function below gets another module's globals.
         served, compiler, uncompiled = self.served, _compiler, _uncompiled
         transforms, dual, in_transform = _transforms, forward_ad, _in_transform
 
+        # Nothing is put onto a module, so whatever copies one (deepcopy, pickle, torch.save, a copied `__dict__`, a
+        # traced graph) gets a plain module.
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             serve = served.get(id(self))
             if serve is None:
@@ -122,6 +124,7 @@ def serve_all(functions: list[tuple[nn.Module, Function]], before: dict[type[nn.
             kind = type(module)
             dispatch = _DISPATCHES.get(kind)
             if dispatch is None:
+                # An earlier one serves again, unless somebody has given the class another forward since.
                 dispatch, plain = before.get(kind), kind.forward
                 if (
                     dispatch is None

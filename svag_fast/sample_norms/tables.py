@@ -4,9 +4,6 @@ A layer called on a value without samples (`wpe(torch.arange(T))`) has one gradi
 context it is computed once for each sample, on copies; the result is a `Table`, which looks as the layer's plain output
 does and becomes one row for each sample where it meets the samples: `x + table`, x [B, ...]. The values are those of
 the plain model, and each copy's gradient is its own sample's.
-
-`Provenance` tells such values from samples, by following a forward pass op by op: T positions may well be B. `Samples`
-asks it only where nothing else tells.
 """
 
 from __future__ import annotations
@@ -60,6 +57,7 @@ class Table(Tensor):
             name = getattr(func, "__name__", "")
             if name in _OF_THE_GRAPH:
                 raise _mixes(one, name)
+            # Numbers and tensors of no dimension are of no sample: a table with them is a table still.
             if not any(x.dim() and not isinstance(x, Table) for x in tensors) and not _writes(name, kwargs):
                 return _among_tables(func, name, args, kwargs, one)
             if kwargs.keys() <= {"dim", "axis", "alpha"} and not isinstance(args[0], Table):
@@ -155,8 +153,9 @@ def _meet(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], o
         if x.dim() > smallest:
             raise _mixes(one, name)
         if x.dim() < dims:
+            # Broadcasting lines up the last dimensions: the ones go behind the samples'.
             return x.rows.reshape(B, *(1,) * (dims - 1 - x.dim()), *x.shape)
-        if x.shape[0] == 1 and not joins:
+        if x.shape[0] == 1 and not joins:  # the plain value would be broadcast over the samples
             return x.rows.select(1, 0)
         if x.shape[0] == B:  # row i of the plain value goes with sample i
             return x.rows.diagonal(0, 0, 1).movedim(-1, 0)
@@ -181,7 +180,10 @@ class FollowAgain(BaseException):
 
 
 class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows which tensors depend on the samples: the model's inputs, and what any op makes of them."""
+    """Follows which tensors depend on the samples: the model's inputs, and what any op makes of them.
+
+    Shapes can't say it: T positions may well be B.
+    """
 
     supports_higher_order_operators = True
 

@@ -3,9 +3,6 @@
 A `Use` is made in the forward pass for each use of a parameter; the backward pass delivers that use's squared norms. A
 parameter with several uses (weight sharing, tied parameters) has cross terms, |Σ_u g_iu|² = Σ_u,v ⟨g_iu, g_iv⟩: its
 uses keep what is needed to form the per-sample gradients again, a few samples at a time, at the end of the pass.
-
-A hook on each parameter compares the gradient that arrives with the one that the uses delivered: a parameter that
-is used where nobody looks is found out.
 """
 
 from __future__ import annotations
@@ -82,6 +79,7 @@ class Use:
             recorder.refuse(current, self, B)
             return
         uses = current.delivered.get(key)
+        # What forms the gradients again holds the layer's activations: kept only where another use has cross terms.
         if uses is None:
             current.delivered[key] = [(self, sq_norms, sample_grads if self.shared or waiting else None)]
         else:
@@ -237,6 +235,7 @@ class Recorder:
         if due is None:
             self.fail(_foreign(name))
             return
+        # A parameter that is used where nobody looks is found out: more arrives than its uses have delivered.
         ours, single = due
         if (single and grad is ours) or not has_memory(grad) or (single and grad.data_ptr() == ours.data_ptr()):
             return
