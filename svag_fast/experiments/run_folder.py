@@ -103,7 +103,7 @@ _RUN_NAME = re.compile(r"b\d+-lr[^-]+(-\d+)?-l[^-]+-seed\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 
 
-class Table(NamedTuple):
+class Columns(NamedTuple):
     """A CSV file's columns.
 
     Attributes:
@@ -168,7 +168,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def read_metrics(path: str | os.PathLike[str]) -> Table:
+def read_metrics(path: str | os.PathLike[str]) -> Columns:
     """Read a run's metrics.csv as far as it has come; a run that has only just started has none.
 
     Raises:
@@ -177,7 +177,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Table:
     try:
         table = read_table(path, METRICS, needed=("effective_step", "lr"), others=_FINITE)
     except FileNotFoundError:
-        return Table({"effective_step": np.empty(0), "lr": np.empty(0)}, {}, None)
+        return Columns({"effective_step": np.empty(0), "lr": np.empty(0)}, {}, None)
     written = [name for name in columns_of(metrics_of(table.values)) if METRICS.get(name, _FINITE) is not None]
     found = [name for name in table.values if name in written]
     # With all its columns it is `svag-fast run`'s own file, which writes them in this order.
@@ -192,7 +192,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Table:
     return table
 
 
-def read_log(path: str | os.PathLike[str]) -> Table:
+def read_log(path: str | os.PathLike[str]) -> Columns:
     """Read another trainer's CSV with the columns step, G, N and perhaps R and lr; what else it has is left alone.
 
     Raises:
@@ -209,7 +209,7 @@ def read_log(path: str | os.PathLike[str]) -> Table:
 
 def read_table(
     path: str | os.PathLike[str], ranges: Mapping[str, Range | None], *, needed: Collection[str], others: Range | None
-) -> Table:
+) -> Columns:
     """Read a CSV file with a header line. A last line without its end is still being written and left out.
 
     Args:
@@ -262,7 +262,7 @@ def read_table(
     for G, N in (("grad_sq_norm", "noise_trace"), ("G", "N")):
         if {G, N} <= columns.keys():
             _check_noise(path, at, columns[G], N, columns[N])
-    return Table(columns, texts, _divergence(path, columns, at))
+    return Columns(columns, texts, _divergence(path, columns, at))
 
 
 def _value(cell: str, range_: Range, where: str, name: str) -> float:

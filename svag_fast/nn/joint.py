@@ -29,7 +29,7 @@ from svag_fast.optim.in_backward import StepsInBackward
 from svag_fast.sample_norms.layers.conv import conv_plan
 from svag_fast.sample_norms.layers.linear import LINEAR
 from svag_fast.sample_norms.layers.products import Product
-from svag_fast.sample_norms.rule import Seen, in_full_precision
+from svag_fast.sample_norms.rule import SeenCall, in_full_precision
 from svag_fast.sample_norms.tape import NO_TASK, Recorder, Rows, current_task, hook, in_backward
 
 Due: TypeAlias = tuple[PairCall, Tensor | None, Tensor, bool, str | None, int, int]
@@ -260,7 +260,7 @@ class Joint:
         """By the layer's rule, once the backward pass has brought the gradient of its output."""
         own = {name: p for name, p in module._parameters.items() if p in self.names}
         shapes = {name: p.shape for name, p in own.items() if p is not None}
-        rule, seen = norm_rule(module), Seen(label, module, inputs)
+        rule, seen = norm_rule(module), SeenCall(label, module, inputs)
         assert rule is not None
 
         def take(output_grad: Tensor) -> None:

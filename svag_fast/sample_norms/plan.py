@@ -101,7 +101,7 @@ def switched(model: nn.Module) -> bool:
     return True
 
 
-class Look:
+class Survey:
     """One look through a model.
 
     Args:

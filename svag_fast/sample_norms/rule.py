@@ -202,7 +202,7 @@ class Rule:
                 f"the first dimension of {scope.label}'s input and output must be the samples, got "
                 f"{list(inputs[0].shape)} and {list(output.shape)}"
             )
-        seen = Seen(scope.label, module, inputs)
+        seen = SeenCall(scope.label, module, inputs)
         module = seen.module
         uses = {name: scope.use(name) for name in shapes}
 
@@ -230,7 +230,7 @@ class Rule:
         return output
 
 
-class Seen:
+class SeenCall:
     """A layer's inputs, options and statistics in a forward pass, for the backward pass, before which they may change.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from svag_fast.sample_norms import dispatch
-from svag_fast.sample_norms.plan import Found, Look, UnsupportedModuleError, found_before, switched
+from svag_fast.sample_norms.plan import Found, Survey, UnsupportedModuleError, found_before, switched
 from svag_fast.sample_norms.rows import RowCheck, Sequences
 from svag_fast.sample_norms.rule import Known
 from svag_fast.sample_norms.served import Layer
@@ -72,7 +72,7 @@ class Watch:
 
     def scan(self) -> None:
         """Look at the whole model, and serve it as it is now."""
-        look = Look(self.model, self._wanted, self._given is not None, self._layers)
+        look = Survey(self.model, self._wanted, self._given is not None, self._layers)
         if self.model not in self._layers and not self._served and dispatch.is_served(self.model):
             raise UnsupportedModuleError(
                 "the model is served already: first leave the other per_sample_sq_norms context"
