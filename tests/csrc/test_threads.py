@@ -38,20 +38,6 @@ def test_kernels_run_on_the_team_that_torch_has_started() -> None:
     assert out.split()[0] == "0"
 
 
-def test_a_child_forked_after_torch_used_its_threads_takes_a_step() -> None:
-    out = run(
-        """
-        (a @ a).sum(), torch.relu(torch.randn(1 << 20))
-        pid = os.fork()
-        if pid == 0:
-            step()
-            os._exit(0 if params[1][-1].item() == 0.5 else 1)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        """
-    )
-    assert out.split() == ["0"]
-
-
 def test_children_forked_while_another_thread_steps_take_the_same_steps() -> None:
     out = run(
         """
