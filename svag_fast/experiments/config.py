@@ -104,7 +104,7 @@ class Settings:
         HOW,
         "SHAPE",
         "Learning rate over the effective steps: constant, cosine, triangle, step (a tenth from 80 % on) or "
-        "milestones:0.5,250/300 (a tenth from each of these parts on; a fifth with *0.2 at the end); warmup:0.05+SHAPE.",
+        "milestones:0.5,250/300 (a tenth from each of these parts on; *0.2 at the end: a fifth); warmup:0.05+SHAPE.",
     )
     # The head of a net, which is fixed, is shared in any case.
     init: str = setting(
