@@ -72,49 +72,31 @@ void line_grads(const Call<T>& call, int64_t line) {
     }
 }
 
-template <class T, class V, int U, bool kEach, bool kKept>
-SVAG_INLINE void grad_strip(const NormShape& shape, const NormBackward& g, const Lines<T>& lines, int64_t c,
-                            int64_t from, int64_t rows, int64_t stride) {
-    const Behind<T, V, U, kEach, kKept> behind(shape, g, lines, c);
-    const Line<T, V, U, kEach> slope(lines.slope + c), offset(lines.offset + c);
-    T *x_grad = static_cast<T*>(g.x_grad), *residual_grad = static_cast<T*>(g.residual_grad);
-    walk<T, V, U>(rows, stride, [&](int64_t j, int u) {
-        const int64_t i = from + j;
-        const V d = load_raw<V>(behind.x + i) - behind.centre.at[u];
-        const V grad = behind.grad(i, u, d);
-        const V out = behind.scale.at[u] * grad + slope.at[u] * d + offset.at[u];
-        std::memcpy(x_grad + i, &out, sizeof out);
-        if constexpr (kKept) std::memcpy(residual_grad + i, &grad, sizeof grad);
-    });
-}
-
 template <class T, bool kKept>
-struct GradColumns {
+struct Grads {
     const Call<T>& call;
-    const Block& block;
-    const Lines<T>& lines;
-    template <class V, int U>
-    SVAG_INLINE void strip(int64_t c, int64_t from) const {
-        grad_strip<T, V, U, true, kKept>(call.shape, *call.backward, lines, c, from, block.rows, call.shape.channels);
+    const Lines<T> lines;
+    template <class V, int U, bool kEach>
+    SVAG_INLINE void strip(int64_t c, int64_t from, int64_t rows, int64_t stride) const {
+        const NormBackward& g = *call.backward;
+        const Behind<T, V, U, kEach, kKept> behind(call.shape, g, lines, c);
+        const Line<T, V, U, kEach> slope(lines.slope + c), offset(lines.offset + c);
+        T *x_grad = static_cast<T*>(g.x_grad), *residual_grad = static_cast<T*>(g.residual_grad);
+        walk<T, V, U>(rows, stride, [&](int64_t j, int u) {
+            const int64_t i = from + j;
+            const V d = load_raw<V>(behind.x + i) - behind.centre.at[u];
+            const V grad = behind.grad(i, u, d);
+            const V out = behind.scale.at[u] * grad + slope.at[u] * d + offset.at[u];
+            std::memcpy(x_grad + i, &out, sizeof out);
+            if constexpr (kKept) std::memcpy(residual_grad + i, &grad, sizeof grad);
+        });
     }
 };
 
 template <class T, bool kKept>
 void block_grads(const Call<T>& call, int64_t i) {
-    const int64_t C = call.shape.channels;
-    const Block block = call.blocks.at(i, C);
-    const Lines<T> lines = call.lines_of(block.line);
-    if (call.shape.channels_last) {
-        for_columns<T>(block, C, GradColumns<T, kKept>{call, block, lines});
-    } else {
-        using V = typename Simd<T>::V;
-        const int64_t wide = block.rows / kWideLanes<T>, rest = block.rows % kWideLanes<T>;
-        for (int64_t c = 0; c < C; ++c) {
-            const int64_t from = block.begin + c * block.rows;
-            grad_strip<T, V, kWide, false, kKept>(call.shape, *call.backward, lines, c, from, wide, kWideLanes<T>);
-            grad_strip<T, T, 1, false, kKept>(call.shape, *call.backward, lines, c, from + block.rows - rest, rest, 1);
-        }
-    }
+    const Block block = call.blocks.at(i, call.shape.channels);
+    for_strips<T>(call.shape, block, Grads<T, kKept>{call, call.lines_of(block.line)});
 }
 
 }  // namespace

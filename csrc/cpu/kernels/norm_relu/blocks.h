@@ -233,13 +233,38 @@ struct Call {
     }
 };
 
-// Calls f(the strip's kind, first channel, first element, rows, stride): channels innermost, strips are columns.
+// Calls f(the strip's kind, first channel, first element): channels innermost, strips are columns.
 template <class T, class F>
 SVAG_INLINE void for_columns(const Block& block, int64_t channels, const F& f) {
     using V = typename Simd<T>::V;
     int64_t c = 0;
     for (; c + kWideLanes<T> <= channels; c += kWideLanes<T>) f.template strip<V, kWide>(c, block.begin + c);
     for (; c < channels; ++c) f.template strip<T, 1>(c, block.begin + c);
+}
+
+template <class T, class F>
+struct Columns {
+    const F& f;
+    int64_t rows, channels;
+    template <class V, int U>
+    SVAG_INLINE void strip(int64_t c, int64_t from) const {
+        f.template strip<V, U, true>(c, from, rows, channels);
+    }
+};
+
+// Calls f(the strip's kind, first channel, first element, rows, stride) for all of a block, in either memory order.
+template <class T, class F>
+SVAG_INLINE void for_strips(const NormShape& shape, const Block& block, const F& f) {
+    if (shape.channels_last) {
+        for_columns<T>(block, shape.channels, Columns<T, F>{f, block.rows, shape.channels});
+    } else {
+        const int64_t wide = block.rows / kWideLanes<T>, rest = block.rows % kWideLanes<T>;
+        for (int64_t c = 0; c < shape.channels; ++c) {
+            const int64_t from = block.begin + c * block.rows;
+            f.template strip<typename Simd<T>::V, kWide, false>(c, from, wide, kWideLanes<T>);
+            f.template strip<T, 1, false>(c, from + block.rows - rest, rest, 1);
+        }
+    }
 }
 
 }  // namespace

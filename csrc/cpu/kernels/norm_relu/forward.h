@@ -119,52 +119,31 @@ void line_moments(const Call<T>& call, int64_t line) {
     set_lines(call, line, f.mean, f.var, f.weight, f.bias);
 }
 
-template <class T, class V, int U, bool kEach, bool kResidual>
-SVAG_INLINE void apply_strip(const NormShape& shape, const NormForward& f, const Lines<T>& lines, int64_t c,
-                             int64_t from, int64_t rows, int64_t stride) {
-    const Line<T, V, U, kEach> centre(lines.centre + c), scale(lines.scale + c), shift(lines.shift + c);
-    const T *x = static_cast<const T*>(f.x) + from, *residual = static_cast<const T*>(f.residual);
-    if constexpr (kResidual) residual += from;
-    T* out = static_cast<T*>(f.y) + from;
-    const bool relu = shape.relu;
-    walk<T, V, U>(rows, stride, [&](int64_t i, int u) {
-        V v = (load_raw<V>(x + i) - centre.at[u]) * scale.at[u] + shift.at[u];
-        if constexpr (kResidual) v += load_raw<V>(residual + i);
-        v = passed<T>(v, v, relu);
-        std::memcpy(out + i, &v, sizeof v);
-    });
-}
-
 template <class T, bool kResidual>
-struct ApplyColumns {
+struct Apply {
     const Call<T>& call;
-    const Block& block;
-    const Lines<T>& lines;
-    template <class V, int U>
-    SVAG_INLINE void strip(int64_t c, int64_t from) const {
-        apply_strip<T, V, U, true, kResidual>(call.shape, *call.forward, lines, c, from, block.rows,
-                                              call.shape.channels);
+    const Lines<T> lines;
+    template <class V, int U, bool kEach>
+    SVAG_INLINE void strip(int64_t c, int64_t from, int64_t rows, int64_t stride) const {
+        const NormForward& f = *call.forward;
+        const Line<T, V, U, kEach> centre(lines.centre + c), scale(lines.scale + c), shift(lines.shift + c);
+        const T *x = static_cast<const T*>(f.x) + from, *residual = static_cast<const T*>(f.residual);
+        if constexpr (kResidual) residual += from;
+        T* out = static_cast<T*>(f.y) + from;
+        const bool relu = call.shape.relu;
+        walk<T, V, U>(rows, stride, [&](int64_t i, int u) {
+            V v = (load_raw<V>(x + i) - centre.at[u]) * scale.at[u] + shift.at[u];
+            if constexpr (kResidual) v += load_raw<V>(residual + i);
+            v = passed<T>(v, v, relu);
+            std::memcpy(out + i, &v, sizeof v);
+        });
     }
 };
 
 template <class T, bool kResidual>
 void block_apply(const Call<T>& call, int64_t i) {
-    const int64_t C = call.shape.channels;
-    const Block block = call.blocks.at(i, C);
-    const Lines<T> lines = call.lines_of(block.line);
-    if (call.shape.channels_last) {
-        for_columns<T>(block, C, ApplyColumns<T, kResidual>{call, block, lines});
-    } else {
-        using V = typename Simd<T>::V;
-        const int64_t wide = block.rows / kWideLanes<T>, rest = block.rows % kWideLanes<T>;
-        for (int64_t c = 0; c < C; ++c) {
-            const int64_t from = block.begin + c * block.rows;
-            apply_strip<T, V, kWide, false, kResidual>(call.shape, *call.forward, lines, c, from, wide,
-                                                          kWideLanes<T>);
-            apply_strip<T, T, 1, false, kResidual>(call.shape, *call.forward, lines, c, from + block.rows - rest, rest,
-                                                   1);
-        }
-    }
+    const Block block = call.blocks.at(i, call.shape.channels);
+    for_strips<T>(call.shape, block, Apply<T, kResidual>{call, call.lines_of(block.line)});
 }
 
 }  // namespace
