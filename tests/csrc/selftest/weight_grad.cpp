@@ -62,26 +62,6 @@ struct Problem {
         return SVAG_KERNEL(svag_weight_grad)(args);
     }
 
-    // One sample's gradient of one weight, as the definition says; `size` gets the sum of the terms' sizes.
-    double sample_grad(int64_t b, int64_t o, int64_t c, int64_t ky, int64_t kx, double& size) const {
-        const auto& a = args;
-        const int64_t in_channel = o / a.outputs * a.channels + c;
-        double sum = 0;
-        for (int64_t y = 0; y < a.out_height; ++y)
-            for (int64_t x = 0; x < a.out_width; ++x) {
-                const int64_t row = y * a.stride_h - a.pad_h + ky * a.dilation_h;
-                const int64_t column = x * a.stride_w - a.pad_w + kx * a.dilation_w;
-                if (row < 0 || row >= a.height || column < 0 || column >= a.width) continue;
-                const int64_t *i = a.input_strides, *d = a.output_strides;
-                const double term =
-                    static_cast<double>(inputs[static_cast<size_t>(b * i[0] + in_channel * i[1] + row * i[2] + column * i[3])]) *
-                    static_cast<double>(output_grads[static_cast<size_t>(b * d[0] + o * d[1] + y * d[2] + x * d[3])]);
-                sum += term;
-                size += std::fabs(term);
-            }
-        return sum;
-    }
-
     void compare_with_the_definition() const {
         const auto& a = args;
         const auto S = static_cast<size_t>(a.segments), B = static_cast<size_t>(a.batch);
@@ -96,7 +76,7 @@ struct Problem {
                     segment.assign(S, 0), segment_size.assign(S, 0);
                     for (size_t b = 0; b < B; ++b) {
                         double terms = 0;
-                        const double g = sample_grad(static_cast<int64_t>(b), o, c, ky, kx, terms);
+                        const double g = selftest::sample_grad<T>(args, static_cast<int64_t>(b), o, c, ky, kx, terms);
                         sq[b] += g * g;
                         sq_size[b] += terms * terms;
                         sum += weights[b] * g;

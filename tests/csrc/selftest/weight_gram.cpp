@@ -42,29 +42,13 @@ struct Problem {
         return SVAG_KERNEL(svag_weight_gram)(args);
     }
 
-    // The sample's gradient of one weight, as the definition says.
-    double sample_grad(int64_t b, int64_t o, int64_t c, int64_t ky, int64_t kx) const {
-        const auto& a = args;
-        const int64_t in_channel = o / a.outputs * a.channels + c;
-        double sum = 0;
-        for (int64_t y = 0; y < a.out_height; ++y)
-            for (int64_t x = 0; x < a.out_width; ++x) {
-                const int64_t row = y * a.stride_h - a.pad_h + ky * a.dilation_h;
-                const int64_t column = x * a.stride_w - a.pad_w + kx * a.dilation_w;
-                if (row < 0 || row >= a.height || column < 0 || column >= a.width) continue;
-                const int64_t *i = a.input_strides, *d = a.output_strides;
-                sum += static_cast<double>(inputs[static_cast<size_t>(b * i[0] + in_channel * i[1] + row * i[2] + column * i[3])]) *
-                       static_cast<double>(output_grads[static_cast<size_t>(b * d[0] + o * d[1] + y * d[2] + x * d[3])]);
-            }
-        return sum;
-    }
-
     double sq_norm(int64_t b) const {
-        double sum = 0;
+        double sum = 0, terms = 0;
         for (int64_t o = 0; o < args.groups * args.outputs; ++o)
             for (int64_t c = 0; c < args.channels; ++c)
                 for (int64_t tap = 0; tap < args.kernel_h * args.kernel_w; ++tap) {
-                    const double g = sample_grad(b, o, c, tap / args.kernel_w, tap % args.kernel_w);
+                    const double g =
+                        selftest::sample_grad<T>(args, b, o, c, tap / args.kernel_w, tap % args.kernel_w, terms);
                     sum += g * g;
                 }
         return sum;
