@@ -37,7 +37,7 @@ def report(cubin: bytes, shared: int) -> Report:
         def run(*command: str) -> str:
             return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage, sass = run(tool("cuobjdump"), "-res-usage"), run(tool("nvdisasm"), "-c")
+        usage, sass = run(tool("cuobjdump"), "-res-usage"), run(tool("nvdisasm"), "-c", "-ndf")
     numbers = {name: int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK")}
     return {
         "registers": numbers["REG"],
