@@ -122,7 +122,7 @@ def test_each_replica_is_its_step_alone_to_the_bit_in_one_launch(
         launch = [(DEVICE, STREAM, 3 * 9, 256), (DEVICE, STREAM, 3, 256)]
         assert kernels.launches() == launch * (2 if skip else 1)
         assert stats.finite.tolist() == [False, False, True]
-        for s in range(3):
+        for s in range(1 if ASAN else 3):  # under ASan others watch the step alone
             rows = [[t[s].clone() for t in listed] for listed in lists]
             own, alone = step_of(rows, kept, lr=lr[s], l=l[s], weight_decay=decay[s], skip_nonfinite=skip)
             both = [stats.raw[s], *(t[s] for t in ours)], [own.raw, *alone]
