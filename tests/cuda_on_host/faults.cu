@@ -1,7 +1,11 @@
-// Kernels with one fault each, and their sound forms: the harness must catch every fault and pass the sound ones.
+// Kernels with one fault each, and their sound forms: the harness must catch every fault and pass the sound ones, and so
+// must the simulator of what nvcc makes of them.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
 
 namespace {
 
@@ -131,6 +135,7 @@ extern "C" int run_fault(const char* name, int fault, const float* in, float* ou
     return -1;
 }
 
+#if !defined(__CUDACC__)
 // The harness's own conversions, to be compared with another library's.
 extern "C" void convert_to_float(const uint16_t* in, float* half, float* bfloat, int count) {
     for (int i = 0; i < count; ++i) {
@@ -145,3 +150,4 @@ extern "C" void convert_from_float(const float* in, uint16_t* half, uint16_t* bf
         bfloat[i] = __float2bfloat16_rn(in[i]).bits;
     }
 }
+#endif

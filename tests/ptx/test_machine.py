@@ -28,10 +28,11 @@ HEAD = """
 
 
 def run(body: str, out: Tensor, blocks: int = 1, written: np.ndarray | None = None) -> Tensor:
-    memory = GlobalMemory(blocks)
-    memory.add("out", out, written)
-    places = [(i, 0, 0) for i in range(blocks)]
-    Machine(parse(HEAD.format(body=body)), [out.data_ptr()], (blocks, 1, 1), places, 0, memory, 256).run()
+    program = parse(HEAD.format(body=body))
+    memory = GlobalMemory(blocks, program.unit("global"))
+    memory.add("out", out.data_ptr(), out.nbytes, written)
+    places, parameters = [(i, 0, 0) for i in range(blocks)], [out.data_ptr().to_bytes(8, "little")]
+    Machine(program, parameters, (blocks, 1, 1), places, 0, memory, 256).run()
     return out
 
 
@@ -81,16 +82,92 @@ def test_an_indexed_branch_parts_threads_by_their_numbers() -> None:
         run(BY_TABLE.format(numbers=3), ints())
 
 
-def test_half_of_the_threads_may_end_before_a_barrier() -> None:
-    body = """
-        setp.ge.u32 %p1, %r1, 32;
-        @%p1 bra $other;
-        bar.sync 0;
-        st.global.b32 [%rd3], 7;
+# Lane 3 of each warp comes later, from code behind all other; until then the rest of its warp waits.
+OUT_OF_LINE = """
+        and.b32 %r4, %r1, 31;
+        setp.eq.u32 %p1, %r4, 3;
+        mov.b32 %r5, 1;
+        @%p1 bra $far;
+    $back:
+        {together}
+        st.global.b32 [%rd3], %r6;
         ret;
-    $other:
+    $far:
+        mov.b32 %r5, 2;
+        bra.uni {to};
+    $end:
     """
-    assert run(body, ints()).tolist() == [7] * 32 + [0] * 32
+
+
+def test_a_warps_threads_wait_for_those_that_a_shuffle_names() -> None:
+    body = OUT_OF_LINE.format(together="shfl.sync.idx.b32 %r6, %r5, 3, 31, {mask};", to="{to}")
+    assert run(body.format(mask=-1, to="$back"), ints()).tolist() == [2] * 64
+    with pytest.raises(FaultError, match="shfl.*: threads 0 to 63 wait for others of their warp that never come"):
+        run(body.format(mask=-1, to="$end"), ints())
+    with pytest.raises(FaultError, match="not in its own mask"):
+        run(body.format(mask=0xF, to="$back"), ints())
+
+
+def test_a_shuffle_of_some_threads_leaves_the_others_alone() -> None:
+    body = """
+        and.b32 %r4, %r1, 31;
+        setp.eq.u32 %p1, %r4, 8;
+        @%p1 bra $done;
+        shfl.sync.bfly.b32 %r5, %r1, 1, 31, 0xfffffeff;
+        st.global.b32 [%rd3], %r5;
+    $done:
+    """
+    with pytest.raises(FaultError, match="from a thread that is not there"):  # thread 9 from thread 8
+        run(body, ints())
+    found = run(body.replace("bfly.b32 %r5, %r1, 1", "down.b32 %r5, %r1, 0"), ints()).tolist()
+    assert found == [0 if i % 32 == 8 else i for i in range(64)]
+
+
+DIVERGENT = {
+    "half of a block": ("32", "bar.sync 0;", "", "threads 0 to 31 of a block reach"),
+    "half of a warp": ("48", "bar.sync 0;", "", "threads 0 to 47 of a block reach"),
+    "some have ended": ("32", "bar.sync 0;", "ret;", "threads 0 to 31 of a block reach"),
+    "two barriers": ("32", "bar.sync 0;", "bar.sync 0;", "wait at different barriers"),
+    "the warp's": ("48", "bar.warp.sync -1;", "", "threads 32 to 47 wait for others of their warp"),
+}
+
+
+@pytest.mark.parametrize(("first", "here", "there", "message"), DIVERGENT.values(), ids=DIVERGENT)
+def test_a_barrier_that_not_all_reach_is_a_fault(first: str, here: str, there: str, message: str) -> None:
+    body = f"""
+        setp.ge.u32 %p1, %r1, {first};
+        @%p1 bra $other;
+        {here}
+        bra.uni $end;
+    $other:
+        {there}
+    $end:
+        st.global.b32 [%rd3], 7;
+    """
+    with pytest.raises(FaultError, match=message):
+        run(body, ints())
+
+
+@pytest.mark.parametrize(("barrier", "message"), [("bar.warp.sync -1;", ""), ("", "race: read of"), ("bar.sync 0;", "")])
+def test_threads_of_a_warp_need_its_barrier_between_them(barrier: str, message: str) -> None:
+    """They need not run in step; a shuffle orders no memory."""
+    body = f"""
+        st.shared.b32 [%r3], %r1;
+        shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;
+        {barrier}
+        xor.b32 %r4, %r3, 4;
+        ld.shared.b32 %r5, [%r4];
+        st.global.b32 [%rd3], %r5;
+        {barrier}
+        st.shared.b32 [%r3], 5;
+    """
+    if message:
+        with pytest.raises(FaultError, match=message):
+            run(body, ints())
+    else:
+        assert run(body, ints()).tolist() == [i ^ 1 for i in range(64)]
+        with pytest.raises(FaultError, match="race: write over what another thread reads"):
+            run("".join(body.rsplit(barrier, 1)), ints())
 
 
 @pytest.mark.parametrize(
@@ -100,9 +177,13 @@ def test_half_of_the_threads_may_end_before_a_barrier() -> None:
         ("ld.shared.b32 %r5, [%r3];", "where nothing wrote it"),
         ("st.shared.b32 [%r3+4], %r1;", "outside the 256 bytes of shared memory"),
         ("st.shared.b32 [2], %r1;", "not aligned"),
-        ("st.shared.b32 [0], %r1;", "two warps write different values"),
+        ("st.shared.b32 [0], %r1;", "two threads write different values"),
         ("st.global.b32 [%rd3+4], %r1;", "outside every live tensor, 256 of 256 bytes of out"),
         ("st.global.b32 [%rd1], %r2;", "two blocks write the same byte of out"),
+        (
+            "mul.wide.u32 %rd4, %r2, 4; add.s64 %rd5, %rd1, %rd4; st.global.b32 [%rd5], %r1;",
+            "two threads write different values to out",
+        ),
         ("ld.global.b32 %r5, [%rd3];", "out is read where nothing wrote it"),
         ("add.s32 %r5, %r6, 1;", "%r6 is read before it is written"),
         ("cp.async.ca.shared.global [%r3], [%rd3], 4; cp.async.commit_group;", "out is read where"),

@@ -137,7 +137,7 @@ class Trial:
             for tensor, before in zip(self._tensors, self._before, strict=True):
                 tensor.copy_(before)
             try:
-                Simulator(seed, lambda *_: fault.program).launch(self._launch)
+                Simulator(seed, lambda _: fault.program).launch(self._launch)
             except FaultError as error:
                 return str(error).rpartition(": ")[2]
             if not all(map(_same, self._tensors, self._after)):

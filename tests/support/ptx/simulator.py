@@ -7,7 +7,7 @@ import itertools
 import random
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -23,48 +23,64 @@ from torch import Tensor
 # Lanes that run as one vector: more pay the interpreter's time an instruction for more threads.
 _LANES = 4096
 
+Part = tuple[str, int, int, "np.ndarray[Any, Any] | None"]
+"""Of global memory: a tensor's name, its address and bytes, and which of them are written; None: all."""
+
 
 class Simulator:
     """Runs launches, and counts them. ``change`` may make another program of a kernel's before it runs."""
 
-    def __init__(self, seed: int = 0, change: Callable[[Launch, Program], Program] | None = None) -> None:
+    def __init__(self, seed: int = 0, change: Callable[[Program], Program] = lambda program: program) -> None:
         self.launches: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.executed: set[tuple[str, int]] = set()  # kernels and places of their instructions
         self._random, self._change = random.Random(seed), change
         self._listed: list[Tensor] = []
         self._fresh: dict[int, tuple[Tensor, Any]] = {}
 
     def launch(self, launch: Launch) -> None:
+        """Run a launch of Triton's."""
         program = _parsed(launch.ptx)
-        if self._change is not None:
-            program = self._change(launch, program)
-        blocks = list(itertools.product(*map(range, launch.grid)))
-        self._random.shuffle(blocks)
-        memory = GlobalMemory(len(blocks))
-        values = []
-        for name, value in launch.arguments.items():
-            if isinstance(value, Tensor):
-                self._add(memory, name, value)
-            values.append(_bits(value))
-        for tensor in self._listed:
-            self._add(memory, "a listed tensor", tensor)
+        named = [(n, v) for n, v in launch.arguments.items() if isinstance(v, Tensor)]
+        spans = [self._span(name, t) for name, t in (*named, *(("a listed tensor", t) for t in self._listed))]
         # Triton's own parameters at the end: no scratch memory is asked for.
+        values = list(map(_bits, launch.arguments.values()))
         values += [0] * (len(program.parameters) - len(values))
+        parameters = [(v % 2**64).to_bytes(8, "little")[: p.size] for p, v in zip(program.parameters, values, strict=True)]
+        self.run(launch.kernel, program, launch.grid, parameters, spans, launch.shared)
+
+    def run(
+        self,
+        kernel: str,
+        program: Program,
+        grid: tuple[int, int, int],
+        parameters: Sequence[bytes],
+        spans: Iterable[Part],
+        shared: int = 0,
+    ) -> None:
+        """Run a grid, its blocks in an order of chance; ``spans``: what it may touch of global memory."""
+        program = self._change(program)
+        blocks = list(itertools.product(*map(range, grid)))
+        self._random.shuffle(blocks)
+        memory = GlobalMemory(len(blocks), program.unit("global"))
+        for span in spans:
+            memory.add(*span)
         clock, together = 0, max(1, _LANES // program.threads)
         for first in range(0, len(blocks), together):
             some = blocks[first : first + together]
-            machine = Machine(program, values, launch.grid, some, first, memory, launch.shared, clock)
+            machine = Machine(program, parameters, grid, some, first, memory, shared, clock)
             machine.run()
             clock = machine.clock
             self.counts.update(machine.counts)
-        self.launches[launch.kernel] += 1
+            self.executed |= {(program.name, place) for place in machine.executed}
+        self.launches[kernel] += 1
         self.counts["instructions"] += clock
 
-    def _add(self, memory: GlobalMemory, name: str, tensor: Tensor) -> None:
+    def _span(self, name: str, tensor: Tensor) -> Part:
         written = self._fresh.get(tensor.untyped_storage().data_ptr(), (None, None))[1]
         if written is not None:
             written = written[tensor.storage_offset() * tensor.element_size() :][: extent(tensor)]
-        memory.add(name, tensor, written)
+        return name, tensor.data_ptr(), extent(tensor), written
 
     def empty(self, *arguments: Any, **options: Any) -> Tensor:
         """torch.empty, of which it is known that nothing wrote it."""

@@ -1,0 +1,136 @@
+"""The CUDA kernels by the PTX that nvcc makes of them, in the simulator: values, races, bounds, unwritten memory.
+
+What calls them is nvcc's own host code. Faults planted in source and PTX are seen, or it is said why they are none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_host.backend import DEVICE, STREAM
+from cuda_on_host.build import HERE
+from gpu_checks import Check, checks, outcome
+from ptx import cuda
+from ptx.cuda import PtxKernels, running
+from ptx.faults import planted, why_harmless
+from ptx.memory import FaultError
+from ptx.parser import Program
+from ptx.simulator import Simulator
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    cuda.why_unavailable() is not None, reason=f"{cuda.why_unavailable()}: no PTX of the CUDA kernels"
+)
+
+CHECKS = {f"{c.op} {c.case}": c for c in checks() if c.backend == "cuda"}
+SHORT = [name for name, check in CHECKS.items() if check.small]
+TOO_MANY = ("svag_step_ 9 million",)  # for a GPU
+
+
+@pytest.fixture(scope="module")
+def cache(pytestconfig: pytest.Config) -> Path:
+    return Path(pytestconfig.cache.mkdir("ptx"))
+
+
+@pytest.fixture(scope="module")
+def kernels(cache: Path) -> PtxKernels:
+    return cuda.load(cache)
+
+
+def run(kernels: PtxKernels, check: Check, seed: int = 0) -> Simulator:
+    simulator = Simulator(seed)
+    kernels.launches.clear()
+    with running(kernels, simulator):
+        row = outcome(check, torch.device("cpu"), None)
+    assert row["status"] == "ok", row["why"]
+    assert simulator.launches.keys() <= set(check.kernels)
+    assert {(device, stream, threads) for device, stream, _, threads in kernels.launches} == {(DEVICE, STREAM, 256)}
+    return simulator
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.kernels(*CHECKS[n].kernels, ran="simulator")) for n in SHORT]
+)
+def test_a_check_by_nvccs_ptx(kernels: PtxKernels, name: str) -> None:
+    run(kernels, CHECKS[name])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in (*SHORT, *TOO_MANY)])
+def test_every_check_by_nvccs_ptx(kernels: PtxKernels, name: str) -> None:
+    run(kernels, CHECKS[name], seed=1)
+
+
+THREADS = 96
+FAULTS = {
+    "missing_block_barrier": "race: read of what another thread wrote",
+    "missing_warp_barrier": "race: read of what another thread wrote",
+    "write_after_read": "race: write over what another thread reads",
+    "off_by_one": "outside every live tensor, 384 of 384 bytes of out",
+    "shared_off_by_one": "outside the 384 bytes of shared memory",
+    "divergent_barrier": "a barrier that only threads 0 to 39 of a block reach",
+    "divergent_shuffle": "wait for others of their warp that never come",
+    "unwritten_shared": "shared memory read where nothing wrote it",
+    "racing_blocks": "two blocks write the same byte of out",
+    "misaligned": "global access of 16 bytes that is not aligned",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(cache: Path) -> PtxKernels:
+    return PtxKernels([HERE / "faults.cu"], cache)
+
+
+def rotate(faulty: PtxKernels, name: str, *, fault: bool, seed: int = 0) -> Tensor:
+    inputs, out = torch.arange(2.0 * THREADS), torch.zeros(2 * THREADS)
+    used = 2 * THREADS if name in ("write_after_read", "warp_sums") else THREADS
+    faulty.simulator = Simulator(seed)
+    faulty.spans = [("in", inputs.data_ptr(), inputs.nbytes, None), ("out", out.data_ptr(), 4 * used, None)]
+    addresses = (ctypes.c_void_p(t.data_ptr()) for t in (inputs, out))
+    assert faulty.call("run_fault", name.encode(), int(fault), *addresses) == 0
+    return out
+
+
+@pytest.mark.parametrize(("name", "says"), FAULTS.items(), ids=FAULTS)
+def test_a_fault_in_the_source_is_seen_in_what_nvcc_makes_of_it(faulty: PtxKernels, name: str, says: str) -> None:
+    rotate(faulty, name, fault=False)
+    with pytest.raises(FaultError, match=says):
+        rotate(faulty, name, fault=True)
+
+
+def test_shuffles_add_up_a_warp(faulty: PtxKernels) -> None:
+    sums = torch.arange(float(THREADS)).view(3, 32).sum(1).repeat_interleave(32)
+    assert torch.equal(rotate(faulty, "warp_sums", fault=False), torch.cat([sums, sums]))
+
+
+# Of each kernel's small check: the barriers that its threads met.
+PLANTED = ("svag_step_ float32, l = 4", "svag_step_per_sample_ float32, 5 and 33 samples, l = 4")
+
+
+def unseen(kernels: PtxKernels, name: str, kinds: tuple[str, ...]) -> tuple[list[str], int]:
+    """Plant faults in what a check executes; return those that show nowhere, and how many in all."""
+    programs: dict[str, Program] = {}
+    before = Simulator(0, lambda p: programs.setdefault(p.name, p))
+    with running(kernels, before):
+        assert outcome(CHECKS[name], torch.device("cpu"), None)["status"] == "ok"
+    missed, count = [], 0
+    for program in programs.values():
+        for fault in planted(program, kinds):
+            if (program.name, fault.place) not in before.executed:
+                continue
+            count += 1
+            with running(kernels, Simulator(0, lambda p, f=fault: f.program if p.name == f.program.name else p)):
+                row = outcome(CHECKS[name], torch.device("cpu"), None)
+            if row["status"] == "ok" and not why_harmless(program, fault.place):
+                missed.append(f"{fault}: {program.code[fault.place]}")
+    return missed, count
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_every_barrier_is_needed(kernels: PtxKernels, name: str) -> None:
+    missed, count = unseen(kernels, name, ("barrier",))
+    assert not missed
+    assert count >= 4
