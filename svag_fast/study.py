@@ -23,6 +23,7 @@ from svag_fast.experiments.experiment_folder import (
     with_size,
 )
 from svag_fast.experiments.grid import ExperimentInterruptedError, progress_bar, provenance, run_experiment
+from svag_fast.experiments.ranges import ConfigError
 from svag_fast.experiments.signals import stop_requests
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import load_task, parse_target

@@ -148,7 +148,9 @@ def test_a_barrier_that_not_all_reach_is_a_fault(first: str, here: str, there: s
         run(body, ints())
 
 
-@pytest.mark.parametrize(("barrier", "message"), [("bar.warp.sync -1;", ""), ("", "race: read of"), ("bar.sync 0;", "")])
+@pytest.mark.parametrize(
+    ("barrier", "message"), [("bar.warp.sync -1;", ""), ("", "race: read of"), ("bar.sync 0;", "")]
+)
 def test_threads_of_a_warp_need_its_barrier_between_them(barrier: str, message: str) -> None:
     """They need not run in step; a shuffle orders no memory."""
     body = f"""

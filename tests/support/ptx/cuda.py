@@ -11,8 +11,7 @@ import hashlib
 import math
 import re
 import subprocess
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -23,7 +22,7 @@ import numpy as np
 from cuda_on_host.backend import KERNEL_SOURCES, cuda_on_host
 from cuda_on_host.build import CSRC, ROOT, alone
 from ptx.memory import FaultError
-from ptx.parser import Program, UnsupportedError, parse
+from ptx.parser import Program, parse
 from ptx.simulator import Part, Simulator
 from setup_module import load_setup
 

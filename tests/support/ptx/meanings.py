@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ptx.arithmetic import (
     TYPES,
-    UNSIGNED,
     Array,
     compare,
     convert,

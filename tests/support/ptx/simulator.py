@@ -46,7 +46,9 @@ class Simulator:
         # Triton's own parameters at the end: no scratch memory is asked for.
         values = list(map(_bits, launch.arguments.values()))
         values += [0] * (len(program.parameters) - len(values))
-        parameters = [(v % 2**64).to_bytes(8, "little")[: p.size] for p, v in zip(program.parameters, values, strict=True)]
+        parameters = [
+            (v % 2**64).to_bytes(8, "little")[: p.size] for p, v in zip(program.parameters, values, strict=True)
+        ]
         self.run(launch.kernel, program, launch.grid, parameters, spans, launch.shared)
 
     def run(
