@@ -23,7 +23,7 @@ from svag_fast.experiments.experiment_folder import (
     with_size,
 )
 from svag_fast.experiments.grid import ExperimentInterruptedError, progress_bar, provenance, run_experiment
-from svag_fast.experiments.ranges import ConfigError
+from svag_fast.experiments.ranges import ConfigError, check_range
 from svag_fast.experiments.signals import stop_requests
 from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import load_task, parse_target
@@ -91,6 +91,8 @@ def study(
     else:
         raise TypeError(must_be("task", "a svag_fast.Task or a target such as 'my_task.py'", shown(task)))
     config = ExperimentConfig.from_dict(named | settings)
+    check_range("jobs", jobs or 1)
+    check_range("checkpoint_seconds", checkpoint_seconds)
     if resume and out is None:
         raise ConfigError(must_be("out", "the experiment's folder, with resume=True", "None"))
     folder = free_folder(config) if out is None else Path(out)

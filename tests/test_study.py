@@ -65,6 +65,9 @@ def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path):
         ({"metrics": ["test_accuracy"]}, "metric must be a column of metrics.csv, got 'test_accuracy'"),
         ({"margins": {"test_top": Margin(0.1)}}, "margins must be for metrics .*, test_loss, got test_top"),
         ({"replicas": 2}, "task must be left out, or replicas off"),
+        ({"checkpoint_seconds": "5"}, "checkpoint_seconds must be a finite number of at least 0, got '5'"),
+        ({"jobs": "2"}, "jobs must be an integer from 1"),
+        ({"metrics": "test_accuracy"}, "metric must be a column of metrics.csv, got 'test_accuracy'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             svag_fast.study(regression(), out=tmp_path / "x", **(GRID | changes))
