@@ -53,6 +53,7 @@ NEIGHBOUR = 'import os\n\nCLASSES = int(os.environ.get("CLASSES_OF_TASK", 3))\n'
 def file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "neighbour", raising=False)
     (tmp_path / "neighbour.py").write_text(NEIGHBOUR)
     (tmp_path / "my_task.py").write_text(SOURCE)
     return tmp_path / "my_task.py"
@@ -125,7 +126,6 @@ def test_a_file_of_settings_names_no_code(file):
 
 def test_a_file_is_trained_copied_and_refused_where_it_has_changed(file, monkeypatch):
     monkeypatch.setenv("CLASSES_OF_TASK", "4")
-    sys.modules.pop("neighbour", None)
     answer = invoke("my_task.py", *OPTIONS)
     assert answer.exit_code == 0, answer.output
     out = file.parent / "runs" / "my_task"
@@ -194,7 +194,9 @@ def test_a_file_that_studies_itself_is_told_so(file):
     file.write_text(SOURCE + 'import svag_fast\nsvag_fast.study("my_task.py", out="runs/x")\n')
     answer = invoke("my_task.py")
     assert answer.exit_code == 1
-    assert 'must be a file that calls svag_fast.study under if __name__ == "__main__": alone' in answer.output
+    assert 'must be a file that calls svag_fast.study under if __name__ == "__main__": alone' in answer.output, (
+        answer.output
+    )
     assert not (file.parent / "runs").exists()
 
 
