@@ -12,10 +12,9 @@ from rich.console import Console
 
 from svag_fast.analysis.compared import check_judging
 from svag_fast.analysis.margins import Margin
-from svag_fast.analysis.report import Report, make_report
+from svag_fast.analysis.report import Report, final_report
 from svag_fast.experiments.config import ExperimentConfig, RunConfig, cores
 from svag_fast.experiments.experiment_folder import (
-    ExperimentError,
     check_experiment,
     check_task_file,
     free_folder,
@@ -120,18 +119,6 @@ def study(
     report = final_report(folder, metrics, margins)
     save(report, folder)
     return report
-
-
-def final_report(folder: Path, metrics: Sequence[str] | None, margins: Mapping[str, Margin] | None) -> Report:
-    """Return the report of an experiment whose runs are complete.
-
-    Raises:
-        ExperimentError: there is none of such runs.
-    """
-    try:
-        return make_report(folder, metrics=metrics, margins=margins)
-    except ValueError as error:
-        raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error
 
 
 def _run_here(config: ExperimentConfig, task: Task, out: Path, console: Console, options: dict[str, Any]) -> None:

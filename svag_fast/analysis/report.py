@@ -33,6 +33,7 @@ from svag_fast.analysis.verdict_text import (
     unit,
     with_error,
 )
+from svag_fast.experiments.experiment_folder import ExperimentError
 from svag_fast.files import replace_file
 
 if TYPE_CHECKING:
@@ -319,3 +320,15 @@ def _final(mean: Mean | None, metric: str) -> str:
 def _number(value: float | None) -> str:
     # 1e+05 as 1e5: the table has 80 columns.
     return "" if value is None else re.sub(r"e([+-])0*", lambda e: f"e{e[1].strip('+')}", f"{value:.2g}")
+
+
+def final_report(folder: Path, metrics: Sequence[str] | None, margins: Mapping[str, Margin] | None) -> Report:
+    """Return the report of an experiment whose runs are complete.
+
+    Raises:
+        ExperimentError: there is none of such runs.
+    """
+    try:
+        return make_report(folder, metrics=metrics, margins=margins)
+    except ValueError as error:
+        raise ExperimentError(f"all runs are complete, but there is no report of them: {error}") from error

@@ -212,10 +212,10 @@ class _EarlyReport:
 def _tell(out: Path, judging: dict[str, Any], console: Console) -> None:
     """Save and print the verdict, and what the smallest batch size's SGD runs alone would have predicted."""
     from svag_fast.analysis.prediction import from_runs
+    from svag_fast.analysis.report import final_report
     from svag_fast.cli.predict import show_table
     from svag_fast.cli.report import ALL_DIVERGED
     from svag_fast.plots.report import save
-    from svag_fast.study import final_report
 
     report = final_report(out, **judging)
     save(report, out)
