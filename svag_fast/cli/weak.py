@@ -25,7 +25,7 @@ from svag_fast.experiments.task_error import TaskError
 from svag_fast.experiments.task_file import hash_of, load_task, parse_target, short_name, source_of
 from svag_fast.experiments.weak import WeakSettings
 from svag_fast.files import replace_file
-from svag_fast.numeric import must_be, shown
+from svag_fast.numeric import shown
 from svag_fast.replicas.errors import NotReplicable
 
 if TYPE_CHECKING:
@@ -95,12 +95,13 @@ def _own(target: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Return the setting of a task of one's own."""
     found = parse_target(target)
     if "task" not in found:
-        raise ConfigError(must_be("TARGET", "FILE.py[:NAME] or package.module:NAME, or left out", shown(target)))
+        raise ConfigError(f"TARGET must be FILE.py[:NAME] or package.module:NAME, got {shown(target)}")
     for name in ("model", "label_noise"):
         if name in given:
-            raise ConfigError(must_be(f"--{name.replace('_', '-')}", f"left out beside {target}", shown(given[name])))
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} must be left out beside {target}, got {shown(given[name])}")
     if "lr" not in given:
-        raise ConfigError(must_be("--lr", f"given beside {target}: the default is of the digits", "nothing"))
+        raise ConfigError(f"--lr must be given beside {target}, as the default is of the digits, got nothing")
     return found
 
 

@@ -19,7 +19,6 @@ from svag_fast.experiments.task_check import augmented, check_task, new_model
 from svag_fast.experiments.task_data import TaskData
 from svag_fast.experiments.task_error import own_code
 from svag_fast.experiments.weak import SINGLES, WeakSettings
-from svag_fast.numeric import must_be
 from svag_fast.ops.step_stats import StepStats
 from svag_fast.optim.svag import SVAG
 from svag_fast.replicas import Replicas
@@ -41,8 +40,7 @@ class OwnTask:
 
     def __init__(self, task: Task, settings: WeakSettings) -> None:
         if task.takes_model:
-            got = "one of (model, batch)"
-            raise ConfigError(must_be("loss", "a function of (outputs, targets), as replicas share their calls", got))
+            raise ConfigError("loss must be a function of (outputs, targets) for replicas, got one of (model, batch)")
         torch.set_num_threads(settings.threads or cores())
         self.task = task
         self.train, self.test = (TaskData(data, task.collate, "cpu") for data in (task.train, task.test))
@@ -96,8 +94,10 @@ class OwnRuns:
         with own_code(self._task.name):
             self._losses(inputs, targets)
         if before != Generators.now():
-            expected = "without random numbers of the global generators, of which each run would need its own"
-            raise ConfigError(must_be("data and loss", expected, "a batch that drew some"))
+            raise ConfigError(
+                "data and loss must be without random numbers of the global generators, of which each run would need "
+                "its own, got a batch that drew some"
+            )
 
     def advance(self, step: int) -> None:
         """Take every run to a step."""

@@ -67,8 +67,8 @@ def run_alone(built: Built, inputs: Any, replicas: int, *, shared: bool, grad: b
         if states != _generators(built):
             states.restore()
             raise NotReplicable(
-                f"{_who_draws(built, s, own)} draws random numbers in its forward pass, and replicas have no streams "
-                "of their own for them"
+                "the forward pass must be without random numbers, for which replicas have no streams of their own, got "
+                f"some drawn by {_who_draws(built, s, own)}"
             )
     after = attributes(built.model)
     changed = [place for place in after if before.get(place) != after[place]]

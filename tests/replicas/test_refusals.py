@@ -230,13 +230,16 @@ def append(self, y):
 
 
 IN_THE_FORWARD_PASS = {
-    "random numbers": (lambda: Holds(None, lambda self, y: y + torch.rand_like(y)), "draws random numbers"),
-    "Python's": (lambda: Holds(None, lambda self, y: y if random.random() < 2 else -y), "draws random numbers"),
-    "NumPy's": (lambda: Holds(None, lambda self, y: y if numpy.random.rand() < 2 else -y), "draws random numbers"),
-    "functional dropout": (lambda: Holds(None, lambda self, y: nn.functional.dropout(y)), "draws random numbers"),
+    "random numbers": (
+        lambda: Holds(None, lambda self, y: y + torch.rand_like(y)),
+        "random numbers.* by the model itself .Holds",
+    ),
+    "Python's": (lambda: Holds(None, lambda self, y: y if random.random() < 2 else -y), "without random numbers"),
+    "NumPy's": (lambda: Holds(None, lambda self, y: y if numpy.random.rand() < 2 else -y), "without random numbers"),
+    "functional dropout": (lambda: Holds(None, lambda self, y: nn.functional.dropout(y)), "without random numbers"),
     "functional dropout inside": (
         lambda: nn.Sequential(nn.Linear(4, 4), Holds(None, lambda self, y: nn.functional.dropout(y))),
-        r"^1 \(Holds\) draws random numbers",
+        r"drawn by 1 \(Holds\)$",
     ),
     "remembers": (lambda: Holds(None, remember), "kept is a Tensor outside"),
     "counts": (lambda: Holds(0, count), "changes kept"),
