@@ -286,6 +286,7 @@ def test_statistics_of_groups_add_up() -> None:
 
 @pytest.mark.parametrize(("compensated", "momentum"), [(False, 0.0), (True, 0.0), (False, 0.9)])
 @pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend: str, compensated: bool, momentum: float, second: bool) -> None:
     params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
     compensation = [torch.zeros(3), torch.zeros(4, 5)] if compensated else []

@@ -551,7 +551,7 @@ def test_a_warmup_that_starts_at_lr_0_is_counted() -> None:
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [SVAG, SVAGRMSprop, pytest.param(SVAGAdam, marks=pytest.mark.nightly)])
 def test_compiled_methods_keep_clock_statistics_and_held_gradient(optimizer: Any) -> None:
     torch._dynamo.reset()
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
