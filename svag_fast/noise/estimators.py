@@ -76,7 +76,7 @@ def from_sample_norms(
         return _from_weighted(sq_norms, batch, weights, population)
     # Shifted: the mean of the differences, not the difference of two means.
     s2 = (sq_norms.detach().double() - batch).mean() * (B / (B - 1))
-    noise = s2 / B * _fraction_left(B, population)
+    noise = s2 / B * (1.0 if population is None else (population - B) / population)
     sample = s2 if population is None else s2 * ((population - 1) / population)
     return NoiseEstimate(batch - noise, noise, sample)
 
@@ -287,10 +287,6 @@ def _gradients(grads: Iterable[Tensor]) -> list[Tensor]:
         if g.is_complex() or g.layout != torch.strided:
             raise TypeError(f"grads[{i}] must be real and dense, got {g.dtype}, {g.layout}")
     return [g.detach().double() for g in out]
-
-
-def _fraction_left(B: int, population: int | None) -> float:
-    return 1.0 if population is None else (population - B) / population
 
 
 def _one_sample(noise: Tensor, batch_size: int | None, population: int | None) -> Tensor | None:

@@ -130,7 +130,8 @@ def check_apart(
                 f"{name} must be apart from {written[last].name}, which the step writes, got shared memory"
             )
     for first, second in _overlapping(read, other):
-        if _share_elements(first.tensor, second.tensor):
+        # Slices of one tensor may be interleaved in memory without an element in common.
+        if np.shares_memory(_Bytes.of(first.tensor), _Bytes.of(second.tensor)):
             raise ValueError(
                 f"{second.name} must be in memory of its own, as a second batch's gradient is, got some of "
                 f"{first.name}'s"
@@ -153,11 +154,6 @@ def _overlapping(first: Sequence[Span], second: Sequence[Span]) -> Iterator[tupl
                 yield (other, span) if kind else (span, other)
         reached[kind][:] = [s for s in reached[kind] if s.end > span.start]
         reached[kind].append(span)
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose memory is interleaved (slices of one tensor) have an element in common."""
-    return bool(np.shares_memory(_Bytes.of(a), _Bytes.of(b)))
 
 
 class _Bytes:
