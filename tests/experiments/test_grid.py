@@ -43,8 +43,8 @@ def start(*arguments):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell's background job ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # What a shell's background job ignores, and nohup's, its children would ignore too.
+        preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
@@ -114,16 +114,19 @@ def test_every_run_leaves_its_config_and_metrics(whole):
 def test_killed_at_random_moments_and_resumed_it_is_the_same_to_the_bit(whole, tmp_path):
     out = tmp_path / "x"
     moments = random.Random(4)
-    arguments = [*OPTIONS, "--out", out, "--jobs", 1]
-    for stop in (kill_all, press_ctrl_c, subprocess.Popen.kill):  # the last leaves workers, who notice, save and leave
+    arguments = [*OPTIONS, "--out", out]
+    # The last leaves workers, who notice, save and leave.
+    for stop, jobs in ((kill_all, 1), (press_ctrl_c, 2), (subprocess.Popen.kill, 1)):
         begun = time.time()
-        process = start(*arguments, "--checkpoint-seconds", 0)
+        process = start(*arguments, "--checkpoint-seconds", 0, "--jobs", jobs)
         wait_for(lambda: any(file.stat().st_mtime > begun for file in out.glob("*/checkpoint.pt")), process)  # noqa: B023
         time.sleep(moments.uniform(0, 1.0))
         assert process.poll() is None, "it was done before it could be stopped"
         stop(process)
-        process.communicate(timeout=PATIENCE)
-        arguments = ["--resume", "--out", out, "--jobs", 2]
+        output, _ = process.communicate(timeout=PATIENCE)
+        if stop is press_ctrl_c:
+            assert_stopped(process, output, 130)
+        arguments = ["--resume", "--out", out]
     finish_when_free(out)
     assert result(out) == result(whole)
 
@@ -154,21 +157,26 @@ def finish_when_free(out):
 
 @pytest.mark.parametrize(
     ("stop", "status"),
-    [(press_ctrl_c, 130), (subprocess.Popen.terminate, 143), (lose_terminal, 129)],
-    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
+    [(subprocess.Popen.terminate, 143), (lose_terminal, 129)],
+    ids=["SIGTERM", "SIGHUP"],
 )
 def test_stopping_ends_all_workers_keeps_what_is_done_and_says_how_to_continue(tmp_path, stop, status):
     out = tmp_path / "x"
-    process = start(*OPTIONS, "--out", out, "--jobs", 2)
+    endless = ["--effective-steps", "10000000"]  # not done before it is stopped, however busy the machine is
+    process = start(*OPTIONS, *endless, "--out", out, "--jobs", 2)
     wait_for(lambda: len(list(out.glob("*/config.json"))) >= 2, process)
     stop(process)
     output, _ = process.communicate(timeout=PATIENCE)
+    assert_stopped(process, output, status)
+    assert any(out.glob("*/checkpoint.pt"))
+
+
+def assert_stopped(process, output, status):
     assert process.returncode == status
     assert "--resume" in output
     assert "Traceback" not in output
     with pytest.raises(ProcessLookupError):
         wait_for_end_of_group(process.pid)
-    assert any(out.glob("*/checkpoint.pt"))
 
 
 OWN = """
@@ -373,11 +381,11 @@ def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path, argument
 
 def test_where_every_run_diverges_the_exit_status_is_3(tmp_path):
     options = ["--model", "mlp16-none", "--batch-size", "8", "--lr", "1e6", "--l", "1", "--seeds", "1"]
-    process = start(*options, "--effective-steps", "40", "--rows", "20", "--out", tmp_path / "x")
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 3, output
-    assert "Every run diverged" in output
-    assert "nan" not in output
+    options += ["--effective-steps", "40", "--rows", "20", "--out", str(tmp_path / "x")]
+    answer = CliRunner().invoke(main, ["run", *options])
+    assert answer.exit_code == 3, answer.output
+    assert "Every run diverged" in answer.output
+    assert "nan" not in answer.output
 
 
 def test_an_unknown_key_in_the_config_file_is_refused(tmp_path):
