@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the names of _LAZY and _MODULES, for editors and type check
     from svag_fast.sample_norms.context import by_vmap as by_vmap
     from svag_fast.sample_norms.context import per_sample_sq_norms as per_sample_sq_norms
     from svag_fast.sample_norms.context import register_rule as register_rule
-    from svag_fast.study import study as study
+    from svag_fast.studies import study as study
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ _LAZY: dict[str, str] = {
     "per_sample_sq_norms": "svag_fast.sample_norms.context",
     "Replicas": "svag_fast.replicas.module",
     "register_rule": "svag_fast.sample_norms.context",
-    "study": "svag_fast.study",
+    "study": "svag_fast.studies",
     "StepStats": "svag_fast.ops.step_stats",
     "svag_coefficients": "svag_fast.ops.step",
     "use_backend": "svag_fast.ops.backends",

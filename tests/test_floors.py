@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a package imports from those above it in this list, and from no other.
 FLOORS = [
     "moved", "versions", "files", "numeric", "augment", "_C", "kernels", "stats", "theory", "ops", "optim",
-    "sample_norms", "nn", "replicas", "noise", "sde", "experiments", "analysis", "verify", "plots", "study", "cli",
+    "sample_norms", "nn", "replicas", "noise", "sde", "experiments", "analysis", "verify", "plots", "studies", "cli",
     "__main__",
 ]  # fmt: skip
 

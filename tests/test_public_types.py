@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -82,3 +83,9 @@ def test_what_type_checkers_see_is_what_is_imported() -> None:
     assert seen == svag_fast._LAZY | dict.fromkeys(svag_fast._MODULES, "svag_fast")
     for name in svag_fast.__all__:
         assert getattr(svag_fast, name) is not None
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a module of the package sets its name there, over a function that was loaded under that name before."""
+    modules = {module.name for module in pkgutil.iter_modules(svag_fast.__path__)}
+    assert not modules & set(svag_fast._LAZY)

@@ -273,7 +273,7 @@ def _work(
         task = None
         if runs[0].task:
             task = load_task(runs[0].task, options["provenance"]["task_sha256"])
-            check_facts(folders[0].parent, runs[0], task)  # its data may be made anew in each process
+            check_facts(folders[0].parent, runs[0], task)  # its data may be made again in each process
         train_together(runs, folders, task=task, on_progress=report, should_stop=lambda: stop, **options)
     except Exception as error:
         expected = isinstance(error, (OSError, RuntimeError, ValueError))

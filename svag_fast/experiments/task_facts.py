@@ -84,7 +84,7 @@ def facts_of(task: Task, device: torch.device | str) -> Facts:
     )
     facts = {name: fact for name, fact in first.items() if not _unlike(fact, second[name])}
     for part, data in (("training data", task.train), ("test data", task.test)):
-        if isinstance(data, Dataset):  # its items may be files: the batch stands for them
+        if isinstance(data, Dataset):  # its items may be files: the batch is their sample
             facts[part] = (f"{len(data)} items", [])  # type: ignore[arg-type]
         else:
             tensors = [data] if isinstance(data, Tensor) else data

@@ -109,7 +109,7 @@ class OwnRuns:
         columns = [self._evaluated(s) for s in range(len(self._generators))]
         sq_norm = torch.stack([p.detach().double().flatten(1).square().sum(1) for p in self._params]).sum(0)
         stats = self._take_step(both=True)
-        losses = torch.tensor(columns, dtype=torch.float64).T
+        losses = torch.tensor(columns, dtype=torch.float64, device="cpu").T
         first = len(self._task.metrics) + 2
         measured = torch.stack([sq_norm, cast(Tensor, stats.grad_sq_norm), cast(Tensor, stats.noise_trace)])
         return torch.cat([losses[:first], measured, losses[first:]])
@@ -145,7 +145,7 @@ class OwnRuns:
     def _batch(self) -> tuple[Any, Any]:
         """Return inputs [runs, B, ...] and targets [runs * B, ...]."""
         runs, B = len(self._generators), self._batch_size
-        drawn = [torch.randint(len(self._own.train), (B,), generator=g) for g in self._generators]
+        drawn = [torch.randint(len(self._own.train), (B,), generator=g, device="cpu") for g in self._generators]
         if self._task.augment is None:
             inputs, targets = pair_of(self._own.train.take(torch.cat(drawn)))
             return tree_map(lambda x: x.view(runs, B, *x.shape[1:]) if isinstance(x, Tensor) else x, inputs), targets

@@ -232,7 +232,10 @@ def test_the_built_in_net_as_a_task_of_ones_own_has_the_same_rows(tmp_path):
     )  # fmt: skip
     train(built_in, tmp_path / "built-in")
     parts = builtin_task(built_in, digits)
-    own = Task(**{name: getattr(parts, name) for name in ("model", "train", "test", "loss", "metrics")})
+    own = Task(
+        model=lambda: parts.model().to(memory_format=torch.channels_last),
+        **{name: getattr(parts, name) for name in ("train", "test", "loss", "metrics")},
+    )
     train(config(effective_steps=3, rows=3, weight_decay=built_in.weight_decay), tmp_path / "own", task=own)
     assert_same(tmp_path / "built-in", tmp_path / "own")
 

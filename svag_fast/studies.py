@@ -113,7 +113,7 @@ def study(
             run_experiment(config, folder, jobs=jobs or max(1, cores() // config.threads), console=console, **options)
     except ExperimentInterruptedError as stop:
         said = f"{stop}. Continue with: svag_fast.study(..., out={str(folder)!r}, resume=True)"
-        if stop.number == signal.SIGINT:  # not an error, which a loop over studies might catch and go on
+        if stop.number == signal.SIGINT:  # not an error, which a loop over studies might catch and continue after
             raise KeyboardInterrupt(said) from None
         raise ExperimentInterruptedError(said, stop.number) from None
     report = final_report(folder, metrics, margins)
