@@ -312,6 +312,7 @@ class Joint:
             for of in grads.keys() & sums.keys():
                 grads[of] = sums[of] + grads[of]
             sums.update(grads)
+        self._first, self._second = {}, {}  # which would keep them alive
         for kept, grad in before.items():
             kept.grad = grad
         if self._norms is not None:  # each loss has the weight 1/B

@@ -40,7 +40,8 @@ class Pair:
     def backward(self, losses: Tensor) -> None:
         """Backpropagate both batches' mean losses; ``optimizer.step()`` then steps from the two gradients.
 
-        The first call after a step clears the gradients; further ones before it add to both (accumulation).
+        The first call after a step clears the gradients, where the model's call hasn't cleared them already: those of
+        a pair whose step is over. Further ones before the next step add to both (accumulation).
 
         Args:
             losses: [2B], one for each sample, the first batch's first, as by ``reduction="none"``; a GradScaler's
@@ -114,7 +115,7 @@ class pair_pass:  # noqa: N801  (a context manager, used like a function)
             raise RuntimeError("this context is already entered: make another pair_pass")
         pair = self._optimizer._pair
         run = pair.run
-        if isinstance(run, Run) and run.is_open:
+        if isinstance(run, Run) and run.undo:
             raise RuntimeError("another pair_pass of this optimizer is open")
         if not isinstance(run, Run) or not run.serves(self._model, self._optimizer, self._way):
             run = pair.run = Run(self._model, self._optimizer, self._way)

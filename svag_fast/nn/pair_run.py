@@ -48,23 +48,19 @@ class Run:
         self._halves = ByHalves(self.root, self._params)
         self._engine: Joint | ByHalves | None = None
         self._first: Gradients = {}
-        self._losses_seen = self._said = False
+        self._losses_seen = self._said = self._left = False
         self.norms: SampleNorms | None = None
         self._with_norms = False
         self._context: per_sample_sq_norms | None = None
         self._synchronises = True
         self._steps: StepsInBackward | None = None
-        self._undo: list[Callable[[], object]] = []
+        self.undo: list[Callable[[], object]] = []
+        """What leaves the context; empty where none is entered."""
 
     def serves(self, model: nn.Module, optimizer: TwoBatchOptimizer, wanted: Way) -> bool:
         """Whether all is as it was."""
         same = self.model is model and self.optimizer is optimizer and self.wanted == wanted
         return same and self._seen.holds()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a context is entered."""
-        return bool(self._undo)
 
     def begin(self, *, norms: bool) -> None:
         """Enter a context; its errors are `pair_pass`'s."""
@@ -97,14 +93,14 @@ class Run:
             self._take_norms_by_halves()  # now: it refuses what has none
         if self._steps is not None and isinstance(self._joint, Joint) and (names := self._joint.shared) is not None:
             raise ValueError(f"in_backward must be False where parameters are shared, got True with {names} the same")
-        self._undo.append(_patch(self.root, self._forward))
+        self.undo.append(_patch(self.root, self._forward))
         if self.ddp is not None:
-            self._undo.append(_patch(self.ddp, self._unsynchronised))
+            self.undo.append(_patch(self.ddp, self._unsynchronised))
 
     def end(self) -> None:
         """Leave the context, and the model as it was."""
-        while self._undo:
-            self._undo.pop()()
+        while self.undo:
+            self.undo.pop()()
         self._stop()
         if self._context is not None:
             self._context.__exit__(None, None, None)
@@ -113,7 +109,7 @@ class Run:
     def _take_norms_by_halves(self) -> None:
         """Around the model itself: without what is put onto it meanwhile."""
         context = per_sample_sq_norms(self.root)
-        ours = self.root.__dict__.pop("forward", None) if self._undo else None
+        ours = self.root.__dict__.pop("forward", None) if self.undo else None
         try:
             self.norms = context.__enter__()
             self._context = context
@@ -150,6 +146,8 @@ class Run:
     def _forward(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
+        if self._left and not self.optimizer._pair.paired:  # a step's: not beside what the next forward pass saves
+            self._clear()
         engine = self._engine or self._start(self._chosen(args, kwargs))
         if not isinstance(engine, Joint) or engine.inside or current_task() != NO_TASK:
             return engine.forward(inner, args, kwargs)
@@ -251,16 +249,22 @@ class Run:
         except BaseException as error:
             engine.forget()
             self.optimizer.discard_gradient()
-            for p in self._params.values():
-                p.grad = None
+            self._clear()
             if steps is not None and steps.raws and isinstance(error, Exception):
                 raise RuntimeError(
                     "the backward pass has failed after layers took their step in it (in_backward=True): the "
                     "parameters are of different steps, so load a checkpoint"
                 ) from error
             raise
+        self._left = True
         stepped = steps if steps is not None and steps.raws else None
         self.optimizer._pair.put(self.optimizer.param_groups, self._first, stepped, engine.task)
+
+    def _clear(self) -> None:
+        """Drop both gradients."""
+        self._first, self._left = {}, False
+        for p in self._params.values():
+            p.grad = None
 
     def _checked(self, losses: Tensor) -> int:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -281,6 +282,24 @@ def test_adaptive_optimizers_take_pairs(kind, more):
         assert_same_stats(optimizer.step(), two_passes(expected, reference, x, y))
         # A bias before BatchNorm has no gradient but rounding (1e-17), which these divide by eps = 1e-8.
         assert_same_states(model, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["joint", "halves"])
+def test_a_steps_gradients_are_not_kept_beside_what_the_next_forward_saves(way):
+    model = seeded(MODELS["batch norm"])
+    optimizer = SVAG(model.parameters(), lr=0.1, l=2)
+    x, y = images(), labels()
+    for _ in range(2):
+        with pair_pass(model, optimizer, way=way) as pair:
+            pair.backward(F.cross_entropy(model(x), y, reduction="none"))
+            F.cross_entropy(model(x), y, reduction="none")  # before the step they stay
+        first = [weakref.ref(g) for g in optimizer._pair.first()]
+        optimizer.step()
+        assert all(p.grad is not None for p in model.parameters())
+        with pair_pass(model, optimizer, way=way):
+            model(x)
+            assert all(p.grad is None for p in model.parameters())
+            assert not any(ref() is not None for ref in first)
 
 
 def test_layers_taken_together_have_the_bits_of_layers_taken_one_by_one(monkeypatch):
