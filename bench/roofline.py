@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from svag_fast.experiments.models import build_model
-from svag_fast.kernels.weight_grad import chunks_of, tile_of
+from svag_fast.kernels.weight_grad import Convolution, chunks_of, tile_of
 
 IMAGES, EPOCHS = 50_000, 300  # CIFAR-10, and the paper's runs
 
@@ -46,7 +46,7 @@ class Ops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[str, int, int]] = []
-        self.convolutions: list[tuple[Tensor, Tensor, list[int]]] = []
+        self.convolutions: list[tuple[Tensor, Tensor, list[int], Convolution]] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -60,15 +60,16 @@ class Ops(TorchDispatchMode):
             operations = count(*args, **(kwargs or {}), out_val=out) if count else 0
             self.found.append((function.overloadpacket.__name__, moved, operations))
             if function.overloadpacket is torch.ops.aten.convolution_backward:
-                self.convolutions.append((args[0], args[1], list(args[2].shape)))
+                self.convolutions.append((args[0], args[1], list(args[2].shape), Convolution(*map(tuple, args[4:7]))))
         return out
 
     def add_norms(self) -> None:
         """What our weight gradient moves beyond PyTorch's backward: the output's gradient again, and partial sums."""
-        for dy, x, (o, c, *k) in self.convolutions:
+        for dy, x, (o, c, *k), convolution in self.convolutions:
             n = c * math.prod(k)
-            tile = tile_of(o, n, (dy.shape[2], dy.shape[3]), exact=False, wide=False)
-            tiles = math.ceil(o / tile.BLOCK_M) * math.ceil(n / tile.BLOCK_N)
+            image = (x.shape[2], dy.shape[2], dy.shape[3])
+            tile = tile_of((o, c, k[0], k[1]), image, convolution, exact=False)
+            tiles = tile.count(o, n)
             _, chunks = chunks_of(len(x) // 2, 2 * tiles, tile.warps)
             sums = 2 * chunks * o * n if chunks > 1 else 0
             self.found.append(("dy again", 4 * dy.numel(), 0))

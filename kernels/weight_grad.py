@@ -30,21 +30,68 @@ _TILES, _SAMPLES = 64, 16
 # Tensor cores are fed by loads that run ahead (Triton's default, 3 stages). Full float32 products have no room for
 # those: with them they need 128 registers and more, and spill by some versions of Triton; without them 80.
 STAGES, EXACT_STAGES = 3, 1
+# Older ones have no tuples (3.2), or send an operand of several products through shared memory once more (3.8).
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_ROW_TAPS = _TRITON >= (3, 9)
+
+
+# A program's sums are BLOCKS tensors: a tuple, or a tensor alone, since not every Triton has tuples. The first FIRSTS
+# have FIRST_N columns, the others N.
+@triton.jit
+def _zeros(BLOCKS: tl.constexpr, FIRSTS: tl.constexpr, M: tl.constexpr, FIRST_N: tl.constexpr, N: tl.constexpr):
+    if BLOCKS == 1:
+        return tl.zeros((M, FIRST_N), dtype=tl.float32)
+    else:
+        blocks = ()
+        for k in tl.static_range(BLOCKS):
+            blocks = blocks + (tl.zeros((M, FIRST_N if k < FIRSTS else N), dtype=tl.float32),)
+        return blocks
 
 
 @triton.jit
-def _end_tile(
-    total1, total2, offsets, inside, target, coefficients, partials, program, programs,
-    SEGMENTS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient, or take the step on the weight; write the tile's share of the statistics, if any."""
-    s2 = tl.zeros((), dtype=tl.float32)
-    s12 = tl.zeros((), dtype=tl.float32)
-    sx = tl.zeros((), dtype=tl.float32)
+def _get(blocks, k: tl.constexpr, BLOCKS: tl.constexpr):
+    if BLOCKS == 1:
+        return blocks
+    else:
+        return blocks[k]
+
+
+@triton.jit
+def _put(blocks, k: tl.constexpr, block, BLOCKS: tl.constexpr):
+    """Return ``blocks`` with another k-th."""
+    if BLOCKS == 1:
+        return block
+    else:
+        return blocks[:k] + (block,) + blocks[k + 1 :]
+
+
+@triton.jit
+def _add(total, product, weight, BLOCKS: tl.constexpr):
+    for k in tl.static_range(BLOCKS):
+        total = _put(total, k, _get(total, k, BLOCKS) + weight * _get(product, k, BLOCKS), BLOCKS)
+    return total
+
+
+@triton.jit
+def _inner(x, y, BLOCKS: tl.constexpr, FIRSTS: tl.constexpr):
+    cells = _get(x, 0, BLOCKS) * _get(y, 0, BLOCKS)
+    for k in tl.static_range(1, FIRSTS):
+        cells += _get(x, k, BLOCKS) * _get(y, k, BLOCKS)
+    result = tl.sum(cells)
+    if FIRSTS < BLOCKS:
+        cells = _get(x, FIRSTS, BLOCKS) * _get(y, FIRSTS, BLOCKS)
+        for k in tl.static_range(FIRSTS + 1, BLOCKS):
+            cells += _get(x, k, BLOCKS) * _get(y, k, BLOCKS)
+        result += tl.sum(cells)
+    return result
+
+
+@triton.jit
+def _end_cells(total1, total2, offsets, inside, target, coefficients, SEGMENTS: tl.constexpr, STEP: tl.constexpr):
+    """Store the gradient, or take the step on the weight; return the weight's squares, and 0 or nan."""
+    weight_squares = tl.zeros((), dtype=tl.float32)
     poison = tl.sum(total1 * 0.0)
     if SEGMENTS == 2:
-        s2 = tl.sum(total2 * total2)
-        s12 = tl.sum(total1 * total2)
         poison += tl.sum(total2 * 0.0)
     if STEP:
         rate = (tl.load(coefficients) / tl.load(coefficients + 1)).to(tl.float32)
@@ -52,7 +99,7 @@ def _end_tile(
         c2 = tl.load(coefficients + 3).to(tl.float32)
         weight_decay = tl.load(coefficients + 4).to(tl.float32)
         x = tl.load(target + offsets, mask=inside, other=0.0).to(tl.float32)
-        sx = tl.sum(x * x)
+        weight_squares = tl.sum(x * x)
         combined = c1 * total1
         if SEGMENTS == 2:
             combined = tl.where(c2 == 0.0, combined, combined + c2 * total2)
@@ -63,12 +110,35 @@ def _end_tile(
         if SEGMENTS == 2:
             total += total2
         tl.store(target + offsets, total, mask=inside)
+    return weight_squares, poison
+
+
+@triton.jit
+def _store_shares(
+    total1, total2, weight_squares, poison, partials, program, programs,
+    BLOCKS: tl.constexpr, FIRSTS: tl.constexpr, SEGMENTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Write the program's share of the statistics, if any."""
     if SEGMENTS == 2 or STEP:
-        tl.store(partials + program, tl.sum(total1 * total1).to(tl.float64))
+        s2 = tl.zeros((), dtype=tl.float32)
+        s12 = tl.zeros((), dtype=tl.float32)
+        if SEGMENTS == 2:
+            s2 = _inner(total2, total2, BLOCKS, FIRSTS)
+            s12 = _inner(total1, total2, BLOCKS, FIRSTS)
+        tl.store(partials + program, _inner(total1, total1, BLOCKS, FIRSTS).to(tl.float64))
         tl.store(partials + programs + program, s2.to(tl.float64))
         tl.store(partials + 2 * programs + program, s12.to(tl.float64))
-        tl.store(partials + 3 * programs + program, sx.to(tl.float64))
+        tl.store(partials + 3 * programs + program, weight_squares.to(tl.float64))
         tl.store(partials + 4 * programs + program, tl.where(poison == 0.0, 1.0, 0.0).to(tl.float64))
+
+
+@triton.jit
+def _columns(j: tl.constexpr, FIRST_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the columns of a tile's j-th block."""
+    if j == 0:
+        return tl.arange(0, FIRST_N)
+    else:
+        return FIRST_N + (j - 1) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -105,30 +175,32 @@ def _weight_grad_kernel(
     K_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
     PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNELS_FASTEST: tl.constexpr,
     SEGMENTS: tl.constexpr, PARTS: tl.constexpr, ONE_CHUNK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_FIT: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_TAPS: tl.constexpr,
+    N_BLOCKS: tl.constexpr, FIRST_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_FIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of one group over one chunk of samples: M output channels and N = taps x channels of a group.
 
-    A turn of the inner loop takes ROWS x COLUMNS output positions; ROWS_FIT: OUT_H is a multiple of ROWS.
+    A turn of the inner loop takes ROWS x COLUMNS positions; ROWS_FIT: the height is a multiple of ROWS. With ROW_TAPS
+    of 1 these are output positions. Else they are the input's, ROW_TAPS the kernel's height (its vertical stride and
+    dilation are 1), and N the taps of one of its rows x channels. Each input row then meets ROW_TAPS output rows, and
+    each operand that is loaded and rounded enters so many products, or N_BLOCKS.
     """
-    N: tl.constexpr = TAPS * CHANNELS
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    N: tl.constexpr = TAPS // ROW_TAPS * CHANNELS
+    WIDTH: tl.constexpr = FIRST_N + (N_BLOCKS - 1) * BLOCK_N
+    TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
+    BLOCKS: tl.constexpr = ROW_TAPS * N_BLOCKS
+    BELOW: tl.constexpr = 0 if ROW_TAPS == 1 else PAD_H  # output rows that the first row of positions meets
+    ABOVE: tl.constexpr = PAD_H - BELOW
     ACROSS: tl.constexpr = (OUT_W + COLUMNS - 1) // COLUMNS
     tile, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = (tile // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # A tap's channels are side by side in a tile, so that loads are wide where memory has them so.
-    channel, tap = n % CHANNELS, n // CHANNELS
     t = tl.arange(0, ROWS * COLUMNS)
     row, column = t // COLUMNS, t % COLUMNS
-    y = (row * STRIDE_H - PAD_H)[:, None] + ((tap // K_W) * DILATION_H)[None, :]
-    x = (column * STRIDE_W - PAD_W)[:, None] + ((tap % K_W) * DILATION_W)[None, :]
-    a_offsets = ((group * CHANNELS + channel) * A_CHANNEL)[None, :] + y * A_ROW + x * A_COLUMN
-    b_offsets = ((group * M + m) * B_CHANNEL)[:, None] + (row * B_ROW + column * B_COLUMN)[None, :]
+    b_offsets = ((group * M + m) * B_CHANNEL)[:, None] + ((row + BELOW) * B_ROW + column * B_COLUMN)[None, :]
 
-    total1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    total2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total1 = _zeros(BLOCKS, ROW_TAPS, BLOCK_M, FIRST_N, BLOCK_N)
+    total2 = _zeros(BLOCKS, ROW_TAPS, BLOCK_M, FIRST_N, BLOCK_N)
+    height = OUT_H if ROW_TAPS == 1 else H
     i = chunk.to(tl.int64) * CHUNK
     end = B
     if PARTS == 2:
@@ -141,35 +213,56 @@ def _weight_grad_kernel(
     a_here, b_here = a + i * a_sample, b + i * b_sample
     row_of_norms = (group * tl.num_programs(0) + tile).to(tl.int64) * B
     # From a sample's last turn to the next sample's first.
-    turns = tl.maximum(tl.cdiv(OUT_H, ROWS) * ACROSS, 1)
-    a_next = a_sample - tl.cdiv(OUT_H, ROWS).to(tl.int64) * (ROWS * STRIDE_H * A_ROW)
-    b_next = b_sample - tl.cdiv(OUT_H, ROWS).to(tl.int64) * (ROWS * B_ROW)
-    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    turns = tl.maximum(tl.cdiv(height, ROWS) * ACROSS, 1)
+    a_next = a_sample - tl.cdiv(height, ROWS).to(tl.int64) * (ROWS * STRIDE_H * A_ROW)
+    b_next = b_sample - tl.cdiv(height, ROWS).to(tl.int64) * (ROWS * B_ROW)
+    product = _zeros(BLOCKS, ROW_TAPS, BLOCK_M, FIRST_N, BLOCK_N)
     turn = tl.zeros((), dtype=tl.int32)
     down = tl.zeros((), dtype=tl.int32)
     right = tl.zeros((), dtype=tl.int32)
     # One loop for all samples' turns: the loads run ahead from one sample to the next.
     for _ in range(0, tl.minimum(CHUNK, end - i).to(tl.int32) * turns):
-        b_seen = (m < M)[:, None]
-        # As unsigned numbers those below 0 are large.
-        a_seen = (n < N)[None, :]
-        if PAD_H > 0:
-            a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
-        if PAD_W > 0:
-            a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
-        if not ROWS_FIT:
-            a_seen &= (row + down < OUT_H)[:, None]
-            b_seen &= (row + down < OUT_H)[None, :]
-        if OUT_W % COLUMNS != 0:
-            a_seen &= (column + right < OUT_W)[:, None]
-            b_seen &= (column + right < OUT_W)[None, :]
-        b_tile = tl.load(b_here + b_offsets, mask=b_seen, other=0.0)
-        a_tile = tl.load(a_here + a_offsets, mask=a_seen, other=0.0)
-        if INTERPRETED:  # it takes a bfloat16 for its bits
-            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-        if PRECISION == "tf32":
-            a_tile, b_tile = _to_tf32(a_tile, INTERPRETED), _to_tf32(b_tile, INTERPRETED)
-        product = tl.dot(b_tile, a_tile, product, input_precision=PRECISION)
+        b_tiles = _zeros(ROW_TAPS, 0, BLOCK_M, ROWS * COLUMNS, ROWS * COLUMNS)
+        for k in tl.static_range(ROW_TAPS):
+            b_seen = (m < M)[:, None]
+            # As unsigned numbers those below 0 are large.
+            if ROW_TAPS > 1:
+                b_seen &= (row + down + (BELOW - k)).to(tl.uint32, bitcast=True)[None, :] < OUT_H.to(tl.uint32)
+            elif not ROWS_FIT:
+                b_seen &= (row + down < OUT_H)[None, :]
+            if OUT_W % COLUMNS != 0:
+                b_seen &= (column + right < OUT_W)[None, :]
+            b_tile = tl.load(b_here + (b_offsets - k * B_ROW), mask=b_seen, other=0.0)
+            if INTERPRETED:  # it takes a bfloat16 for its bits
+                b_tile = b_tile.to(tl.float32)
+            if PRECISION == "tf32":
+                b_tile = _to_tf32(b_tile, INTERPRETED)
+            b_tiles = _put(b_tiles, k, b_tile, ROW_TAPS)
+        for j in tl.static_range(N_BLOCKS):
+            # A tap's channels lie side by side in a tile, so that where the channels lie so in memory loads are wide.
+            n = tile % TILES_N * WIDTH + _columns(j, FIRST_N, BLOCK_N)
+            channel, tap = n % CHANNELS, n // CHANNELS
+            y = (row * STRIDE_H - ABOVE)[:, None] + ((tap // K_W) * DILATION_H)[None, :]
+            x = (column * STRIDE_W - PAD_W)[:, None] + ((tap % K_W) * DILATION_W)[None, :]
+            a_offsets = ((group * CHANNELS + channel) * A_CHANNEL)[None, :] + y * A_ROW + x * A_COLUMN
+            a_seen = (n < N)[None, :]
+            if ABOVE > 0:
+                a_seen &= (y + down * STRIDE_H).to(tl.uint32, bitcast=True) < H.to(tl.uint32)
+            if PAD_W > 0:
+                a_seen &= (x + right * STRIDE_W).to(tl.uint32, bitcast=True) < W
+            if not ROWS_FIT:
+                a_seen &= (row + down < height)[:, None]
+            if OUT_W % COLUMNS != 0:
+                a_seen &= (column + right < OUT_W)[:, None]
+            a_tile = tl.load(a_here + a_offsets, mask=a_seen, other=0.0)
+            if INTERPRETED:
+                a_tile = a_tile.to(tl.float32)
+            if PRECISION == "tf32":
+                a_tile = _to_tf32(a_tile, INTERPRETED)
+            for k in tl.static_range(ROW_TAPS):
+                before = _get(product, j * ROW_TAPS + k, BLOCKS)
+                formed = tl.dot(_get(b_tiles, k, ROW_TAPS), a_tile, before, input_precision=PRECISION)
+                product = _put(product, j * ROW_TAPS + k, formed, BLOCKS)
         if ACROSS == 1:
             down += ROWS
             a_here += ROWS * STRIDE_H * A_ROW
@@ -191,35 +284,46 @@ def _weight_grad_kernel(
         down = tl.where(sample_ends, 0, down)
         turn = tl.where(sample_ends, 0, turn)
         if sample_ends:
-            tl.store(sq_norms + row_of_norms + i, tl.sum(product * product))
+            tl.store(sq_norms + row_of_norms + i, _inner(product, product, BLOCKS, ROW_TAPS))
             weight = tl.load(weights + i)
             # A whole product goes to one segment: 0 times an inf would be nan in the other.
             if SEGMENTS == 2:
                 if tl.load(segments + i) == 1:
-                    total2 += weight * product
+                    total2 = _add(total2, product, weight, BLOCKS)
                 else:
-                    total1 += weight * product
+                    total1 = _add(total1, product, weight, BLOCKS)
             else:
-                total1 += weight * product
-            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                total1 = _add(total1, product, weight, BLOCKS)
+            product = _zeros(BLOCKS, ROW_TAPS, BLOCK_M, FIRST_N, BLOCK_N)
             i += 1
 
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    place = n if CHANNELS_FASTEST else channel * TAPS + tap
-    offsets = (group * M + m).to(tl.int64)[:, None] * N + place[None, :]
+    weight_squares = tl.zeros((), dtype=tl.float32)
+    poison = tl.zeros((), dtype=tl.float32)
+    size = (tl.num_programs(1) * M).to(tl.int64) * (TAPS * CHANNELS)
+    for j in tl.static_range(N_BLOCKS):
+        n = tile % TILES_N * WIDTH + _columns(j, FIRST_N, BLOCK_N)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        for k in tl.static_range(ROW_TAPS):
+            place = k * N + n if CHANNELS_FASTEST else n % CHANNELS * TAPS + k * (TAPS // ROW_TAPS) + n // CHANNELS
+            offsets = (group * M + m).to(tl.int64)[:, None] * (TAPS * CHANNELS) + place[None, :]
+            first = _get(total1, j * ROW_TAPS + k, BLOCKS)
+            second = _get(total2, j * ROW_TAPS + k, BLOCKS)
+            if ONE_CHUNK:
+                squares, bad = _end_cells(first, second, offsets, inside, target, coefficients, SEGMENTS, STEP)
+                weight_squares += squares
+                poison += bad
+            else:
+                tl.store(sums + chunk * SEGMENTS * size + offsets, first, mask=inside)
+                if SEGMENTS == 2:
+                    tl.store(sums + (chunk * 2 + 1) * size + offsets, second, mask=inside)
     if ONE_CHUNK:
         program = group * tl.num_programs(0) + tile
-        _end_tile(
-            total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
+        _store_shares(
+            total1, total2, weight_squares, poison, partials, program, programs, BLOCKS, ROW_TAPS, SEGMENTS, STEP,
         )  # fmt: skip
-    else:
-        if SEGMENTS == 2 or STEP:
-            # The next launch counts its programs there.
-            tl.store(partials + 5 * programs, 0.0, mask=(tile == 0) & (group == 0) & (chunk == 0))
-        size = (tl.num_programs(1) * M).to(tl.int64) * N
-        tl.store(sums + chunk * SEGMENTS * size + offsets, total1, mask=inside)
-        if SEGMENTS == 2:
-            tl.store(sums + (chunk * 2 + 1) * size + offsets, total2, mask=inside)
+    elif SEGMENTS == 2 or STEP:
+        # The next launch counts its programs there.
+        tl.store(partials + 5 * programs, 0.0, mask=(tile == 0) & (group == 0) & (chunk == 0))
 
 
 @triton.jit(do_not_specialize=["size", "chunks", "programs", "ends", "B", "tiles"])
@@ -252,9 +356,8 @@ def _finish_layer_kernel(
                 if SEGMENTS == 2:
                     total2 += tl.load(here + size, mask=inside, other=0.0)
                 here += SEGMENTS * size
-            _end_tile(
-                total1, total2, offsets, inside, target, coefficients, partials, program, programs, SEGMENTS, STEP,
-            )  # fmt: skip
+            squares, bad = _end_cells(total1, total2, offsets, inside, target, coefficients, SEGMENTS, STEP)
+            _store_shares(total1, total2, squares, bad, partials, program, programs, 1, 1, SEGMENTS, STEP)
             if SEGMENTS == 2 or STEP:
                 # All of the program's stores, by whichever warp, before it counts itself done.
                 tl.debug_barrier()
@@ -338,10 +441,9 @@ def product_tiles(
     M, N = O // groups, CHANNELS * K_H * K_W
     SEGMENTS = 1 if segments is None else 2
     precision = _precision(inputs, linear=len(weight_shape) == 2)
-    tile = tile_of(
-        M, N, (OUT_H, OUT_W), exact=inputs.dtype == torch.float32 and precision == "ieee", wide=a_strides[1] == 1
-    )
-    tiles = groups * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    exact = inputs.dtype == torch.float32 and precision == "ieee"
+    tile = tile_of((M, CHANNELS, K_H, K_W), (H, OUT_H, OUT_W), convolution, exact=exact)
+    tiles = groups * tile.count(M, N)
     PARTS = 1 if target2 is None else 2
     CHUNK, chunks = chunks_of(B // PARTS, PARTS * tiles, tile.warps)
     size = O * N
@@ -389,6 +491,9 @@ class Tile:
 
     BLOCK_M: int
     BLOCK_N: int
+    FIRST_N: int
+    N_BLOCKS: int
+    ROW_TAPS: int
     ROWS: int
     COLUMNS: int
     ROWS_FIT: bool
@@ -400,27 +505,48 @@ class Tile:
         """The kernel's own."""
         return {name: value for name, value in vars(self).items() if name.isupper()}
 
+    def count(self, M: int, N: int) -> int:
+        """Return how many tiles a group's gradient has: M output channels, and N input channels times all taps."""
+        width = self.FIRST_N + (self.N_BLOCKS - 1) * self.BLOCK_N
+        return math.ceil(M / self.BLOCK_M) * math.ceil(N / (self.ROW_TAPS * width))
 
-def tile_of(M: int, N: int, positions: tuple[int, int], *, exact: bool, wide: bool) -> Tile:
-    """Choose the tile for products of [M, T] and [T, N], where the T positions are an image's.
+
+def tile_of(
+    shape: tuple[int, int, int, int],
+    image: tuple[int, int, int],
+    convolution: Convolution,
+    *,
+    exact: bool,
+) -> Tile:
+    """Choose the tile of a layer's products.
 
     Args:
-        M: output channels of a group.
-        N: its input channels times the taps.
-        positions: rows and columns of the image.
+        shape: a group's output channels, its input channels, the kernel's height and width.
+        image: the input's height, the output's height and width.
+        convolution: its options.
         exact: in full float32. They keep their operands in registers: a smaller tile, or they spill.
-        wide: whether channels are side by side in memory, so that loads are wide; else a thread has many addresses to
-            hold, and room for fewer sums.
     """
-    most_m, most_n, most_t = (32, 64, 16) if exact else (64, 64, 64 if wide and M <= 16 else 32)
-    block_m, block_n, block_t = (
-        min(most, max(16, triton.next_power_of_2(n)))
-        for n, most in ((M, most_m), (N, most_n), (math.prod(positions), most_t))
-    )
+    M, channels, taps_down, taps_across = shape
+    height, *positions = image
+    across = taps_across * channels
+    # So that each input row meets an output row: an inf in another would make nan of the zeros beside it.
+    every_row = (convolution.stride[0], convolution.dilation[0]) == (1, 1)
+    # A wider layer has products enough in one block, which Hopper's larger instructions also take.
+    if _ROW_TAPS and not exact and taps_down == 3 and every_row and across in (48, 96):
+        block_m, block_n, row_taps = 16, 32, 3
+        # Triton cuts all products that share operands alike, down or across as the last is longer: 16 x 32, across.
+        first_n, n_blocks, warps = (32, 3, 4) if across == 96 else (16, 2, 2)
+        positions[0] = height
+    else:
+        most_m, most_n = (32, 64) if exact else (64, 64)
+        block_m = min(most_m, max(16, triton.next_power_of_2(M)))
+        first_n = block_n = min(most_n, max(16, triton.next_power_of_2(taps_down * across)))
+        row_taps, n_blocks, warps = 1, 1, 4 if exact or block_m * block_n > 2048 else 2
+    block_t = min(16 if exact else 64, max(16, triton.next_power_of_2(math.prod(positions))))
     rows, columns = _positions(*positions, block_t)
-    warps = 2 if wide and block_m < 64 and not exact else 4
+    fit = positions[0] % rows == 0 and positions[0] > 0
     stages = EXACT_STAGES if exact else STAGES
-    return Tile(block_m, block_n, rows, columns, positions[0] % rows == 0 and positions[0] > 0, warps, stages)
+    return Tile(block_m, block_n, first_n, n_blocks, row_taps, rows, columns, fit, warps, stages)
 
 
 def _positions(height: int, width: int, most: int) -> tuple[int, int]:

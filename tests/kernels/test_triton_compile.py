@@ -35,9 +35,9 @@ CONVOLUTION = {
 
 
 def tile_of_case(exact: bool) -> Any:
-    from svag_fast.kernels.weight_grad import tile_of
+    from svag_fast.kernels.weight_grad import Convolution, tile_of
 
-    return tile_of(64, 64 * 9, (32, 32), exact=exact, wide=True)
+    return tile_of((64, 64, 3, 3), (32, 32, 32), Convolution(padding=(1, 1)), exact=exact)
 
 
 def weight_grad(a: str, target: str, **options: Any) -> tuple[str, dict[str, str], dict[str, Any]]:

@@ -5,6 +5,7 @@ The bound is the most that this version of Triton needed before, as for the regi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -19,8 +20,9 @@ import triton
 from gpu_binary import report
 from gpu_cases import products
 from ptx.driver import Launch, as_a_gpu
-from ptx.inner_loop import GOLDEN, LAYERS, inner_loop
+from ptx.inner_loop import GOLDEN, LAYERS, inner_loop, memory, tile
 
+from svag_fast.kernels import weight_grad as kernels
 from svag_fast.ops import weight_grad_and_sq_norms
 
 SHORT = ("16-16, 32x32", "32-32, 16x16", "64-64, 8x8", "512-512, 4x4")
@@ -74,7 +76,42 @@ def test_the_inner_loop_keeps_its_budget(name: str, last: bool) -> None:
         return
     if triton.__version__ not in golden:
         pytest.skip(f"{GOLDEN.name} has Triton {', '.join(golden)}: record it with SVAG_REGENERATE_GOLDEN=1")
-    before = golden[triton.__version__][key]
+    check_budget(key, found, golden[triton.__version__][key])
+
+
+def check_budget(key: str, found: dict[str, int], before: dict[str, int]) -> None:
     assert found["tensor core cycles of a turn"] == before["tensor core cycles of a turn"], "another tile: look again"
     for what in ("turn", "sample's end"):
         assert found[what] <= before[what], f"{key}: {found[what]} instructions of a {what}, {before[what]} before"
+
+
+def test_an_instruction_more_is_seen() -> None:
+    for layers in json.loads(GOLDEN.read_text()).values():
+        for key, line in layers.items():
+            check_budget(key, line, line)
+            for what in line:
+                with pytest.raises(AssertionError):
+                    check_budget(key, {**line, what: line[what] + 1}, line)
+
+
+def test_another_tile_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if triton.__version__ not in json.loads(GOLDEN.read_text()):
+        pytest.skip(f"{GOLDEN.name} has no Triton {triton.__version__}")
+    monkeypatch.setenv("SVAG_REGENERATE_GOLDEN", "0")
+    real = kernels.tile_of
+    monkeypatch.setattr(
+        kernels, "tile_of", lambda *a, **k: dataclasses.replace(real(*a, **k), ROWS=real(*a, **k).ROWS // 2)
+    )
+    with pytest.raises(AssertionError, match="another tile"):
+        test_the_inner_loop_keeps_its_budget("16-16, 32x32", True)
+
+
+@pytest.mark.parametrize("version", json.loads(GOLDEN.read_text()))
+def test_the_aim_is_held_where_issue_slots_could_bound(version: str) -> None:
+    """At most 1.2 issue cycles a tensor core cycle of a turn, unless memory takes longer, or a sample is one turn."""
+    for key, line in json.loads(GOLDEN.read_text())[version].items():
+        name = key.rpartition(", ")[0]
+        share = line["turn"] / line["tensor core cycles of a turn"]
+        cut = tile(name)
+        one_turn = cut.ROWS * cut.COLUMNS <= 16
+        assert share <= (1.45 if one_turn else max(1.2, memory(name))), key

@@ -75,6 +75,11 @@ LINEAR = {
 
 CONVOLUTION: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "3x3": ([4, 16, 8, 8], [16, 16, 3, 3], {"padding": 1}),
+    "rows of taps, odd sizes": ([3, 16, 7, 9], [11, 16, 3, 3], {"padding": 1}),
+    "rows of taps, no padding": ([3, 32, 7, 5], [18, 32, 3, 3], {}),
+    "rows of taps, options": (
+        [2, 32, 5, 11], [34, 16, 3, 3], {"padding": (2, 1), "stride": (1, 2), "dilation": (1, 2), "groups": 2}
+    ),
     "odd channels": ([3, 5, 7, 9], [11, 5, 3, 3], {"padding": 1}),
     "one channel": ([3, 1, 8, 8], [16, 1, 3, 3], {"padding": 1}),
     "three channels": ([3, 3, 9, 9], [16, 3, 3, 3], {"padding": 1}),
@@ -96,4 +101,4 @@ CONVOLUTION: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "wide and small": ([9, 70, 4, 4], [75, 70, 3, 3], {"padding": 1}),
     "one pixel": ([5, 33, 1, 1], [40, 33, 1, 1], {}),
     "no samples": ([0, 3, 5, 5], [4, 3, 3, 3], {}),
-}
+}  # fmt: skip

@@ -17,8 +17,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpu_binary import tool
+
+if TYPE_CHECKING:
+    from svag_fast.kernels.weight_grad import Tile
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "inner_loop.json"
 # The layers of PreResNet-32 and VGG-16: channels in and out, height, stride; 3x3, or 1x1 where the name says so.
@@ -80,26 +84,48 @@ def inner_loop(cubin: bytes) -> Loop:
         key=lambda loop: loop[1] - loop[0],
     )
     inside = names[first : last + 1]
-    skipped = max((to - place - 1 for place, to in jumps.items() if first <= place < to <= last), default=0)
+    skipped = max(to - place - 1 for place, to in jumps.items() if first <= place < to <= last)
     tensor = sum(_TENSOR[name] for name in inside if name.startswith("HMMA"))
     return Loop(len(inside) - skipped, skipped, tensor)
 
 
-def table(version: str) -> list[str]:
-    """Issue cycles over tensor core cycles, of a turn and of a whole sample, in both memory formats."""
-    from svag_fast.kernels.weight_grad import tile_of
+def a_warps_cycles(name: str) -> float:
+    """The least tensor core cycles of a sample's products: 128 multiply-adds each."""
+    channels, out, size, stride = LAYERS[name]
+    return channels * out * (1 if "1x1" in name else 9) * (size // stride) ** 2 / 128
 
+
+def memory(name: str) -> float:
+    """The A100's time for a sample's bytes over its time for the products, by its datasheet (docs/roofline.md)."""
+    channels, out, size, stride = LAYERS[name]
+    inputs = size // stride if "1x1" in name else size
+    moved = 4 * (channels * inputs**2 + out * (size // stride) ** 2)
+    return moved / 2039e9 / (128 * a_warps_cycles(name) / 78e12)
+
+
+def tile(name: str) -> Tile:
+    from svag_fast.kernels.weight_grad import Convolution, tile_of
+
+    channels, out, size, stride = LAYERS[name]
+    k = 1 if "1x1" in name else 3
+    convolution = Convolution(stride=(stride, stride), padding=(k // 2, k // 2))
+    image = (size, size // stride, size // stride)
+    return tile_of((out, channels, k, k), image, convolution, exact=False)
+
+
+def table(version: str) -> list[str]:
+    """Issue cycles over the least tensor core cycles, of a turn and of a whole sample, in both memory formats."""
     golden, lines = json.loads(GOLDEN.read_text())[version], []
     for name, (channels, out, size, stride) in LAYERS.items():
-        cells, taps, image = [], 1 if "1x1" in name else 9, size // stride
+        cells, image, cut = [], size // stride, tile(name)
         for last in (True, False):
             line = golden[f"{name}, {'channels_last' if last else 'contiguous'}"]
-            tile = tile_of(out, channels * taps, (image, image), exact=False, wide=last)
-            turns = math.ceil(image / tile.ROWS) * math.ceil(image / tile.COLUMNS)
+            turns = math.ceil(image / cut.ROWS) * math.ceil(image / cut.COLUMNS)
             turn, tensor = line["turn"], line["tensor core cycles of a turn"]
-            whole = turn + line["sample's end"] / turns
-            cells.append(f"{turn / tensor:.2f}; {whole / tensor:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            issued = turns * turn + line["sample's end"]
+            issued *= cut.count(out, channels * (1 if "1x1" in name else 9)) * cut.warps
+            cells.append(f"{turn / tensor:.2f}; {issued / a_warps_cycles(name):.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} | {memory(name):.1f} |")
     return lines
 
 
