@@ -536,13 +536,14 @@ def tile_of(
         block_m, block_n, row_taps = 16, 32, 3
         # Triton cuts all products that share operands alike, down or across as the last is longer: 16 x 32, across.
         first_n, n_blocks, warps = (32, 3, 4) if across == 96 else (16, 2, 2)
-        positions[0] = height
+        positions[0], most_t = height, 64
     else:
         most_m, most_n = (32, 64) if exact else (64, 64)
         block_m = min(most_m, max(16, triton.next_power_of_2(M)))
         first_n = block_n = min(most_n, max(16, triton.next_power_of_2(taps_down * across)))
         row_taps, n_blocks, warps = 1, 1, 4 if exact or block_m * block_n > 2048 else 2
-    block_t = min(16 if exact else 64, max(16, triton.next_power_of_2(math.prod(positions))))
+        most_t = 16 if exact else 64 if warps == 2 else 32  # more spills
+    block_t = min(most_t, max(16, triton.next_power_of_2(math.prod(positions))))
     rows, columns = _positions(*positions, block_t)
     fit = positions[0] % rows == 0 and positions[0] > 0
     stages = EXACT_STAGES if exact else STAGES
