@@ -44,7 +44,7 @@ def _zeros(BLOCKS: tl.constexpr, FIRSTS: tl.constexpr, M: tl.constexpr, FIRST_N:
     else:
         blocks = ()
         for k in tl.static_range(BLOCKS):
-            blocks = blocks + (tl.zeros((M, FIRST_N if k < FIRSTS else N), dtype=tl.float32),)
+            blocks = blocks + (tl.zeros((M, FIRST_N if k < FIRSTS else N), dtype=tl.float32),)  # type: ignore[assignment]
         return blocks
 
 
@@ -544,7 +544,7 @@ def tile_of(
         row_taps, n_blocks, warps = 1, 1, 4 if exact or block_m * block_n > 2048 else 2
         most_t = 16 if exact else 64 if warps == 2 else 32  # more spills
     block_t = min(most_t, max(16, triton.next_power_of_2(math.prod(positions))))
-    rows, columns = _positions(*positions, block_t)
+    rows, columns = _positions(positions[0], positions[1], block_t)
     fit = positions[0] % rows == 0 and positions[0] > 0
     stages = EXACT_STAGES if exact else STAGES
     return Tile(block_m, block_n, first_n, n_blocks, row_taps, rows, columns, fit, warps, stages)
