@@ -112,7 +112,7 @@ MUTANTS = {
     "statistics of a program too many": ("(first + lanes < programs)", "(first + lanes <= programs)"),
     "the last but one program ends": ("== ends - 1", "== ends - 2"),
     "the count of programs is not begun at 0": ("tl.store(partials + 5 * programs, 0.0", "tl.store(partials, 0.0"),
-    "the chunk's last sample is left out": ("tl.minimum(CHUNK, end - i)", "(tl.minimum(CHUNK, end - i) - 1)"),
+    "the chunk's last sample is left out": ("tl.minimum(CHUNK, end - i).to", "(tl.minimum(CHUNK, end - i) - 1).to"),
 }  # fmt: skip
 
 

@@ -23,13 +23,14 @@ from ptx.driver import Launch, as_a_gpu
 from ptx.inner_loop import GOLDEN, LAYERS, inner_loop, memory, tile
 
 from svag_fast.kernels import weight_grad as kernels
-from svag_fast.ops import weight_grad_and_sq_norms
+from svag_fast.ops.weight_grad.shapes import layer_product
+from svag_fast.ops.weight_grad.triton import direct
 
 SHORT = ("16-16, 32x32", "32-32, 16x16", "64-64, 8x8", "512-512, 4x4")
 
 
 def compiled(name: str, last: bool, precision: str) -> Launch:
-    """The launch of a layer's products."""
+    """The launch of a layer's products, which few positions on many channels would get in another way."""
     channels, out, size, stride = LAYERS[name]
     k = 1 if "1x1" in name else 3
     x, dy = torch.zeros(16, channels, size, size), torch.zeros(16, out, size // stride, size // stride)
@@ -37,9 +38,8 @@ def compiled(name: str, last: bool, precision: str) -> Launch:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     launches: list[Launch] = []
     with as_a_gpu(launches.append), products(precision):
-        weight_grad_and_sq_norms(
-            x, dy, [out, channels, k, k], segments=[0, 1] * 8, padding=k // 2, stride=stride, backend="triton"
-        )
+        shape = [out, channels, k, k]
+        direct(layer_product(x, dy, shape, segments=[0, 1] * 8, padding=k // 2, stride=stride))
     assert report(launches[0].cubin, launches[0].shared)["spills"] == 0
     return launches[0]
 

@@ -102,7 +102,7 @@ OUT_OF_LINE = """
 def test_a_warps_threads_wait_for_those_that_a_shuffle_names() -> None:
     body = OUT_OF_LINE.format(together="shfl.sync.idx.b32 %r6, %r5, 3, 31, {mask};", to="{to}")
     assert run(body.format(mask=-1, to="$back"), ints()).tolist() == [2] * 64
-    with pytest.raises(FaultError, match="shfl.*: threads 0 to 63 wait for others of their warp that never come"):
+    with pytest.raises(FaultError, match=r"shfl.*: threads 0 to 63 wait for others of their warp that never come"):
         run(body.format(mask=-1, to="$end"), ints())
     with pytest.raises(FaultError, match="not in its own mask"):
         run(body.format(mask=0xF, to="$back"), ints())

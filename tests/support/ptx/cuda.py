@@ -93,7 +93,7 @@ class PtxKernels:
                 raise FaultError(f"{program.name}: {block[:3]} threads, {program.threads} at most")
             self.launches.append((device, stream or 0, math.prod(grid[:3]), block[0]))
             values = [ctypes.string_at(arguments[k], p.size) for k, p in enumerate(program.parameters)]
-            kernel = re.findall(r"\d([a-z]\w*?_kernel)", program.name)
+            kernel = re.findall(r"\d([a-z_]+_kernel)", program.name)
             program = replace(program, threads=block[0])
             self.simulator.run(kernel[-1] if kernel else program.name, program, tuple(grid[:3]), values, self.spans)
         except Exception as error:  # raised again by whoever called the library: C can't pass it on
@@ -156,7 +156,7 @@ def _build(sources: list[Path], cache: Path) -> Path:
     """Return the folder of the PTX and of the host's library, from the cache if nothing has changed."""
     cuda = _cuda()
     headers = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h")]
-    digest = hashlib.sha256(cuda.nvcc.encode() + Path(__file__).read_bytes())
+    digest = hashlib.sha256(repr(_command(cuda, "", "")).encode())
     for path in sorted([*headers, *sources, RUNTIME, ROOT / "setup.py"]):
         digest.update(path.read_bytes())
     cache.mkdir(parents=True, exist_ok=True)
@@ -172,14 +172,17 @@ def _build(sources: list[Path], cache: Path) -> Path:
     return target
 
 
+def _command(cuda: Any, source: str, target: str) -> list[str]:
+    """Return setup.py's own, but to no machine code, and with functions that can be called from outside."""
+    words = [word for word in cuda.command(source, target, [ARCH]) if "code=sm_" not in word]
+    return [word.replace(",-fvisibility=hidden", "") for word in words]
+
+
 def _compile(cuda: Any, source: Path, folder: Path) -> str:
-    """Compile with setup.py's own flags, but to no machine code; the PTX is kept beside the object."""
+    """Compile to an object; the PTX is kept beside it."""
     target = str(folder / f"{source.stem}.o")
-    command = [word for word in cuda.command(str(source), target, [ARCH]) if "code=sm_" not in word]
-    command = [word.replace(",-fvisibility=hidden", "") for word in command]
-    if source.suffix == ".cu":
-        command += ["--keep", "--keep-dir", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    keep = ["--keep", "--keep-dir", str(folder)] if source.suffix == ".cu" else []
+    subprocess.run([*_command(cuda, str(source), target), *keep], check=True, cwd=ROOT)
     for path in folder.glob(f"{source.stem}.[!po]*"):  # what nvcc kept besides
         path.unlink()
     return target

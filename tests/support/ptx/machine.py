@@ -7,6 +7,7 @@ or come to another place, that is a fault. Blocks need no order among them; the 
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections import Counter
@@ -36,7 +37,10 @@ def _immediate(text: str, kind: str) -> Any:
 
 
 class Machine:
-    """Runs ``program`` for some blocks of a grid; ``parameters``: the bytes of each."""
+    """Runs ``program`` for some blocks of a grid.
+
+    ``parameters``: the bytes of each; ``shared``: bytes that the launch asks for; ``last``: when it must have ended.
+    """
 
     def __init__(
         self,
@@ -48,9 +52,11 @@ class Machine:
         memory: GlobalMemory,
         shared: int,
         clock: int = 0,
+        last: float = math.inf,
     ) -> None:
         n = program.threads * len(blocks)
         self.program, self.memory, self.n, self.clock = program, memory, n, clock
+        self._last = last
         self._parameters = parameters
         # Triton asks for its own at the launch, and a kernel of one warp or two may ask for none.
         size = max((v.address + v.size for v in program.shared), default=(max(shared, 16) + 15) // 16 * 16)
@@ -94,7 +100,8 @@ class Machine:
             while self.groups:
                 start = min(self.groups)
                 self._straight(start, self.groups.pop(start))
-        for self.place, lanes in self.parked.items():
+        if self.parked:
+            self.place, lanes = next(iter(self.parked.items()))
             raise FaultError(f"{self.at}: threads {self._names(lanes)} wait for others of their warp that never come")
         if self.waiting.any():
             self.place = int(self.resume[self.waiting][0]) - 1
@@ -125,6 +132,8 @@ class Machine:
             chosen = on if guard is None else on & (self.register(guard) ^ instruction.negated)
             self.clock += 1
             self.executed.add(place)
+            if self.clock > self._last:
+                raise FaultError(f"{self.at}: it does not end: {self.clock} instructions")
             self.place, self.whole = place, whole and guard is None
             if parts[0] == "bra":
                 self._join(self.program.labels[instruction.operands[0]], chosen)

@@ -1,8 +1,9 @@
 """Global and shared memory that watch over who reads and writes each unit of bytes, and when.
 
-Two threads that touch the same bytes, one of them writing, need an order: a barrier of the block between them, or of the
-warp where they are of one; two blocks need a release by the one and an acquire by the other. Whatever order the
-simulator runs them in, a missing one is a fault. (Of global memory that is only read, no one writes what others read.)
+Two threads that touch the same bytes, one of them writing, need an order: a barrier of the block between them, or of
+the warp where they are of one; two blocks need a release by the one and an acquire by the other. Whatever order the
+simulator runs them in, a missing one is a fault. But who reads global memory is not kept: a write over what another
+thread has read there is not seen.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import struct
 from collections import Counter
@@ -28,13 +29,18 @@ Part = tuple[str, int, int, "np.ndarray[Any, Any] | None"]
 
 
 class Simulator:
-    """Runs launches, and counts them. ``change`` may make another program of a kernel's before it runs."""
+    """Runs launches, and counts them. ``change`` may make another program of a kernel's before it runs.
 
-    def __init__(self, seed: int = 0, change: Callable[[Program], Program] = lambda program: program) -> None:
+    ``most``: instructions of a launch, beyond which it is said not to end.
+    """
+
+    def __init__(
+        self, seed: int = 0, change: Callable[[Program], Program] = lambda program: program, most: float = math.inf
+    ) -> None:
         self.launches: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.executed: set[tuple[str, int]] = set()  # kernels and places of their instructions
-        self._random, self._change = random.Random(seed), change
+        self._random, self._change, self._most = random.Random(seed), change, most
         self._listed: list[Tensor] = []
         self._fresh: dict[int, tuple[Tensor, Any]] = {}
 
@@ -70,7 +76,7 @@ class Simulator:
         clock, together = 0, max(1, _LANES // program.threads)
         for first in range(0, len(blocks), together):
             some = blocks[first : first + together]
-            machine = Machine(program, parameters, grid, some, first, memory, shared, clock)
+            machine = Machine(program, parameters, grid, some, first, memory, shared, clock, self._most)
             machine.run()
             clock = machine.clock
             self.counts.update(machine.counts)
