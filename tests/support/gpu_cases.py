@@ -264,7 +264,7 @@ def mixed_list(device: torch.device, backend: str, count: int) -> Shares:
     for i in range(count):
         param, grad = DTYPES[i % len(DTYPES)]
         for k, dtype in enumerate((param, grad, grad)):
-            lists[k].extend(draw(dtype, 3 * i + k, [(i % 77 + (603 if i % 4 == 3 else 3),)]))
+            lists[k].extend(draw(dtype, 3 * i + k, [(i % 77 + (603 if i % 3 else 3),)]))
     views = [[t[i % 3 :] for i, t in enumerate(on(device, ts))] for ts in lists]
     start = [[t[i % 3 :] for i, t in enumerate(ts)] for ts in lists]
     stats = svag_step_(*views, lr=LR, l=8, weight_decay=DECAY, backend=backend)
