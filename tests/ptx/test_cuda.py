@@ -28,10 +28,6 @@ from ptx.parser import Instruction, Program
 from ptx.simulator import Simulator
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(
-    cuda.why_unavailable() is not None, reason=f"{cuda.why_unavailable()}: no PTX of the CUDA kernels"
-)
-
 CHECKS = {f"{c.op} {c.case}": c for c in checks() if c.backend == "cuda"}
 SHORT = [name for name, check in CHECKS.items() if check.small]
 TOO_MANY = ("svag_step_ 9 million",)  # for a GPU
@@ -39,6 +35,8 @@ TOO_MANY = ("svag_step_ 9 million",)  # for a GPU
 
 @pytest.fixture(scope="module")
 def cache(pytestconfig: pytest.Config) -> Path:
+    if reason := cuda.why_unavailable():
+        pytest.skip(f"{reason}: no PTX of the CUDA kernels")
     return Path(pytestconfig.cache.mkdir("ptx"))
 
 

@@ -45,15 +45,18 @@ def why_unavailable() -> str | None:
     """Why nothing can be compiled here, or None."""
     try:
         _cuda()
-    except load_setup().NoCudaError as error:
+    except _setup().NoCudaError as error:
         return str(error)
     return None
+
+
+_setup = cache(load_setup)
 
 
 @cache
 def _cuda() -> Any:
     """What setup.py compiles with."""
-    return load_setup().Cuda.find("g++")
+    return _setup().Cuda.find("g++")
 
 
 class PtxKernels:
