@@ -281,3 +281,48 @@ def test_a_tf32_product_reads_19_bits_and_cuts_its_sums_off() -> None:
         here = exact[g + down, 2 * t + along]
         assert np.all(np.abs(found[k][0]) <= np.abs(here))
         assert np.allclose(found[k][0], here, rtol=2.0**-23, atol=0)
+
+
+STRUCT = """
+.visible .entry kernel(
+    .param .u64 kernel_param_0,
+    .param .align 8 .b8 kernel_param_1[{size}]
+)
+.maxntid 64, 1, 1
+{{
+    .shared .align 8 .b8 kept[256];
+    ld.param.u64 %rd1, [kernel_param_0];
+    cvta.to.global.u64 %rd1, %rd1;
+    mov.u32 %r1, %tid.x;
+    mul.wide.u32 %rd2, %r1, 4;
+    mov.b64 %rd3, kernel_param_1;
+    add.s64 %rd3, %rd3, %rd2;
+    ld.param.u32 %r2, [%rd3+8];
+    ld.param.v2.u32 {{%r3, %r4}}, [kernel_param_1];
+    add.s32 %r2, %r2, %r4;
+    mov.u32 %r5, kept;
+    shl.b32 %r6, %r1, 2;
+    add.s32 %r5, %r5, %r6;
+    st.shared.u32 [%r5], %r2;
+    ld.shared.u32 %r2, [%r5];
+    add.s64 %rd4, %rd1, %rd2;
+    st.global.u32 [%rd4], %r2;
+    ret;
+}}
+"""
+
+
+def test_a_parameter_may_be_a_struct_that_each_thread_reads_at_its_own_place() -> None:
+    out = ints()
+
+    def run(size: int) -> list[int]:
+        memory = GlobalMemory(1)
+        memory.add("out", out.data_ptr(), out.nbytes)
+        parameters = [out.data_ptr().to_bytes(8, "little"), np.arange(size // 4, dtype=np.int32).tobytes()]
+        program = parse(STRUCT.format(size=8) + STRUCT.format(size=size).replace("kernel", "other"), "other")
+        Machine(program, parameters, (1, 1, 1), [(0, 0, 0)], 0, memory, 0).run()
+        return out.tolist()
+
+    assert run(4 * 66) == [2 + i + 1 for i in range(64)]
+    with pytest.raises(FaultError, match="not within one parameter"):
+        run(4 * 65)
