@@ -239,7 +239,7 @@ def _weight_grad_kernel(
                 b_tile = _to_tf32(b_tile, INTERPRETED)
             b_tiles = _put(b_tiles, k, b_tile, ROW_TAPS)
         for j in tl.static_range(N_BLOCKS):
-            # A tap's channels lie side by side in a tile, so that where the channels lie so in memory loads are wide.
+            # A tap's channels are side by side in a tile, so that loads are wide where memory has them so.
             n = tile % TILES_N * WIDTH + _columns(j, FIRST_N, BLOCK_N)
             channel, tap = n % CHANNELS, n // CHANNELS
             y = (row * STRIDE_H - ABOVE)[:, None] + ((tap // K_W) * DILATION_H)[None, :]

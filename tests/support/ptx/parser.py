@@ -116,7 +116,7 @@ def parse(ptx: str, kernel: str = r"\w+") -> Program:
 
 
 def _variables(text: str) -> tuple[Variable, ...]:
-    """Lay declarations out one behind the other, each at a multiple of its alignment."""
+    """Place declarations one behind the other, each at a multiple of its alignment."""
     found: list[Variable] = []
     end = 0
     for words, name, count in _VARIABLE.findall(text):
