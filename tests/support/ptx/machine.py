@@ -166,7 +166,7 @@ class Machine:
             place += 1
 
     def _of_whole_warps(self, place: int, instruction: Instruction, on: Array) -> Array:
-        """Park the lanes that wait for others of their mask; return those that continue, some parked before among them."""
+        """Park the lanes that wait for others of their mask; return those that continue, some parked before."""
         if instruction.guard is not None:
             raise UnsupportedError(f"{self.at}: under a guard")
         here = on | self.parked.pop(place, np.zeros(self.n, bool))
