@@ -31,8 +31,6 @@ FULL_BATCH = " where process is ngd or gd"
 DRAWN_AFRESH = ("replacement", "distinct")
 # The nets that the fused engine trains where nobody says how: its kernel is made for small ones.
 SMALL_CHAINS = ("digits-mlp", "digits-net")
-
-
 MOST_RUNS = 10_000
 EFFECTIVE_STEPS = 5120  # of an experiment that says nothing of its length
 TRAIN_EVALUATIONS = 20  # at most; the training set is larger than the test set, and no answer rests on it
@@ -123,9 +121,7 @@ class Settings:
     device: str = setting("cpu", HOW, "NAME", "Where net and data live: cpu, cuda, cuda:1.")
     threads: int = setting(1, HOW, "N", "Threads of each run's process.")
     rows: int = setting(320, BOOKKEEPING, "N", "Rows of metrics a run, evenly spaced over the effective steps.")
-    evaluations: int = setting(
-        320, BOOKKEEPING, "N", "Rows that evaluate the net on the test data; some 20 do on the training data too."
-    )
+    evaluations: int = setting(320, BOOKKEEPING, "N", "Rows that evaluate on test data; some 20 on training data too.")
 
     def __post_init__(self) -> None:
         check(isinstance(self.task, str), "task", self.task, "a string")
