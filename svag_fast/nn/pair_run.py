@@ -229,9 +229,7 @@ class Run:
         if self.optimizer._pair.paired:  # accumulation
             self.optimizer._pair.second(self.optimizer.param_groups, seen_by_scaler=False)
         else:
-            self._first = {}
-            for p in self._params.values():
-                p.grad = None
+            self._clear()
         steps = self.optimizer.steps_in_backward() if isinstance(engine, Joint) and self._steps is not None else None
         try:
             if not self._losses_seen:
@@ -263,7 +261,7 @@ class Run:
     def _clear(self) -> None:
         """Drop both gradients."""
         self._first, self._left = {}, False
-        for p in self._params.values():
+        for p in self.optimizer._all_params():  # also of what is frozen now: its last gradient would move it
             p.grad = None
 
     def _checked(self, losses: Tensor) -> int:

@@ -271,6 +271,20 @@ def test_a_model_may_be_a_single_layer(build, way):
         assert_same_states(model, expected)
 
 
+@pytest.mark.parametrize("way", ["joint", "halves"])
+def test_a_layer_that_is_frozen_between_steps_stays_where_it_is(way):
+    model, expected = seeded(MODELS["batch norm"]), seeded(MODELS["batch norm"])
+    optimizer, reference = (SVAG(m.parameters(), lr=0.1, l=4) for m in (model, expected))
+    for frozen in (False, True, True):
+        for m in (model, expected):
+            m[0].requires_grad_(not frozen)
+        x, y = images(), labels()
+        one_pass(model, optimizer, x, y, way=way)
+        assert_same_stats(optimizer.step(), two_passes(expected, reference, x, y))
+        reference.zero_grad()
+        assert_same_states(model, expected)
+
+
 @pytest.mark.parametrize(("kind", "more"), [(SVAGAdam, {}), (SVAGRMSprop, {"initial_square_avg": "measure"})])
 def test_adaptive_optimizers_take_pairs(kind, more):
     build = MODELS["batch norm"]
