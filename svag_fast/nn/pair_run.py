@@ -261,8 +261,9 @@ class Run:
     def _clear(self) -> None:
         """Drop both gradients."""
         self._first, self._left = {}, False
-        for p in self.optimizer._all_params():  # also of what is frozen now: its last gradient would move it
-            p.grad = None
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:  # also of what is frozen now: its last gradient would move it
+                p.grad = None
 
     def _checked(self, losses: Tensor) -> int:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
