@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
 import sys
 import types
@@ -75,10 +76,13 @@ def _held(part: Any) -> Iterator[Any]:
         yield from (getattr(part, "__dict__", None), type(part))
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """The global names that a function's code uses, with the functions' that are made in it."""
+def _names(code: types.CodeType) -> dict[str, None]:
+    """The global names that a function's code uses, with the functions' that are made in it.
+
+    In the code's order, by which generators are seeded and put back: a set has another in each process.
+    """
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return dict.fromkeys([*code.co_names, *itertools.chain(*map(_names, inner))])
 
 
 def _is_library(part: Any) -> bool:

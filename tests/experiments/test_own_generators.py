@@ -93,6 +93,15 @@ def equal(one, other):
     return all(torch.equal(v, other[k]) for k, v in one.items())
 
 
+def test_generators_are_in_the_order_in_which_code_names_them():
+    """By their order they are seeded and put back, and a set's would be another in each process."""
+    named = {f"g{i}": random.Random(i) for i in (3, 7, 1, 5, 0, 6, 2, 4)}
+    names = [*named]
+    exec(f"def draw(): return {', '.join(names[:5])}, lambda: ({', '.join(names[5:])})", named)
+    found = own_generators(named["draw"])
+    assert all(a is named[name] for a, name in zip(found, names, strict=True))
+
+
 @pytest.mark.parametrize("name", cases())
 def test_a_task_s_own_generators_go_on_to_the_bit_and_are_each_run_s_own(name, tmp_path):
     parts = cases()[name]
