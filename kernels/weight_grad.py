@@ -442,7 +442,8 @@ def product_tiles(
     SEGMENTS = 1 if segments is None else 2
     precision = _precision(inputs, linear=len(weight_shape) == 2)
     exact = inputs.dtype == torch.float32 and precision == "ieee"
-    tile = tile_of((M, CHANNELS, K_H, K_W), (H, OUT_H, OUT_W), convolution, exact=exact)
+    narrow = any(s[1] != 1 and s[2] * inputs.element_size() % 16 != 0 for s in (a_strides, b_strides))
+    tile = tile_of((M, CHANNELS, K_H, K_W), (H, OUT_H, OUT_W), convolution, exact=exact, narrow=narrow)
     tiles = groups * tile.count(M, N)
     PARTS = 1 if target2 is None else 2
     CHUNK, chunks = chunks_of(B // PARTS, PARTS * tiles, tile.warps)
@@ -517,6 +518,7 @@ def tile_of(
     convolution: Convolution,
     *,
     exact: bool,
+    narrow: bool = False,
 ) -> Tile:
     """Choose the tile of a layer's products.
 
@@ -525,6 +527,8 @@ def tile_of(
         image: the input's height, the output's height and width.
         convolution: its options.
         exact: in full float32. They keep their operands in registers: a smaller tile, or they spill.
+        narrow: neither channels nor rows come 16 bytes at a time. Each copy of 4 bytes has an address in a register:
+            fewer of them a thread, or they spill.
     """
     M, channels, taps_down, taps_across = shape
     height, *positions = image
@@ -536,13 +540,14 @@ def tile_of(
         block_m, block_n, row_taps = 16, 32, 3
         # Triton cuts all products that share operands alike, down or across as the last is longer: 16 x 32, across.
         first_n, n_blocks, warps = (32, 3, 4) if across == 96 else (16, 2, 2)
-        positions[0], most_t = height, 64
+        positions[0], most_t = height, 32 if narrow else 64
     else:
         most_m, most_n = (32, 64) if exact else (64, 64)
         block_m = min(most_m, max(16, triton.next_power_of_2(M)))
         first_n = block_n = min(most_n, max(16, triton.next_power_of_2(taps_down * across)))
-        row_taps, n_blocks, warps = 1, 1, 4 if exact or block_m * block_n > 2048 else 2
-        most_t = 16 if exact else 64 if warps == 2 else 32  # more spills
+        row_taps, n_blocks, warps = 1, 1, 4 if exact or narrow or block_m * block_n > 2048 else 2
+        # More spills: with 3 channels the addresses of columns.
+        most_t = 16 if exact else 32 if warps == 4 or (block_m == 64 and channels % 4 != 0) else 64
     block_t = min(most_t, max(16, triton.next_power_of_2(math.prod(positions))))
     rows, columns = _positions(positions[0], positions[1], block_t)
     fit = positions[0] % rows == 0 and positions[0] > 0

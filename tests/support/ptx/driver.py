@@ -42,11 +42,11 @@ class _Utils:
 class _Driver:
     utils = _Utils()
 
-    def __init__(self, launched: Callable[[Launch], None]) -> None:
+    def __init__(self, launched: Callable[[Launch], None], architecture: int = 80) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
 
-        self._target = GPUTarget("cuda", 80, 32)
+        self._target = GPUTarget("cuda", architecture, 32)
         self.launched = launched
 
         class Launcher:
@@ -112,9 +112,9 @@ def driver_without_launches() -> contextlib.AbstractContextManager[None]:
     return _active(driver)
 
 
-def as_a_gpu(launched: Callable[[Launch], None]) -> contextlib.AbstractContextManager[None]:
+def as_a_gpu(launched: Callable[[Launch], None], architecture: int = 80) -> contextlib.AbstractContextManager[None]:
     """Hand every Triton launch of the block to ``launched``; CPU tensors are the GPU's."""
-    return _active(_Driver(launched))
+    return _active(_Driver(launched, architecture))
 
 
 @contextlib.contextmanager

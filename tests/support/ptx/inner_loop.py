@@ -103,6 +103,12 @@ def memory(name: str) -> float:
     return moved / 2039e9 / (128 * a_warps_cycles(name) / 78e12)
 
 
+def resident_warps(registers: int, shared: int, warps: int) -> int:
+    """How many warps fit an A100's multiprocessor: 65,536 registers, 164 KiB, of which each program costs one."""
+    tiles = min(65536 // (math.ceil(registers / 8) * 8 * 32 * warps), 164 * 1024 // (shared + 1024))
+    return tiles * warps
+
+
 def tile(name: str) -> Tile:
     from svag_fast.kernels.weight_grad import Convolution, tile_of
 
@@ -114,7 +120,7 @@ def tile(name: str) -> Tile:
 
 
 def table(version: str) -> list[str]:
-    """Issue cycles over the least tensor core cycles, of a turn and of a whole sample, in both memory formats."""
+    """Issue cycles over the least tensor core cycles, of a turn and a sample, and warps, in both memory formats."""
     golden, lines = json.loads(GOLDEN.read_text())[version], []
     for name, (channels, out, size, stride) in LAYERS.items():
         cells, image, cut = [], size // stride, tile(name)
@@ -124,7 +130,8 @@ def table(version: str) -> list[str]:
             turn, tensor = line["turn"], line["tensor core cycles of a turn"]
             issued = turns * turn + line["sample's end"]
             issued *= cut.count(out, channels * (1 if "1x1" in name else 9)) * cut.warps
-            cells.append(f"{turn / tensor:.2f}; {issued / a_warps_cycles(name):.2f}")
+            warps = resident_warps(line["registers"], line["shared"], cut.warps)
+            cells.append(f"{turn / tensor:.2f}; {issued / a_warps_cycles(name):.2f}; {warps}")
         lines.append(f"| {name} | {' | '.join(cells)} | {memory(name):.1f} |")
     return lines
 
