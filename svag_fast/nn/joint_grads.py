@@ -194,7 +194,7 @@ class _Passing:
         self._wants_bias = call.bias is not None and call.bias.requires_grad
         low = x if x.dtype == output.dtype else x.detach().to(output.dtype)
         self._x = low if call.weight.requires_grad else None
-        self._version = 0 if self._x is None else low._version
+        self._version: int | None = 0 if self._x is None else low._version
 
     def __call__(self, _: object, grads: tuple[Tensor | None, ...]) -> None:
         if torch.is_grad_enabled():
@@ -202,12 +202,18 @@ class _Passing:
         b, x = grads[0], self._x
         if b is None or not self._call.joint.taking:
             return
+        if self._version is None:
+            raise RuntimeError(
+                "losses must be of one backward pass alone, got a layer's output that one has gone through already: "
+                "call the model again"
+            )
         if x is not None and x._version != self._version:
             raise RuntimeError(
                 f"the input {list(x.shape)} of a layer was changed by an in-place operation before the backward pass, "
                 "which needs it as it was"
             )
-        self._x = None  # as PyTorch frees what a node has saved
+        if x is not None:
+            self._x = self._version = None  # as PyTorch frees what a node has saved
         self._call.joint.later(self._call, x, b, self._wants_bias, self._backend)
 
 

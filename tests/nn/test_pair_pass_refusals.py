@@ -268,3 +268,17 @@ def test_tensors_hidden_in_inputs_are_refused():
         model(X, Box(X))
     with pytest.raises(ValueError, match="the model's input must be"), pair_pass(model, svag(model), way="halves"):
         model(x=None)
+
+
+def test_losses_of_an_earlier_backward_pass_are_refused_where_pytorch_kept_nothing_for_it():
+    model = nn.Linear(4, 1).double()
+    optimizer = svag(model)
+    for again in (False, True):  # the first pass is looked at, and goes another way
+        with pair_pass(model, optimizer) as pair:
+            losses = model(X).squeeze(1)
+            pair.backward(losses)
+            model(X)
+            if again:
+                with pytest.raises(RuntimeError, match="gone through already: call the model again"):
+                    pair.backward(losses)
+        optimizer.discard_gradient()
