@@ -256,3 +256,13 @@ CHANGED_IN_PLACE = [
 def test_outputs_may_be_changed_in_place(layer, shape):
     """Trap: PyTorch makes some of these outputs as views, whose hooks are lost where they are changed."""
     check(nn.Sequential(layer, nn.LeakyReLU(inplace=True)), randn(*shape))
+
+
+def test_a_layer_with_a_frozen_weight_saves_its_input() -> None:
+    """A checkpoint hands what its second forward pass saves to the graph of the first, by place and shape alone."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[1].weight.requires_grad_(False)
+    with per_sample_sq_norms(model):
+        hidden = model[0](torch.randn(5, 3))
+        saved = model[1](hidden).grad_fn.saved_tensors
+    assert torch.equal(saved[0], hidden)

@@ -90,8 +90,8 @@ class ProductLayer(torch.autograd.Function):
         if output._is_view():  # of what PyTorch makes on the way: nobody could change it in place behind a function
             output = output.data
         low = x if x.dtype == output.dtype else x.to(output.dtype)  # what the layer saw under autocast
-        # Without a weight gradient nothing of x is needed but its shape.
-        ctx.save_for_backward(low if ctx.needs_input_grad[1] else low.new_empty(1).expand(x.shape), weight)
+        # The input also where the weight is frozen: a checkpoint may give what this pass saved to a pass that needs it.
+        ctx.save_for_backward(low, weight)
         ctx.call, ctx.backend = call, CHOICE.get()
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         return output
