@@ -266,6 +266,7 @@ def _work(
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, ask_to_stop)
+    _end_children_by_sigterm()
     threading.Thread(target=end_with_parent, daemon=True).start()
     from svag_fast.experiments.training import train_together
 
@@ -280,6 +281,23 @@ def _work(
         with suppress(BrokenPipeError):  # the parent is gone
             messages.send(str(error) if expected else traceback.format_exc())
         raise SystemExit(1) from None
+
+
+def _end_children_by_sigterm() -> None:
+    """Let this process's forked children, such as those of a task's pool, die of SIGTERM, which it handles itself."""
+
+    def in_child() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unblock()
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def block() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    # Blocked meanwhile: one that comes before the child is ready would be taken by the handler and lost.
+    os.register_at_fork(before=block, after_in_child=in_child, after_in_parent=unblock)
 
 
 def _listen(worker: _Worker) -> bool:

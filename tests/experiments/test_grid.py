@@ -219,6 +219,27 @@ def test_a_task_s_file_is_stopped_by_ctrl_c_and_continued_to_the_bit(tmp_path):
     assert {k: v.tolist() for k, v in resumed["model"].items()} == {k: v.tolist() for k, v in whole["model"].items()}
 
 
+STUBBORN = """
+import os, signal, time
+child = os.fork()
+if child == 0:
+    time.sleep(20)
+    os._exit(0)
+os.kill(child, signal.SIGTERM)  # as a pool ends its processes
+if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGTERM:
+    raise RuntimeError("it lives on")
+"""
+
+
+def test_a_task_s_own_processes_end_when_asked_to(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN + STUBBORN)
+    options = ["--batch-size", 4, "--lr", 0.1, "--l", 1, "--seeds", 1, "--effective-steps", 2, "--rows", 2]
+    process = start(file, *options, "--out", tmp_path / "x", "--jobs", 1)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+
+
 def wait_for_end_of_group(group):
     for _ in range(1000):
         os.killpg(group, 0)
