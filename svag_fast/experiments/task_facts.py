@@ -122,7 +122,7 @@ def _unlike(one: tuple[str, list[float]], other: tuple[str, list[float]]) -> str
 
 def differences(facts: Facts, others: Facts) -> list[str]:
     """In what two tasks differ, in words; what is known of one alone is not compared."""
-    return [f"{name}: {said}" for name in facts.keys() & others.keys() if (said := _unlike(facts[name], others[name]))]
+    return [f"{name}: {said}" for name in facts if name in others and (said := _unlike(facts[name], others[name]))]
 
 
 def read_facts(out: Path) -> Facts | None:
